@@ -274,15 +274,12 @@ def equal_snr(schedule, alpha, sigma):
     """Where a question asked at (alpha, sigma) falls on a network's own `schedule`: -> (t, alpha_n, sigma_n, scale), float64.
 
     x_t = alpha x0 + sigma eps and scale * x_t = alpha_n x0 + sigma_n eps hold together, so the network is called with scale * x_t at time t.
-    Outside the schedule's range no such scale exists. There t is the nearer end, and the larger term sets the scale: at the noisy end
-    sigma_n / sigma (alpha = 0 on EDM becomes sigma_max * z, on SD almost exactly z), at the clean end alpha_n / alpha.
+    The larger of the two terms sets the scale, since it is the better conditioned one. Outside the schedule's range no scale is exact: there t is
+    the nearer end and the same rule holds (alpha = 0 asked of EDM becomes sigma_max * z, of SD 0.998 z; sigma = 0 keeps alpha_n x0).
     alpha, sigma: numbers or tensors of one shape, not both 0. If the schedule is the one alpha and sigma come from, scale is exactly 1.
     """
     alpha, sigma = torch.broadcast_tensors(f64(alpha), f64(sigma))
     t = schedule.t_from_snr((alpha / sigma) ** 2)
     alpha_n, sigma_n = schedule.alpha(t), schedule.sigma(t)
-    scale = torch.where(sigma * alpha_n >= alpha * sigma_n, sigma_n / sigma, alpha_n / alpha)  # at equal snr both agree
-    big = torch.where(sigma > alpha, sigma_n / sigma, alpha_n / alpha)  # inside the range: divide by the larger, better conditioned one
-    inside = (sigma * alpha_n - alpha * sigma_n).abs() <= 1e-6 * (alpha * sigma_n + sigma * alpha_n)
-    scale = torch.where(inside & (alpha * sigma_n > 0), big, scale)
+    scale = torch.where(sigma > alpha, sigma_n / sigma, alpha_n / alpha)
     return t, alpha_n, sigma_n, torch.where((scale - 1).abs() < 1e-7, torch.ones_like(scale), scale)
