@@ -1,2 +1,505 @@
+"""What every script needs and no method is about: flags, processes, random numbers, EMA, checkpoints, the log, pictures.
+
+There is no trainer here: a script's `main` is one flat loop, and `Run` only answers its questions (which device, which samples are mine, where is
+the last checkpoint). Nothing in this file knows a method.
+"""
+import argparse
+import contextlib
+import datetime
+import difflib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_AFTER_BAD = 20  # optimiser steps in a row with a non-finite gradient before the run gives up
+
+
 class UserError(Exception):
     """A mistake of the user: one line that names the flag or file, what was expected and what was found. Scripts print it and exit with 2."""
+
+
+class RunError(Exception):
+    """A fault of the run (not finite for long, disk full): one line, exit code 1. The last checkpoint stays as it is."""
+
+
+def launch(main):
+    """Calls a script's main() and turns faults into one line and an exit code: 2 user error, 1 fault, 130 Ctrl-C, 143 SIGTERM (after saving)."""
+    code = 0
+    try:
+        main()
+    except (UserError, RunError) as e:
+        code = 2 if isinstance(e, UserError) else 1
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}", file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        code = 1
+        print(f"{Path(sys.argv[0]).name}: out of device memory: lower --batch or add --grad-checkpoint ({str(e).split('.')[0]})", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the flags that mean the same in every script, in the groups model / method / optimisation / run."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.model, self.method = self.add_argument_group("model"), self.add_argument_group("method")
+        self.optim, self.run = self.add_argument_group("optimisation"), self.add_argument_group("run")
+        self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist, or a teacher folder (config.json, *.safetensors, teacher.json)")
+        self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
+        self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
+        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
+        self.optim.add_argument("--iters", type=int, help="iterations of the loop")
+        self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
+        self.optim.add_argument("--lr", type=float, help="learning rate of the student")
+        self.optim.add_argument("--lr-fake", type=float, help="learning rate of the second network, where there is one")
+        self.optim.add_argument("--ema", type=float, help="half-life of the student's weight average, in images of student updates; 0 is off")
+        self.optim.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, about a third more time")
+        self.run.add_argument("--out", help="folder of the run; default out/<method>-<teacher>")
+        self.run.add_argument("--seed", type=int, default=0)
+        self.run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        self.run.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; weights stay fp32. auto: bf16 on CUDA")
+        self.run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+        self.run.add_argument("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
+        self.run.add_argument("--sample-every", type=int, default=500, help="iterations between sample grids; 0: only at the end")
+        self.run.add_argument("--eval-every", type=int, default=0, help="iterations between evaluations of 1,000 samples; 0: only at the end")
+        self.run.add_argument("--eval-n", type=int, default=5000, help="samples of the evaluation at the end; 0: none")
+        self.run.add_argument("--save-every", type=int, default=500, help="iterations between checkpoints; 0: only at the end")
+        self.run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out")
+        self.run.add_argument("--overwrite", action="store_true", help="discard a run that is already in --out")
+        self.run.add_argument("--smoke", action="store_true", help="three iterations of everything, then a small evaluation")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+    def parse(self, presets, argv=None):
+        """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
+        teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
+        self.set_defaults(**presets.get(teacher, presets["default"]))
+        args = self.parse_args(argv)
+        if args.smoke:
+            args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)
+        for name in ("iters", "batch", "nfe", "log_every"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+        for name in ("lr", "lr_fake", "ema", "cfg", "sample_every", "eval_every", "eval_n", "save_every"):
+            if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
+        if args.resume and args.overwrite:
+            raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
+        return args
+
+
+def near(word, known):
+    """', did you mean X?' for the nearest known names, or ''."""
+    hits = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(hits)}?" if hits else ""
+
+
+# ---- random numbers ---------------------------------------------------------------------------------------------------------------------
+
+
+def mix(*key):
+    """A 64-bit seed from integers, well mixed: neighbouring keys give unrelated streams."""
+    return int(np.random.SeedSequence([int(k) % 2**63 for k in key]).generate_state(1, np.uint64)[0])
+
+
+class Draw:
+    """Random numbers of one iteration, a function of (seed, iteration, place in the global batch) and not of the number of processes.
+
+    Every process draws the whole global batch and keeps its own rows; that is cheap beside a network pass and needs no communication. Rows differ
+    between processes; `shared_int` is the same on all of them (what all ranks must agree on, such as a step index). Nothing is left to save for a resume.
+    """
+
+    def __init__(self, seed, it, batch, rank=0, world=1, device="cpu"):
+        self.total, self.rows, self.device = batch, slice(rank * (batch // world), (rank + 1) * (batch // world)), device
+        self.gen = torch.Generator(device).manual_seed(mix(seed, it, 1))
+        self.cpu = torch.Generator().manual_seed(mix(seed, it, 2))
+
+    def normal(self, *shape):  # [B_local, *shape] float32
+        return torch.randn(self.total, *shape, generator=self.gen, device=self.device)[self.rows]
+
+    def like(self, x):
+        return self.normal(*x.shape[1:])
+
+    def uniform(self):  # [B_local] float64 in [0, 1)
+        return torch.rand(self.total, generator=self.gen, device=self.device, dtype=torch.float64)[self.rows]
+
+    def integers(self, low, high):  # [B_local] int64 in low..high-1
+        return torch.randint(low, high, (self.total,), generator=self.gen, device=self.device)[self.rows]
+
+    def shared_int(self, low, high):  # python int in low..high-1, equal on all processes
+        return int(torch.randint(low, high, (), generator=self.cpu))
+
+
+class ImageNoise:
+    """Noise of images i = first, first+step, ... where image i depends on (seed, i) only: the same picture for any batch or world size (EDM's rule).
+    Call it once for z and once for every later draw: noise(shape) -> [n, *shape] float32 on `device`."""
+
+    def __init__(self, seed, indices, device="cpu"):
+        self.gens, self.device = [torch.Generator().manual_seed(mix(seed, i, 3)) for i in indices], device
+
+    def __call__(self, *shape):
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.gens]).to(self.device)
+
+
+# ---- weight average ---------------------------------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Average of a model's weights, fp32. `halflife` is in images; it is shortened to 5 % of the images seen so far, so that the average forgets the
+    start early on (EDM's ramp-up). halflife 0: `.model` is the model itself."""
+
+    def __init__(self, model, halflife):
+        self.halflife, self.images, self.live = halflife, 0, model
+        self.model = model.copy().requires_grad_(False) if halflife else model
+
+    @torch.no_grad()
+    def update(self, images):
+        """To be called after a student update only: on other iterations the average would drift towards a student that did not move."""
+        self.images += images
+        if self.halflife:
+            beta = 0.5 ** (images / max(min(self.halflife, 0.05 * self.images), 1e-8))
+            torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in self.live.parameters()], 1 - beta)
+
+    def state_dict(self):
+        return dict(images=self.images, model=self.model.state_dict() if self.halflife else {})
+
+    def load_state_dict(self, state):
+        self.images = state["images"]
+        if self.halflife:
+            self.model.load_state_dict(state["model"])
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Processes, device, folder, log and checkpoints of one run. Attributes: rank, world, main (rank 0), device, dtype, out, batch (local), seconds."""
+
+    def __init__(self, method, args):
+        self.method, self.args = method, args
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        cuda = torch.cuda.is_available()
+        if args.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
+        if args.device == "cuda" and not cuda:
+            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
+        if args.batch % self.world:
+            raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {self.world} processes")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
+        self.batch = args.batch // self.world
+        self.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and self.device.type == "cuda") else torch.float32
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if self.world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
+        self.start, self.past_seconds, self.stopping, self.bad, self.skipped = time.time(), 0.0, False, 0, 0
+        # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
+        self.resume_wanted = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.once(self.open_folder)
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, self.on_signal)
+
+    def once(self, fn):
+        """fn() on rank 0; a UserError or RunError there is raised on every rank, so that none waits for a process that has ended."""
+        error = None
+        if self.main:
+            try:
+                fn()
+            except (UserError, RunError) as e:
+                error = e
+        if self.world > 1:
+            box = [(type(error).__name__, str(error)) if error else None]
+            dist.broadcast_object_list(box)
+            if box[0]:
+                error = dict(UserError=UserError, RunError=RunError)[box[0][0]](box[0][1])
+        if error:
+            raise error
+
+    def open_folder(self):
+        try:
+            for sub in ("ckpt", "samples"):
+                (self.out / sub).mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / ".lock", "a")
+        except OSError as e:
+            raise UserError(f"--out {self.out}: expected a folder that can be written, found: {e.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {self.out}: another run is writing here; choose another folder or wait for it") from None
+        for litter in self.out.rglob("*.tmp"):
+            litter.unlink()  # left by a run that was killed while writing
+        if not self.resume_wanted:
+            old = self.checkpoints()
+            if old and not self.args.overwrite:
+                raise UserError(f"--out {self.out}: holds a run at iteration {int(old[-1].stem[3:])}; add --resume, --overwrite or another --out")
+            for path in old:
+                path.unlink()
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+        elif not self.checkpoints() and self.args.resume:
+            raise UserError(f"--resume: no checkpoint in {self.out / 'ckpt'}")
+
+    def on_signal(self, signum, frame):
+        if self.stopping and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
+        self.stopping = signum
+
+    def print(self, *text):
+        if self.main:
+            print(*text, flush=True)
+
+    def warn(self, text):
+        if self.main:
+            tqdm.write(f"{self.method}: {text}", file=sys.stderr)
+
+    @property
+    def seconds(self):
+        return self.past_seconds + time.time() - self.start
+
+    # -- networks and steps
+
+    def train(self, model):
+        """The module to call in training: compiled if asked, then DDP when there are several processes (gradients are averaged over them)."""
+        model = torch.compile(model) if self.args.compile else model
+        if self.world == 1:
+            return model
+        ids = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def describe(self, **facts):
+        """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
+        memory = 0
+        self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
+        for name, value in facts.items():
+            if isinstance(value, torch.nn.Module):
+                p = list(value.parameters())
+                trained = sum(q.numel() for q in p if q.requires_grad)
+                memory += sum(q.numel() * q.element_size() for q in p) + trained * 12  # gradient and two moments, fp32
+                value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}"
+            self.print(f"  {name.replace('_', ' '):22s} {value}")
+        self.print(f"  {'memory, networks':22s} {memory / 2**20:.0f} MB for weights, gradients and optimiser; activations come on top")
+        self.print(f"  {'folder':22s} {self.out}")
+
+    def draw(self, it):
+        """Random numbers of iteration it. The global generator (dropout and the like) is re-seeded too, so that a resume needs no RNG state."""
+        torch.manual_seed(mix(self.args.seed, it, 4, self.rank))
+        return Draw(self.args.seed, it, self.args.batch, self.rank, self.world, self.device)
+
+    def step(self, opt, params, clip):
+        """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor)."""
+        norm = torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
+        bad = 1 - norm.isfinite().float()
+        opt.grad_scale, opt.found_inf = None, bad  # fused optimisers leave weights and moments alone where found_inf is 1
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        self.bad, self.skipped = (self.bad + bad) * bad, self.skipped + bad
+        return norm
+
+    # -- loop
+
+    def loop(self, first, last):
+        """Iteration numbers first..last-1 with a progress bar. Ends early (all processes at the same iteration) after SIGTERM or Ctrl-C."""
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(range(first, last), initial=first, total=last, disable=not self.main, mininterval=10 if quiet else 0.2,
+                        maxinterval=30 if quiet else 10, desc=self.method, unit="it", smoothing=0.05)
+        for it in self.bar:
+            yield it
+            if self.agree_to_stop():
+                break
+        self.bar.close()
+
+    def agree_to_stop(self):
+        if self.world == 1:
+            return bool(self.stopping)
+        flag = torch.tensor(int(self.stopping))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the host (gloo)
+        self.stopping = int(flag)
+        return bool(self.stopping)
+
+    def log(self, it, values):
+        """One line of log.jsonl: values (floats or 0-d tensors) averaged over processes. Wall-clock numbers sit under `time`, apart from what is
+        reproducible. The only place of the loop where the host waits for the device."""
+        values = {k: v.detach().float().reshape(()).cpu() if torch.is_tensor(v) else torch.tensor(float(v)) for k, v in values.items()}
+        flat = torch.stack(list(values.values()))
+        if self.world > 1:
+            dist.all_reduce(flat)
+            flat /= self.world
+        bad, skipped = int(self.bad), int(self.skipped)
+        if bad >= STOP_AFTER_BAD:
+            raise RunError(f"the gradient was not finite in {bad} steps in a row (iteration {it}); last checkpoint: {(self.checkpoints() or ['none'])[-1]}")
+        if not self.main:
+            return
+        images = (it + 1) * self.args.batch
+        now, last = self.seconds, getattr(self, "last_log", None)
+        rate = (images - last[0]) / max(now - last[1], 1e-9) if last else float("nan")
+        self.last_log = (images, now)
+        clock = dict(seconds=round(now, 2), images_per_s=None if rate != rate else round(rate, 1), peak_mb=round(self.peak_mb()))
+        line = dict(it=it, images=images, skipped=skipped, **{k: float(f"{float(v):.6g}") for k, v in zip(values, flat)}, time=clock)
+        with open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        shown = {k: f"{float(v):.3g}" for k, v in list(zip(values, flat))[:2]}
+        self.bar.set_postfix(shown | {"img/s": clock["images_per_s"]}, refresh=False)
+
+    def peak_mb(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    def due(self, it, every):
+        """True after iteration it (counted from 0) if a multiple of `every` iterations is complete; every = 0: never."""
+        return bool(every) and (it + 1) % every == 0
+
+    # -- checkpoints: everything a resume needs. Random numbers need no state (Draw), data order is a function of the iteration.
+
+    def checkpoints(self):
+        return sorted((self.out / "ckpt").glob("it-*.pt"))
+
+    def header(self):
+        return dict(method=self.method, teacher=Path(self.args.teacher).name)
+
+    def save(self, it, state):
+        """After iteration it: state = {name: object with state_dict()}. Written to a temporary name, fsync'ed, renamed; the two newest are kept."""
+        if self.main:
+            log = self.out / "log.jsonl"
+            with open(log, "a") as f:
+                os.fsync(f.fileno())
+            payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, bad=int(self.bad), skipped=int(self.skipped),
+                           state={k: v.state_dict() for k, v in state.items()})
+            path = self.out / "ckpt" / f"it-{it + 1:08d}.pt"
+            try:
+                with atomic(path) as f:
+                    torch.save(payload, f)
+            except OSError as e:
+                self.warn(f"checkpoint at iteration {it + 1} not written ({e.strerror}); the previous one is intact")
+            else:
+                for old in self.checkpoints()[:-2]:
+                    old.unlink()
+        if self.world > 1:
+            dist.barrier()
+
+    def resume(self, state):
+        """Loads the newest readable checkpoint into `state` if --resume (or torchrun's restart) asks for it -> first iteration to do (0 if none)."""
+        if not self.resume_wanted:
+            return 0
+        for path in reversed(self.checkpoints()):
+            try:
+                payload = torch.load(path, map_location="cpu", weights_only=True)  # no pickled code is ever run
+            except Exception as e:  # torch raises many kinds for a damaged file; the reason is shown and the older checkpoint tried
+                self.warn(f"{path}: not readable ({type(e).__name__}), trying the one before")
+                continue
+            found, expected = payload.get("header") if isinstance(payload, dict) else None, self.header()
+            if found != expected:
+                raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {found}")
+            try:
+                for name, part in state.items():
+                    part.load_state_dict(payload["state"][name])
+            except (KeyError, RuntimeError, ValueError) as e:
+                raise UserError(f"--resume {path}: does not fit the networks of these flags: {str(e).splitlines()[0]}") from None
+            self.past_seconds, self.bad, self.skipped = payload["seconds"], payload["bad"], payload["skipped"]
+            if self.main and (self.out / "log.jsonl").exists():
+                os.truncate(self.out / "log.jsonl", min(payload["log_bytes"], (self.out / "log.jsonl").stat().st_size))
+            self.print(f"resumed {path.name}")
+            return payload["it"]
+        if self.args.resume:
+            raise UserError(f"--resume: no readable checkpoint in {self.out / 'ckpt'}")
+        return 0
+
+
+    def finish(self, it, state):
+        """Last checkpoint, after iteration it. A run that a signal ended leaves here: exit code 143 (SIGTERM) or 130 (Ctrl-C)."""
+        if not self.checkpoints() or self.checkpoints()[-1].stem != f"it-{it + 1:08d}":
+            self.save(it, state)
+        if self.stopping:
+            self.warn(f"stopped by {signal.Signals(self.stopping).name} after iteration {it + 1}; go on with --resume")
+            raise SystemExit(128 + self.stopping)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file that appears under its name complete or not at all: temporary name, fsync, rename, fsync of the folder."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        fd = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path, what="file"):
+    """Dict of a JSON file. UserError if it is missing, not JSON or not an object."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as e:
+        raise UserError(f"{what} {path}: {e.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{what} {path}: expected JSON, found something else") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def revision():
+    """Commit of the code, '+' appended when the tree differs from it; 'unknown' outside git."""
+    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "--short=10", "HEAD")
+        return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "") if head.returncode == 0 else "unknown"
+    except OSError:
+        return "unknown"
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------------------------------
+
+
+def save_grid(path, rows, scale=None):
+    """PNG of captioned rows. rows: list of (caption, uint8 [n, C, H, W], C 1 or 3). Small images are enlarged by whole pixels."""
+    from PIL import Image, ImageDraw
+    side = rows[0][1].shape[-1]
+    scale = scale or max(1, 64 // side)
+    pad, text = 2, 14
+    n, (h, w) = max(len(r[1]) for r in rows), (rows[0][1].shape[-2] * scale, side * scale)
+    sheet = Image.new("RGB", (n * (w + pad) + pad, len(rows) * (h + text + pad) + pad), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (caption, images) in enumerate(rows):
+        top = pad + r * (h + text + pad)
+        pen.text((pad, top), caption, fill="black")
+        for i, img in enumerate(images):
+            a = img.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            sheet.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (pad + i * (w + pad), top + text))
+    with atomic(path) as f:
+        sheet.save(f, "PNG")

@@ -1,0 +1,306 @@
+"""Teachers, students and critics: one class, `Model`, around a network of diffusers (an MLP for the toy).
+
+`model(x_t, alpha, sigma, cond)` is the clean-sample estimate x0 for any (alpha, sigma); see common/schedules.py, "the equal-SNR view". An adapter,
+i.e. a subclass, says how one architecture is called: `predict`, `encode`, `null`, `decode`, `encode_images`, `sites`.
+Only safetensors and JSON are read; nothing that a file contains is executed.
+"""
+import copy
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import schedules
+from common.run import ROOT, UserError, atomic, near, read_json, write_json
+from common.schedules import equal_snr, expand, to_x0
+from common.toy import MLP, Mixture
+
+
+class Stop(Exception):
+    """Raised by a hook to end a forward pass after the last layer that is needed."""
+
+
+class Model(nn.Module):
+    """A network with its schedule and conditioning. Teacher, student and critic are all of this class.
+
+    schedule: of the network; prediction: what it outputs (common/schedules.py); shape: of one sample, without batch; classes: number of labels, the
+    null label being `classes`; dtype: of the network pass (bf16 runs it under autocast, parameters and everything around it stay as they are).
+    """
+
+    adapter = None  # name in teacher.json
+
+    def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
+        super().__init__()
+        self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
+        self.dtype, self.folder, self.evaluation = torch.float32, None, {}
+
+    # -- what an adapter defines
+
+    def predict(self, x, t, cond):
+        """The network's own output for its own input x [B, *shape] and time t [B] float32 on its own schedule. cond: dict of tensors [B, ...]."""
+        raise NotImplementedError
+
+    def sites(self):
+        """Modules whose outputs serve as features, in the order in which the network runs them."""
+        raise NotImplementedError
+
+    def hidden(self, h):
+        """Output of a site as a map [B, C, H, W] (or [B, C])."""
+        return h
+
+    def encode(self, labels):
+        """Labels (int64 tensor or list, [n]) or prompts (list of str) -> cond: dict of tensors [n, ...]."""
+        raise NotImplementedError
+
+    def null(self, n):
+        """cond of n unconditional samples."""
+        raise NotImplementedError
+
+    def decode(self, x):
+        """Samples [n, *shape] -> uint8 images [n, C, H, W]."""
+        raise NotImplementedError
+
+    def encode_images(self, images):
+        """uint8 images [n, C, H, W] -> samples [n, *shape], the inverse of decode up to rounding."""
+        raise NotImplementedError
+
+    # -- what every model can do
+
+    def forward(self, x_t, alpha, sigma, cond, features=False):
+        """x0 estimate [B, *shape] in the dtype of x_t, for x_t = alpha x0 + sigma eps of any schedule; alpha, sigma: 0-d or [B].
+        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site."""
+        t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
+        x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
+        t = t.to(device=x.device, dtype=torch.float32).expand(len(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if features:
+                return self.run_to_sites(x, t, cond)
+            out = self.predict(x, t, cond)
+        return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(x_t.dtype)  # float64 inside: eps / alpha amplifies rounding
+
+    x0 = forward
+
+    def run_to_sites(self, x, t, cond):
+        found, sites = [], self.sites()
+
+        def hook(module, args, out):
+            found.append(self.hidden(out[0] if isinstance(out, tuple) else out).float())
+            if len(found) == len(sites):
+                raise Stop
+
+        handles = [site.register_forward_hook(hook) for site in sites]
+        try:
+            self.predict(x, t, cond)
+        except Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def guided(self, x_t, alpha, sigma, cond, w):
+        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, in one pass."""
+        if w == 1:
+            return self(x_t, alpha, sigma, cond)
+        null = self.null(len(x_t))
+        both = {k: torch.cat([cond[k], null[k].to(cond[k].device)]) for k in cond}
+        alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
+        c, u = self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
+        return u + w * (c - u)
+
+    def weight(self, alpha, sigma):
+        """lambda [same shape as sigma] that turns a squared x0 error at (alpha, sigma) into the loss this network was trained with."""
+        _, alpha_n, sigma_n, _ = equal_snr(self.schedule, alpha, sigma)
+        return schedules.native_weight(self.prediction, alpha_n, sigma_n, self.sigma_data)
+
+    def copy(self):
+        """A twin with its own fp32 network weights, trainable; everything else is shared."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules, net=copy.deepcopy(self.net).float().requires_grad_(True))
+        return twin
+
+    def config(self):
+        return dict(adapter=self.adapter, schedule=self.schedule.config, prediction=self.prediction, shape=list(self.shape), classes=self.classes,
+                    sigma_data=self.sigma_data)
+
+    def save(self, folder, info, name="distill.json"):
+        """Diffusers folder (config.json, *.safetensors) plus `name`: what inference needs beside the weights. The JSON is written last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_net(folder)
+        write_json(folder / name, dict(info, model=self.config()))
+
+    def save_net(self, folder):
+        write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
+        path = folder / "diffusion_pytorch_model.safetensors"
+        save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
+        with open(f"{path}.tmp", "rb") as whole, atomic(path.with_suffix(".new")) as f:  # fsync before the name is taken
+            f.write(whole.read())
+        path.with_suffix(".new").replace(path)
+        Path(f"{path}.tmp").unlink()
+
+    def net_config(self):
+        return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
+
+    def rows(self, x):
+        """Pictures of samples for a grid: here one image per sample."""
+        return self.decode(x)
+
+
+class DiT(Model):
+    """Class-conditional transformer of diffusers (`DiTTransformer2DModel`): pixels in [-1, 1], times in [0, 1] shown to the network as 0..1000."""
+
+    adapter = "dit"
+
+    @staticmethod
+    def network(config):
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+        # eval() for good: in train mode diffusers would drop labels at random inside the network, also in a frozen teacher
+        return DiTTransformer2DModel.from_config(config).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def predict(self, x, t, cond):
+        return self.net(x, timestep=t * 1000, class_labels=cond["labels"], return_dict=False)[0]
+
+    def sites(self):  # the last block: its tokens carry the whole estimate, and its depth is that of the critic
+        return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
+
+    def hidden(self, h):
+        side = int(h.shape[1] ** 0.5)
+        return h.transpose(1, 2).reshape(len(h), -1, side, side)
+
+    def encode(self, labels):
+        return dict(labels=torch.as_tensor(labels))
+
+    def null(self, n):
+        return dict(labels=torch.full((n,), self.classes))
+
+    def decode(self, x):
+        return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)  # EDM's rule: -1, 0, 1 -> 0, 128, 255
+
+    def encode_images(self, images):
+        return images.float() / 127.5 - 1
+
+
+class Toy(Model):
+    """The MLP on 2-D points, EDM preconditioning. As a teacher (`exact`) it answers with the mixture's exact posterior mean, while its copies, the
+    students and critics, start from the MLP that was fitted to it (`python -m common.pretrain --data toy`)."""
+
+    adapter = "toy"
+
+    def __init__(self, *args, exact=False, labelled=False, **kw):
+        super().__init__(*args, **kw)
+        self.mixture, self.exact, self.labelled = Mixture(), exact, labelled
+
+    @staticmethod
+    def network(config):
+        return MLP(**{k: v for k, v in config.items() if not k.startswith("_")})
+
+    def forward(self, x_t, alpha, sigma, cond, features=False):
+        if self.exact and not features:
+            return self.mixture.x0(x_t, alpha, sigma, cond["labels"])
+        return super().forward(x_t, alpha, sigma, cond, features)
+
+    x0 = forward
+
+    def predict(self, x, t, cond):
+        c_in = (t**2 + self.sigma_data**2).rsqrt()
+        return self.net((x * c_in[:, None]).to(self.net.inp.weight.dtype), t, cond["labels"])
+
+    def sites(self):
+        return [self.net.hidden[-1]]
+
+    def encode(self, labels):
+        labels = torch.as_tensor(labels)
+        return dict(labels=labels if self.labelled else torch.full_like(labels, self.classes))
+
+    def null(self, n):
+        return dict(labels=torch.full((n,), self.classes))
+
+    def copy(self):
+        twin = super().copy()
+        twin.exact = False
+        return twin
+
+    def decode(self, x):
+        return self.rows(x)
+
+    def encode_images(self, images):
+        return images
+
+    def net_config(self):
+        return self.net.config
+
+    def rows(self, x, size=128, extent=1.6):
+        """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
+        ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).long()
+        ij = ij[((ij >= 0) & (ij < size)).all(1)]
+        count = torch.bincount((size - 1 - ij[:, 1]) * size + ij[:, 0], minlength=size * size).reshape(1, 1, size, size)
+        return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(torch.uint8)
+
+
+ADAPTERS = {cls.adapter: cls for cls in (DiT, Toy)}
+NETWORKS = {"dit": "DiTTransformer2DModel", "toy": "MLP"}
+EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
+
+
+def load_model(folder, info):
+    """Model from a folder of our own format: config.json, diffusion_pytorch_model.safetensors, and `info`, the dict under "model" of its JSON.
+
+    UserError, one line, if a file is missing, truncated, not safetensors, of another class, or holds other tensors than the configuration asks for.
+    """
+    folder = Path(folder)
+    if info.get("adapter") not in ADAPTERS:
+        raise UserError(f"{folder}: adapter: expected one of {', '.join(ADAPTERS)}, found {info.get('adapter')!r}")
+    config, cls = read_json(folder / "config.json", "teacher file"), ADAPTERS[info["adapter"]]
+    if config.get("_class_name") != NETWORKS[cls.adapter]:
+        raise UserError(f"{folder / 'config.json'}: _class_name: expected {NETWORKS[cls.adapter]}, found {config.get('_class_name')!r}")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: expected the weights as safetensors, found no such file")
+    try:
+        net = cls.network(config)
+        schedule = schedules.from_config(info["schedule"])
+        model = cls(net, schedule, info["prediction"], info["shape"], int(info["classes"]), sigma_data=float(info["sigma_data"]))
+    except (TypeError, ValueError, KeyError, RuntimeError) as e:
+        raise UserError(f"{folder}: configuration not usable: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})") from None
+    expected = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    for k, shape in expected.items():
+        if k not in tensors:
+            raise UserError(f"{path}: tensor {k} is missing")
+        if tuple(tensors[k].shape) != shape:
+            raise UserError(f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
+    net.load_state_dict(tensors)
+    model.folder = folder
+    return model
+
+
+def load_teacher(name, device="cpu", dtype=torch.float32):
+    """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`)."""
+    folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
+    if not folder.is_dir():
+        raise UserError(f"--teacher {name}: expected {', '.join(EMBEDDED)} or a folder{near(name, EMBEDDED)}")
+    if not (folder / "teacher.json").is_file():
+        hint = "it is a student of this project; give its teacher" if (folder / "distill.json").is_file() else "no teacher.json in it"
+        raise UserError(f"--teacher {name}: expected a teacher folder (config.json, *.safetensors, teacher.json), found: {hint}")
+    info = read_json(folder / "teacher.json", "--teacher")
+    if not isinstance(info.get("model"), dict):
+        raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")
+    teacher = load_model(folder, info["model"])
+    teacher.evaluation = info.get("evaluation", {})
+    if teacher.adapter == "toy":
+        teacher.exact, teacher.labelled = True, name == "toy-cond"
+    teacher.dtype = dtype
+    return teacher.requires_grad_(False).to(device)
