@@ -55,7 +55,7 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     p.method.add_argument("--steps", help="grid indices of the student's steps, e.g. 999,749,499,249; default: the rule of `step_indices`")
     p.method.add_argument("--ratio", type=int, help="critic steps per student step")
-    p.method.add_argument("--dm-weight", type=float, default=1.0)
+    p.method.add_argument("--dm-weight", type=float, default=1.0, help="weight of (5) in (10)")
     p.method.add_argument("--gan", action="store_true", help="add (8) and (9); needs images: the teacher's own or --data")
     p.method.add_argument("--gan-weight", type=float, help="w_G in (10)")
     p.method.add_argument("--cls-weight", type=float, help="w_D in (10)")
@@ -68,12 +68,21 @@ def parse_args(argv=None):
     p.optim.add_argument("--warmup", type=int, help="iterations of linear warm-up")
     p.optim.add_argument("--cooldown", type=float, help="share of the run, at its end, over which learning rates fall to 0; 0 in the paper")
     p.optim.add_argument("--clip", type=float, default=10.0, help="gradient norm")
-    p.optim.add_argument("--weight-decay", type=float, default=0.01)
+    p.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, both networks")
     args = p.parse(PRESETS, argv)
     if args.ratio < 1:
         raise UserError(f"--ratio: expected at least 1, found {args.ratio}")
     if args.alternate and args.ratio == 1:
         raise UserError("--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more")
+    if not 0 <= args.t_range[0] <= args.t_range[1] <= 1:
+        raise UserError(f"--t-range: expected 0 <= low <= high <= 1, found {args.t_range[0]} {args.t_range[1]}")
+    for name, fine in dict(warmup=args.warmup >= 0, cooldown=0 <= args.cooldown <= 1, clip=args.clip > 0, weight_decay=args.weight_decay >= 0).items():
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
+    if not args.gan and (args.gan_clean or args.gan_on == "teacher" or args.dm_weight == 0):
+        raise UserError("--gan-on, --gan-clean and --dm-weight 0 mean something only with the GAN term: add --gan")
+    if args.data and not (args.gan or args.sim == "data"):
+        raise UserError(f"--data {args.data}: this run would not look at images; add --gan (or --sim data)")
     return args
 
 
@@ -123,6 +132,8 @@ class Critic(nn.Module):
 
 def step_indices(n, steps=None):
     """Grid indices of an n-step student, falling: the official rule list(range(N-1, 0, -(N // n))), of which n are kept. n=4: 999, 749, 499, 249."""
+    if n >= N:
+        raise UserError(f"--nfe {n}: expected at most {N - 1}, the student's steps are levels of a grid of {N}")
     if steps is None:
         return list(range(N - 1, 0, -(N // n)))[:n]
     try:
@@ -135,13 +146,13 @@ def step_indices(n, steps=None):
 
 
 def renoise(x, alpha, sigma, eps):
-    """x_t = alpha x + sigma eps in float32; alpha, sigma: 0-d or [B]."""
-    return (expand(alpha, x) * x + expand(sigma, x) * eps).float()
+    """x_t = alpha x + sigma eps in the dtype of x; alpha, sigma: 0-d or [B], float64."""
+    return (expand(alpha, x) * x + expand(sigma, x) * eps).to(x.dtype)
 
 
 def first_input(schedule, t, z):
     """Pure noise as the student's first input: z for VP (unit norm at every t) and flow, sigma_max z for EDM."""
-    return z if schedule.unit_norm else (schedule.sigma(t) * z).float()
+    return z if schedule.unit_norm else (schedule.sigma(t) * z).to(z.dtype)
 
 
 def backward_simulation(student, schedule, times, k, cond, noise):
@@ -174,7 +185,7 @@ def dm_loss(x, g):
 def fake_loss(critic, x, x_t, alpha, sigma, cond, weight):
     """Denoising loss of the critic on detached student samples; weight: lambda_t [B]."""
     error = critic(x_t, alpha, sigma, cond) - x.detach()
-    return (expand(weight, x).float() * error.square()).mean()  # (6)
+    return (expand(weight, x).to(x.dtype) * error.square()).mean()  # (6)
 
 
 def gen_loss(logit_fake):

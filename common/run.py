@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         self.optim.add_argument("--ema", type=float, help="half-life of the student's weight average, in images of student updates; 0 is off")
         self.optim.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, about a third more time")
         self.run.add_argument("--out", help="folder of the run; default out/<method>-<teacher>")
-        self.run.add_argument("--seed", type=int, default=0)
+        self.run.add_argument("--seed", type=int, default=0, help="of all random numbers; noise and labels depend on (seed, iteration, sample), not on the processes")
         self.run.add_argument("--device", default="auto", help="auto, cpu or cuda")
         self.run.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; weights stay fp32. auto: bf16 on CUDA")
         self.run.add_argument("--compile", action="store_true", help="torch.compile the networks")
@@ -216,7 +217,7 @@ class Run:
         if self.world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
-        self.start, self.past_seconds, self.stopping, self.bad, self.skipped = time.time(), 0.0, False, 0, 0
+        self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.time(), 0.0, False, {}, 0, 0
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
         self.resume_wanted = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.once(self.open_folder)
@@ -250,17 +251,19 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--out {self.out}: another run is writing here; choose another folder or wait for it") from None
-        for litter in self.out.rglob("*.tmp"):
+        for litter in [p for pattern in ("metrics.json.tmp", "ckpt/*.tmp", "samples/*.tmp", "student/*.tmp") for p in self.out.glob(pattern)]:
             litter.unlink()  # left by a run that was killed while writing
         if not self.resume_wanted:
-            old = self.checkpoints()
-            if old and not self.args.overwrite:
+            if (old := self.checkpoints()) and not self.args.overwrite:
                 raise UserError(f"--out {self.out}: holds a run at iteration {int(old[-1].stem[3:])}; add --resume, --overwrite or another --out")
-            for path in old:
-                path.unlink()
-            (self.out / "log.jsonl").unlink(missing_ok=True)
         elif not self.checkpoints() and self.args.resume:
             raise UserError(f"--resume: no checkpoint in {self.out / 'ckpt'}")
+
+    def clear(self):
+        """Removes what an earlier run left. Called when nothing can be wrong with the flags any more, so that a typo beside --overwrite costs nothing."""
+        results = ("ckpt/it-*", "samples/[0-9]*.png", "metrics.json", "student/*.safetensors", "student/*.json") if self.args.overwrite else ()
+        for path in [p for pattern in ("log.jsonl", "eval.jsonl", *results) for p in self.out.glob(pattern)]:
+            path.unlink()
 
     def on_signal(self, signum, frame):
         if self.stopping and signum == signal.SIGINT:
@@ -287,7 +290,9 @@ class Run:
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
+            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
@@ -315,7 +320,8 @@ class Run:
         opt.grad_scale, opt.found_inf = None, bad  # fused optimisers leave weights and moments alone where found_inf is 1
         opt.step()
         opt.zero_grad(set_to_none=True)
-        self.bad, self.skipped = (self.bad + bad) * bad, self.skipped + bad
+        self.bad[id(opt)] = (self.bad.get(id(opt), 0) + bad) * bad  # in a row, for each network: a healthy critic must not hide a broken student
+        self.skipped = self.skipped + bad
         return norm
 
     # -- loop
@@ -347,7 +353,7 @@ class Run:
         if self.world > 1:
             dist.all_reduce(flat)
             flat /= self.world
-        bad, skipped = int(self.bad), int(self.skipped)
+        bad, skipped = max(map(int, self.bad.values()), default=0), int(self.skipped)
         if bad >= STOP_AFTER_BAD:
             raise RunError(f"the gradient was not finite in {bad} steps in a row (iteration {it}); last checkpoint: {(self.checkpoints() or ['none'])[-1]}")
         if not self.main:
@@ -387,29 +393,30 @@ class Run:
             log = self.out / "log.jsonl"
             with open(log, "a") as f:
                 os.fsync(f.fileno())
-            payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, bad=int(self.bad), skipped=int(self.skipped),
+            payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, skipped=int(self.skipped),
                            state={k: v.state_dict() for k, v in state.items()})
             path = self.out / "ckpt" / f"it-{it + 1:08d}.pt"
             try:
                 with atomic(path) as f:
                     torch.save(payload, f)
-            except OSError as e:
-                self.warn(f"checkpoint at iteration {it + 1} not written ({e.strerror}); the previous one is intact")
+            except (OSError, RuntimeError) as e:  # RuntimeError: how torch.save reports a full disk
+                self.warn(f"checkpoint at iteration {it + 1} not written ({str(e).splitlines()[0]}); the previous one is intact")
             else:
                 for old in self.checkpoints()[:-2]:
                     old.unlink()
+        self.saved = it + 1
         if self.world > 1:
             dist.barrier()
 
     def resume(self, state):
         """Loads the newest readable checkpoint into `state` if --resume (or torchrun's restart) asks for it -> first iteration to do (0 if none)."""
-        if not self.resume_wanted:
-            return 0
-        for path in reversed(self.checkpoints()):
+        unreadable = []
+        for path in reversed(self.checkpoints() if self.resume_wanted else []):
             try:
                 payload = torch.load(path, map_location="cpu", weights_only=True)  # no pickled code is ever run
             except Exception as e:  # torch raises many kinds for a damaged file; the reason is shown and the older checkpoint tried
                 self.warn(f"{path}: not readable ({type(e).__name__}), trying the one before")
+                unreadable.append(path)
                 continue
             found, expected = payload.get("header") if isinstance(payload, dict) else None, self.header()
             if found != expected:
@@ -419,19 +426,26 @@ class Run:
                     part.load_state_dict(payload["state"][name])
             except (KeyError, RuntimeError, ValueError) as e:
                 raise UserError(f"--resume {path}: does not fit the networks of these flags: {str(e).splitlines()[0]}") from None
-            self.past_seconds, self.bad, self.skipped = payload["seconds"], payload["bad"], payload["skipped"]
-            if self.main and (self.out / "log.jsonl").exists():
-                os.truncate(self.out / "log.jsonl", min(payload["log_bytes"], (self.out / "log.jsonl").stat().st_size))
+            self.past_seconds, self.skipped, self.saved = payload["seconds"], payload["skipped"], payload["it"]
+            self.once(lambda: self.rewind(payload["log_bytes"], unreadable))
             self.print(f"resumed {path.name}")
             return payload["it"]
         if self.args.resume:
             raise UserError(f"--resume: no readable checkpoint in {self.out / 'ckpt'}")
+        self.once(self.clear)
         return 0
 
+    def rewind(self, log_bytes, unreadable):
+        """The log back to the length it had at the checkpoint; damaged checkpoints out of the way, so that they do not count as the newest."""
+        log = self.out / "log.jsonl"
+        if log.exists():
+            os.truncate(log, min(log_bytes, log.stat().st_size))
+        for path in unreadable:
+            path.rename(f"{path}.unreadable")
 
     def finish(self, it, state):
         """Last checkpoint, after iteration it. A run that a signal ended leaves here: exit code 143 (SIGTERM) or 130 (Ctrl-C)."""
-        if not self.checkpoints() or self.checkpoints()[-1].stem != f"it-{it + 1:08d}":
+        if self.saved != it + 1:
             self.save(it, state)
         if self.stopping:
             self.warn(f"stopped by {signal.Signals(self.stopping).name} after iteration {it + 1}; go on with --resume")

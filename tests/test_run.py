@@ -1,0 +1,160 @@
+"""common/run.py without a script around it: random numbers, average, optimiser step, files."""
+import json
+import resource
+import signal
+import types
+
+import pytest
+import torch
+
+import dmd2
+from common.run import EMA, Draw, Run, RunError, atomic, near, read_json, write_json
+
+
+@pytest.fixture
+def run(tmp_path):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    made = []
+
+    def make(*flags):
+        made.append(Run("dmd2", dmd2.parse_args(["--teacher", "toy", "--out", str(tmp_path / "out"), *flags])))
+        return made[-1]
+
+    yield make
+    for r in made:
+        r.lock.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+class Box(torch.nn.Linear):
+    def copy(self):
+        twin = Box(self.in_features, self.out_features)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    whole = Draw(3, 7, 8)
+    parts = [Draw(3, 7, 8, rank, 4) for rank in range(4)]
+    for draw in (lambda d: d.normal(2, 3), lambda d: d.integers(0, 1000), lambda d: d.uniform(), lambda d: d.like(torch.zeros(1, 5))):
+        assert torch.equal(draw(whole), torch.cat([draw(d) for d in parts]))
+    assert len({d.shared_int(0, 10**6) for d in (whole, *parts)}) == 1
+    first = lambda seed, it: Draw(seed, it, 8).normal(4)
+    assert torch.equal(first(1, 2), first(1, 2)) and not torch.equal(first(1, 2), first(2, 1)) and not torch.equal(first(1, 2), first(1, 3))
+    assert not torch.equal(whole.normal(4)[:4], whole.normal(4)[4:])  # rows differ, and so do successive draws
+
+
+def test_ema_halves_in_its_half_life():
+    model = Box(1, 1)
+    ema = EMA(model, 100)
+    ema.images = 10**6  # long after the ramp-up
+    with torch.no_grad():
+        start = ema.model.weight.clone()
+        model.weight += 1
+    for _ in range(10):
+        ema.update(10)
+    assert torch.allclose(ema.model.weight, start + 0.5, atol=1e-6)
+    off = EMA(model, 0)
+    off.update(10)
+    assert off.model is model and off.images == 10
+
+
+def test_ema_state_goes_through_a_checkpoint():
+    a, b = EMA(Box(2, 2), 50), EMA(Box(2, 2), 50)
+    a.update(10)
+    b.load_state_dict(a.state_dict())
+    assert b.images == 10 and torch.equal(a.model.weight, b.model.weight)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(run):
+    r, net = run(), torch.nn.Linear(3, 3)
+    opt = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+
+    def step(factor):
+        (net(torch.ones(1, 3)).sum() * factor).backward()
+        r.step(opt, list(net.parameters()), 10.0)
+        return torch.cat([*(p.detach().flatten() for p in net.parameters()), *(v.flatten().float() for s in opt.state.values() for v in s.values())])
+
+    good = step(1.0)
+    for factor in (float("nan"), float("inf")):
+        assert torch.equal(step(factor), good)
+    assert int(r.skipped) == 2 and all(p.grad is None for p in net.parameters())
+    assert not torch.equal(step(1.0), good)
+    healthy = torch.nn.Linear(1, 1)
+    healthy_opt = torch.optim.AdamW(healthy.parameters(), fused=True)
+    r.bar = types.SimpleNamespace(set_postfix=lambda *a, **k: None)
+    for i in range(20):
+        r.log(i, dict(loss=0.0))  # not yet
+        step(float("nan"))
+        healthy(torch.ones(1, 1)).sum().backward()
+        r.step(healthy_opt, list(healthy.parameters()), 10.0)  # the other network's good steps do not hide it
+    with pytest.raises(RunError, match="20 steps in a row"):
+        r.log(20, dict(loss=0.0))
+    assert json.loads((r.out / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 21
+
+
+def test_clipping_is_by_global_norm(run):
+    r, net = run(), torch.nn.Linear(3, 3)
+    opt = torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
+    before = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+    (net(torch.ones(1, 3)).sum() * 100).backward()
+    norm = r.step(opt, list(net.parameters()), 0.5)
+    after = torch.cat([p.detach().flatten() for p in net.parameters()])
+    assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        with atomic(path) as f:
+            f.write(b"half")
+            1 / 0
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_json(path, dict(a=1))
+    assert read_json(path) == dict(a=1) == json.loads(path.read_text())
+
+
+def test_a_full_disk_costs_the_checkpoint_but_not_the_run(run, capsys):
+    r, state = run(), dict(net=torch.nn.Linear(100, 100))
+    r.save(0, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # files end after 10 kB, as on a full disk
+    try:
+        r.save(1, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "checkpoint at iteration 2 not written" in capsys.readouterr().err
+    assert [p.name for p in (r.out / "ckpt").iterdir()] == ["it-00000001.pt"]
+    torch.load(r.checkpoints()[0], weights_only=True)
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_does_not_count(run):
+    r, net = run(), torch.nn.Linear(2, 2)
+    for it in range(4):
+        r.save(it, dict(net=net))
+    assert [p.name for p in r.checkpoints()] == ["it-00000003.pt", "it-00000004.pt"]
+    r.checkpoints()[-1].write_bytes(b"PK")
+    r.lock.close()
+    again = run("--resume")
+    assert again.resume(dict(net=net)) == 3
+    again.finish(3, dict(net=net))  # iteration 4 is written anew although a file of that name was there
+    assert torch.load(again.checkpoints()[-1], weights_only=True)["it"] == 4
+
+
+def test_only_our_own_leftovers_are_removed(run, tmp_path):
+    for name in ("keep.tmp", "sub/keep.tmp", "samples/keep.png", "ckpt/it-00000001.pt.tmp"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    run().resume({})
+    left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert left == {"keep.tmp", "sub/keep.tmp", "samples/keep.png", ".lock"}
+
+
+def test_flags_of_a_preset_can_be_overridden():
+    assert dmd2.parse_args(["--teacher", "toy"]).lr == 5e-4 and dmd2.parse_args(["--teacher", "toy", "--lr", "1"]).lr == 1
+    smoke = dmd2.parse_args(["--teacher", "toy", "--smoke"])
+    assert (smoke.iters, smoke.log_every, smoke.save_every) == (3, 1, 3)
+    assert near("toyy", ["toy", "mnist"]) == ", did you mean toy?"
