@@ -1,6 +1,7 @@
 """Images with labels: the embedded set of a teacher, or a folder with one subfolder per class. Order is a function of (seed, sample counter)."""
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,29 +41,29 @@ def load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as f:
             images, labels = f["images"], f["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path}: expected an .npz with arrays images and labels ({type(e).__name__})") from None
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
-        raise UserError(f"{path}: expected images uint8 [N, H, W, C] and labels [N], found {images.dtype} {list(images.shape)} and {list(labels.shape)}")
-    return Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long(), [str(i) for i in range(int(labels.max()) + 1)])
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not len(images) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(f"{path}: expected images uint8 [N, H, W, C] and labels int [N] >= 0, found {images.dtype} {list(images.shape)} and {labels.dtype} "
+                        f"{list(labels.shape)}")
+    names = [str(i) for i in range(int(labels.max()) + 1)]
+    return Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)), names)
 
 
 def read_image(path, channels, size):
-    """uint8 [C, size, size]: shorter side resized (Lanczos), centre crop. OSError or ValueError if the file is no image that pillow accepts."""
+    """uint8 [C, size, size]: the central square, resized (Lanczos). ValueError if the file is no image that pillow accepts."""
     from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a bomb is refused, not warned about
         try:
             with Image.open(path) as img:
                 img = img.convert("L" if channels == 1 else "RGB")
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError, SyntaxError) as e:
-            raise ValueError(str(e)) from None
-    k = size / min(img.size)
-    if k != 1:
-        img = img.resize((max(size, round(img.width * k)), max(size, round(img.height * k))), Image.LANCZOS)
-    left, top = (img.width - size) // 2, (img.height - size) // 2
-    a = np.array(img.crop((left, top, left + size, top + size)), dtype=np.uint8)
+        except Exception as e:  # pillow's readers raise many kinds for a damaged file
+            raise ValueError(f"{type(e).__name__}: {e}") from None
+    side = min(img.size)  # cropped before it is resized: a strip of 1 x 80,000,000 pixels must not be enlarged
+    left, top = (img.width - side) // 2, (img.height - side) // 2
+    a = np.array(img.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side)), dtype=np.uint8)
     return torch.from_numpy(a.reshape(size, size, channels)).permute(2, 0, 1)
 
 
@@ -78,9 +79,9 @@ def load_folder(folder, channels, size, say=print):
             try:
                 images.append(read_image(path, channels, size))
                 labels.append(label)
-            except (OSError, ValueError) as e:
+            except ValueError as e:
                 skipped += 1
-                say(f"skipped {path}: not readable as an image ({type(e).__name__})")
+                say(f"skipped {path}: not readable as an image ({str(e)[:100]})")
     if not images:
         raise UserError(f"--data {folder}: expected images ({', '.join(SUFFIXES)}), found none readable ({skipped} skipped)")
     say(f"{folder}: {len(images)} images, {len(classes)} classes, {skipped} skipped")
@@ -100,4 +101,8 @@ def load_images(data, teacher, say=print):
         return Images(teacher.mixture.sample(20000, labels, g), labels, [str(i) for i in range(teacher.classes)])
     if not teacher.evaluation.get("images"):
         raise UserError("--data: this teacher ships no images; give a folder with one subfolder per class")
-    return load_npz(teacher.folder / teacher.evaluation["images"])
+    images = load_npz(teacher.folder / teacher.evaluation["images"])
+    if tuple(images.images.shape[1:]) != teacher.shape or len(images.names) > teacher.classes:
+        raise UserError(f"{teacher.folder / teacher.evaluation['images']}: expected images {list(teacher.shape)} of at most {teacher.classes} classes, "
+                        f"found {list(images.images.shape[1:])} of {len(images.names)}")
+    return images

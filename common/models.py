@@ -5,7 +5,7 @@ i.e. a subclass, says how one architecture is called: `predict`, `encode`, `null
 Only safetensors and JSON are read; nothing that a file contains is executed.
 """
 import copy
-import json
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Model(nn.Module):
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
         super().__init__()
+        schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation = torch.float32, None, {}
 
@@ -57,6 +58,10 @@ class Model(nn.Module):
 
     def null(self, n):
         """cond of n unconditional samples."""
+        raise NotImplementedError
+
+    def fits(self):
+        """(shape, classes) that the network's own configuration asks for."""
         raise NotImplementedError
 
     def decode(self, x):
@@ -119,7 +124,8 @@ class Model(nn.Module):
     def copy(self):
         """A twin with its own fp32 network weights, trainable; everything else is shared."""
         twin = copy.copy(self)
-        twin._modules = dict(self._modules, net=copy.deepcopy(self.net).float().requires_grad_(True))
+        twin.__dict__.update({k: v.copy() for k, v in vars(self).items() if k.startswith("_") and isinstance(v, dict)})  # hooks, parameters: its own
+        twin.net = copy.deepcopy(self.net).float().requires_grad_(True)
         return twin
 
     def config(self):
@@ -136,12 +142,8 @@ class Model(nn.Module):
     def save_net(self, folder):
         write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
-        path = folder / "diffusion_pytorch_model.safetensors"
-        save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
-        with open(f"{path}.tmp", "rb") as whole, atomic(path.with_suffix(".new")) as f:  # fsync before the name is taken
-            f.write(whole.read())
-        path.with_suffix(".new").replace(path)
-        Path(f"{path}.tmp").unlink()
+        with atomic(folder / "diffusion_pytorch_model.safetensors") as f:
+            save_file(tensors, f.name, metadata={"format": "pt"})
 
     def net_config(self):
         return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
@@ -168,7 +170,11 @@ class DiT(Model):
     def predict(self, x, t, cond):
         return self.net(x, timestep=t * 1000, class_labels=cond["labels"], return_dict=False)[0]
 
-    def sites(self):  # the last block: its tokens carry the whole estimate, and its depth is that of the critic
+    def fits(self):
+        c = self.net.config
+        return (c.in_channels, c.sample_size, c.sample_size), c.num_embeds_ada_norm
+
+    def sites(self):  # the block in the middle: the deeper ones turn towards the output
         return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
 
     def hidden(self, h):
@@ -213,6 +219,9 @@ class Toy(Model):
         c_in = (t**2 + self.sigma_data**2).rsqrt()
         return self.net((x * c_in[:, None]).to(self.net.inp.weight.dtype), t, cond["labels"])
 
+    def fits(self):
+        return (2,), self.net.config["classes"]
+
     def sites(self):
         return [self.net.hidden[-1]]
 
@@ -239,7 +248,7 @@ class Toy(Model):
 
     def rows(self, x, size=128, extent=1.6):
         """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
-        ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).long()
+        ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).floor().long()
         ij = ij[((ij >= 0) & (ij < size)).all(1)]
         count = torch.bincount((size - 1 - ij[:, 1]) * size + ij[:, 0], minlength=size * size).reshape(1, 1, size, size)
         return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(torch.uint8)
@@ -256,7 +265,7 @@ def load_model(folder, info):
     UserError, one line, if a file is missing, truncated, not safetensors, of another class, or holds other tensors than the configuration asks for.
     """
     folder = Path(folder)
-    if info.get("adapter") not in ADAPTERS:
+    if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
         raise UserError(f"{folder}: adapter: expected one of {', '.join(ADAPTERS)}, found {info.get('adapter')!r}")
     config, cls = read_json(folder / "config.json", "teacher file"), ADAPTERS[info["adapter"]]
     if config.get("_class_name") != NETWORKS[cls.adapter]:
@@ -268,8 +277,12 @@ def load_model(folder, info):
         net = cls.network(config)
         schedule = schedules.from_config(info["schedule"])
         model = cls(net, schedule, info["prediction"], info["shape"], int(info["classes"]), sigma_data=float(info["sigma_data"]))
-    except (TypeError, ValueError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}: configuration not usable: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
+        raise UserError(f"{folder}: configuration not usable: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+    if (model.shape, model.classes) != model.fits():
+        raise UserError(f"{folder}: shape and classes: expected {model.fits()}, as in config.json, found {(model.shape, model.classes)}")
+    if not 0 < model.sigma_data < float("inf"):
+        raise UserError(f"{folder}: sigma_data: expected a positive number, found {model.sigma_data}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
@@ -290,7 +303,7 @@ def load_model(folder, info):
 def load_teacher(name, device="cpu", dtype=torch.float32):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`)."""
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False also for a name that no file can have
         raise UserError(f"--teacher {name}: expected {', '.join(EMBEDDED)} or a folder{near(name, EMBEDDED)}")
     if not (folder / "teacher.json").is_file():
         hint = "it is a student of this project; give its teacher" if (folder / "distill.json").is_file() else "no teacher.json in it"
@@ -300,6 +313,8 @@ def load_teacher(name, device="cpu", dtype=torch.float32):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")
     teacher = load_model(folder, info["model"])
     teacher.evaluation = info.get("evaluation", {})
+    if not isinstance(teacher.evaluation, dict):
+        raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")
     if teacher.adapter == "toy":
         teacher.exact, teacher.labelled = True, name == "toy-cond"
     teacher.dtype = dtype

@@ -77,8 +77,8 @@ class VP:
         return (hi - 1 + frac).float().double()
 
     def grid(self, n=1000):
-        """The n noise levels t[0] < ... < t[n-1] over which methods with discrete times draw."""
-        return torch.linspace(0, self.T - 1, n, dtype=torch.float64)
+        """The n noise levels t[0] < ... < t[n-1] over which methods with discrete times draw; n = 1 is the noisy end, for every schedule."""
+        return torch.linspace(self.T - 1, 0, n, dtype=torch.float64).flip(0)
 
 
 class EDM:
@@ -108,7 +108,9 @@ class EDM:
     def grid(self, n=1000):  # EDM eq. (5), ascending
         i = torch.linspace(0, 1, n, dtype=torch.float64)
         lo, hi = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
-        return torch.cat([f64([self.t_min]), ((lo + i * (hi - lo)) ** self.rho)[1:-1], f64([self.t_max])])
+        t = (lo + i * (hi - lo)) ** self.rho
+        t[0], t[-1] = self.t_min, self.t_max  # exactly, not up to the rounding of the powers
+        return t
 
 
 class Flow:
@@ -178,15 +180,24 @@ SCHEDULES = dict(vp=VP, edm=EDM, flow=Flow, trigflow=TrigFlow)
 
 
 def from_config(config):
-    """Schedule from its `.config` dict, as stored in teacher.json and distill.json. ValueError if the name or a field is unknown."""
+    """Schedule from its `.config` dict, as stored in teacher.json and distill.json. ValueError if the name, a field or a value cannot be used."""
+    if not isinstance(config, dict):
+        raise ValueError(f"schedule: expected an object, found {type(config).__name__}")
     config = dict(config)
     name = config.pop("name", None)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"schedule name: expected one of {', '.join(SCHEDULES)}, found {name!r}")
+    for k, v in config.items():
+        if k != "kind" and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf):
+            raise ValueError(f"schedule {name}: {k}: expected a positive number, found {v!r}")
     try:
-        return SCHEDULES[name](**config)
-    except TypeError as e:
+        schedule = SCHEDULES[name](**config)
+    except (TypeError, OverflowError, RuntimeError) as e:
         raise ValueError(f"schedule {name}: {e}") from None
+    t = schedule.grid(16)
+    if not ((schedule.alpha(t) / schedule.sigma(t)).diff() < 0).all():  # sigma_min > sigma_max, one step, beta > 1, ...
+        raise ValueError(f"schedule {name}: expected alpha / sigma to fall with t, found that it does not with {config}")
+    return schedule
 
 
 # ---- conversions: what a network says, given x_t = alpha x0 + sigma eps -----------------------------------------------------------------

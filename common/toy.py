@@ -49,8 +49,11 @@ class Mixture:
         return (r[..., None] * each).sum(1).to(x_t.dtype)
 
     def score(self, x_t, alpha, sigma, labels=None):
-        """grad_x log p_t(x_t), [n, 2], by Tweedie's formula: -(x_t - alpha E[x0 | x_t]) / sigma^2."""
-        return -(x_t - expand(alpha, x_t).to(x_t.dtype) * self.x0(x_t, alpha, sigma, labels)) / expand(sigma, x_t).to(x_t.dtype) ** 2
+        """grad_x log p_t(x_t), [n, 2]: the components' scores, weighted by responsibility. Finite at sigma = 0, where Tweedie's formula is 0 / 0."""
+        a, s = expand(alpha, x_t).reshape(-1, 1, 1), expand(sigma, x_t).reshape(-1, 1, 1)
+        each = (a * self.means.to(x_t.device) - x_t[:, None].double()) / ((a * self.std) ** 2 + s**2)  # [n, K, 2]
+        r = self.log_parts(x_t, alpha, sigma, labels).softmax(1)
+        return (r[..., None] * each).sum(1).to(x_t.dtype)
 
 
 class MLP(nn.Module):
