@@ -191,7 +191,9 @@ def load_inception(path, device="cpu", force=False):
     if prefix != INCEPTION_SHA256 and not force:
         raise bad(f"pytorch-fid's public weights, sha256 {INCEPTION_SHA256}...", f"{prefix}...")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on odd pickles before it refuses them; the one line below says enough
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         have = {str(k): list(v.shape) for k, v in state.items()}
     except Exception as e:  # torch raises many types here, with messages of several pages
         raise bad("a state dict of plain tensors", f"something else ({type(e).__name__})") from None

@@ -1,17 +1,28 @@
 """Samples of a model, and what they are worth: used by the scripts at the end of a run and by eval.py. Distances themselves: common/fid.py, common/toy.py."""
+import hashlib
 import json
+import math
+import platform
+import sys
 import time
+import warnings
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from common import fid
-from common.data import load_images
+from common.data import SUFFIXES, load_images
 from common.run import ImageNoise, UserError, revision, save_grid, write_json
 from common.toy import energy_distance, mode_shares, sliced_wasserstein
 
+DISTANCES = ("fid", "fd", "kid", "energy_distance", "sliced_wasserstein")  # lower is better
 TEACHER_NFE = 16  # Euler steps of the teacher row in sample grids
+METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "agreement", "energy_distance", "sliced_wasserstein",
+           "mode_min", "mode_max", "near_mode")
 
 
 @torch.no_grad()
@@ -42,6 +53,8 @@ def teacher_sample(teacher, z, cond, nfe, cfg=1.0, heun=False):
 class Extractor:
     """Features and label logits of images under a teacher's own protocol (its classifier), with the reference statistics of its data."""
 
+    metric, dims = "fd", 64  # never called FID: the network is not the public Inception
+
     def __init__(self, teacher):
         e = teacher.evaluation
         for key in ("protocol", "classifier", "reference", "images", "names"):
@@ -55,19 +68,45 @@ class Extractor:
             raise UserError(f"{teacher.folder / e['classifier']}: expected the safetensors of the classifier ({type(err).__name__})") from None
         self.net.eval().to(self.device)
         self.reference = fid.load_stats(teacher.folder / e["reference"])
-        self.teacher, self.real = teacher, None
+        self.teacher, self.real, self.ref_name, self.shape = teacher, None, self.reference["n"], torch.Size(teacher.shape)
+
+    def use(self, reference, name, real=None):
+        """Another reference: statistics, and features [m, D] of its images where there are any (KID, precision and recall need them)."""
+        self.reference, self.ref_name, self.teacher, self.real = reference, name, None, real
+
+    def describe(self, n, source):
+        """Protocol string: all that changes the number."""
+        return f"{self.metric} {self.protocol} uint8 n={n} {source} ref={self.ref_name}"
 
     @torch.no_grad()
     def __call__(self, images):
         return [a.float().cpu() for a in self.net(images.to(self.device))]
 
     def real_features(self, n):
-        """Features of the first n reference images: of a fixed shuffle, so that the classes are mixed. For KID, precision and recall."""
-        if self.real is None:
+        """Features of the first n reference images, of a fixed shuffle, so that the classes are mixed; None if only statistics are known."""
+        if self.real is None and self.teacher is not None:
             data = load_images(None, self.teacher, lambda *a: None)
             order = data.order(0, 0)[:n]
             self.real = torch.cat([self(part)[0] for part in data.images[order].split(500)])
-        return self.real[:n]
+        return None if self.real is None else self.real[:n]
+
+
+class InceptionExtractor(Extractor):
+    """The 2048 features of the public Inception network, given by path. `use` names the reference. Weights forced by the user give fd, not FID."""
+
+    dims = 2048
+
+    def __init__(self, path, device, resize="tf1", force=False):
+        self.net, digest = fid.load_inception(path, device, force)
+        public = digest == fid.INCEPTION_SHA256
+        self.metric, self.protocol = "fid" if public else "fd", f"inception-{resize}resize" + ("" if public else f"-{digest}")
+        self.device, self.resize, self.teacher, self.real, self.reference, self.shape = device, resize, None, None, None, None  # any RGB
+
+    def describe(self, n, source):
+        return f"{self.metric}{f'{n // 1000}k' if n % 1000 == 0 else n} {self.protocol} uint8 ref={self.ref_name} n={n} {source}"
+
+    def __call__(self, images):
+        return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
 
 
 def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1):
@@ -94,46 +133,149 @@ def gather(x, n, rank, world):
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 
-def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1, extractor=None, progress=None):
-    """Metrics of n samples -> dict. `mnist`-type teachers: fd, kid, precision, recall, density, coverage, agreement under the teacher's protocol;
-    `toy`: energy distance, sliced Wasserstein distance, mode shares against samples of the exact mixture. Same result for any world size."""
-    start, samples, labels, seconds = time.time(), [], [], 0.0
+def together(fn, world):
+    """fn() on every rank -> list of its results by rank. A UserError on one rank is raised on all, so that none waits for a process that has ended."""
+    try:
+        mine = (fn(), None)
+    except UserError as e:
+        mine = (None, str(e))
+    box = [mine]
+    if world > 1:
+        box = [None] * world
+        dist.all_gather_object(box, mine)
+    for _, error in box:
+        if error is not None:
+            raise UserError(error)
+    return [result for result, _ in box]
+
+
+def fingerprints(x):
+    """One number per image, equal for equal images: int64 [n]. Counting distinct ones finds a seed that is the same on every rank."""
+    rows = x.detach().cpu().contiguous().numpy()
+    return torch.tensor([int.from_bytes(hashlib.sha256(r.tobytes()).digest()[:8], "big", signed=True) for r in rows], dtype=torch.int64)
+
+
+def distances(extractor, features):
+    """Features [n, D] of the samples against the extractor's reference -> dict: fd or fid; kid (mean and std of 100 subsets of 1,000, not times 1000),
+    precision, recall, density, coverage (k = 3, as many reference images as samples, if there are so many) where reference images are known."""
+    device = extractor.device if torch.device(extractor.device).type == "cuda" else "cpu"  # on CUDA the eigenvalues take seconds, not a minute
+    features, ref, stats = features.to(device), extractor.reference, fid.Stats(features.shape[1], device)
+    try:
+        for part in features.split(5000):
+            stats.update(part)
+        out = {extractor.metric: fid.frechet(*stats.mean_cov(), torch.as_tensor(ref["mu"]), torch.as_tensor(ref["sigma"]))}
+        real = extractor.real_features(len(features))
+        if real is not None:
+            out["kid"], out["kid_std"] = fid.kid(real.to(device), features)
+            out |= fid.prdc(real.to(device), features, k=3)
+    except ValueError as e:  # too few images, or a reference that is no covariance
+        raise UserError(str(e)) from None
+    return out
+
+
+def toy_distances(x, mixture, classes, seed):
+    """Samples [n, 2] against as many of the exact mixture, with the same labels -> dict."""
+    n = len(x)
+    y = mixture.sample(n, torch.arange(n) % classes, torch.Generator().manual_seed(seed + 1))
+    share, near = mode_shares(x, mixture)
+    return dict(energy_distance=energy_distance(x, y), sliced_wasserstein=sliced_wasserstein(x, y), mode_min=float(share.min()), mode_max=float(share.max()),
+                near_mode=near)
+
+
+def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1, extractor=None, progress=None, keep=None):
+    """Metrics of n samples -> dict, the same on every rank and for any world size. `mnist`-type teachers: fd (or fid: InceptionExtractor), kid, precision,
+    recall, density, coverage, agreement of the classifier with the labels; `toy`: energy distance, sliced Wasserstein distance, mode shares against the
+    exact mixture. progress(number done) and keep(indices, uint8 images) are called for each batch of this rank."""
+    start, seconds, toy = time.time(), 0.0, teacher.adapter == "toy"
+    if n < world:
+        raise UserError(f"{n} samples: expected at least one for each of {world} processes")
     device = next(model.parameters()).device
     sync = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
-    features, logits = [], []
-    if teacher.adapter != "toy":
+    if not toy:
         extractor = extractor or Extractor(teacher)
-    for _, y, x in generate(lambda *a: timed(sampler, sync, *a), model, n, seed, batch, rank, world):
-        x, spent = x
+    points, predicted, ids, finite = [], [], [], []
+    for index, _, (x, spent) in generate(lambda *a: timed(sampler, sync, *a), model, n, seed, batch, rank, world):
         seconds += spent
-        labels.append(y)
-        if teacher.adapter == "toy":
-            samples.append(x.cpu())
-        else:
-            f, l = extractor(model.decode(x))
-            features.append(f)
-            logits.append(l)
+        images = x.cpu() if toy else model.decode(x)
+        f, logits = (images, None) if toy else extractor(images)
+        points.append(f)
+        ids.append(fingerprints(images))
+        finite.append(x.isfinite().flatten(1).all(1).cpu())
+        if logits is not None:
+            predicted.append(logits.argmax(1))
+        if keep:
+            keep(index, images)
         if progress:
-            progress(len(y))
-    common = dict(n=n, seed=seed, images_per_s=round(len(torch.cat(labels)) / max(seconds, 1e-9), 1))
-    if teacher.adapter == "toy":
-        x = gather(torch.cat(samples), n, rank, world)
-        y = teacher.mixture.sample(n, torch.arange(n) % teacher.classes, torch.Generator().manual_seed(seed + 1))
-        share, near = mode_shares(x, teacher.mixture)
-        return dict(protocol=f"toy exact n={n}", energy_distance=energy_distance(x, y), sliced_wasserstein=sliced_wasserstein(x, y), mode_min=float(share.min()),
-                    mode_max=float(share.max()), near_mode=near, **common)
-    features = gather(torch.cat(features), n, rank, world)
-    predicted = gather(torch.cat(logits).argmax(1), n, rank, world)
-    stats = fid.Stats(features.shape[1])
-    stats.update(features)
-    ref = extractor.reference
-    fd = fid.frechet(*stats.mean_cov(), torch.as_tensor(ref["mu"]), torch.as_tensor(ref["sigma"]))
-    real = extractor.real_features(n)
-    kid, kid_std = fid.kid(real, features)
-    prdc = fid.prdc(real, features, k=3)
-    agreement = (predicted == torch.arange(n) % teacher.classes).double().mean().item()
-    return dict(protocol=f"fd {extractor.protocol} uint8 n={n} seed={seed} ref={ref.get('n')}", fd=fd, kid=kid, kid_std=kid_std, **prdc, agreement=agreement,
-                **common, seconds=round(time.time() - start, 1))
+            progress(len(index))
+    points, ids, bad = (gather(torch.cat(a), n, rank, world) for a in (points, ids, [1 - f.long() for f in finite]))
+    if toy:
+        protocol, measure = f"toy exact n={n} seed={seed}", lambda: toy_distances(points, teacher.mixture, teacher.classes, seed)
+    else:
+        protocol, measure = extractor.describe(n, f"seed={seed}"), lambda: distances(extractor, points)
+    result = together(lambda: measure() if rank == 0 else None, world)[0]  # the other ranks would only compute the same again
+    if predicted:
+        result["agreement"] = (gather(torch.cat(predicted), n, rank, world) == torch.arange(n) % teacher.classes).double().mean().item()
+    if bad.any():
+        result["nonfinite"] = int(bad.sum())
+    return dict(protocol=protocol, **result, n=n, seed=seed, distinct=len(ids.unique()), images_per_s=round(len(range(rank, n, world)) / max(seconds, 1e-9), 1),
+                seconds=round(time.time() - start, 1))
+
+
+# ---- images of a folder ------------------------------------------------------------------------------------------------------------------
+
+
+def list_images(flag, folder, n=None):
+    if not Path(folder).is_dir():
+        raise UserError(f"{flag} {folder}: expected a folder of images, found {'a file' if Path(folder).exists() else 'nothing'}")
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+    if len(files) < (n or 8):
+        raise UserError(f"{flag} {folder}: expected at least {n or 8} images ({', '.join(SUFFIXES)}), found {len(files)}")
+    return files[:n]
+
+
+def read(path, channels):
+    """uint8 [C, H, W] at the file's own size: an image that is resized twice gives another number."""
+    from PIL import Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as img:
+                a = np.array(img.convert("L" if channels == 1 else "RGB"))
+        except Exception as e:  # pillow's readers raise many kinds for a damaged file; leaving it out would change n without a word
+            raise UserError(f"{path}: not readable as an image ({type(e).__name__})") from None
+    return torch.from_numpy(a).reshape(*a.shape[:2], channels).permute(2, 0, 1)
+
+
+def folder_features(files, extractor, batch, rank, world):
+    """Features float32 [n, D] and fingerprints [n] of image files, on every rank."""
+    shape = extractor.shape
+    if len(files) < world:
+        raise UserError(f"{len(files)} images: expected at least one for each of {world} processes")
+
+    def mine():
+        features, ids, group = [], [], []
+        for path in tqdm(files[rank::world] + [None], desc=files[0].parent.name, disable=rank > 0, mininterval=pace()):
+            image = None if path is None else read(path, 3 if shape is None else shape[0])
+            if image is not None and shape is not None and image.shape != shape:
+                raise UserError(f"{path}: expected {shape[1]} x {shape[2]} pixels, the teacher's size, found {image.shape[1]} x {image.shape[2]}")
+            if group and (image is None or len(group) == batch or image.shape != group[0].shape):  # sizes may differ within a folder
+                stack = torch.stack(group)
+                features.append(extractor(stack)[0])
+                ids.append(fingerprints(stack))
+                group = []
+            group.append(image)
+        return torch.cat(features), torch.cat(ids)
+
+    local = []
+    together(lambda: local.extend(mine()), world)  # a file that one rank cannot read ends all of them
+    return tuple(gather(a, len(files), rank, world) for a in local)
+
+
+def pace():
+    return 0.2 if sys.stderr.isatty() else 10
+
+
+# ---- cost of a sampler: network passes and time -----------------------------------------------------------------------------------------
 
 
 def timed(sampler, sync, *args):
@@ -142,6 +284,45 @@ def timed(sampler, sync, *args):
     x = sampler(*args)
     sync()
     return x, time.perf_counter() - t
+
+
+def trial(model, n):
+    """(z, cond, noise) for n samples that nobody looks at."""
+    device = next(model.parameters()).device
+    z = torch.randn(n, *model.shape, device=device)
+    return z, {k: v.to(device) for k, v in model.encode(torch.arange(n) % max(model.classes, 1)).items()}, lambda: torch.randn_like(z)
+
+
+@torch.no_grad()
+def passes(sampler, model):
+    """Network passes per image, counted where they happen: rows that enter the network (the exact toy teacher has none, there the model itself counts)."""
+    seen = []
+    target = model if getattr(model, "exact", False) else model.net
+    hook = target.register_forward_pre_hook(lambda m, a, kw: seen.append(len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v)))), with_kwargs=True)
+    try:
+        sampler(model, *trial(model, 2))
+    finally:
+        hook.remove()
+    return sum(seen) / 2
+
+
+@torch.no_grad()
+def latency(sampler, model, batch):
+    """Median time of sampling and decoding, at batch 1 and `batch`, of at least three calls."""
+    out, device = {}, next(model.parameters()).device
+    for b in sorted({1, batch}):
+        inputs, times = trial(model, b), []
+        while len(times) < 5 or (len(times) < 50 and sum(times) < 2):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            x = sampler(model, *inputs)
+            x = x if model.adapter == "toy" else model.decode(x)
+            x.cpu()  # waits for the device
+            times.append(time.perf_counter() - start)
+        t = float(np.median(times[2:]))  # two calls of warm-up
+        out[str(b)] = dict(ms_per_image=round(t / b * 1000, 4), images_per_s=round(b / t, 2))
+    return out
 
 
 # ---- what a script does at the end of a run, and in between ------------------------------------------------------------------------------
@@ -177,7 +358,7 @@ def report(run, teacher, student, sample, sampler, it, n):
 
 def summary(r):
     """One line for people."""
-    keys = [k for k in ("fd", "kid", "precision", "recall", "coverage", "agreement", "energy_distance", "sliced_wasserstein", "mode_min", "near_mode") if k in r]
+    keys = [k for k in ("fid", "fd", "kid", "precision", "recall", "coverage", "agreement", "energy_distance", "sliced_wasserstein", "mode_min", "near_mode") if k in r]
     return f"{r['method']} nfe={r['nfe']}: " + "  ".join(f"{k} {r[k]:.4g}" for k in keys) + f"  ({r['protocol']})"
 
 
@@ -188,3 +369,39 @@ def export(run, teacher, student, sampler):
         student.save(run.out / "student", dict(method=run.method, teacher=run.args.teacher, nfe=run.args.nfe, cfg=run.args.cfg, sampler=sampler, flags=flags,
                                                seed=run.args.seed, revision=revision(), torch=torch.__version__))
         run.print(f"student: {run.out / 'student'}")
+
+
+# ---- results as text ---------------------------------------------------------------------------------------------------------------------
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def dumps(value):
+    """One line of strict JSON: NaN and infinities become null."""
+    clean = lambda v: ({k: clean(w) for k, w in v.items()} if isinstance(v, dict) else [clean(w) for w in v] if isinstance(v, list)
+                       else None if isinstance(v, float) and not math.isfinite(v) else v)
+    return json.dumps(clean(value), allow_nan=False)
+
+
+def table(results):
+    """Markdown; columns that no result has are left out. Several seeds: mean, of distances also (minimum)."""
+    columns = ["name", "nfe", "passes", "cfg", *[k for k in METRICS if k != "kid_std"], "distinct", "nonfinite", "images_per_s"]
+    columns = [c for c in columns if any(r.get(c) is not None for r in results)]
+    show = lambda r, c: "" if r.get(c) is None else f"{r[c]:.4g}" + (f" ({r['min'][c]:.4g})" if c in DISTANCES and "min" in r else "") if isinstance(r[c], float) else str(r[c])
+    cells = [columns] + [[show(r, c) for c in columns] for r in results]
+    width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, width)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])

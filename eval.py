@@ -1,0 +1,332 @@
+"""Measures students, teachers and image folders. The last printed line is one JSON object; every result is also appended to out/eval.jsonl.
+
+    python eval.py out/dmd2-mnist                                     # a run's student, as it was trained: steps, sampler and teacher of distill.json
+    python eval.py out/*-mnist --compare --teacher-nfe 1,16,50        # several students and their teacher: one table, one picture
+    python eval.py --teacher mnist --nfe 1,2,4,8,16,50 --cfg 1,1.5,2  # a teacher alone, all combinations
+    python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth     # FID of two folders; --teacher mnist: its protocol
+    python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3    # FID against EDM's reference file
+    torchrun --nproc_per_node=8 eval.py ... --samples 50000           # the same numbers: image i depends on (--seed, i), not on batch or processes
+
+Metrics. A teacher folder brings its own protocol (a small classifier's features): `fd`, never called FID. `fid` is printed only for the public
+Inception weights, given by path: TF1 resize, uint8, float64 statistics. kid: 100 subsets of 1,000 images (fewer if there are fewer), not times 1000.
+precision, recall, density, coverage: k = 3, against as many reference images as samples (the first of a fixed shuffle, or of --ref-images in the order of their names).
+agreement: share of samples whose label the classifier finds; image i has label i % classes. Toy teachers: energy distance, sliced Wasserstein
+distance, smallest and largest share of a mode, share of points within 3 standard deviations of their mode.
+`passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
+The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
+"""
+import argparse
+import datetime
+import importlib
+import inspect
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import fid, metrics, models
+from common.run import ROOT, UserError, launch, near, read_json, revision, save_grid
+
+METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
+
+
+def numbers(flag, text, kind, low, high=math.inf):
+    """'1,2,4' -> [1, 2, 4]; None stays None."""
+    try:
+        values = None if text is None else [kind(v) for v in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if values is not None and not all(low <= v <= high and math.isfinite(v) for v in values):
+        raise UserError(f"{flag} {text}: expected numbers from {low}{f' to {high}' if high < math.inf else ''}, separated by commas")
+    return values
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("runs", nargs="*", help="folders of runs (or their student/): weights and distill.json")
+    what, how, out = p.add_argument_group("what"), p.add_argument_group("how"), p.add_argument_group("output")
+    what.add_argument("--teacher", help="toy, toy-cond, mnist or a teacher folder; with runs: instead of the teacher that distill.json names")
+    what.add_argument("--nfe", help="list; steps of the student (default: as trained) or of a teacher alone (default 16)")
+    what.add_argument("--cfg", help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training")
+    what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last")
+    what.add_argument("--images", help="measure this folder instead of a model")
+    what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
+    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare and --grid, default {metrics.TEACHER_NFE}")
+    how.add_argument("--inception", help="weights pt_inception-2015-12-05-6726825d.pth: FID instead of the teacher's protocol; needs --ref or --ref-images")
+    how.add_argument("--force-inception", action="store_true", help="accept weights with another hash; the metric is then called fd")
+    how.add_argument("--resize", choices=["tf1", "clean"], help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)")
+    how.add_argument("--ref", help="reference statistics: .npz with mu and sigma, as EDM publishes them; gives no KID, precision or recall")
+    how.add_argument("--ref-images", help="reference images: a folder, at their own size, subfolders included")
+    how.add_argument("--n", "--samples", type=int, help="samples, default 5000; with --images: the first n files, default all. torchrun takes --n for its own: --samples")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given")
+    how.add_argument("--batch", type=int, default=250, help="samples per pass and process; changes time and memory only")
+    how.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    how.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; auto: bf16 on CUDA")
+    out.add_argument("--out", default=str(ROOT / "out" / "eval.jsonl"), help="file to which each result is appended as a line")
+    out.add_argument("--save-images", help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each")
+    out.add_argument("--grid", help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png")
+    out.add_argument("--latency", action="store_true", help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls")
+
+    p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
+    args = p.parse_args(argv)
+    args.nfe, args.cfg = numbers("--nfe", args.nfe, int, 1, 1000), numbers("--cfg", args.cfg, float, 0)
+    args.teacher_nfe = numbers("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
+    for name, low in dict(n=8, seeds=1, batch=1, seed=0).items():  # 8: k = 3 neighbours and a covariance need some
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise UserError(f"--{name}: expected at least {low}, found {getattr(args, name)}")
+    models_only = [f for f in ("--nfe", "--cfg", "--heun", "--compare", "--save-images", "--grid", "--latency") if getattr(args, f[2:].replace("-", "_"))]
+    pictures = args.compare or args.grid
+    for wrong, message in (
+        (not (args.runs or args.teacher or args.images), "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them"),
+        (args.images and (args.runs or models_only), f"--images measures a folder, {' '.join(args.runs + models_only)} a model: leave one out"),
+        (args.images and not (args.inception or args.teacher), "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)"),
+        (args.ref and args.ref_images, "--ref and --ref-images contradict each other: choose one reference"),
+        (args.inception and not (args.ref or args.ref_images), "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER"),
+        ((args.resize or args.force_inception) and not args.inception, "--resize and --force-inception mean something only with --inception FILE"),
+        (args.teacher_nfe and not (args.runs and pictures), "--teacher-nfe: only beside run folders, with --compare or --grid"),
+        (args.runs and (args.cfg or args.heun) and not pictures, "--cfg and --heun are for teacher rows (a student's guidance is trained in): add --compare or --grid"),
+        (args.compare and not args.runs, "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are"),
+    ):
+        if wrong:
+            raise UserError(message)
+    return args
+
+
+def processes(args):
+    """-> rank, world, device, dtype, by the rules of common.run.Run."""
+    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
+    if args.device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    return rank, world, device, torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
+
+
+# ---- rows: what is sampled ----------------------------------------------------------------------------------------------------------------
+# A row is a dict: model, sampler(model, z, cond, noise), its teacher, facts for the result, caption of its picture, folder of its weights, and whether
+# it is measured or only drawn.
+
+
+def load_student(folder, args, teachers):
+    """-> student, its method's `sample`, the checked distill.json, its teacher. teachers: those loaded so far, by name."""
+    home = Path(folder) / "student" if (Path(folder) / "student").is_dir() else Path(folder)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: expected the folder of a run, found {'a file' if Path(folder).exists() else 'nothing'}")
+    if not (home / "distill.json").is_file():
+        hint = "a teacher (give it as --teacher)" if (home / "teacher.json").is_file() else "no student/distill.json, so the run has not ended yet or is none"
+        raise UserError(f"{folder}: expected a student of this project, found {hint}")
+    info, where = read_json(home / "distill.json", "student"), home / "distill.json"
+    for key, kind in dict(method=str, teacher=str, nfe=int, sampler=dict, model=dict).items():
+        if not isinstance(info.get(key), kind) or (key == "nfe" and not 1 <= info["nfe"] <= 1000):
+            raise UserError(f"{where}: {key}: expected {dict(str='a name', int='an integer from 1 to 1000', dict='an object')[kind.__name__]}, found {info.get(key)!r}")
+    if info["method"] not in METHODS:
+        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{near(info['method'], METHODS)}")
+    try:
+        sample = importlib.import_module(info["method"]).sample
+    except ModuleNotFoundError as e:
+        if e.name != info["method"]:
+            raise
+        raise UserError(f"{where}: method {info['method']}: its script {info['method']}.py is not here") from None
+    try:
+        inspect.signature(sample).bind(None, None, None, 1, None, **info["sampler"])
+    except TypeError as e:
+        raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
+    name = args.teacher or info["teacher"]
+    try:
+        teachers[name] = teacher = teachers.get(name) or models.load_teacher(name)
+    except UserError as e:
+        raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
+    student = models.load_model(home, info["model"]).requires_grad_(False)
+    if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
+        raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
+                        f"found {student.adapter} {list(student.shape)} with {student.classes}")
+    if teacher.adapter == "toy":
+        student.labelled = teacher.labelled  # toy and toy-cond share a network; only the teacher's name tells whether labels are shown
+    return student, sample, info, teacher, name
+
+
+def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
+    facts = dict(name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg) | (dict(heun=True) if heun else {})
+    return dict(model=teacher, teacher=teacher, facts=facts, measured=measured, folder=teacher.folder,
+                sampler=lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
+
+
+def student_row(folder, student, sample, info, teacher, name, nfe):
+    # a list of steps belongs to the number it was trained with; for another number the method's own rule makes the grid
+    sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
+    home = Path(folder).resolve()
+    label = (home.parent if home.name == "student" else home).name
+    return dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
+                folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+
+
+def make_rows(args, dtype):
+    """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
+    if not args.runs:
+        teacher = models.load_teacher(args.teacher)
+        rows = [teacher_row(teacher, args.teacher, n, w, args.heun) for n in args.nfe or [metrics.TEACHER_NFE] for w in args.cfg or [1.0]]
+    else:
+        teachers = {}
+        loaded = [(folder, *load_student(folder, args, teachers)) for folder in args.runs]
+        rows = [student_row(*one, nfe) for one in loaded for nfe in args.nfe or [one[3]["nfe"]]]
+        if args.compare or args.grid:
+            if len(teachers) > 1:
+                raise UserError(f"--compare and --grid: expected students of one teacher, found {', '.join(teachers)}")
+            name, teacher = next(iter(teachers.items()))
+            cfgs = args.cfg or [loaded[0][3].get("cfg") or 1.0]
+            rows = [teacher_row(teacher, name, n, w, args.heun, args.compare) for n in args.teacher_nfe or [metrics.TEACHER_NFE] for w in cfgs] + rows
+    for row in rows:
+        row["model"].dtype = dtype
+        if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):
+            raise UserError("toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref and --ref-images need images, "
+                            "and --n goes to 20000 (all pairs are compared)")
+    return rows
+
+
+def make_extractor(args, teacher, device, rank, world):
+    """Features and the reference that the flags ask for: Inception, or the teacher's own protocol."""
+    extractor = metrics.InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception) if args.inception else metrics.Extractor(teacher)
+    if args.ref:
+        try:
+            stats = fid.load_stats(args.ref)
+        except UserError as e:
+            raise UserError(f"--ref {e}") from None
+        if len(stats["mu"]) != extractor.dims:
+            raise UserError(f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}")
+        extractor.use(stats, Path(args.ref).name)
+    elif args.ref_images:
+        real, _ = metrics.folder_features(metrics.list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world)
+        stats = fid.Stats(extractor.dims)
+        stats.update(real)
+        mu, sigma = stats.mean_cov()
+        extractor.use(dict(mu=mu, sigma=sigma, n=stats.n), f"{Path(args.ref_images).name}:{stats.n}", real)
+    return extractor
+
+
+def measure(row, args, folder, extractor, rank, world):
+    """Metrics of one row, over the seeds -> result. folder: for PNG files, or None."""
+    from PIL import Image
+    values, seeds = [], [args.seed + s for s in range(args.seeds)]
+    for seed in seeds:
+        sub = folder / f"seed{seed}" if folder and len(seeds) > 1 else folder
+        if sub:
+            sub.mkdir(parents=True, exist_ok=True)
+
+        def keep(index, images):
+            for i, image in zip(index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy()):
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(sub / f"{i:06d}.png")
+
+        with tqdm(total=len(range(rank, args.n, world)), desc=f"{row['caption']}, seed {seed}", disable=rank > 0, mininterval=metrics.pace()) as bar:
+            values.append(metrics.evaluate(row["sampler"], row["model"], row["teacher"], args.n, seed, args.batch, rank, world, extractor, bar.update,
+                                           keep if sub else None))
+    result = dict(values[0], distinct=min(v["distinct"] for v in values))
+    del result["seed"]
+    if len(seeds) > 1:
+        every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
+        result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
+        result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
+    return dict(row["facts"], passes=metrics.passes(row["sampler"], row["model"]), seeds=seeds, **result)
+
+
+def measure_folder(files, args, extractor, rank, world):
+    """The same for --images."""
+    name = Path(args.images).resolve().name
+    features, ids = metrics.folder_features(files, extractor, args.batch, rank, world)
+    found = metrics.together(lambda: metrics.distances(extractor, features) if rank == 0 else None, world)[0]
+    return dict(name=name, images=args.images, teacher=args.teacher, protocol=extractor.describe(len(files), f"images={name}"), **found, n=len(files),
+                distinct=len(ids.unique()))
+
+
+def draw(path, rows, args, device):
+    """Picture: same noise, same labels in every row."""
+    sheet = []
+    for row in rows:
+        model, n = row["model"].to(device), 4000 if row["teacher"].adapter == "toy" else 20
+        parts = metrics.generate(row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch)
+        sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
+    save_grid(path, sheet)
+    print(f"picture: {path}")
+
+
+def open_outputs(args):
+    """Every place that will be written, tried before the first sample."""
+    for flag, path in (("--out", args.out), ("--grid", args.grid), ("--save-images", args.save_images)):
+        try:
+            if path:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if path and flag == "--save-images":
+                Path(path).mkdir(exist_ok=True)
+                if next(Path(path).iterdir(), None):
+                    raise UserError(f"{flag} {path}: expected a new or empty folder, since old files would be taken for samples; found files in it")
+            elif path:
+                new = not Path(path).exists()
+                open(path, "ab").close()
+                if new:
+                    Path(path).unlink()
+        except OSError as e:
+            raise UserError(f"{flag} {path}: expected a place that can be written, found: {e.strerror}") from None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device, dtype = processes(args)
+    say = lambda *text: print(*text, flush=True) if rank == 0 else None
+    files = metrics.list_images("--images", args.images, args.n) if args.images else None
+    args.n = args.n or (len(files) if files else 5000)
+    args.grid = args.grid or (str(Path(args.out).parent / "compare.png") if args.compare else None)
+    rows = [] if files else make_rows(args, dtype)
+    teachers = [row["teacher"].to(device) for row in rows] or [models.load_teacher(args.teacher, device) if args.teacher else None]
+    if files and not args.inception and teachers[0].adapter == "toy":
+        raise UserError(f"--teacher {args.teacher}: its samples are points; for images give a teacher of images, or --inception FILE")
+    metrics.together(lambda: open_outputs(args) if rank == 0 else None, world)
+    extractors = {}  # by teacher; Inception serves all
+    for teacher in teachers:
+        key = "inception" if args.inception else teacher
+        if key not in extractors and (files or teacher.adapter != "toy"):
+            extractors[key] = make_extractor(args, teacher, device, rank, world)
+    extractor_of = lambda teacher: extractors.get("inception" if args.inception else teacher)
+    if files and any(f.suffix.lower() in (".jpg", ".jpeg", ".webp") for f in files):
+        say("note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do")
+
+    measured, results = [row for row in rows if row["measured"]] or [None], []
+    for i, row in enumerate(measured):
+        start, extractor = time.time(), extractor_of(row["teacher"] if row else teachers[0])
+        if row is None:
+            result = measure_folder(files, args, extractor, rank, world)
+        else:
+            row["model"].to(device)
+            slug = f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}" if len(measured) > 1 else ""
+            result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world)
+            result["weights"] = metrics.sha256(row["folder"] / "diffusion_pytorch_model.safetensors")
+            if args.latency:  # on one process while the others wait
+                result["latency"] = metrics.together(lambda: metrics.latency(row["sampler"], row["model"], args.batch) if rank == 0 else None, world)[0]
+        result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world, seconds=round(time.time() - start, 1),
+                       torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+        results.append(result)
+        if rank == 0:
+            with open(args.out, "a") as f:
+                f.write(metrics.dumps(result) + "\n")
+        if extractor and result["n"] <= extractor.dims:
+            say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
+        if "latency" in result:
+            say(f"{row['caption']}: " + "; ".join(f"batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s" for b, t in result["latency"].items()))
+    if args.grid and rank == 0:
+        draw(args.grid, rows, args, device)
+    say("\n" + metrics.table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
+    say(metrics.dumps(results[0] if len(results) == 1 else dict(results=results)))
+
+
+if __name__ == "__main__":
+    launch(main)
