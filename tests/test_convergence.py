@@ -1,0 +1,49 @@
+"""Each script from the command line learns the 2-D mixture, and the bound is one that a broken loss fails."""
+from pathlib import Path
+
+import pytest
+
+from common.run import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUND = dict(energy_distance=0.01, mode_min=0.05)  # at the start of a run 0.65 and 0.02; two sets of 5,000 exact samples: below 0.001
+SHORT = {"dmd2": 2000}  # iterations that do it with a factor of two to spare (seeds 0, 1, 2: 0.0045, 0.0027, 0.0033); the preset has more
+
+
+def passes(result):
+    return result["energy_distance"] < BOUND["energy_distance"] and result["mode_min"] > BOUND["mode_min"]
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_toy(script, scripts, tmp_path):
+    scripts.run(f"{script}.py", "--teacher", "toy", "--iters", SHORT[script], "--sample-every", 0, "--out", tmp_path)
+    assert passes(read_json(tmp_path / "metrics.json")), read_json(tmp_path / "metrics.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--nfe", 2], ["--gan"]], ids=lambda f: "".join(map(str, f)) or "preset")
+@pytest.mark.parametrize("script", SHORT)
+def test_toy_preset(script, flags, scripts, tmp_path):
+    scripts.run(f"{script}.py", "--teacher", "toy", *flags, "--out", tmp_path)
+    result = read_json(tmp_path / "metrics.json")
+    assert passes(result), result
+    assert result["train_seconds"] < 120  # a minute where nothing else runs
+
+
+BROKEN = {
+    "sign": ("import dmd2; right = dmd2.dm_gradient; dmd2.dm_gradient = lambda *a: (lambda g, *rest: (-g, *rest))(*right(*a))", []),
+    "critic": ("import dmd2", ["--lr-fake", 0]),  # mu_fake stays what it was: the student runs into one mode and is never called back
+    "teacher": ("import dmd2; right = dmd2.dm_gradient; dmd2.dm_gradient = lambda x, x_t, a, s, c, real, fake, w: right(x, x_t, a, s, c, fake, fake, w)", []),
+}
+
+
+@pytest.mark.parametrize("iters", [300, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_dmd2_fails_the_bound(what, iters, scripts, tmp_path):
+    """Not only not there yet: as far off as at the start, or further."""
+    change, flags = BROKEN[what]
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"{change}\nfrom common.run import launch\nlaunch(dmd2.main)\n")
+    scripts.run(driver, "--teacher", "toy", "--iters", iters, "--sample-every", 0, "--eval-n", 2000, *flags, "--out", tmp_path / "run")
+    result = read_json(tmp_path / "run" / "metrics.json")
+    assert not passes(result) and result["energy_distance"] > 0.3, result

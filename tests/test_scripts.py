@@ -1,0 +1,353 @@
+"""Every script from the command line, on the toy teacher: what a run leaves, resume, faults, several processes, mistakes of the user."""
+import ast
+import json
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import models
+from common.run import Parser, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["dmd2"]
+MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
+QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
+variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
+each = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def log(out):
+    """log.jsonl without wall-clock numbers."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+def checkpoint(out, it):
+    """Everything in a checkpoint that must be reproducible, as a flat dict."""
+    payload = torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)
+    assert set(payload) == {"header", "it", "seconds", "log_bytes", "skipped", "state"}
+    flat = {}
+
+    def walk(path, x):
+        for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ():
+            walk(f"{path}/{k}", v)
+        if not isinstance(x, (dict, list, tuple)):
+            flat[path] = x
+
+    walk("", {k: v for k, v in payload.items() if k not in ("seconds", "log_bytes")})
+    return flat
+
+
+def same(a, b, it):
+    """Run folders a and b hold the same run, bit for bit."""
+    x, y = checkpoint(a, it), checkpoint(b, it)
+    assert x.keys() == y.keys() and any("opt_g" in k for k in x)
+    different = [k for k in x if not (torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k])]
+    assert not different
+    assert log(a) == log(b)
+
+
+def wait_for(ready, seconds=60):
+    end = time.time() + seconds
+    while not ready():
+        assert time.time() < end, "timed out"
+        time.sleep(0.01)
+
+
+def lines(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_smoke(script, tmp_path):
+    """In a plain process, as a user starts it."""
+    out = tmp_path / "run"
+    p = subprocess.run([sys.executable, f"{script}.py", "--teacher", "toy", "--smoke", "--out", out], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 0 and "Traceback" not in p.stderr and "Warning" not in p.stderr, p.stderr
+    info = read_json(out / "student" / "distill.json")
+    assert info["method"] == script and info["teacher"] == "toy" and info["nfe"] >= 1 and info["flags"]["iters"] == 3 and info["revision"]
+    student = models.load_model(out / "student", info["model"])
+    state = torch.load(out / "ckpt" / "it-00000003.pt", weights_only=True)["state"]
+    weights = student.state_dict()
+    assert weights.keys() == state["student"].keys() and all(torch.equal(v, state["student"][k]) for k, v in weights.items())  # the toy preset has no average
+    assert [line["it"] for line in log(out)] == [0, 1, 2] and all(line["images"] == (line["it"] + 1) * info["flags"]["batch"] for line in log(out))
+    assert (out / "samples" / "00000003.png").read_bytes().startswith(b"\x89PNG")
+    result = read_json(out / "metrics.json")
+    assert result["method"] == script and result["it"] == 3 and result["n"] == 64 and result["energy_distance"] > 0
+    assert not list(out.rglob("*.tmp"))
+    for fact in ("steps", "parameters, trained", "passes per iteration", "memory", str(out)):
+        assert fact in p.stdout
+
+
+@each
+def test_exported_student_is_the_average(script, scripts, tmp_path):
+    scripts.run(f"{script}.py", *QUICK, "--iters", 5, "--ema", 200, "--out", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "ckpt" / "it-00000005.pt", weights_only=True)["state"]
+    weights = models.load_model(tmp_path / "run" / "student", read_json(tmp_path / "run" / "student" / "distill.json")["model"]).state_dict()
+    assert all(torch.equal(v, state["ema"]["model"][k]) for k, v in weights.items())
+    assert any(not torch.equal(v, state["student"][k]) for k, v in weights.items())
+
+
+# ---- resume: N + N = 2N, bit for bit ---------------------------------------------------------------------------------------------------------
+
+
+@variants
+def test_resume(script, flags, scripts, tmp_path):
+    """N = 7 is no multiple of ratio (5) or --log-every (3)."""
+    whole, halves, cut = tmp_path / "whole", tmp_path / "halves", tmp_path / "cut"
+    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--save-every", 7, "--out", out, *more)
+    run(whole, "--iters", 14)
+    assert sorted(p.name for p in (whole / "ckpt").iterdir()) == ["it-00000007.pt", "it-00000014.pt"]
+    run(halves, "--iters", 7)
+    assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
+    same(whole, halves, 14)
+    # killed while writing the second checkpoint, and the newest one damaged: the one before is taken, and the log goes back with it
+    shutil.copytree(whole, cut)
+    newest = cut / "ckpt" / "it-00000014.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (cut / "ckpt" / "it-00000021.pt.tmp").write_bytes(b"PK\x03\x04 half a file")
+    p = run(cut, "--iters", 14, "--resume")
+    assert "it-00000014.pt: not readable" in p.err and "resumed it-00000007.pt" in p.out
+    same(whole, cut, 14)
+    assert not list(cut.rglob("*.tmp"))
+
+
+@each
+def test_sigterm_saves_and_a_second_process_is_refused(script, scripts, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    args = [f"{script}.py", *QUICK, "--iters", 200, "--log-every", 1, "--save-every", 0, "--out"]
+    scripts.run(*args, whole)
+    p = scripts.start(*args, out)
+    wait_for(lambda: lines(out) > 5)
+    refused = scripts.start(*args, out, "--overwrite") if lines(out) < 100 else None
+    p.kill(signal.SIGSTOP)  # the first one waits until the second has been refused
+    assert refused.wait() == 2 and "another run is writing here" in refused.err
+    p.kill(signal.SIGCONT)
+    p.kill(signal.SIGTERM)
+    assert p.wait() == 143 and "go on with --resume" in p.err and "Traceback" not in p.err
+    (saved,) = (out / "ckpt").iterdir()
+    assert 5 < int(saved.stem[3:]) < 200 and not (out / "student").exists()
+    scripts.run(*args, out, "--resume")
+    same(whole, out, 200)
+
+
+@each
+@pytest.mark.parametrize("moments", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_kill_9(script, moments, scripts, tmp_path):
+    """Killed at any moment, with a checkpoint after every iteration: most of the time goes into writing them."""
+    whole, out, n = tmp_path / "whole", tmp_path / "run", 40 * moments
+    args = [f"{script}.py", *QUICK, "--iters", n, "--log-every", 1, "--save-every", 1, "--out"]
+    scripts.run(*args, whole)
+    p = scripts.start(*args, out)
+    for i in range(moments):
+        wait_for(lambda: lines(out) > 5 + 30 * i or (out / "student").exists())
+        time.sleep(0.003 * i)
+        p.kill(signal.SIGKILL)
+        assert p.wait() == -signal.SIGKILL
+        (out / "ckpt" / "it-00009999.pt.tmp").write_bytes(b"PK")
+        p = scripts.start(*args, out, "--resume")
+    assert p.wait() == 0, p.err
+    same(whole, out, n)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------------------------------
+
+
+def processes(scripts, n, *args, **env):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [scripts.start(*args, RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env) for r in range(n)]
+
+
+def close(one, two, it):
+    """Norm-wise, network by network: Adam turns rounding of a tiny gradient into a visible change of that one weight."""
+    a, b = (torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"] for out in (one, two))
+    for name in [k for k in a if not k.startswith(("opt", "ema"))]:
+        x, y = (torch.cat([v.flatten().double() for v in s[name].values()]) for s in (a, b))
+        assert (x - y).norm() <= 1e-5 * x.norm(), name
+    for x, y in zip(log(one), log(two), strict=True):  # `std` of a batch is no mean over processes
+        assert x.keys() == y.keys() and all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std")
+
+
+@variants
+def test_two_processes_equal_one(script, flags, scripts, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    args = [f"{script}.py", *QUICK, *flags, "--iters", 5, "--log-every", 1, "--out"]
+    scripts.run(*args, one)
+    ps = processes(scripts, 2, *args, two)
+    assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
+    assert "Warning" not in ps[0].err and ps[1].out == ""
+    close(one, two, 5)
+
+
+@pytest.mark.slow  # five times `import torch`
+@pytest.mark.parametrize("script", SCRIPTS[:1])
+def test_torchrun(script, scripts, tmp_path):
+    """The launcher itself; --max-restarts resumes from the last checkpoint without --resume."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    args = [*map(str, QUICK), "--iters", "6", "--log-every", "1", "--save-every", "2", "--out"]
+    scripts.run(f"{script}.py", *args, one)
+    crash = tmp_path / "crash.py"  # the first attempt ends like a lost machine, after iteration 4 and one line of the log past its checkpoint
+    crash.write_text(f"""
+import os, sys, runpy
+sys.path.insert(0, {str(ROOT)!r})
+from common.run import Run
+log = Run.log
+def die(run, it, values):
+    log(run, it, values)
+    if it == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+Run.log = die
+sys.argv[0] = {str(ROOT / f"{script}.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--monitor-interval=0.1", crash, *args, two]
+    p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 0 and "resumed it-00000004.pt" in p.stdout, p.stderr
+    close(one, two, 6)
+
+
+# ---- mistakes of the user: exit code 2 and one line that names the flag ---------------------------------------------------------------------
+
+
+MISTAKES = [
+    ("--teacher toyy", "--teacher toyy.*did you mean toy"),
+    ("--teacher mnistt", "did you mean mnist"),
+    ("--teacher {tmp}", "no teacher.json"),
+    ("--nfe 0", "--nfe: expected at least 1"),
+    ("--nfe x", "--nfe"),
+    ("--batch 0", "--batch"),
+    ("--iters -1", "--iters"),
+    ("--lr -1", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--device tpu", "--device"),
+    ("--out {tmp}/file", "--out .*file"),
+    ("--out {tmp}/file/below", "--out"),
+    ("--out {tmp}/empty --resume", "--resume: no checkpoint"),
+    ("--resume --overwrite", "--resume and --overwrite"),
+    ("--no-such-flag", "--no-such-flag"),
+    ("--nf 2", "--nf"),
+    ("--dtype fp8", "--dtype"),
+]
+OWN_MISTAKES = {
+    "dmd2": [
+        ("--nfe 1000", "--nfe 1000: expected at most 999"),
+        ("--steps abc", "--steps abc"),
+        ("--steps 5,7 --nfe 2", "--steps 5,7"),
+        ("--steps 999,499", r"--steps 999,499.*--nfe 1"),
+        ("--ratio 0", "--ratio"),
+        ("--alternate --ratio 1", "--alternate"),
+        ("--t-range 0.9 0.1", "--t-range"),
+        ("--t-range 0.5 1.5", "--t-range"),
+        ("--clip 0", "--clip"),
+        ("--cooldown 2", "--cooldown"),
+        ("--dm-weight 0", "--gan"),
+        ("--gan-clean", "--gan"),
+        ("--data {tmp}", "--data"),
+        ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
+        ("--gan --data {tmp}/file", "--data .*file"),
+        ("--gan --data {tmp}/pictures", "--data .*pictures"),
+    ]
+}
+
+
+def one_line(p, expected, script):
+    p.wait()
+    assert p.code == 2, p.err
+    assert re.fullmatch(rf"{script}\.py: [^\n]*\n", p.err) and re.search(expected, p.err), p.err
+
+
+@each
+def test_mistakes(script, scripts, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pictures" / "0").mkdir(parents=True)
+    (tmp_path / "pictures" / "0" / "broken.png").write_text("no picture")
+    mistakes = MISTAKES + OWN_MISTAKES[script] + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
+    for flags, expected in mistakes:
+        out = ["--out", tmp_path / "out"] if "--out" not in flags else []
+        one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path).split()), expected, script)
+    # the batch is divided before processes look for each other, and only the first one speaks
+    ps = processes(scripts, 2, f"{script}.py", *QUICK, "--batch", 33, "--out", tmp_path / "odd")
+    one_line(ps[0], "--batch 33: expected a multiple of the number of processes, found 2", script)
+    assert ps[1].wait() == 2 and ps[1].err == ""
+
+
+@each
+def test_mistakes_beside_an_existing_run(script, scripts, tmp_path):
+    """Each is refused, and none of them costs the run that is already there."""
+    out = tmp_path / "run"
+    args = [f"{script}.py", *QUICK, "--out", out, "--iters"]
+    scripts.run(*args, 2)
+    content = lambda: {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = content()
+    for flags, expected in (
+        (["4"], "holds a run at iteration 2; add --resume, --overwrite or another --out"),
+        (["4", "--resume", "--teacher", "toy-cond"], f"expected a run of {script} on toy, found|expected a run of {script} on toy-cond, found"),
+        (["4", "--overwrite", "--teacher", "toyy"], "did you mean"),
+        (["4", "--overwrite", "--steps" if script == "dmd2" else "--nfe", "0,0"], "--"),
+    ):
+        one_line(scripts.start(*args, *flags), expected, script)
+        assert content() == before
+    path = out / "ckpt" / "it-00000002.pt"
+    payload = torch.load(path, weights_only=True)
+    for change in (dict(header=dict(method="other", teacher="toy")), dict(state={}), dict(state=dict(payload["state"], student=dict(wrong=torch.zeros(1))))):
+        torch.save(payload | change, path)
+        one_line(scripts.start(*args, 4, "--resume"), "found {'method': 'other'" if "header" in change else "does not fit", script)
+    torch.save(torch.zeros(3), path)  # readable, but no checkpoint of ours
+    one_line(scripts.start(*args, 4, "--resume"), "--resume", script)
+    scripts.run(*args, 1, "--overwrite")
+    assert [p.name for p in (out / "ckpt").iterdir()] == ["it-00000001.pt"] and [line["it"] for line in log(out)] == [0]
+
+
+@each
+def test_a_pickle_is_not_executed(script, scripts, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "run" / "ckpt").mkdir(parents=True)
+    torch.save(dict(header=Trap()), tmp_path / "run" / "ckpt" / "it-00000002.pt")
+    p = scripts.start(f"{script}.py", *QUICK, "--iters", 4, "--resume", "--out", tmp_path / "run")
+    assert p.wait() == 2 and p.err.count("\n") == 2 and "no readable checkpoint" in p.err and not (tmp_path / "executed").exists()
+
+
+# ---- help and commands ------------------------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_help(script, scripts, monkeypatch):
+    module, parsers = __import__(script), []
+    parse = Parser.parse
+    monkeypatch.setattr(Parser, "parse", lambda self, *a: parsers.append(self) or parse(self, *a))
+    module.parse_args(["--teacher", "toy"])
+    text = scripts.run(f"{script}.py", "--help").out
+    for action in parsers[0]._actions:
+        assert action.help, f"{action.option_strings} has no help"
+        assert all(re.search(rf"{option}\b", text) for option in action.option_strings)
+    assert text.count("\n") > 40 and ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text())).splitlines()[0] in text
+    for group in ("model:", "method:", "optimisation:", "run:"):
+        assert group in text
+
+
+@each
+def test_commands_of_the_docstring(script):
+    module = __import__(script)
+    commands = [line.split("#")[0] for line in module.__doc__.splitlines() if re.match(rf"    (python|torchrun .*) ?{script}\.py", line)]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command)
+        module.parse_args(words[words.index(f"{script}.py") + 1:])
