@@ -68,6 +68,7 @@ def parse_args(argv=None):
     p.optim.add_argument("--warmup", type=int, help="iterations of linear warm-up")
     p.optim.add_argument("--cooldown", type=float, help="share of the run, at its end, over which learning rates fall to 0; 0 in the paper")
     p.optim.add_argument("--clip", type=float, default=10.0, help="gradient norm")
+    p.optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW, both networks")
     p.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, both networks")
     args = p.parse(PRESETS, argv)
     if args.ratio < 1:
@@ -238,8 +239,8 @@ def main():
         student.net.enable_gradient_checkpointing()
         fake.net.enable_gradient_checkpointing()
     G, C = run.train(student), run.train(critic)
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-    opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     ema = EMA(student, args.ema)
     on = teacher if args.gan_on == "teacher" else None
     low, high = int(args.t_range[0] * N), min(int(args.t_range[1] * N), N - 1)  # both included
@@ -285,7 +286,7 @@ def main():
             critic.requires_grad_(False)  # no gradient for its weights, but (8) must reach x through them
             x_t, alpha, sigma = noisy(x.detach(), draw.integers(low, high + 1))
             g, r, f, w = dm_gradient(x, x_t, alpha, sigma, cond, teacher, fake, args.cfg)
-            loss = loss_dm = dm_loss(x, g)
+            loss_dm = dm_loss(x, g)
             loss = args.dm_weight * loss_dm
             if args.gan:
                 loss_gen = gen_loss(critic(*noisy(x, gan_index()), cond, logit=True, on=on))

@@ -9,7 +9,7 @@
 
 Metrics. A teacher folder brings its own protocol (a small classifier's features): `fd`, never called FID. `fid` is printed only for the public
 Inception weights, given by path: TF1 resize, uint8, float64 statistics. kid: 100 subsets of 1,000 images (fewer if there are fewer), not times 1000.
-precision, recall, density, coverage: k = 3, against as many reference images as samples (the first of a fixed shuffle, or of --ref-images in the order of their names).
+precision, recall, density, coverage: k = 3, against as many reference images as samples, the first of a fixed shuffle.
 agreement: share of samples whose label the classifier finds; image i has label i % classes. Toy teachers: energy distance, sliced Wasserstein
 distance, smallest and largest share of a mode, share of points within 3 standard deviations of their mode.
 `passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
@@ -62,7 +62,8 @@ def parse_args(argv=None):
     how.add_argument("--resize", choices=["tf1", "clean"], help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)")
     how.add_argument("--ref", help="reference statistics: .npz with mu and sigma, as EDM publishes them; gives no KID, precision or recall")
     how.add_argument("--ref-images", help="reference images: a folder, at their own size, subfolders included")
-    how.add_argument("--n", "--samples", type=int, help="samples, default 5000; with --images: the first n files, default all. torchrun takes --n for its own: --samples")
+    how.add_argument("--n", "--samples", type=int, 
+                     help="samples, default 5000; with --images: the first n files by name, default all. torchrun takes --n for its own: use --samples")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given")
     how.add_argument("--batch", type=int, default=250, help="samples per pass and process; changes time and memory only")
@@ -90,7 +91,7 @@ def parse_args(argv=None):
         (args.inception and not (args.ref or args.ref_images), "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER"),
         ((args.resize or args.force_inception) and not args.inception, "--resize and --force-inception mean something only with --inception FILE"),
         (args.teacher_nfe and not (args.runs and pictures), "--teacher-nfe: only beside run folders, with --compare or --grid"),
-        (args.runs and (args.cfg or args.heun) and not pictures, "--cfg and --heun are for teacher rows (a student's guidance is trained in): add --compare or --grid"),
+        (args.runs and (args.cfg or args.heun) and not pictures, "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare"),
         (args.compare and not args.runs, "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are"),
     ):
         if wrong:
@@ -130,7 +131,8 @@ def load_student(folder, args, teachers):
     info, where = read_json(home / "distill.json", "student"), home / "distill.json"
     for key, kind in dict(method=str, teacher=str, nfe=int, sampler=dict, model=dict).items():
         if not isinstance(info.get(key), kind) or (key == "nfe" and not 1 <= info["nfe"] <= 1000):
-            raise UserError(f"{where}: {key}: expected {dict(str='a name', int='an integer from 1 to 1000', dict='an object')[kind.__name__]}, found {info.get(key)!r}")
+            expected = dict(str="a name", int="an integer from 1 to 1000", dict="an object")[kind.__name__]
+            raise UserError(f"{where}: {key}: expected {expected}, found {info.get(key)!r}")
     if info["method"] not in METHODS:
         raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{near(info['method'], METHODS)}")
     try:
@@ -312,8 +314,8 @@ def main(argv=None):
             result["weights"] = metrics.sha256(row["folder"] / "diffusion_pytorch_model.safetensors")
             if args.latency:  # on one process while the others wait
                 result["latency"] = metrics.together(lambda: metrics.latency(row["sampler"], row["model"], args.batch) if rank == 0 else None, world)[0]
-        result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world, seconds=round(time.time() - start, 1),
-                       torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+        result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
+                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
         if rank == 0:
             with open(args.out, "a") as f:
@@ -321,7 +323,8 @@ def main(argv=None):
         if extractor and result["n"] <= extractor.dims:
             say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
         if "latency" in result:
-            say(f"{row['caption']}: " + "; ".join(f"batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s" for b, t in result["latency"].items()))
+            for b, t in result["latency"].items():
+                say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")
     if args.grid and rank == 0:
         draw(args.grid, rows, args, device)
     say("\n" + metrics.table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))

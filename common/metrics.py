@@ -72,6 +72,8 @@ class Extractor:
 
     def use(self, reference, name, real=None):
         """Another reference: statistics, and features [m, D] of its images where there are any (KID, precision and recall need them)."""
+        if real is not None:  # files come class by class; the first n shall hold all classes
+            real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
         self.reference, self.ref_name, self.teacher, self.real = reference, name, None, real
 
     def describe(self, n, source):
@@ -358,7 +360,7 @@ def report(run, teacher, student, sample, sampler, it, n):
 
 def summary(r):
     """One line for people."""
-    keys = [k for k in ("fid", "fd", "kid", "precision", "recall", "coverage", "agreement", "energy_distance", "sliced_wasserstein", "mode_min", "near_mode") if k in r]
+    keys = [k for k in METRICS if k in r and k not in ("kid_std", "density", "mode_max")]
     return f"{r['method']} nfe={r['nfe']}: " + "  ".join(f"{k} {r[k]:.4g}" for k in keys) + f"  ({r['protocol']})"
 
 
@@ -400,7 +402,11 @@ def table(results):
     """Markdown; columns that no result has are left out. Several seeds: mean, of distances also (minimum)."""
     columns = ["name", "nfe", "passes", "cfg", *[k for k in METRICS if k != "kid_std"], "distinct", "nonfinite", "images_per_s"]
     columns = [c for c in columns if any(r.get(c) is not None for r in results)]
-    show = lambda r, c: "" if r.get(c) is None else f"{r[c]:.4g}" + (f" ({r['min'][c]:.4g})" if c in DISTANCES and "min" in r else "") if isinstance(r[c], float) else str(r[c])
+
+    def show(r, c):
+        least = f" ({r['min'][c]:.4g})" if c in DISTANCES and c in r.get("min", {}) else ""
+        return "" if r.get(c) is None else f"{r[c]:.4g}{least}" if isinstance(r[c], float) else str(r[c])
+
     cells = [columns] + [[show(r, c) for c in columns] for r in results]
     width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, width)) + " |" for line in cells]

@@ -263,6 +263,12 @@ def test_two_folders(home, run):
     assert run("--images", home / "A", *teacher, "--n", 20)["n"] == 20
 
 
+def test_part_of_the_reference_is_mixed(home):
+    extractor = metrics.Extractor(models.load_teacher(str(home / "teacher")))
+    extractor.use(extractor.reference, "x", torch.arange(1000.0)[:, None])  # features in the order of class folders
+    assert 300 < extractor.real_features(100).mean() < 700
+
+
 def test_saved_images_give_the_same_numbers(home, run, tmp_path):
     direct = run(home / "dmd2-digits", "--n", 24, "--save-images", tmp_path / "png")
     again = run("--images", tmp_path / "png", "--teacher", home / "teacher")
