@@ -204,7 +204,7 @@ def main(argv=None):
         teacher.net.half()
     evaluation = dict(protocol=f"{name}-cnn", classifier="classifier.safetensors", reference="stats.npz", images="images.npz", names=data.names,
                       held_out_accuracy=round(accuracy, 4))
-    teacher.save(out, dict(name=name, evaluation=evaluation, seconds=seconds, flags=vars(args)), "teacher.json")
+    teacher.save(out, dict(name=name, evaluation=evaluation, seconds=seconds, flags={k: v for k, v in vars(args).items() if k != "out"}), "teacher.json")
     labels = torch.arange(10) % len(data.names)
     z = run.ImageNoise(args.seed, range(10))(*teacher.shape)
     teacher.net.float()

@@ -30,8 +30,8 @@ def serve():
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         if "wait" in job:
-            status = os.waitpid(job["wait"], 0)[1]
-            print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+            _, status, used = os.wait4(job["wait"], 0)
+            print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]), flush=True)
             continue
         pid = os.fork()
         if pid:
@@ -78,12 +78,12 @@ class Server:
 
 class Process:
     def __init__(self, server, pid, out, err):
-        self.server, self.pid, self.files, self.code = server, pid, (out, err), None
+        self.server, self.pid, self.files, self.code, self.cpu = server, pid, (out, err), None, None
 
     def wait(self):
-        """Exit code, negative for a signal as in subprocess."""
+        """Exit code, negative for a signal as in subprocess. Then .cpu is the processor time in seconds."""
         if self.code is None:
-            self.code = self.server.ask(wait=self.pid)
+            self.code, self.cpu = self.server.ask(wait=self.pid)
         return self.code
 
     def kill(self, signum):
