@@ -43,12 +43,12 @@ from common.schedules import expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, ours = measured here, docs/RESULTS.md
     # mnist, toy: ours, except ratio 5 and the GAN weights of the toy, which are the paper's
-    "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000,
+    "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000,
                   gan_weight=0.03, cls_weight=0.1),
-    "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, batch=256, iters=4000, warmup=0, cooldown=0.0, ema=0,
+    "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0, ema=0,
                 gan_weight=3e-3, cls_weight=1e-2),
     # any other folder: ImageNet-64 of the paper [P, C: lr 2e-6, ratio 5, batch 280, 200K iterations, w_G 3e-3, w_D 1e-2 (w_D: [C] only), warm-up 500]
-    "default": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
+    "default": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
                     gan_weight=3e-3, cls_weight=1e-2),
 }
 PRESETS["toy-cond"] = PRESETS["toy"]
@@ -68,6 +68,7 @@ def parse_args(argv=None):
     p.method.add_argument("--sim", choices=["backward", "data"], default="backward", help="training inputs of steps k > 0")
     p.method.add_argument("--alternate", action="store_true", help="iterations that update the student leave the critic alone")
     p.method.add_argument("--fake-weight", choices=["native", "x0"], default="native", help="lambda_t in (6): the teacher's own loss, or 1")
+    p.method.add_argument("--shift", type=float, help="multiplies sigma / alpha of all levels drawn in (4), (6) and (7); below 1: less noise; 1 in the paper")
     p.method.add_argument("--t-range", type=float, nargs=2, default=(0.02, 0.98), help="share of the grid that (4) draws from")
     p.optim.add_argument("--warmup", type=int, help="iterations of linear warm-up")
     p.optim.add_argument("--cooldown", type=float, help="share of the run, at its end, over which learning rates fall to 0; 0 in the paper")
@@ -81,7 +82,8 @@ def parse_args(argv=None):
         raise UserError("--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more")
     if not 0 <= args.t_range[0] <= args.t_range[1] <= 1:
         raise UserError(f"--t-range: expected 0 <= low <= high <= 1, found {args.t_range[0]} {args.t_range[1]}")
-    for name, fine in dict(warmup=args.warmup >= 0, cooldown=0 <= args.cooldown <= 1, clip=args.clip > 0, weight_decay=args.weight_decay >= 0).items():
+    for name, fine in dict(warmup=args.warmup >= 0, cooldown=0 <= args.cooldown <= 1, clip=args.clip > 0, weight_decay=args.weight_decay >= 0,
+                           betas=all(0 <= b < 1 for b in args.betas), shift=args.shift > 0).items():
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
     if not args.gan and (args.gan_clean or args.gan_on == "teacher" or args.dm_weight == 0):
@@ -230,6 +232,8 @@ def main():
     index = step_indices(args.nfe, args.steps)
     grid = schedule.grid(N)
     times = grid[index]
+    if args.shift != 1:
+        grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     images = data.load_images(args.data, teacher, run.print) if args.gan or args.sim == "data" else None
     student, fake = teacher.copy(), teacher.copy()
     head = None
@@ -240,8 +244,8 @@ def main():
         head = Head(h).to(run.device)
     critic = Critic(fake, head)
     if args.grad_checkpoint:
-        student.net.enable_gradient_checkpointing()
-        fake.net.enable_gradient_checkpointing()
+        student.checkpoint_activations()
+        fake.checkpoint_activations()
     G, C = run.train(student), run.train(critic)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)

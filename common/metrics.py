@@ -43,7 +43,7 @@ def teacher_sample(teacher, z, cond, nfe, cfg=1.0, heun=False):
     for i in range(nfe):
         x0 = teacher.guided(x.to(z.dtype), alpha[i], sigma[i], cond, cfg).double()
         y = step(x, x0, i)
-        if heun and i < nfe - 1:  # average of x0 at both ends, exact second order in log-SNR for either schedule to the same order
+        if heun and i < nfe - 1:  # the mean of x0 at both ends: second order, as Heun's rule on the velocity
             x0 = (x0 + teacher.guided(y.to(z.dtype), alpha[i + 1], sigma[i + 1], cond, cfg).double()) / 2
             y = step(x, x0, i)
         x = y
@@ -344,7 +344,7 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
 
 
 def report(run, teacher, student, sample, sampler, it, n):
-    """Metrics of the student and, for scale, of its teacher at one step, into metrics.json (and log.jsonl's neighbour eval.jsonl in between)."""
+    """Metrics of the student into metrics.json, and one line of eval.jsonl. Beside it, for scale, what was measured of its teacher (teacher.json)."""
     if not n:
         return
     args = run.args
@@ -355,6 +355,8 @@ def report(run, teacher, student, sample, sampler, it, n):
         with open(run.out / "eval.jsonl", "a") as f:
             f.write(json.dumps(result) + "\n")
         write_json(run.out / "metrics.json", result)
+        for row in teacher.evaluation.get("measured", []):
+            run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
         run.print(summary(result))
 
 

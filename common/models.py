@@ -128,6 +128,12 @@ class Model(nn.Module):
         twin.net = copy.deepcopy(self.net).float().requires_grad_(True)
         return twin
 
+    def checkpoint_activations(self):
+        """--grad-checkpoint: recompute activations in backward."""
+        if not hasattr(self.net, "enable_gradient_checkpointing"):
+            raise UserError(f"--grad-checkpoint: expected a network of diffusers, found {type(self.net).__name__}, which does not offer it")
+        self.net.enable_gradient_checkpointing()
+
     def config(self):
         return dict(adapter=self.adapter, schedule=self.schedule.config, prediction=self.prediction, shape=list(self.shape), classes=self.classes,
                     sigma_data=self.sigma_data)

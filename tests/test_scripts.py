@@ -255,6 +255,7 @@ OWN_MISTAKES = {
         ("--t-range 0.5 1.5", "--t-range"),
         ("--clip 0", "--clip"),
         ("--cooldown 2", "--cooldown"),
+        ("--betas 0.9 1", "--betas"),
         ("--dm-weight 0", "--gan"),
         ("--gan-clean", "--gan"),
         ("--data {tmp}", "--data"),
