@@ -353,8 +353,8 @@ def report(run, teacher, student, sample, sampler, it, n):
     result = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg, train_seconds=round(run.seconds), **result)
     if run.main:
         with open(run.out / "eval.jsonl", "a") as f:
-            f.write(json.dumps(result) + "\n")
-        write_json(run.out / "metrics.json", result)
+            f.write(dumps(result) + "\n")
+        write_json(run.out / "metrics.json", json.loads(dumps(result)))  # strict JSON: a diverged run has nan
         for row in teacher.evaluation.get("measured", []):
             run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
         run.print(summary(result))
