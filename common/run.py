@@ -215,7 +215,13 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+            where, restarts = {}, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            if restarts and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun's store outlives its workers and still has the addresses of the
+                # dead ones (pytorch issue 135712), so names are new after a restart. The count is per machine; on several, start torchrun with
+                # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+                store = next(dist.rendezvous("env://", self.rank, self.world))[0]
+                where = dict(store=dist.PrefixStore(f"restart_{restarts}", store), rank=self.rank, world_size=self.world)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30), **where)
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
         self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.time(), 0.0, False, {}, 0, 0
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
