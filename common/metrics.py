@@ -33,7 +33,7 @@ def teacher_sample(teacher, z, cond, nfe, cfg=1.0, heun=False):
     s = teacher.schedule
     if s.unit_norm:  # VP: evenly spaced indices, then the clean end
         times = torch.linspace(s.t_max, 0, nfe + 1, dtype=torch.float64)[:-1]
-    elif teacher.prediction == "edm":  # EDM eq. (5)
+    elif s.config["name"] == "edm":  # EDM eq. (5)
         times = s.grid(max(nfe, 2)).flip(0)[:nfe]
     else:
         times = s.grid(nfe).flip(0)

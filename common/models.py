@@ -252,6 +252,9 @@ class Toy(Model):
     def net_config(self):
         return self.net.config
 
+    def config(self):
+        return dict(super().config(), labelled=self.labelled)
+
     def rows(self, x, size=128, extent=1.6):
         """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
         ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).floor().long()
@@ -303,6 +306,8 @@ def load_model(folder, info):
         raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
     net.load_state_dict(tensors)
     model.folder = folder
+    if cls is Toy:
+        model.labelled = info.get("labelled") is True  # toy and toy-cond share a network
     return model
 
 
