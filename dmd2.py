@@ -72,11 +72,6 @@ def parse_args(argv=None):
     p.method.add_argument("--fake-weight", choices=["native", "x0"], default="native", help="lambda_t in (6): the teacher's own loss, or 1")
     p.method.add_argument("--shift", type=float, help="multiplies sigma / alpha of all levels drawn in (4), (6) and (7); below 1: less noise; 1 in the paper")
     p.method.add_argument("--t-range", type=float, nargs=2, default=(0.02, 0.98), help="share of the grid that (4) draws from")
-    p.optim.add_argument("--warmup", type=int, help="iterations of linear warm-up")
-    p.optim.add_argument("--cooldown", type=float, help="share of the run, at its end, over which learning rates fall to 0; 0 in the paper")
-    p.optim.add_argument("--clip", type=float, default=10.0, help="gradient norm")
-    p.optim.add_argument("--betas", type=float, nargs=2, help="of AdamW, both networks; 0.9 0.999 in the paper")
-    p.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, both networks")
     args = p.parse(PRESETS, argv)
     if args.ratio < 1:
         raise UserError(f"--ratio: expected at least 1, found {args.ratio}")
@@ -84,10 +79,8 @@ def parse_args(argv=None):
         raise UserError("--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more")
     if not 0 <= args.t_range[0] <= args.t_range[1] <= 1:
         raise UserError(f"--t-range: expected 0 <= low <= high <= 1, found {args.t_range[0]} {args.t_range[1]}")
-    for name, fine in dict(warmup=args.warmup >= 0, cooldown=0 <= args.cooldown <= 1, clip=args.clip > 0, weight_decay=args.weight_decay >= 0,
-                           betas=all(0 <= b < 1 for b in args.betas), shift=args.shift > 0).items():
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
+    if args.shift <= 0:
+        raise UserError(f"--shift: expected a number > 0, found {args.shift}")
     if not args.gan and (args.gan_clean or args.gan_on == "teacher" or args.dm_weight == 0):
         raise UserError("--gan-on, --gan-clean and --dm-weight 0 mean something only with the GAN term: add --gan")
     if args.data and not (args.gan or args.sim == "data"):
@@ -241,7 +234,7 @@ def main():
     head = None
     if args.gan:
         with torch.no_grad():
-            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, {k: v[:1].to(run.device) for k, v in teacher.null(1).items()}, features=True)[-1]
+            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
         head = Head(h).to(run.device)
     critic = Critic(fake, head)
@@ -269,15 +262,12 @@ def main():
 
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
-        decay = min(1.0, (it + 1) / max(args.warmup, 1)) * min(1.0, (1 - it / args.iters) / max(args.cooldown, 1e-9))
-        for opt, lr in ((opt_g, args.lr), (opt_c, args.lr_fake)):
-            for group in opt.param_groups:
-                group["lr"] = lr * decay
-        cond = {k: v.to(run.device) for k, v in teacher.encode(draw.integers(0, max(teacher.classes, 1))).items()}
+        run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
+        cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
         if images:
             pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
             x_real = teacher.encode_images(pixels.to(run.device))
-            cond_real = {k: v.to(run.device) for k, v in teacher.encode(labels).items()}
+            cond_real = teacher.encode(labels)
         noisy = lambda x, i: (renoise(x, schedule.alpha(grid[i]), schedule.sigma(grid[i]), draw.like(x)), schedule.alpha(grid[i]), schedule.sigma(grid[i]))
         gan_index = lambda: draw.integers(0, N) * (0 if args.gan_clean else 1)
         turn = it % args.ratio == 0  # of the student; iteration 0 is one

@@ -20,17 +20,15 @@ import datetime
 import importlib
 import inspect
 import math
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from common import fid, metrics, models
-from common.run import ROOT, UserError, launch, near, read_json, revision, save_grid
+from common.run import ROOT, UserError, launch, near, processes, read_json, revision, save_grid
 
 METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
 
@@ -99,22 +97,6 @@ def parse_args(argv=None):
     return args
 
 
-def processes(args):
-    """-> rank, world, device, dtype, by the rules of common.run.Run."""
-    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if args.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
-    if args.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
-    return rank, world, device, torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
-
-
 # ---- rows: what is sampled ----------------------------------------------------------------------------------------------------------------
 # A row is a dict: model, sampler(model, z, cond, noise), its teacher, facts for the result, caption of its picture, folder of its weights, and whether
 # it is measured or only drawn.
@@ -154,8 +136,6 @@ def load_student(folder, args, teachers):
     if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
         raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
                         f"found {student.adapter} {list(student.shape)} with {student.classes}")
-    if teacher.adapter == "toy":
-        student.labelled = teacher.labelled  # toy and toy-cond share a network; only the teacher's name tells whether labels are shown
     return student, sample, info, teacher, name
 
 
@@ -311,7 +291,7 @@ def main(argv=None):
             row["model"].to(device)
             slug = f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}" if len(measured) > 1 else ""
             result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world)
-            result["weights"] = metrics.sha256(row["folder"] / "diffusion_pytorch_model.safetensors")
+            result["weights"] = metrics.sha256(row["folder"])
             if args.latency:  # on one process while the others wait
                 result["latency"] = metrics.together(lambda: metrics.latency(row["sampler"], row["model"], args.batch) if rank == 0 else None, world)[0]
         result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,

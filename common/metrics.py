@@ -120,8 +120,7 @@ def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1):
     for part in mine.split(batch):
         noise = ImageNoise(seed, part.tolist(), device)
         labels = part % max(model.classes, 1)
-        cond = {k: v.to(device) for k, v in model.encode(labels).items()}
-        yield part, labels, sampler(model, noise(*model.shape), cond, lambda: noise(*model.shape))
+        yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))
 
 
 def gather(x, n, rank, world):
@@ -292,19 +291,21 @@ def trial(model, n):
     """(z, cond, noise) for n samples that nobody looks at."""
     device = next(model.parameters()).device
     z = torch.randn(n, *model.shape, device=device)
-    return z, {k: v.to(device) for k, v in model.encode(torch.arange(n) % max(model.classes, 1)).items()}, lambda: torch.randn_like(z)
+    return z, model.encode(torch.arange(n) % max(model.classes, 1)), lambda: torch.randn_like(z)
 
 
 @torch.no_grad()
 def passes(sampler, model):
     """Network passes per image, counted where they happen: rows that enter the network (the exact toy teacher has none, there the model itself counts)."""
     seen = []
-    target = model if getattr(model, "exact", False) else model.net
-    hook = target.register_forward_pre_hook(lambda m, a, kw: seen.append(len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v)))), with_kwargs=True)
+    count = lambda m, a, kw: seen.append(len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v))))
+    targets = [m if getattr(m, "exact", False) else m.net for m in getattr(model, "experts", [model])]
+    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in targets]
     try:
         sampler(model, *trial(model, 2))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return sum(seen) / 2
 
 
@@ -378,11 +379,13 @@ def export(run, teacher, student, sampler):
 # ---- results as text ---------------------------------------------------------------------------------------------------------------------
 
 
-def sha256(path):
+def sha256(folder):
+    """Of all weights below a model's folder, by name."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while part := f.read(1 << 24):
-            digest.update(part)
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()[:12]
 
 

@@ -4,12 +4,15 @@
 i.e. a subclass, says how one architecture is called: `predict`, `encode`, `null`, `decode`, `encode_images`, `sites`.
 Only safetensors and JSON are read; nothing that a file contains is executed.
 """
+import contextlib
 import copy
+import math
 import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +22,27 @@ from common.schedules import equal_snr, expand, to_x0
 from common.toy import MLP, Mixture
 
 
+WEIGHTS, EXTRAS = "diffusion_pytorch_model.safetensors", "extras.safetensors"  # the network as diffusers writes it; what `extend` added
+
+
 class Stop(Exception):
     """Raised by a hook to end a forward pass after the last layer that is needed."""
+
+
+class Scalar(nn.Module):
+    """Embedding of a new scalar condition, [B] of order one -> [B, width]. The last layer starts at zero: the network starts as it was. Smooth in its
+    input (at most freqs / 4 periods per unit), so that derivatives along it are tame."""
+
+    def __init__(self, width, freqs=8):
+        super().__init__()
+        self.freqs = freqs
+        self.layers = nn.Sequential(nn.Linear(2 * freqs, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, s):
+        phase = s.to(self.layers[0].weight.dtype)[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
+        return self.layers(torch.cat([phase.cos(), phase.sin()], 1))
 
 
 class Model(nn.Module):
@@ -36,16 +58,20 @@ class Model(nn.Module):
         super().__init__()
         schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
-        self.dtype, self.folder, self.evaluation = torch.float32, None, {}
+        self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
 
     # -- what an adapter defines
 
     def predict(self, x, t, cond):
-        """The network's own output for its own input x [B, *shape] and time t [B] float32 on its own schedule. cond: dict of tensors [B, ...]."""
+        """The network's own output for its own input x [B, *shape] and time t [B] on its own schedule (float32; float64 if x is). cond: dict of tensors [B, ...]."""
         raise NotImplementedError
 
     def sites(self):
         """Modules whose outputs serve as features, in the order in which the network runs them."""
+        raise NotImplementedError
+
+    def embedders(self):
+        """(modules whose output [B, width] carries the time into the network, width): what `extend` adds to."""
         raise NotImplementedError
 
     def hidden(self, h):
@@ -53,7 +79,7 @@ class Model(nn.Module):
         return h
 
     def encode(self, labels):
-        """Labels (int64 tensor or list, [n]) or prompts (list of str) -> cond: dict of tensors [n, ...]."""
+        """Labels (int64 tensor or list, [n]) or prompts (list of str) -> cond: dict of tensors [n, ...] on the model's device."""
         raise NotImplementedError
 
     def null(self, n):
@@ -74,13 +100,17 @@ class Model(nn.Module):
 
     # -- what every model can do
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def forward(self, x_t, alpha, sigma, cond, features=False):
         """x0 estimate [B, *shape] in the dtype of x_t, for x_t = alpha x0 + sigma eps of any schedule; alpha, sigma: 0-d or [B].
         features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site."""
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
-        t = t.to(device=x.device, dtype=torch.float32).expand(len(x))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond)
             out = self.predict(x, t, cond)
@@ -106,12 +136,34 @@ class Model(nn.Module):
                 handle.remove()
         return found
 
+    def extend(self, *names):
+        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one, from then on. They are added to the
+        time embedding, by zero at first, so the network starts as it was. -> self"""
+        for name in names:
+            self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
+        return self
+
+    @contextlib.contextmanager
+    def extended(self, cond, extra=None):
+        if not self.extras:
+            yield
+            return
+        outer, self.extra = self.extra, sum(embed(cond[name]) for name, embed in self.extras.items()) if extra is None else extra
+        add = lambda module, args, out: out + self.extra.to(out.dtype)
+        handles = [module.register_forward_hook(add) for module in self.embedders()[0]] if outer is None else []
+        try:
+            yield
+        finally:
+            self.extra = outer
+            for handle in handles:
+                handle.remove()
+
     def guided(self, x_t, alpha, sigma, cond, w):
         """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, in one pass."""
         if w == 1:
             return self(x_t, alpha, sigma, cond)
         null = self.null(len(x_t))
-        both = {k: torch.cat([cond[k], null[k].to(cond[k].device)]) for k in cond}
+        both = {k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond}  # conditions of `extend` are the same in both halves
         alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
         c, u = self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
         return u + w * (c - u)
@@ -125,18 +177,28 @@ class Model(nn.Module):
         """A twin with its own fp32 network weights, trainable; everything else is shared."""
         twin = copy.copy(self)
         twin.__dict__.update({k: v.copy() for k, v in vars(self).items() if k.startswith("_") and isinstance(v, dict)})  # hooks, parameters: its own
-        twin.net = copy.deepcopy(self.net).float().requires_grad_(True)
+        twin.net, twin.extras = copy.deepcopy(self.net).float().requires_grad_(True), copy.deepcopy(self.extras).float().requires_grad_(True)
         return twin
 
     def checkpoint_activations(self):
         """--grad-checkpoint: recompute activations in backward."""
         if not hasattr(self.net, "enable_gradient_checkpointing"):
             raise UserError(f"--grad-checkpoint: expected a network of diffusers, found {type(self.net).__name__}, which does not offer it")
-        self.net.enable_gradient_checkpointing()
+
+        def recompute(block, *args):
+            extra = self.extra  # a later call of the network will have another one by the time of the backward
+
+            def run(*args):
+                with self.extended(None, extra) if extra is not None else contextlib.nullcontext():
+                    return block(*args)
+
+            return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+        self.net.enable_gradient_checkpointing(recompute)
 
     def config(self):
         return dict(adapter=self.adapter, schedule=self.schedule.config, prediction=self.prediction, shape=list(self.shape), classes=self.classes,
-                    sigma_data=self.sigma_data)
+                    sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {})
 
     def save(self, folder, info, name="distill.json"):
         """Diffusers folder (config.json, *.safetensors) plus `name`: what inference needs beside the weights. The JSON is written last."""
@@ -147,9 +209,10 @@ class Model(nn.Module):
 
     def save_net(self, folder):
         write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
-        with atomic(folder / "diffusion_pytorch_model.safetensors") as f:
-            save_file(tensors, f.name, metadata={"format": "pt"})
+        for name, module in [(WEIGHTS, self.net)] + [(EXTRAS, self.extras)] * bool(self.extras):
+            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            with atomic(folder / name) as f:
+                save_file(tensors, f.name, metadata={"format": "pt"})
 
     def net_config(self):
         return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
@@ -180,6 +243,9 @@ class DiT(Model):
         c = self.net.config
         return (c.in_channels, c.sample_size, c.sample_size), c.num_embeds_ada_norm
 
+    def embedders(self):
+        return [block.norm1.emb for block in self.net.transformer_blocks], self.net.inner_dim
+
     def sites(self):  # the block in the middle: the deeper ones turn towards the output
         return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
 
@@ -188,10 +254,10 @@ class DiT(Model):
         return h.transpose(1, 2).reshape(len(h), -1, side, side)
 
     def encode(self, labels):
-        return dict(labels=torch.as_tensor(labels))
+        return dict(labels=torch.as_tensor(labels, device=self.device))
 
     def null(self, n):
-        return dict(labels=torch.full((n,), self.classes))
+        return dict(labels=torch.full((n,), self.classes, device=self.device))
 
     def decode(self, x):
         return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)  # EDM's rule: -1, 0, 1 -> 0, 128, 255
@@ -228,15 +294,18 @@ class Toy(Model):
     def fits(self):
         return (2,), self.net.config["classes"]
 
+    def embedders(self):
+        return [self.net.label], self.net.config["width"]
+
     def sites(self):
         return [self.net.hidden[-1]]
 
     def encode(self, labels):
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, device=self.device)
         return dict(labels=labels if self.labelled else torch.full_like(labels, self.classes))
 
     def null(self, n):
-        return dict(labels=torch.full((n,), self.classes))
+        return dict(labels=torch.full((n,), self.classes, device=self.device))
 
     def copy(self):
         twin = super().copy()
@@ -263,6 +332,73 @@ class Toy(Model):
         return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(torch.uint8)
 
 
+class Routed(nn.Module):
+    """Several Models as one: every sample goes to the one expert that is responsible for it. What is not said here (schedule, encode, decode, ...) is
+    answered by the first expert, so that it can stand wherever a Model does.
+
+    by = "level": table holds falling values of sigma / alpha, one fewer than experts; expert i is for table[i] < sigma / alpha <= table[i-1].
+    by = "label": table[label] is the expert of that label; the null label goes to expert 0.
+    """
+
+    def __init__(self, experts, by, table):
+        super().__init__()
+        self.experts, self.by, self.table = nn.ModuleList(experts), by, list(table)
+        self.folder = None
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("experts")[0], name)
+
+    def __setattr__(self, name, value):
+        if name == "dtype":
+            for expert in self.experts:
+                expert.dtype = value
+        else:
+            super().__setattr__(name, value)
+
+    def route(self, n, alpha, sigma, cond):
+        """Expert of each of n samples: int64 [n]."""
+        if self.by == "label":
+            return torch.tensor([*self.table, 0], device=cond["labels"].device)[cond["labels"]]
+        ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(alpha, dtype=torch.float64)
+        return sum((ratio <= b).long() for b in self.table).expand(n)
+
+    def forward(self, x_t, alpha, sigma, cond, features=False):
+        which = self.route(len(x_t), alpha, sigma, cond)
+        out, used = None, which.unique().tolist()
+        if len(used) == 1:
+            return self.experts[used[0]](x_t, alpha, sigma, cond, features)
+        if features:
+            raise ValueError("features of a batch that several experts share")
+        for i in used:
+            rows = (which == i).to(x_t.device)
+            part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
+            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()})
+            out = torch.zeros_like(x_t, dtype=y.dtype) if out is None else out
+            out = out.index_put((rows,), y)
+        return out
+
+    x0, guided = forward, Model.guided
+
+    def copy(self):
+        return Routed([e.copy() for e in self.experts], self.by, self.table)
+
+    def checkpoint_activations(self):
+        for expert in self.experts:
+            expert.checkpoint_activations()
+
+    def config(self):
+        return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
+
+    def save(self, folder, info, name="distill.json"):
+        for i, expert in enumerate(self.experts):
+            (Path(folder) / f"expert-{i}").mkdir(parents=True, exist_ok=True)
+            expert.save_net(Path(folder) / f"expert-{i}")
+        write_json(Path(folder) / name, dict(info, model=self.config()))
+
+
 ADAPTERS = {cls.adapter: cls for cls in (DiT, Toy)}
 NETWORKS = {"dit": "DiTTransformer2DModel", "toy": "MLP"}
 EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
@@ -274,12 +410,14 @@ def load_model(folder, info):
     UserError, one line, if a file is missing, truncated, not safetensors, of another class, or holds other tensors than the configuration asks for.
     """
     folder = Path(folder)
+    if info.get("adapter") == "routed":
+        return load_routed(folder, info)
     if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
         raise UserError(f"{folder}: adapter: expected one of {', '.join(ADAPTERS)}, found {info.get('adapter')!r}")
     config, cls = read_json(folder / "config.json", "teacher file"), ADAPTERS[info["adapter"]]
     if config.get("_class_name") != NETWORKS[cls.adapter]:
         raise UserError(f"{folder / 'config.json'}: _class_name: expected {NETWORKS[cls.adapter]}, found {config.get('_class_name')!r}")
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: expected the weights as safetensors, found no such file")
     try:
@@ -292,11 +430,24 @@ def load_model(folder, info):
         raise UserError(f"{folder}: shape and classes: expected {model.fits()}, as in config.json, found {(model.shape, model.classes)}")
     if not 0 < model.sigma_data < float("inf"):
         raise UserError(f"{folder}: sigma_data: expected a positive number, found {model.sigma_data}")
+    load_weights(path, net)
+    if names := info.get("extras"):
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
+        load_weights(folder / EXTRAS, model.extend(*names).extras)
+    model.folder = folder
+    if cls is Toy:
+        model.labelled = info.get("labelled") is True  # toy and toy-cond share a network
+    return model
+
+
+def load_weights(path, module):
+    """The tensors of a safetensors file into a module, all of them and no others."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})") from None
-    expected = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     for k, shape in expected.items():
         if k not in tensors:
             raise UserError(f"{path}: tensor {k} is missing")
@@ -304,10 +455,24 @@ def load_model(folder, info):
             raise UserError(f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}")
     if extra := sorted(set(tensors) - set(expected)):
         raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
-    net.load_state_dict(tensors)
+    module.load_state_dict(tensors)
+
+
+def load_routed(folder, info):
+    experts, by, table = info.get("experts"), info.get("by"), info.get("table")
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    if not isinstance(experts, list) or not experts or not all(isinstance(e, dict) and e.get("adapter") != "routed" for e in experts):
+        raise UserError(f"{folder}: experts: expected a list of models, found {str(experts)[:80]}")
+    models = [load_model(folder / f"expert-{i}", e) for i, e in enumerate(experts)]
+    fine = isinstance(table, list) and all(number(v) for v in table)
+    if by == "level":
+        fine = fine and len(table) == len(models) - 1 and table == sorted(table, reverse=True)
+    else:
+        fine = fine and by == "label" and len(table) == models[0].classes and all(isinstance(v, int) and 0 <= v < len(models) for v in table)
+    if not fine or any((m.shape, m.classes) != (models[0].shape, models[0].classes) for m in models):
+        raise UserError(f"{folder}: expected by and table that route to {len(models)} experts of one shape, found {by!r}, {str(table)[:80]}")
+    model = Routed(models, by, table)
     model.folder = folder
-    if cls is Toy:
-        model.labelled = info.get("labelled") is True  # toy and toy-cond share a network
     return model
 
 

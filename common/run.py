@@ -73,6 +73,11 @@ class Parser(argparse.ArgumentParser):
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
         self.optim.add_argument("--lr-fake", type=float, help="learning rate of the second network, where there is one")
+        self.optim.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
+        self.optim.add_argument("--cooldown", type=float, default=0.0, help="share of the run, at its end, over which learning rates fall to 0")
+        self.optim.add_argument("--clip", type=float, default=10.0, help="gradient norm")
+        self.optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW, all networks")
+        self.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, all networks")
         self.optim.add_argument("--ema", type=float, help="half-life of the student's weight average, in images of student updates; 0 is off")
         self.optim.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, about a third more time")
         self.run.add_argument("--out", help="folder of the run; default out/<method>-<teacher>")
@@ -102,9 +107,13 @@ class Parser(argparse.ArgumentParser):
         for name in ("iters", "batch", "nfe", "log_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-        for name in ("lr", "lr_fake", "ema", "cfg", "sample_every", "eval_every", "eval_n", "save_every"):
+        for name in ("lr", "lr_fake", "ema", "cfg", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
             if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
+        for name, fine, expected in (("cooldown", 0 <= args.cooldown <= 1, "a share from 0 to 1"), ("clip", args.clip > 0, "a number > 0"),
+                                     ("betas", all(0 <= b < 1 for b in args.betas), "two numbers from 0 to below 1")):
+            if not fine:
+                raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
         if args.resume and args.overwrite:
             raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
         return args
@@ -194,34 +203,38 @@ class EMA:
 # ---- the run ----------------------------------------------------------------------------------------------------------------------------
 
 
+def processes(args):
+    """Device and process group of --device, --dtype and torchrun's environment -> rank, world, device, dtype of the network passes.
+    UserError: no such device, or a --batch of a script that the processes cannot share evenly."""
+    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
+    if args.device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
+    if "iters" in args and args.batch % world:
+        raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
+        where, restarts = {}, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if restarts and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun's store outlives its workers and still has the addresses of the
+            # dead ones (pytorch issue 135712), so names are new after a restart. The count is per machine; on several, start torchrun with
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+            store = next(dist.rendezvous("env://", rank, world))[0]
+            where = dict(store=dist.PrefixStore(f"restart_{restarts}", store), rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30), **where)
+    return rank, world, device, torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
+
+
 class Run:
     """Processes, device, folder, log and checkpoints of one run. Attributes: rank, world, main (rank 0), device, dtype, out, batch (local), seconds."""
 
     def __init__(self, method, args):
         self.method, self.args = method, args
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        cuda = torch.cuda.is_available()
-        if args.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
-        if args.device == "cuda" and not cuda:
-            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
-        if args.batch % self.world:
-            raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {self.world} processes")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
-        self.batch = args.batch // self.world
-        self.dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and self.device.type == "cuda") else torch.float32
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if self.world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
-            where, restarts = {}, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-            if restarts and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun's store outlives its workers and still has the addresses of the
-                # dead ones (pytorch issue 135712), so names are new after a restart. The count is per machine; on several, start torchrun with
-                # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-                store = next(dist.rendezvous("env://", self.rank, self.world))[0]
-                where = dict(store=dist.PrefixStore(f"restart_{restarts}", store), rank=self.rank, world_size=self.world)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30), **where)
+        self.rank, self.world, self.device, self.dtype = processes(args)
+        self.main, self.batch = self.rank == 0, args.batch // self.world
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
         self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.time(), 0.0, False, {}, 0, 0
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
@@ -318,6 +331,14 @@ class Run:
         """Random numbers of iteration it. The global generator (dropout and the like) is re-seeded too, so that a resume needs no RNG state."""
         torch.manual_seed(mix(self.args.seed, it, 4, self.rank))
         return Draw(self.args.seed, it, self.args.batch, self.rank, self.world, self.device)
+
+    def set_rates(self, it, *pairs):
+        """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr)."""
+        args = self.args
+        decay = min(1.0, (it + 1) / max(args.warmup, 1)) * min(1.0, (1 - it / args.iters) / max(args.cooldown, 1e-9))
+        for opt, lr in pairs:
+            for group in opt.param_groups:
+                group["lr"] = lr * decay
 
     def step(self, opt, params, clip):
         """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor)."""

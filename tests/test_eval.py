@@ -55,6 +55,7 @@ def home(tmp_path_factory):
     make_dit(2).save(home / "dmd2-digits" / "student", dict(info, teacher=str(home / "teacher")))
     toy = models.load_teacher("toy").copy()
     toy.save(home / "dmd2-toy" / "student", dict(info, teacher="toy"))
+    toy.labelled = True
     toy.save(home / "toy-cond" / "student", dict(info, teacher="toy-cond"))
     for name, part in dict(A=range(60), B=range(60, 150)).items():
         (home / name).mkdir()

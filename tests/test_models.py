@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.models import DiT, Toy, load_model, load_teacher
+from common.models import DiT, Routed, Toy, load_model, load_teacher
 from common.run import UserError
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.toy import MLP
@@ -229,9 +229,9 @@ def test_copy_is_independent_and_trainable(dit):
     assert not torch.equal(twin.net.pos_embed.proj.weight, dit.net.pos_embed.proj.weight)
     calls = []
     twin.register_forward_hook(lambda *a: calls.append(1))  # hooks, new parameters and switches of a copy are its own
-    twin.extra, twin.exact = torch.nn.Parameter(torch.zeros(1)), True
+    twin.another, twin.exact = torch.nn.Parameter(torch.zeros(1)), True
     dit(x, 0.3, 0.7, dit.encode(y))
-    assert not calls and not hasattr(dit, "extra") and not hasattr(dit, "exact")
+    assert not calls and not hasattr(dit, "another") and not hasattr(dit, "exact")
 
 
 def test_copy_of_half_precision_is_fp32():
@@ -425,3 +425,108 @@ def test_toy_network_is_edm_preconditioned():
     s, sd = 5.0, 0.714
     raw = toy.net((x / (s**2 + sd**2) ** 0.5), torch.full((50,), s), torch.full((50,), 8))
     assert (toy(x, 1.0, s, toy.null(50)) - (sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2) ** 0.5 * raw)).abs().max() < 1e-6
+
+
+# ---- new scalar conditions -------------------------------------------------------------------------------------------------------------------
+
+
+def toy_model():
+    torch.manual_seed(0)
+    return Toy(MLP(width=16), EDM(), "edm", (2,), 8)
+
+
+@pytest.mark.parametrize("make", [tiny, toy_model])
+def test_extended_network_starts_as_it_was_and_then_listens(make, tmp_path):
+    model = make().copy()
+    x = torch.randn(4, *model.shape)
+    cond = model.encode(torch.arange(4))
+    before = model(x, 0.6, 0.8, cond)
+    model.extend("r", "w")
+    given = dict(cond, r=torch.rand(4), w=torch.rand(4))
+    assert torch.equal(model(x, 0.6, 0.8, given), before)
+    model(x, 0.6, 0.8, given).sum().backward()
+    assert model.extras["r"].layers[2].weight.grad.abs().sum() > 0
+    for p in model.extras.parameters():
+        p.data.normal_()
+    now = model(x, 0.6, 0.8, given)
+    assert not torch.allclose(now, before) and not torch.allclose(now, model(x, 0.6, 0.8, dict(given, r=given["r"] + 0.3)))
+    assert model.extra is None and not any(m._forward_hooks for m in model.modules())
+    assert torch.equal(model.guided(x, 0.6, 0.8, given, 1.0), now) and model.guided(x, 0.6, 0.8, given, 2.0).isfinite().all()
+    twin = model.copy()
+    assert torch.equal(twin(x, 0.6, 0.8, given), now) and twin.extras["r"].layers[0].weight is not model.extras["r"].layers[0].weight
+    model.save(tmp_path, {})
+    loaded = load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
+    assert torch.equal(loaded(x, 0.6, 0.8, given), now)
+    (tmp_path / "extras.safetensors").unlink()
+    with pytest.raises(UserError, match="extras.safetensors"):
+        load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
+
+
+def test_extended_network_under_checkpointing_keeps_each_calls_condition():
+    """The blocks are run again in backward, after another call with another condition."""
+    grads, runs = [], []
+    for checkpointing in (False, True):
+        model = tiny().copy().extend("r")
+        torch.manual_seed(1)
+        for p in model.extras.parameters():
+            p.data.normal_()
+        if checkpointing:
+            model.checkpoint_activations()
+        model.net.transformer_blocks[0].attn1.register_forward_hook(lambda *a: runs.append(1))
+        x, cond = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)), model.encode(torch.arange(4))
+        one = model(x, 0.6, 0.8, dict(cond, r=torch.full((4,), 0.2)))
+        two = model(x, 0.6, 0.8, dict(cond, r=torch.full((4,), 0.9)))
+        (one * two).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(runs) == 2 + 4  # twice as often with checkpointing
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+# ---- several experts --------------------------------------------------------------------------------------------------------------------------
+
+
+def experts(n):
+    models = [toy_model() for _ in range(n)]
+    for i, m in enumerate(models):
+        for p in m.parameters():
+            p.data += 0.1 * i
+    return models
+
+
+def test_routed_by_level():
+    a, b, c = experts(3)
+    model = Routed([a, b, c], "level", [2.0, 0.5])
+    x, cond = torch.randn(5, 2), a.encode(torch.arange(5))
+    for ratio, expert in ((3.0, a), (2.0, b), (0.6, b), (0.5, c), (0.1, c)):
+        assert torch.equal(model(x, 1.0, ratio, cond), expert(x, 1.0, ratio, cond))
+    sigma = torch.tensor([3.0, 0.6, 0.1, 5.0, 0.6], dtype=torch.float64)
+    together = model(x, torch.ones(5), sigma, cond)
+    alone = torch.cat([e(x[i:i + 1], 1.0, sigma[i], {"labels": cond["labels"][i:i + 1]}) for i, e in enumerate((a, b, c, a, b))])
+    assert torch.allclose(together, alone, atol=1e-6)
+    (together**2).sum().backward()
+    assert all(e.net.out.weight.grad.abs().sum() > 0 for e in (a, b, c))
+    # the noisiest level there is: alpha = 0
+    assert torch.equal(Routed([tiny(), tiny()], "level", [1.0]).route(2, 0.0, 1.0, {}), torch.zeros(2, dtype=torch.int64))
+
+
+def test_routed_by_label(tmp_path):
+    a, b = experts(2)
+    for m in (a, b):
+        m.labelled = True
+    model = Routed([a, b], "label", [0, 1] * 4)
+    x, cond = torch.randn(6, 2), a.encode([0, 1, 2, 3, 8, 5])
+    want = torch.stack([(b if int(label) in (1, 3, 5) else a)(x, 1.0, 0.7, cond)[i] for i, label in enumerate(cond["labels"])])
+    assert torch.allclose(model(x, 1.0, 0.7, cond), want, atol=1e-6)
+    assert model.shape == (2,) and model.classes == 8 and model.adapter == "toy" and model.schedule is a.schedule
+    twin = model.copy()
+    twin.experts[0].net.out.weight.data += 1
+    assert torch.allclose(model(x, 1.0, 0.7, cond), want, atol=1e-6)
+    model.dtype = torch.bfloat16
+    assert a.dtype == b.dtype == torch.bfloat16
+    model.dtype = torch.float32
+    model.save(tmp_path, dict(method="msd"))
+    info = json.loads((tmp_path / "distill.json").read_text())["model"]
+    assert torch.allclose(load_model(tmp_path, info)(x, 1.0, 0.7, cond), want, atol=1e-6)
+    for change in (dict(table=[0, 1]), dict(table=[0, 2] * 4), dict(by="level"), dict(by="x"), dict(experts=[]), dict(experts=[info]), dict(table="x")):
+        with pytest.raises(UserError):
+            load_model(tmp_path, info | change)
