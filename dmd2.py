@@ -101,7 +101,7 @@ class Head(nn.Module):
     def __init__(self, h):  # h: a feature map [1, C, H, W], or [1, C] for networks without space
         super().__init__()
         c, layers = h.shape[1], []
-        norm = lambda: [nn.GroupNorm(math.gcd(32, c), c), nn.SiLU()]
+        norm = lambda: [nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c), nn.SiLU()]  # 32 groups, fewer if they had under 4 channels: 1x1 maps would vanish
         if h.ndim == 2:
             layers += [nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1)]
         else:

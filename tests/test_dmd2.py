@@ -167,14 +167,17 @@ def test_gan_gradient_passes_a_frozen_critic():
     assert x.grad.abs().sum() > 0 and all(p.grad is None for p in critic.parameters())
 
 
-@pytest.mark.parametrize("shape, halvings", [((16, 8, 8), 1), ((16, 7, 7), 1), ((16, 4, 4), 0), ((48, 32, 32), 3), ((16, 1, 1), 0), ((24,), 0)])
+@pytest.mark.parametrize("shape, halvings", [((16, 8, 8), 1), ((16, 7, 7), 1), ((16, 4, 4), 0), ((48, 32, 32), 3), ((32, 7, 7), 1), ((16, 1, 1), 0), ((24,), 0)])
 def test_head(shape, halvings):
     head = dmd2.Head(torch.zeros(1, *shape))
     assert head(torch.randn(3, *shape)).shape == (3, 1)
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
     assert sum(m.kernel_size == (4, 4) and m.stride == (2, 2) for m in convs) == halvings
     assert all(m.out_channels == shape[0] for m in convs[:-1])  # all keep C channels
-    assert all(m.num_groups == math.gcd(32, shape[0]) for m in head.modules() if isinstance(m, nn.GroupNorm))
+    assert all(m.num_groups == math.gcd(32, shape[0] // 4) for m in head.modules() if isinstance(m, nn.GroupNorm))  # 32 for the paper's 768 and 1280
+    h = torch.randn(3, *shape, requires_grad=True)
+    head(h)[0].sum().backward()
+    assert h.grad[0].norm() > 1e-3 and h.grad[1:].norm() == 0  # a group of one number would be normalised to a constant
     assert head(torch.randn(3, *shape).bfloat16()).dtype == torch.float32
 
 
