@@ -122,7 +122,7 @@ class Model(nn.Module):
         found, sites = [], self.sites()
 
         def hook(module, args, out):
-            found.append(self.hidden(out[0] if isinstance(out, tuple) else out).float())
+            found.append(self.hidden(out).float())
             if len(found) == len(sites):
                 raise Stop
 
@@ -162,11 +162,15 @@ class Model(nn.Module):
         """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, in one pass."""
         if w == 1:
             return self(x_t, alpha, sigma, cond)
+        c, u = self.pair(x_t, alpha, sigma, cond)
+        return u + w * (c - u)
+
+    def pair(self, x_t, alpha, sigma, cond):
+        """x0 estimates with the condition and with the null condition, in one pass of twice the batch."""
         null = self.null(len(x_t))
         both = {k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond}  # conditions of `extend` are the same in both halves
         alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
-        c, u = self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
-        return u + w * (c - u)
+        return self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
 
     def weight(self, alpha, sigma):
         """lambda [same shape as sigma] that turns a squared x0 error at (alpha, sigma) into the loss this network was trained with."""
@@ -380,7 +384,7 @@ class Routed(nn.Module):
             out = out.index_put((rows,), y)
         return out
 
-    x0, guided = forward, Model.guided
+    x0, guided, pair = forward, Model.guided, Model.pair
 
     def copy(self):
         return Routed([e.copy() for e in self.experts], self.by, self.table)

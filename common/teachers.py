@@ -1,0 +1,610 @@
+"""Pipelines of diffusers as teachers: text to image, text to video, class-conditional latents. `load_teacher` of common/models.py comes here for a short name
+(sdxl), a hub name (owner/name) or a folder with model_index.json; a fine-tune of any of them is its folder.
+
+An adapter is a subclass of `Pipeline`: which schedule, how the network is called, how the pipeline turns text into tensors. Conditions are rows of a table:
+condition i is prompt i, so that the scripts draw integers as they do for class labels. The table is computed once, by the pipeline's own text encoders, and
+kept on disk (--cache-prompts); the encoders are gone before the network is loaded. Nothing that a folder contains is executed: only pipeline classes named
+here, components of diffusers and transformers, safetensors.
+"""
+import gc
+import hashlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import schedules
+from common.models import Model
+from common.run import ROOT, UserError, atomic, near, read_json
+
+HUB = {  # short names
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "dit-xl-256": "facebook/DiT-XL-2-256",
+}
+SHARD = 1024  # prompts in one file of the cache
+LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path):
+    """Lines of a UTF-8 text file, empty ones left out. UserError: not readable, no prompt, a line that is no prompt."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise UserError(f"--prompts {path}: {e.strerror}") from None
+    prompts = []
+    for i, line in enumerate(lines, 1):
+        if len(line) > 4 * LONGEST:
+            raise UserError(f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, found {len(line)} bytes")
+        try:
+            prompts.append(line.decode().strip())
+        except UnicodeDecodeError:
+            raise UserError(f"--prompts {path}: line {i}: expected UTF-8 text") from None
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise UserError(f"--prompts {path}: expected one prompt per line, found an empty file")
+    return prompts
+
+
+class Table:
+    """Embeddings of prompts: parts, a list of dicts of tensors [<= SHARD, ...], memory-mapped files where they come from the cache; null, one row each."""
+
+    def __init__(self, parts, null):
+        self.parts, self.null = parts, null
+
+    def rows(self, index, device):
+        """index: int64 [n] -> dict of tensors [n, ...]."""
+        index = index.tolist()
+        return {k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device) for k in self.null}
+
+    def nulls(self, n, device):
+        return {k: v.expand(n, *v.shape[1:]).to(device) for k, v in self.null.items()}
+
+
+def same_length(parts):
+    """Zero-pads the second dimension of every tensor whose length differs between parts (encoders that do not pad to a fixed one)."""
+    for k in parts[0]:
+        longest = max(p[k].shape[1] if p[k].ndim > 1 else 0 for p in parts)
+        for p in parts:
+            if p[k].ndim > 1 and p[k].shape[1] < longest:
+                p[k] = torch.cat([p[k], p[k].new_zeros(len(p[k]), longest - p[k].shape[1], *p[k].shape[2:])], 1)
+
+
+@torch.no_grad()
+def embed(cls, folder, prompts, device, dtype, cache, say, once):
+    """Table of the prompts, from the cache if it has them. `once`: runs a function on rank 0 while the others wait (Run.once)."""
+    key = hashlib.sha256(json.dumps([cls.__name__, str(folder), str(dtype), prompts]).encode()).hexdigest()[:16]
+    home = Path(cache or ROOT / "out" / "prompts") / f"{Path(str(folder)).name}-{key}"
+
+    def compute():
+        if (home / "done.json").is_file():
+            say(f"prompts: {len(prompts)} embeddings read from {home}")
+            return
+        say(f"prompts: encoding {len(prompts)} into {home}")
+        pipe = cls.text_pipeline(folder, dtype).to(device)
+        parts = [{k: v.cpu() for k, v in cls.text(pipe, prompts[i:i + 16]).items()} for i in range(0, len(prompts), 16)]
+        null = {k: v[:1].cpu() for k, v in cls.text(pipe, None).items()}
+        del pipe
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        same_length([*parts, null])
+        home.mkdir(parents=True, exist_ok=True)
+        whole = {k: torch.cat([p[k] for p in parts]) for k in null}
+        for i in range(0, len(prompts), SHARD):
+            write(home / f"{i // SHARD:05d}.safetensors", {k: v[i:i + SHARD] for k, v in whole.items()})
+        write(home / "null.safetensors", null)
+        with atomic(home / "done.json") as f:
+            f.write(json.dumps(dict(prompts=len(prompts))).encode())
+
+    try:
+        once(compute)
+        parts = [load_file(home / f"{i // SHARD:05d}.safetensors") for i in range(0, len(prompts), SHARD)]
+        return Table(parts, load_file(home / "null.safetensors"))
+    except OSError as e:
+        raise UserError(f"--cache-prompts {home}: {e.strerror or e}") from None
+
+
+def write(path, tensors):
+    with atomic(path) as f:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f.name)
+
+
+# ---- what all pipelines share ---------------------------------------------------------------------------------------------------------------
+
+
+class Pipeline(Model):
+    """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
+
+    part, network = "transformer", None  # subfolder and diffusers class of the network
+    texts = ("tokenizer", "text_encoder")  # components that turn prompts into tensors
+
+    def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
+        object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
+        shape = self.latent_shape(net.config, size)
+        super().__init__(net, self.make_schedule(scheduler, shape, net.config), prediction, shape)
+
+    # -- loading
+
+    @classmethod
+    def text_pipeline(cls, folder, dtype):
+        """The pipeline without network and VAE: for `text`."""
+        import diffusers
+        empty = [k for k, v in read_json(Path(folder) / "model_index.json").items() if v == [None, None]]
+        without = dict.fromkeys([cls.part, "vae", *cls.without, *empty])
+        return getattr(diffusers, cls.pipeline).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **without)
+
+    without = ()  # further components that are not loaded
+
+    @classmethod
+    def load_net(cls, folder, dtype, sub=None):
+        import diffusers
+        sub = cls.part if sub is None else sub
+        return getattr(diffusers, cls.network).from_pretrained(folder, **(dict(subfolder=sub) if sub else {}), torch_dtype=dtype, use_safetensors=True)
+
+    def attach(self, folder, table, prompts):
+        self.folder, self.table, self.prompts, self.classes = folder, table, prompts, len(prompts)
+
+    # -- conditions
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        """Prompts (list), or None: the null prompt as this pipeline has it -> dict of tensors [n, ...]."""
+        raise NotImplementedError
+
+    def encode(self, labels):
+        return self.table.rows(torch.as_tensor(labels).cpu(), self.device)
+
+    def null(self, n):
+        return self.table.nulls(n, self.device)
+
+    # -- latents and pixels
+
+    def latent_shape(self, c, size):
+        """size: of the picture in pixels, or None for what the network was built for."""
+        side = c.sample_size if size is None else size // self.vae_scale
+        return c.in_channels, side, side
+
+    @property
+    def vae_scale(self):
+        """Pixels per latent, along one side."""
+        c = self.vae.config
+        if hasattr(c, "temperal_downsample"):  # video autoencoders
+            return 2 ** len(c.temperal_downsample)
+        return 2 ** (len(c.encoder_block_out_channels if hasattr(c, "encoder_block_out_channels") else c.block_out_channels) - 1)
+
+    @property
+    def image_shape(self):
+        return 3, self.shape[-2] * self.vae_scale, self.shape[-1] * self.vae_scale
+
+    def latent_stats(self):
+        """(shift, scale): latents are (encoder output - shift) * scale."""
+        c = self.vae.config
+        return getattr(c, "shift_factor", None) or 0.0, c.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Latents -> uint8 images [n, 3, H, W], four at a time; of a video its middle frame."""
+        vae = self.vae.to(x.device)
+        shift, scale = self.latent_stats()
+        images = [self.from_vae(vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0]) for part in x.split(4)]
+        return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def from_vae(self, y):
+        return y[:, :, y.shape[2] // 2] if y.ndim == 5 else y
+
+    @torch.no_grad()
+    def encode_images(self, images):
+        vae = self.vae.to(images.device)
+        shift, scale = self.latent_stats()
+        out = []
+        for part in images.split(4):
+            y = part.to(vae.dtype) / 127.5 - 1
+            y = vae.encode(y[:, :, None] if self.video_vae else y, return_dict=False)[0]
+            y = (y if torch.is_tensor(y) else y.mode()).float()  # AutoencoderDC gives the latents themselves
+            out.append((y - shift) * scale)
+        return torch.cat(out)
+
+    video_vae = False
+
+    # -- the network
+
+    def sites(self):
+        return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
+
+    def hidden(self, h):
+        """Output of a block, image tokens [B, h w, D] or a map -> [B, D, h, w]. Blocks of joint attention give (text tokens, image tokens)."""
+        h = h[-1] if isinstance(h, tuple) else h
+        if h.ndim == 4:
+            return h
+        height, width = self.shape[-2:]
+        side = round((h.shape[1] * height / width) ** 0.5)
+        return h.transpose(1, 2).reshape(len(h), -1, side, h.shape[1] // side)
+
+    def save_net(self, folder):
+        self.net.save_pretrained(folder, safe_serialization=True)
+        if self.extras:
+            write(Path(folder) / "extras.safetensors", {k: v.detach().cpu() for k, v in self.extras.state_dict().items()})
+
+    def config(self):
+        return dict(super().config(), image=list(self.image_shape))
+
+
+def vp(scheduler):
+    known = {"scaled_linear": "scaled_linear", "linear": "linear"}
+    if scheduler.get("beta_schedule") not in known or scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"scheduler: expected beta_schedule linear or scaled_linear without rescaling, found {scheduler.get('beta_schedule')!r}")
+    return schedules.VP(scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"])
+
+
+def flow(scheduler, tokens=None):
+    """Flow with the pipeline's time shift. Dynamic shifting: exp(mu), mu linear in the number of image tokens."""
+    if scheduler.get("use_dynamic_shifting") and tokens:
+        a, b = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return schedules.Flow(math.exp(low + (high - low) * (tokens - a) / (b - a)))
+    return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
+
+
+# ---- UNets: eps or v prediction on the discrete VP schedule --------------------------------------------------------------------------------
+
+
+class SD15(Pipeline):
+    """Stable Diffusion 1.x, 2.x. Null: the empty prompt."""
+
+    adapter, pipeline, part, network = "sd15", "StableDiffusionPipeline", "unet", "UNet2DConditionModel"
+    without = ("safety_checker", "feature_extractor", "image_encoder",)
+
+    def __init__(self, net, vae, scheduler, size=None):
+        kinds = dict(epsilon="eps", v_prediction="v", sample="x0")
+        super().__init__(net, vae, scheduler, size, kinds[scheduler.get("prediction_type", "epsilon")])
+
+    def make_schedule(self, scheduler, shape, c):
+        return vp(scheduler)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        return dict(text=pipe.encode_prompt(prompts or [""], pipe.device, 1, False)[0])
+
+    def predict(self, x, t, cond):
+        return self.net(x, t, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
+
+    def embedders(self):
+        return [self.net.time_embedding], self.net.time_embedding.linear_2.out_features
+
+    def sites(self):
+        return [self.net.mid_block]
+
+
+class SDXL(SD15):
+    """SDXL: two text encoders, pooled embedding, size and crop as numbers. Null: zeros (force_zeros_for_empty_prompt), as its pipeline has it."""
+
+    adapter, pipeline = "sdxl", "StableDiffusionXLPipeline"
+    without = ("feature_extractor", "image_encoder",)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, null, pooled, null_pooled = pipe.encode_prompt(prompts or [""], device=pipe.device, do_classifier_free_guidance=True)
+        return dict(text=text, pooled=pooled) if prompts else dict(text=null, pooled=null_pooled)
+
+    def predict(self, x, t, cond):
+        h, w = self.image_shape[1:]
+        ids = x.new_tensor([[h, w, 0, 0, h, w]]).expand(len(x), 6)  # original size, crop, target size
+        added = dict(text_embeds=cond["pooled"].to(x.dtype), time_ids=ids)
+        return self.net(x, t, encoder_hidden_states=cond["text"].to(x.dtype), added_cond_kwargs=added, return_dict=False)[0]
+
+
+# ---- transformers: flow matching --------------------------------------------------------------------------------------------------------------
+
+
+class SD3(Pipeline):
+    """Stable Diffusion 3 and 3.5. A missing third encoder (T5) is zeros, as in the pipeline."""
+
+    adapter, pipeline, network = "sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+    without = ("feature_extractor", "image_encoder",)
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler, shape[-1] * shape[-2] // c.patch_size**2)
+
+    @classmethod
+    def text_pipeline(cls, folder, dtype):
+        pipe = super().text_pipeline(folder, dtype)
+        config = read_json(Path(folder) / cls.part / "config.json")
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config), dtype=dtype)  # the stand-in of a missing T5 asks for a dimension
+        return pipe
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        prompts = prompts or [""]
+        text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, device=pipe.device, do_classifier_free_guidance=False)
+        return dict(text=text, pooled=pooled)
+
+    def predict(self, x, t, cond):
+        return self.net(x, encoder_hidden_states=cond["text"].to(x.dtype), pooled_projections=cond["pooled"].to(x.dtype), timestep=t * 1000, return_dict=False)[0]
+
+    def embedders(self):
+        return [self.net.time_text_embed], self.net.inner_dim
+
+
+class Sana(Pipeline):
+    """SANA: linear-attention transformer on a 32x autoencoder, Gemma embeddings with a mask. No complex human instruction."""
+
+    adapter, pipeline, network = "sana", "SanaPipeline", "SanaTransformer2DModel"
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, mask, _, _ = pipe.encode_prompt(prompts or [""], False, device=pipe.device, complex_human_instruction=None)
+        return dict(text=text, mask=mask)
+
+    def predict(self, x, t, cond):
+        t = t * 1000 * getattr(self.net.config, "timestep_scale", 1.0)
+        out = self.net(x, encoder_hidden_states=cond["text"].to(x.dtype), encoder_attention_mask=cond["mask"], timestep=t, return_dict=False)[0]
+        return out[:, :self.shape[0]]  # a learned variance is left out
+
+    def embedders(self):
+        c = self.net.config
+        return [self.net.time_embed.emb.timestep_embedder], c.num_attention_heads * c.attention_head_dim
+
+
+def pack(x):
+    """Latents [B, C, H, W] -> tokens [B, H W / 4, 4 C] of 2 x 2 latents each."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(y, h, w):
+    b, _, c = y.shape
+    return y.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+class Flux(Pipeline):
+    """FLUX.1-dev: packed latents, guidance as an input of the network (it is a guidance-distilled model, there is no second pass)."""
+
+    adapter, pipeline, network = "flux", "FluxPipeline", "FluxTransformer2DModel"
+    without = ("feature_extractor", "image_encoder",)
+    guidance = 3.5  # of a call that says nothing else
+
+    def latent_shape(self, c, size):
+        side = (size or 1024) // self.vae_scale
+        return c.in_channels // 4, side, side
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler, shape[-1] * shape[-2] // 4)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, pooled, _ = pipe.encode_prompt(prompts or [""], None, device=pipe.device)
+        return dict(text=text, pooled=pooled)
+
+    def predict(self, x, t, cond):
+        h, w = x.shape[-2:]
+        ids = torch.zeros(h // 2, w // 2, 3, device=x.device)
+        ids[..., 1], ids[..., 2] = torch.arange(h // 2, device=x.device)[:, None], torch.arange(w // 2, device=x.device)
+        g = torch.full((len(x),), float(self.guidance), device=x.device) if self.net.config.guidance_embeds else None
+        text_ids = torch.zeros(cond["text"].shape[1], 3, device=x.device)
+        out = self.net(pack(x), encoder_hidden_states=cond["text"].to(x.dtype), pooled_projections=cond["pooled"].to(x.dtype), timestep=t, guidance=g,
+                       img_ids=ids.view(-1, 3).to(x.dtype), txt_ids=text_ids.to(x.dtype), return_dict=False)[0]
+        return unpack(out, h, w)
+
+    def guided(self, x_t, alpha, sigma, cond, w):
+        if not self.net.config.guidance_embeds:
+            return super().guided(x_t, alpha, sigma, cond, w)
+        old, self.guidance = self.guidance, w
+        try:
+            return self(x_t, alpha, sigma, cond)
+        finally:
+            self.guidance = old
+
+    def embedders(self):
+        return [self.net.time_text_embed], self.net.inner_dim
+
+
+class QwenImage(Pipeline):
+    """Qwen-Image: packed latents, text with a mask. Its pipeline rescales guided velocities to the norm of the conditional one, token by token; `guided` too."""
+
+    adapter, pipeline, network = "qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel"
+    video_vae = True
+    latent_shape = Flux.latent_shape
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler, shape[-1] * shape[-2] // 4)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, mask = pipe.encode_prompt(prompts or [" "], device=pipe.device)  # " " is the negative prompt of Qwen's own examples
+        return dict(text=text, mask=torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask.long())
+
+    def predict(self, x, t, cond):
+        h, w = x.shape[-2:]
+        out = self.net(pack(x), encoder_hidden_states=cond["text"].to(x.dtype), encoder_hidden_states_mask=cond["mask"], timestep=t,
+                       img_shapes=[[(1, h // 2, w // 2)]] * len(x), return_dict=False)[0]
+        return unpack(out, h, w)
+
+    def guided(self, x_t, alpha, sigma, cond, w):
+        """The pipeline's rule: the guided velocity is scaled, token by token, to the norm of the conditional one."""
+        if w == 1:
+            return self(x_t, alpha, sigma, cond)
+        c, u = self.pair(x_t, alpha, sigma, cond)
+        _, alpha_n, sigma_n, scale = schedules.equal_snr(self.schedule, alpha, sigma)
+        x = x_t.double() * schedules.expand(scale, x_t)
+        v, g = (pack(schedules.from_x0("flow", y, x, alpha_n, sigma_n)) for y in (c, u + w * (c - u)))
+        g = unpack(g * (v.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), *x_t.shape[-2:])
+        return schedules.to_x0("flow", g, x, alpha_n, sigma_n).to(x_t.dtype)
+
+    def latent_stats(self):
+        c = self.vae.config
+        shape = (1, -1, 1, 1)
+        return torch.tensor(c.latents_mean, device=self.device).view(shape), 1 / torch.tensor(c.latents_std, device=self.device).view(shape)
+
+    def embedders(self):
+        return [self.net.time_text_embed], self.net.inner_dim
+
+
+class ZImage(Pipeline):
+    """Z-Image: its network's time runs from 0 (noise) to 1 and it predicts x0 - eps. Text of varying length, without padding."""
+
+    adapter, pipeline, network = "z-image", "ZImagePipeline", "ZImageTransformer2DModel"
+
+    def latent_shape(self, c, size):
+        side = (size or 1024) // self.vae_scale
+        return c.in_channels, side, side
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler, shape[-1] * shape[-2] // 4)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        each, _ = pipe.encode_prompt(prompts or [""], device=pipe.device, do_classifier_free_guidance=False)
+        length = torch.tensor([len(e) for e in each], device=pipe.device)
+        return dict(text=torch.nn.utils.rnn.pad_sequence(each, batch_first=True), length=length)
+
+    def predict(self, x, t, cond):
+        text = [e[:n].to(x.dtype) for e, n in zip(cond["text"], cond["length"].tolist())]
+        out = self.net(list(x[:, :, None].unbind()), 1 - t, text, return_dict=False)[0]
+        return -torch.stack(list(out))[:, :, 0]
+
+    def embedders(self):
+        return [self.net.t_embedder], self.net.t_embedder.mlp[-1].out_features
+
+    def sites(self):
+        return [self.net.layers[len(self.net.layers) // 2]]
+
+
+class Wan(Pipeline):
+    """Wan 2.1 text to video: latents [16, F, h, w], 4x fewer frames and 8x smaller pictures than the video. Wan 2.2 A14B has two experts: `load_pipeline`."""
+
+    adapter, pipeline, network = "wan", "WanPipeline", "WanTransformer3DModel"
+    without, video_vae = ("transformer_2",), True
+
+    def latent_shape(self, c, size):
+        h, w = (480, 832) if size is None else (size, size)
+        return c.in_channels, (self.frames - 1) // 4 + 1, h // self.vae_scale, w // self.vae_scale
+
+    frames = 81
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        return dict(text=pipe.encode_prompt(prompts or [""], do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device)[0])
+
+    def predict(self, x, t, cond):
+        return self.net(x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
+
+    latent_stats = QwenImage.latent_stats
+
+    def embedders(self):
+        return [self.net.condition_embedder.time_embedder], self.net.condition_embedder.time_embedder.linear_2.out_features
+
+    def sites(self):
+        return [self.net.blocks[len(self.net.blocks) // 2]]
+
+    def hidden(self, h):  # tokens [B, F h w, D]: the mean over frames
+        f, height, width = self.shape[1], self.shape[2] // 2, self.shape[3] // 2
+        return h.view(len(h), f, height, width, -1).mean(1).permute(0, 3, 1, 2)
+
+
+class DiTXL(Pipeline):
+    """Class-conditional DiT on latents of ImageNet (facebook/DiT-XL-2-256): labels instead of prompts, learned variance left out."""
+
+    adapter, pipeline, network = "dit-latent", "DiTPipeline", "DiTTransformer2DModel"
+
+    def __init__(self, net, vae, scheduler, size=None):
+        super().__init__(net.eval(), vae, scheduler, size, "eps")
+
+    def make_schedule(self, scheduler, shape, c):
+        return vp(scheduler)
+
+    def train(self, mode=True):  # in train mode diffusers drops labels at random
+        return super().train(False)
+
+    def encode(self, labels):
+        return dict(labels=torch.as_tensor(labels, device=self.device))
+
+    def null(self, n):
+        return dict(labels=torch.full((n,), self.net.config.num_embeds_ada_norm, device=self.device))
+
+    def predict(self, x, t, cond):
+        return self.net(x, timestep=t, class_labels=cond["labels"], return_dict=False)[0][:, :self.shape[0]]
+
+    def embedders(self):
+        return [block.norm1.emb for block in self.net.transformer_blocks], self.net.inner_dim
+
+
+PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana, Flux, QwenImage, ZImage, Wan, DiTXL)}
+ADAPTERS = {cls.adapter: cls for cls in PIPELINES.values()}
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_index(name, folder):
+    """model_index.json, checked: a supported pipeline, components of diffusers and transformers only."""
+    index = read_json(Path(folder) / "model_index.json", "--teacher")
+    if index.get("_class_name") not in PIPELINES:
+        raise UserError(f"--teacher {name}: expected one of the pipelines {', '.join(PIPELINES)}, found {index.get('_class_name')!r}"
+                        f"{near(index.get('_class_name'), PIPELINES)}")
+    for part, value in index.items():
+        if not part.startswith("_") and isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in ("diffusers", "transformers")):
+            raise UserError(f"--teacher {name}: {part}: expected a component of diffusers or transformers, found {value}; code of a folder is never run")
+    return index
+
+
+def fetch(name):
+    """Folder of a hub name's files (without pickles), downloaded once by huggingface_hub; a local folder is itself."""
+    if Path(name).is_dir():
+        return str(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
+    try:
+        return snapshot_download(HUB.get(name, name), allow_patterns=wanted, ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
+        raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
+
+
+def fingerprint(folder):
+    """What changes when the text encoders of a local folder do: names, sizes and times of their files."""
+    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(("text_encoder", "tokenizer")))
+    return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
+    """Frozen Model of a pipeline. prompts: list of str; size: of the picture in pixels and frames of a video, if other than what the network was built for."""
+    import diffusers
+    folder = fetch(name)
+    index = read_index(name, folder)
+    cls = PIPELINES[index["_class_name"]]
+    if cls is not DiTXL and not prompts:
+        raise UserError(f"--teacher {name}: expected prompts for a text-to-image teacher, found none: --prompts FILE, one per line")
+    table = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls is not DiTXL else None
+    scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
+    try:
+        net = cls.load_net(folder, dtype)
+        vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:  # what diffusers raises for missing, truncated or foreign files
+        raise UserError(f"--teacher {name}: not loaded: {' '.join(str(e).split())[:200]}") from None
+    if frames:
+        cls = type(cls.__name__, (cls,), dict(frames=frames))
+    model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
+    model.attach(Path(folder), table, prompts or list(range(net.config.num_embeds_ada_norm)))
+    model.dtype = dtype
+    return model.requires_grad_(False).to(device)

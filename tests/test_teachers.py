@@ -1,0 +1,173 @@
+"""common/teachers.py: every adapter against its own pipeline of diffusers, on tiny random weights saved in the real format."""
+import importlib
+import json
+import os
+import warnings
+
+import pytest
+import torch
+
+import tiny
+from common import teachers
+from common.run import UserError
+from common.schedules import EDM, VP, Flow
+
+PROMPTS = ["a red heart", "dog", "pizza 7"]
+NAMES = ["sd15", "sdxl", "sd3", "sana"]
+HOW = dict(sd15="vp", sdxl="ve", sd3="flow", sana="flow")  # the coordinates of the pipeline's scheduler
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base, made = tmp_path_factory.mktemp("teachers"), {}
+    warnings.simplefilter("ignore")
+    import diffusers
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+    def get(name):
+        if name not in made:
+            (base / name).mkdir()
+            made[name] = getattr(tiny, name)(base / name)
+        return made[name]
+
+    get.cache = base / "cache"
+    return get
+
+
+def load(folders, name, prompts=PROMPTS, **kw):
+    return teachers.load_pipeline(str(folders(name)), prompts=prompts, cache=folders.cache, say=lambda *a: None, **kw)
+
+
+def pipeline(model, folder):
+    import diffusers
+    empty = [k for k, v in json.loads((folder / "model_index.json").read_text()).items() if v == [None, None]]
+    pipe = getattr(diffusers, model.pipeline).from_pretrained(folder, **dict.fromkeys(empty))
+    pipe.set_progress_bar_config(disable=True)
+    if model.adapter == "sana":  # its solver rounds times down to integers, while the noise level keeps its fraction; without that, both are the same point
+        class Exact(type(pipe.scheduler)):
+            def set_timesteps(self, *a, **kw):
+                super().set_timesteps(*a, **kw)
+                self.timesteps = (self.sigmas[:-1] * 1000).double()
+        pipe.scheduler = Exact.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def native(model, scheduler, z, cond, steps, w, how, ask=None):
+    """The pipeline's own loop, with our `guided` in the place of its network. ask: another schedule in whose coordinates the network is asked."""
+    scheduler.set_timesteps(steps)
+    x = z * getattr(scheduler, "init_noise_sigma", 1.0)
+    for i, t in enumerate(scheduler.timesteps):
+        if how == "vp":
+            a, s = model.schedule.alpha(t), model.schedule.sigma(t)
+        elif how == "ve":
+            a, s = torch.tensor(1.0), scheduler.sigmas[i].double()
+        else:
+            s = scheduler.sigmas[i].double()
+            a = 1 - s
+        a2, s2, y = a, s, x
+        if ask is not None:  # the same point, scaled into another schedule
+            t2 = ask.t_from_snr((a / s) ** 2)
+            a2, s2 = ask.alpha(t2), ask.sigma(t2)
+            y = (x * (s2 / s if s > a else a2 / a)).float()
+        x0 = model.guided(y, a2, s2, cond, w).double()
+        out = (x.double() - a * x0) / s if how != "flow" else (x.double() - x0) / s
+        x = scheduler.step(out.float(), t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_our_sampler_is_the_pipeline(name, steps, folders):
+    model = load(folders, name)
+    pipe = pipeline(model, folders(name))
+    z = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(steps))
+    h, w = model.image_shape[1:]
+    extra = dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
+    theirs = pipe([PROMPTS[2], PROMPTS[0]], height=h, width=w, num_inference_steps=steps, guidance_scale=3.0, latents=z, output_type="latent", **extra).images
+    cond = model.encode(torch.tensor([2, 0]))
+    with torch.no_grad():
+        ours = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW[name])
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+        for ask in (Flow(), EDM(), VP()):
+            if ask.config["name"] != model.schedule.config["name"]:
+                again = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW[name], ask)
+                # where the other schedule ends before pure noise, its first question is another one
+                assert (again - theirs).norm() < (0.1 if name == "sd3" or name == "sana" else 1e-3) * theirs.norm(), ask.config
+    plain = pipe([PROMPTS[1]], height=h, width=w, num_inference_steps=steps, guidance_scale=1.0, latents=z[:1], output_type="latent", **extra).images
+    with torch.no_grad():
+        ours = native(model, pipe.scheduler, z[:1], model.encode([1]), steps, 1.0, HOW[name])
+    assert (ours - plain).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_is_the_pipelines(name, folders):
+    import numpy as np
+    model = load(folders, name)
+    pipe = pipeline(model, folders(name))
+    z = torch.randn(1, *model.shape)
+    h, w = model.image_shape[1:]
+    extra = dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
+    call = lambda kind: pipe(PROMPTS[:1], height=h, width=w, num_inference_steps=1, guidance_scale=1.0, latents=z, output_type=kind, **extra).images
+    latents, image = call("latent"), torch.from_numpy(np.array(call("pil")[0])).permute(2, 0, 1)
+    assert (model.decode(latents)[0].int() - image.int()).abs().max() <= 1
+    assert model.encode_images(model.decode(latents)).shape == latents.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_features_and_new_conditions(name, folders):
+    model = load(folders, name)
+    cond, x = model.encode([0, 1]), torch.randn(2, *model.shape)
+    student = model.copy()
+    assert torch.equal(student(x, 0.6, 0.8, cond), model(x, 0.6, 0.8, cond))
+    (h,) = student(x, 0.6, 0.8, cond, features=True)
+    assert h.ndim == 4 and len(h) == 2 and h.dtype == torch.float32
+    h.sum().backward()
+    assert any(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in model.parameters())
+    assert {id(p) for p in student.parameters()} == {id(p) for p in student.net.parameters()}  # no VAE, no text encoder
+    before = student(x, 0.6, 0.8, cond)
+    student.extend("r")
+    assert torch.equal(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
+    student.extras["r"].layers[2].weight.data.normal_()
+    assert not torch.allclose(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
+
+
+def test_prompts_are_encoded_once(folders, monkeypatch):
+    said = []
+    args = dict(prompts=["a b", "c"], cache=folders.cache, say=said.append)
+    teachers.load_pipeline(str(folders("sd15")), **args)
+    monkeypatch.setattr(teachers.SD15, "text_pipeline", None)  # would fail if it were asked
+    model = teachers.load_pipeline(str(folders("sd15")), **args)
+    assert "encoding 2" in said[0] and "read from" in said[-1]
+    assert model.classes == 2 and model.encode([1])["text"].shape[0] == 1
+
+
+def test_text_encoders_are_gone(folders):
+    import gc
+    from transformers import CLIPTextModel
+    model = teachers.load_pipeline(str(folders("sd15")), prompts=["once more"], cache=folders.cache, say=lambda *a: None)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)] and model.table.parts
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "empty file"), (b"\n \n", "empty file"), (b"ok\n\xff\xfe\n", "line 2.*UTF-8"), (b"ok\n" + b"a" * 10_000_000, "line 2.*at most")])
+def test_bad_prompts(content, says, tmp_path):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"--prompts .*{says}"):
+        teachers.read_prompts(tmp_path / "p.txt")
+    with pytest.raises(UserError, match="--prompts"):
+        teachers.read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(_class_name="KandinskyPipeline"), "expected one of the pipelines .*KandinskyPipeline"),
+    (dict(_class_name=None), "expected one of the pipelines"),
+    (dict(unet=["my_code", "Net"]), "unet: expected a component of diffusers or transformers"),
+    (dict(vae=["diffusers", "AutoencoderKL", "x"]), "vae: expected a component"),
+])
+def test_foreign_index(change, says, folders, tmp_path):
+    index = json.loads((folders("sd15") / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(UserError, match=says):
+        teachers.load_pipeline(str(tmp_path), prompts=["x"])

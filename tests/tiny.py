@@ -1,0 +1,102 @@
+"""Pipelines of a few ten thousand random weights in the formats of the real ones: made here, saved by diffusers, loaded as --teacher DIR."""
+import json
+
+import torch
+
+
+def words(folder):
+    """A CLIP tokenizer of single letters: vocab.json and merges.txt in CLIP's format."""
+    from transformers import CLIPTokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(97, 123)] + list("0123456789")
+    vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16, pad_token="<|endoftext|>")
+
+
+def clip(size, hidden, projection=None):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    config = CLIPTextConfig(vocab_size=80, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
+                            bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=projection or hidden, hidden_act="gelu")
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def kl_vae(channels=4, **kw):
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(block_out_channels=[8, 16], in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 2,
+                         up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=channels, norm_num_groups=4, sample_size=16, **kw).eval()
+
+
+def sd15(folder):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                                attention_head_dim=2, norm_num_groups=4)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(vae=kl_vae(), text_encoder=clip(80, 16), tokenizer=words(folder / "words"), unet=unet, scheduler=scheduler,
+                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return save(pipe, folder)
+
+
+def sdxl(folder):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=40,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                                attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+                                transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 24, norm_num_groups=4)
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+    tokens = words(folder / "words")
+    pipe = StableDiffusionXLPipeline(vae=kl_vae(), text_encoder=clip(80, 16), text_encoder_2=clip(80, 24, 24), tokenizer=tokens, tokenizer_2=tokens, unet=unet,
+                                     scheduler=scheduler)
+    return save(pipe, folder)
+
+
+def sd3(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+                                joint_attention_dim=48, pooled_projection_dim=40, out_channels=4, pos_embed_max_size=16)
+    tokens = words(folder / "words")
+    pipe = StableDiffusion3Pipeline(transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+                                    text_encoder=clip(80, 16, 16), tokenizer=tokens, text_encoder_2=clip(80, 24, 24), tokenizer_2=tokens, text_encoder_3=None,
+                                    tokenizer_3=None)
+    return save(pipe, folder)
+
+
+def letters(folder, cls, **kw):
+    """A fast tokenizer of single bytes, saved and loaded as class `cls` of transformers."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *(chr(c) for c in range(32, 127))])}
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", **kw)
+
+
+def sana(folder):
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+    torch.manual_seed(0)
+    net = SanaTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
+                                 cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8, sample_size=16)
+    vae = AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+                        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1],
+                        downsample_block_type="conv", upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407).eval()
+    text = Gemma2Model(Gemma2Config(head_dim=4, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=2, vocab_size=110)).eval()
+    scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++", solver_order=1)
+    pipe = SanaPipeline(tokenizer=letters(folder, None, padding_side="right"), text_encoder=text, vae=vae, transformer=net, scheduler=scheduler)
+    return save(pipe, folder)
+
+
+def save(pipe, folder):
+    for name in ("unet", "transformer"):
+        net = getattr(pipe, name, None)
+        for p in net.parameters() if net is not None else ():  # layers that start at zero would hide mistakes
+            if p.abs().sum() == 0:
+                torch.nn.init.normal_(p, 0, 0.05)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
