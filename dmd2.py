@@ -221,7 +221,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("dmd2", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index = step_indices(args.nfe, args.steps)

@@ -52,6 +52,10 @@ def parse_args(argv=None):
     what.add_argument("--nfe", help="list; steps of the student (default: as trained) or of a teacher alone (default 16)")
     what.add_argument("--cfg", help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training")
     what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last")
+    what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
+    what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
+    what.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+    what.add_argument("--frames", type=int, help="of a video, if other than what the teacher was built for")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
     what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare and --grid, default {metrics.TEACHER_NFE}")
@@ -129,14 +133,21 @@ def load_student(folder, args, teachers):
         raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
     name = args.teacher or info["teacher"]
     try:
-        teachers[name] = teacher = teachers.get(name) or models.load_teacher(name)
+        teachers[name] = teacher = teachers.get(name) or models.load_teacher(name, text=text_of(args, info))
     except UserError as e:
         raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
-    student = models.load_model(home, info["model"]).requires_grad_(False)
+    student = models.load_model(home, info["model"], teacher).requires_grad_(False)
     if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
         raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
                         f"found {student.adapter} {list(student.shape)} with {student.classes}")
     return student, sample, info, teacher, name
+
+
+def text_of(args, info=None):
+    """Prompts and size for a pipeline: of the flags, else those that the student was trained with."""
+    trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
+    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size", "frames")}
+    return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
 
 
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
@@ -157,7 +168,7 @@ def student_row(folder, student, sample, info, teacher, name, nfe):
 def make_rows(args, dtype):
     """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
     if not args.runs:
-        teacher = models.load_teacher(args.teacher)
+        teacher = models.load_teacher(args.teacher, text=text_of(args))
         rows = [teacher_row(teacher, args.teacher, n, w, args.heun) for n in args.nfe or [metrics.TEACHER_NFE] for w in args.cfg or [1.0]]
     else:
         teachers = {}

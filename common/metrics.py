@@ -336,7 +336,8 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
     if not run.main:
         return
     nfe = run.args.nfe
-    one = lambda fn, model: next(generate(fn, model, 4000 if teacher.adapter == "toy" else n, run.args.seed, 4000))[2]
+    n = 4000 if teacher.adapter == "toy" else n if teacher.shape[-1] <= 64 and not hasattr(teacher, "prompts") else 8
+    one = lambda fn, model: torch.cat([x for _, _, x in generate(fn, model, n, run.args.seed, 4000 if n > 8 else 2)])
     if not hasattr(run, "teacher_row"):
         run.teacher_row = teacher.rows(one(lambda m, z, c, noise: teacher_sample(m, z, c, TEACHER_NFE, run.args.cfg), teacher))
     now = student.rows(one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student))
@@ -346,9 +347,12 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
 
 def report(run, teacher, student, sample, sampler, it, n):
     """Metrics of the student into metrics.json, and one line of eval.jsonl. Beside it, for scale, what was measured of its teacher (teacher.json)."""
+    args = run.args
+    if n and teacher.adapter != "toy" and not teacher.evaluation:
+        run.print(f"{run.method}: this teacher brings no metric; samples/ has pictures, eval.py measures folders of images")
+        n = 0
     if not n:
         return
-    args = run.args
     model_sampler = lambda m, z, c, noise: sample(m, z, c, args.nfe, noise, **sampler)
     result = evaluate(model_sampler, student, teacher, n, args.seed, rank=run.rank, world=run.world)
     result = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg, train_seconds=round(run.seconds), **result)

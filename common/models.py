@@ -8,6 +8,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -179,9 +180,15 @@ class Model(nn.Module):
 
     def copy(self):
         """A twin with its own fp32 network weights, trainable; everything else is shared."""
+        twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
+        twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
+        return twin
+
+    def around(self, net):
+        """The same model around another network of its class; everything else is shared."""
         twin = copy.copy(self)
         twin.__dict__.update({k: v.copy() for k, v in vars(self).items() if k.startswith("_") and isinstance(v, dict)})  # hooks, parameters: its own
-        twin.net, twin.extras = copy.deepcopy(self.net).float().requires_grad_(True), copy.deepcopy(self.extras).float().requires_grad_(True)
+        twin.net, twin.extras = net, nn.ModuleDict()
         return twin
 
     def checkpoint_activations(self):
@@ -405,17 +412,33 @@ class Routed(nn.Module):
 
 ADAPTERS = {cls.adapter: cls for cls in (DiT, Toy)}
 NETWORKS = {"dit": "DiTTransformer2DModel", "toy": "MLP"}
+HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "dit-xl-256": "facebook/DiT-XL-2-256",
+}
 EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
 
 
-def load_model(folder, info):
+def load_model(folder, info, teacher=None):
     """Model from a folder of our own format: config.json, diffusion_pytorch_model.safetensors, and `info`, the dict under "model" of its JSON.
+    teacher: of a student; needed for pipelines, whose VAE and prompts are the teacher's.
 
     UserError, one line, if a file is missing, truncated, not safetensors, of another class, or holds other tensors than the configuration asks for.
     """
     folder = Path(folder)
     if info.get("adapter") == "routed":
-        return load_routed(folder, info)
+        return load_routed(folder, info, teacher)
+    if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
+        return teacher.load_student(folder, info)
     if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
         raise UserError(f"{folder}: adapter: expected one of {', '.join(ADAPTERS)}, found {info.get('adapter')!r}")
     config, cls = read_json(folder / "config.json", "teacher file"), ADAPTERS[info["adapter"]]
@@ -462,12 +485,12 @@ def load_weights(path, module):
     module.load_state_dict(tensors)
 
 
-def load_routed(folder, info):
+def load_routed(folder, info, teacher=None):
     experts, by, table = info.get("experts"), info.get("by"), info.get("table")
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
     if not isinstance(experts, list) or not experts or not all(isinstance(e, dict) and e.get("adapter") != "routed" for e in experts):
         raise UserError(f"{folder}: experts: expected a list of models, found {str(experts)[:80]}")
-    models = [load_model(folder / f"expert-{i}", e) for i, e in enumerate(experts)]
+    models = [load_model(folder / f"expert-{i}", e, teacher) for i, e in enumerate(experts)]
     fine = isinstance(table, list) and all(number(v) for v in table)
     if by == "level":
         fine = fine and len(table) == len(models) - 1 and table == sorted(table, reverse=True)
@@ -480,14 +503,19 @@ def load_routed(folder, info):
     return model
 
 
-def load_teacher(name, device="cpu", dtype=torch.float32):
-    """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`)."""
+def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
+    """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once)."""
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
-    if not os.path.isdir(folder):  # unlike Path.is_dir, False also for a name that no file can have
-        raise UserError(f"--teacher {name}: expected {', '.join(EMBEDDED)} or a folder{near(name, EMBEDDED)}")
+    here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
+    if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
+        from common.teachers import load_pipeline  # diffusers' pipelines take seconds to import
+        return load_pipeline(name, device, dtype, **(text or {}))
+    if not here:
+        raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
     if not (folder / "teacher.json").is_file():
         hint = "it is a student of this project; give its teacher" if (folder / "distill.json").is_file() else "no teacher.json in it"
-        raise UserError(f"--teacher {name}: expected a teacher folder (config.json, *.safetensors, teacher.json), found: {hint}")
+        raise UserError(f"--teacher {name}: expected a teacher folder (teacher.json, or model_index.json of a diffusers pipeline), found: {hint}")
     info = read_json(folder / "teacher.json", "--teacher")
     if not isinstance(info.get("model"), dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")

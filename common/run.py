@@ -65,7 +65,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.model, self.method = self.add_argument_group("model"), self.add_argument_group("method")
         self.optim, self.run = self.add_argument_group("optimisation"), self.add_argument_group("run")
-        self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist, or a teacher folder (config.json, *.safetensors, teacher.json)")
+        self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist; sdxl, sd15, sana, sd3, ... (common/models.py, HUB); a name on the hub; a folder")
+        self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
+        self.model.add_argument("--cache-prompts", help="folder for their embeddings, computed once; default out/prompts")
+        self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+        self.model.add_argument("--frames", type=int, help="of a video, if other than what the teacher was built for")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
@@ -300,6 +304,11 @@ class Run:
     @property
     def seconds(self):
         return self.past_seconds + time.time() - self.start
+
+    def text(self):
+        """What load_teacher needs for a pipeline."""
+        a = self.args
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, say=self.print, once=self.once)
 
     # -- networks and steps
 

@@ -17,22 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import schedules
-from common.models import Model
+from common.models import EXTRAS, HUB, Model, load_weights
 from common.run import ROOT, UserError, atomic, near, read_json
 
-HUB = {  # short names
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-    "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "qwen-image": "Qwen/Qwen-Image",
-    "z-image": "Tongyi-MAI/Z-Image",
-    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "dit-xl-256": "facebook/DiT-XL-2-256",
-}
 SHARD = 1024  # prompts in one file of the cache
 LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
@@ -156,6 +143,19 @@ class Pipeline(Model):
         sub = cls.part if sub is None else sub
         return getattr(diffusers, cls.network).from_pretrained(folder, **(dict(subfolder=sub) if sub else {}), torch_dtype=dtype, use_safetensors=True)
 
+    def load_student(self, folder, info):
+        """A student of this teacher from its folder (`save`)."""
+        if not isinstance(names := info.get("extras", []), list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
+        try:
+            student = self.around(self.load_net(folder, torch.float32, ""))
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:  # what diffusers raises for missing, truncated or foreign files
+            raise UserError(f"{folder}: expected a network {self.network} as diffusers saves it: {' '.join(str(e).split())[:200]}") from None
+        if names:
+            load_weights(Path(folder) / EXTRAS, student.extend(*names).extras)
+        student.folder = Path(folder)
+        return student
+
     def attach(self, folder, table, prompts):
         self.folder, self.table, self.prompts, self.classes = folder, table, prompts, len(prompts)
 
@@ -238,7 +238,7 @@ class Pipeline(Model):
     def save_net(self, folder):
         self.net.save_pretrained(folder, safe_serialization=True)
         if self.extras:
-            write(Path(folder) / "extras.safetensors", {k: v.detach().cpu() for k, v in self.extras.state_dict().items()})
+            write(Path(folder) / EXTRAS, {k: v.detach().cpu() for k, v in self.extras.state_dict().items()})
 
     def config(self):
         return dict(super().config(), image=list(self.image_shape))
@@ -588,13 +588,17 @@ def fingerprint(folder):
 
 
 def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
-    """Frozen Model of a pipeline. prompts: list of str; size: of the picture in pixels and frames of a video, if other than what the network was built for."""
+    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels and frames of a video, if other than what the network was built for."""
     import diffusers
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
-    if cls is not DiTXL and not prompts:
-        raise UserError(f"--teacher {name}: expected prompts for a text-to-image teacher, found none: --prompts FILE, one per line")
+    if size and size % 16:
+        raise UserError(f"--size {size}: expected a multiple of 16 pixels")
+    if frames and (cls is not Wan or frames % 4 != 1):
+        raise UserError(f"--frames {frames}: expected 4 k + 1 frames and a video teacher, found {index['_class_name']}")
+    if cls is not DiTXL and not isinstance(prompts, list):
+        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     table = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls is not DiTXL else None
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
