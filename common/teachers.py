@@ -590,6 +590,10 @@ def fingerprint(folder):
 def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels and frames of a video, if other than what the network was built for."""
     import diffusers
+    import transformers
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
