@@ -66,8 +66,8 @@ class Model(nn.Module):
         """The network's own output for its own input x [B, *shape] and time t [B] on its own schedule (float32; float64 if x is). cond: dict of tensors [B, ...]."""
         raise NotImplementedError
 
-    def sites(self):
-        """Modules whose outputs serve as features, in the order in which the network runs them."""
+    def sites(self, depths=(0.5,)):
+        """Modules whose outputs serve as features, in the order in which the network runs them; depths: rising shares of the network, from 0 to below 1."""
         raise NotImplementedError
 
     def embedders(self):
@@ -106,20 +106,20 @@ class Model(nn.Module):
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
         """x0 estimate [B, *shape] in the dtype of x_t, for x_t = alpha x0 + sigma eps of any schedule; alpha, sigma: 0-d or [B].
-        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site."""
+        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site; a tuple: at those depths."""
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
             if features:
-                return self.run_to_sites(x, t, cond)
+                return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
         return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(x_t.dtype)  # float64 inside: eps / alpha amplifies rounding
 
     x0 = forward
 
-    def run_to_sites(self, x, t, cond):
-        found, sites = [], self.sites()
+    def run_to_sites(self, x, t, cond, depths=(0.5,)):
+        found, sites = [], self.sites(depths)
 
         def hook(module, args, out):
             found.append(self.hidden(out[0] if isinstance(out, tuple) else out).float())
@@ -222,6 +222,11 @@ class Model(nn.Module):
         return self.decode(x)
 
 
+def pick(layers, depths):
+    """The layers at these shares of the depth; a shallow network has fewer of them."""
+    return list(dict.fromkeys(layers[int(d * len(layers))] for d in depths))
+
+
 class DiT(Model):
     """Class-conditional transformer of diffusers (`DiTTransformer2DModel`): pixels in [-1, 1], times in [0, 1] shown to the network as 0..1000."""
 
@@ -236,8 +241,21 @@ class DiT(Model):
     def train(self, mode=True):
         return super().train(False)
 
+    dense, qk_norm = False, False
+
+    def adapt(self, qk_norm=False):
+        """Makes derivatives along t tame: the network is shown times in [0, 1] from then on (its fastest wave is then 1 rad instead of 1000 over the
+        range), and with qk_norm queries and keys have RMS 1 in each head. Changes what the network says: it must be trained afterwards. -> self"""
+        self.dense, self.qk_norm = True, qk_norm
+        for attn in [block.attn1 for block in self.net.transformer_blocks] if qk_norm else []:
+            attn.norm_q, attn.norm_k = (nn.RMSNorm(self.net.config.attention_head_dim, eps=1e-5, device=self.device) for _ in range(2))
+        return self
+
     def predict(self, x, t, cond):
-        return self.net(x, timestep=t * 1000, class_labels=cond["labels"], return_dict=False)[0]
+        return self.net(x, timestep=t if self.dense else t * 1000, class_labels=cond["labels"], return_dict=False)[0]
+
+    def config(self):
+        return super().config() | (dict(adapted=["dense"] + ["qk_norm"] * self.qk_norm) if self.dense else {})
 
     def fits(self):
         c = self.net.config
@@ -246,8 +264,8 @@ class DiT(Model):
     def embedders(self):
         return [block.norm1.emb for block in self.net.transformer_blocks], self.net.inner_dim
 
-    def sites(self):  # the block in the middle: the deeper ones turn towards the output
-        return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
+    def sites(self, depths=(0.5,)):  # one: the block in the middle, since the deeper ones turn towards the output
+        return pick(self.net.transformer_blocks, depths)
 
     def hidden(self, h):
         side = int(h.shape[1] ** 0.5)
@@ -297,8 +315,8 @@ class Toy(Model):
     def embedders(self):
         return [self.net.label], self.net.config["width"]
 
-    def sites(self):
-        return [self.net.hidden[-1]]
+    def sites(self, depths=(0.5,)):
+        return pick(self.net.hidden, depths)
 
     def encode(self, labels):
         labels = torch.as_tensor(labels, device=self.device)
@@ -430,6 +448,10 @@ def load_model(folder, info):
         raise UserError(f"{folder}: shape and classes: expected {model.fits()}, as in config.json, found {(model.shape, model.classes)}")
     if not 0 < model.sigma_data < float("inf"):
         raise UserError(f"{folder}: sigma_data: expected a positive number, found {model.sigma_data}")
+    if (adapted := info.get("adapted")) is not None:
+        if not hasattr(cls, "adapt") or adapted not in (["dense"], ["dense", "qk_norm"]):
+            raise UserError(f"{folder}: adapted: expected none, dense or dense and qk_norm, found {adapted!r}")
+        model.adapt("qk_norm" in adapted)
     load_weights(path, net)
     if names := info.get("extras"):
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):

@@ -326,6 +326,9 @@ def test_features_stop_early_and_are_the_blocks_output():
     assert torch.equal(h.permute(0, 2, 3, 1).reshape(6, 16, 32), expected)  # tokens in row-major order
     assert len(model.net.transformer_blocks[2]._forward_hooks) == 1  # no hook left behind
     ran.clear()
+    a, b = model(x, 1 - t, t, model.encode(y), features=(0.1, 0.2, 0.3))  # the first two are the same block
+    assert ran == [0, 1] and all(torch.equal(h.permute(0, 2, 3, 1).reshape(6, 16, 32), out[i]) for i, h in enumerate((a, b)))
+    ran.clear()
     model(x, 1 - t, t, model.encode(y))
     assert ran == [0, 1, 2, 3]
 
@@ -425,6 +428,32 @@ def test_toy_network_is_edm_preconditioned():
     s, sd = 5.0, 0.714
     raw = toy.net((x / (s**2 + sd**2) ** 0.5), torch.full((50,), s), torch.full((50,), 8))
     assert (toy(x, 1.0, s, toy.null(50)) - (sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2) ** 0.5 * raw)).abs().max() < 1e-6
+
+
+# ---- changes to a network that make its derivative along the time tame ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_adapted_network_is_saved_copied_and_loaded(qk_norm, tmp_path):
+    model, (x, y), seen = tiny(num_layers=2), batch(), []
+    t = torch.full((6,), 0.7)
+    model.adapt(qk_norm)
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    handle = model.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
+    block = model.net.transformer_blocks[1].attn1
+    if qk_norm:
+        block.norm_q.register_forward_hook(lambda m, a, out: seen.append((out / m.weight).square().mean(-1)))
+    now = model(x, 1 - t, t, model.encode(y))
+    assert torch.equal(seen[0], t) and (not qk_norm or torch.allclose(seen[1], torch.ones(()), atol=0.02))
+    handle.remove()
+    assert torch.equal(model.copy()(x, 1 - t, t, model.encode(y)), now)
+    model.save(tmp_path, {})
+    info = json.loads((tmp_path / "distill.json").read_text())["model"]
+    assert torch.equal(load_model(tmp_path, info)(x, 1 - t, t, model.encode(y)), now)
+    for adapted in ("dense", ["qk_norm"], 1, {}):
+        with pytest.raises(UserError, match="adapted"):
+            load_model(tmp_path, dict(info, adapted=adapted))
 
 
 # ---- new scalar conditions -------------------------------------------------------------------------------------------------------------------
