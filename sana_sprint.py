@@ -53,8 +53,8 @@ from common.schedules import TrigFlow, expand
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
     "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), adv_weight=0.1, adaptive_weight="clamped", H=100, time="dense",
                   rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=64, iters=600, warmup=20, cooldown=0.5, ema=2000, clip=10.0, weight_decay=0.0),
-    "toy": dict(cfg=1.0, cfg_train=None, nfe=1, p_scm=(-0.4, 1.4), adv_weight=0.5, adaptive_weight="off", H=300, time="native",
-                rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=256, iters=2000, warmup=100, cooldown=0.5, ema=0, clip=10.0, weight_decay=0.0),
+    "toy": dict(cfg=1.0, cfg_train=None, nfe=1, p_scm=(-0.4, 1.4), adv_weight=0.5, adaptive_weight="off", H=200, time="native",
+                rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=256, iters=800, warmup=100, cooldown=0.5, ema=0, clip=10.0, weight_decay=0.0),
     # lr, batch, iterations, weights of (13), times, w [P]; H, clip, warm-up [C]. The optimiser there is CAME; AdamW without decay stands for it
     "default": dict(cfg=4.5, cfg_train=[4.0, 4.5, 5.0], nfe=2, p_scm=(0.0, 1.6), adv_weight=0.5, adaptive_weight="full", H=2000, time="native",
                     rho=1.0, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), batch=512, iters=20000, warmup=5000, cooldown=0.0, ema=0, clip=0.1, weight_decay=0.0),
@@ -108,14 +108,14 @@ class Head(nn.Module):
 
     def __init__(self, h):  # h: a feature map [1, C, H, W], or [1, C] for networks without space
         super().__init__()
-        c, conv = h.shape[1], lambda c, out, k: spectral_norm(nn.Conv2d(c, out, k, padding=k // 2))
+        c, layer = h.shape[1], lambda c, out, k: spectral_norm(nn.Conv2d(c, out, k, padding=k // 2) if h.ndim == 4 else nn.Linear(c, out))
         norm = lambda: [nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c), nn.LeakyReLU(0.2)]  # four channels a group or more: 1x1 maps would vanish
-        self.first = nn.Sequential(conv(c, c, 1), *norm())
-        self.second = nn.Sequential(conv(c, c, 3 if h.ndim == 4 else 1), *norm())
-        self.last = conv(c, 1, 1)
+        self.first = nn.Sequential(layer(c, c, 1), *norm())
+        self.second = nn.Sequential(layer(c, c, 3), *norm())
+        self.last = layer(c, 1, 1)
 
     def forward(self, h):
-        h = self.first(h.float() if h.ndim == 4 else h.float()[..., None, None])
+        h = self.first(h.float())
         return self.last((h + self.second(h)) / math.sqrt(2)).flatten(1)  # [B, places]
 
 
