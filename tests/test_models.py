@@ -456,6 +456,21 @@ def test_adapted_network_is_saved_copied_and_loaded(qk_norm, tmp_path):
             load_model(tmp_path, dict(info, adapted=adapted))
 
 
+def test_fitted_time_embedding_keeps_the_network_and_loses_its_fast_waves():
+    model = load_teacher("mnist")
+    dense = model.copy().adapt()
+    one = lambda m: m.net.transformer_blocks[3].norm1.emb
+    dense.embedders = lambda: ([one(dense)], 160)  # one of six
+    dense.fit_time(steps=300).requires_grad_(False)
+    assert not model.dense
+    t = torch.linspace(0.02, 0.98, 500)
+    curve = lambda t: (one(model).timestep_embedder(one(model).time_proj(1000 * t)), one(dense).timestep_embedder(one(dense).time_proj(t)))
+    a, b = curve(t)
+    assert (a - b).square().mean() < 0.05 * a.var(0).mean()
+    rough = [(p - q).square().mean() for p, q in zip(curve(t + 1e-3), (a, b))]
+    assert rough[1] < 0.1 * rough[0]
+
+
 # ---- new scalar conditions -------------------------------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,11 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "sana_sprint"]
+MORE = {
+    "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
+    "sana_sprint": ["--cfg-train", 1, 1.5, 2, "--cfg", 1.5, "--adaptive-weight", "clamped", "--prior", "--misaligned", "--d-levels", "own", "--nfe", 2, "--ema", 1000],
+}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +267,25 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "sana_sprint": [
+        ("--steps abc", "--steps abc"),
+        ("--steps 1.3,1.5 --nfe 2", "--steps 1.3,1.5"),
+        ("--steps 1.5,1.3", r"--steps 1.5,1.3.*--nfe 1"),
+        ("--steps 1.6", "--steps 1.6"),
+        ("--cfg-train 4 5 --cfg 3", "--cfg: expected a scale within --cfg-train 4.0 5.0, found 3.0"),
+        ("--p-scm nan 1", "--p-scm"),
+        ("--p-adv 0 -1", "--p-adv"),
+        ("--max-time 1.5", "--max-time"),
+        ("--adv-weight -1", "--adv-weight"),
+        ("--adv-weight 0 --misaligned", "--adv-weight.*--misaligned"),
+        ("--adv-weight 0 --d-levels own", "--adv-weight.*--d-levels"),
+        ("--H -1", "--H"),
+        ("--rho 0", "--rho"),
+        ("--time dense", "--time dense: .*--time native"),
+        ("--data {tmp}/nowhere", "--data .*nowhere"),
+        ("--data {tmp}/pictures", "--data .*pictures"),
+    ],
 }
 
 
