@@ -18,8 +18,8 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "twinflow"]
+MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000], "twinflow": ["--image-free", "--guide", "frozen", "--teacher", "toy-cond", "--cfg", 2, "--target-decay", 0]}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +264,26 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "twinflow": [
+        ("--batch 3", "--batch 3: expected at least 4"),
+        ("--order -1", "--order"),
+        ("--groups 0 0 0 0", "--groups"),
+        ("--groups 1 1 1 0", "--groups: .*--rect-weight 0"),
+        ("--groups 1 0 1 0 --rect-weight 0 --order 0", "--order 0"),
+        ("--target-decay 1", "--target-decay.*--guide frozen"),
+        ("--guide frozen", "--guide frozen: .*--cfg 1"),
+        ("--image-free", "--image-free: .*--guide frozen"),
+        ("--image-free --guide frozen --data {tmp}", "--data"),
+        ("--cfg 0", "--cfg"),
+        ("--lr-fake 1e-3", "--lr-fake"),
+        ("--clamp nan", "--clamp"),
+        ("--nfe 2 --steps 0.7", "--steps 0.7"),
+        ("--nfe 2 --steps 0.5,0.7", "--steps"),
+        ("--steps 0", "--steps"),
+        ("--steps a", "--steps"),
+        ("--data {tmp}/nowhere", "--data .*nowhere"),
+    ],
 }
 
 
