@@ -80,7 +80,7 @@ def parse_args(argv=None):
         (args.image_free and args.guide != "frozen", "--image-free: the velocity comes from the frozen teacher; add --guide frozen"),
         (args.image_free and args.data, f"--data {args.data}: this run would not look at images (--image-free)"),
         (args.guide == "frozen" and args.cfg == 1 and not args.image_free, "--guide frozen: nothing is guided at --cfg 1"),
-        (args.guide == "target" and args.cfg <= 0, f"--cfg: expected more than 0 where the network guides itself, found {args.cfg}"),
+        (args.guide == "target" and args.cfg <= 0.5, f"--cfg: expected more than 0.5 where the network guides itself, found {args.cfg}"),
         (args.lr_fake is not None, "--lr-fake: there is no second network to train"),
     ):
         if wrong:
