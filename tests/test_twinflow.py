@@ -590,6 +590,19 @@ def test_flow_matching_is_order_zero(first_step):
     assert (seen["grad"] - expected).norm() < 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("flags, nets", [
+    ("--cfg 2", "SSTTTS"), ("", "SSTTS"), ("--cfg 2 --guide frozen", "SSFTTS"), ("--cfg 2 --target-decay 0", "SSSSSS"), ("--order 1 --rect-weight 0", "SST"),
+    ("--cfg 2 --guide frozen --image-free", "SSFTTS"), ("--order 0 --rect-weight 0", "SS")])
+def test_who_is_asked(first_step, capsys, flags, nets):
+    """One-step samples, the pass with gradient, guidance, N targets, rectification: student, target or frozen teacher. And the cost that is printed."""
+    seen = first_step(*flags.split())
+    names = {id(seen["one_step"][0][0]): "S", id(seen["target"].model): "T"} if "decay" not in flags else {id(seen["one_step"][0][0]): "S"}
+    assert "".join(names.get(id(a[0]), "F") for a in seen["velocity"]) == nets
+    assert all(a[0].exact for a in seen["velocity"] if id(a[0]) not in names)
+    rows = sum(len(a[1]) for a in seen["velocity"]) / 16 + 2
+    assert f"{rows:.2f}" in next(line for line in capsys.readouterr().out.splitlines() if "passes per iteration" in line)
+
+
 def test_fresh_noise(first_step):
     """The noise that makes a fake sample is not the noise that is added to it, nor that of the rectification."""
     seen = first_step("--rect-weight", 0.5, batch=400)
