@@ -31,7 +31,8 @@ class Stop(Exception):
 
 class Scalar(nn.Module):
     """Embedding of a new scalar condition, [B] of order one -> [B, width]. The last layer starts at zero: the network starts as it was. Smooth in its
-    input (at most freqs / 4 periods per unit), so that derivatives along it are tame."""
+    input (at most freqs / 4 periods per unit), so that derivatives along it are tame. [B, 2] is the number and a factor on its embedding: where the
+    factor is 0 the network knows nothing of the condition, for good."""
 
     def __init__(self, width, freqs=8):
         super().__init__()
@@ -41,8 +42,10 @@ class Scalar(nn.Module):
         nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, s):
-        phase = s.to(self.layers[0].weight.dtype)[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
-        return self.layers(torch.cat([phase.cos(), phase.sin()], 1))
+        s = s.to(self.layers[0].weight.dtype)
+        s, factor = (s[:, 0], s[:, 1:]) if s.ndim == 2 else (s, 1)
+        phase = s[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
+        return factor * self.layers(torch.cat([phase.cos(), phase.sin()], 1))
 
 
 class Model(nn.Module):
@@ -137,8 +140,8 @@ class Model(nn.Module):
         return found
 
     def extend(self, *names):
-        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one, from then on. They are added to the
-        time embedding, by zero at first, so the network starts as it was. -> self"""
+        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
+        They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
         for name in names:
             self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
         return self

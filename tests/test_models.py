@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.models import DiT, Routed, Toy, load_model, load_teacher
+from common.models import DiT, Routed, Scalar, Toy, load_model, load_teacher
 from common.run import UserError
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.toy import MLP
@@ -504,6 +504,15 @@ def test_extended_network_starts_as_it_was_and_then_listens(make, tmp_path):
     (tmp_path / "extras.safetensors").unlink()
     with pytest.raises(UserError, match="extras.safetensors"):
         load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
+
+
+def test_a_scalar_with_a_factor():
+    """[B, 2]: the embedding times a factor; 0 switches it off whatever it has learnt."""
+    embed, s = Scalar(16), torch.linspace(-1, 1, 5)
+    torch.nn.init.normal_(embed.layers[2].weight)
+    torch.nn.init.normal_(embed.layers[2].bias)
+    factor = torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    assert torch.equal(embed(torch.stack([s.double(), factor], 1)), factor.float()[:, None] * embed(s)) and embed(s).abs().min() > 0
 
 
 def test_extended_network_under_checkpointing_keeps_each_calls_condition():
