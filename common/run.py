@@ -313,6 +313,17 @@ class Run:
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
             return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    def average_gradients(self, params):
+        """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around
+        DDP's hooks. To be called between backward and `step`, on all processes, which must have gradients for the same parameters."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.world == 1 or not grads:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
         memory = 0

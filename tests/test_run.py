@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dmd2
+from common import run as module
 from common.run import EMA, Draw, Run, RunError, atomic, near, read_json, write_json
 
 
@@ -102,6 +103,21 @@ def test_clipping_is_by_global_norm(run):
     norm = r.step(opt, list(net.parameters()), 0.5)
     after = torch.cat([p.detach().flatten() for p in net.parameters()])
     assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_gradients_are_averaged_by_one_all_reduce(run, monkeypatch):
+    """What two processes really compute: test_two_processes_equal_one of the scripts that use it."""
+    r, net, calls = run(), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1)), []
+    net[1](net[0](torch.randn(4, 3))).square().sum().backward()  # the last layer has no gradient
+    before = [p.grad.clone() for p in net[:2].parameters()]
+    other = [torch.randn_like(g) for g in before]  # the other process
+    monkeypatch.setattr(module.dist, "all_reduce", lambda flat: calls.append(1) or flat.add_(torch.cat([g.flatten() for g in other])))
+    r.average_gradients(list(net.parameters()))
+    assert not calls and all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))  # one process: nothing to do
+    r.world = 2
+    r.average_gradients(net.parameters())
+    assert len(calls) == 1 and all(torch.allclose(p.grad, (g + o) / 2) for p, g, o in zip(net.parameters(), before, other))
+    assert net[2].weight.grad is None
 
 
 def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
