@@ -46,7 +46,8 @@ from common.schedules import expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper or its notes, [F] what NVlabs/FastGen uses for MeanFlow, ours = measured here
     "mnist": dict(cfg=1.5, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), weight_decay=0.01, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000, clip=10.0),
-    "toy": dict(cfg=1.0, lr=1e-3, lr_fake=1e-3, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0, clip=1.0),
+    "toy": dict(cfg=1.0, lr=1e-3, lr_fake=1e-3, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0, clip=1.0,
+                eps=1.0),
     # ImageNet-256 with SiT-XL/2: batch 256, 1.5M iterations [P]; lr, betas, warm-up, average [F]; released students were sampled at w = 1.5 [P]; range: ours
     "default": dict(cfg=1.5, cfg_range=(1.0, 3.0), lr=1e-4, lr_fake=1e-4, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=1500000, warmup=1000,
                     cooldown=0.0, ema=1770000, clip=1.0),
@@ -87,6 +88,7 @@ def parse_args(argv=None):
         (args.ratio < 1, f"--ratio: expected at least 1, found {args.ratio}"),
         (not args.balance >= 0, f"--balance: expected a number >= 0, found {args.balance}"),
         (not (args.k >= 0 and args.eps > 0), f"--k and --eps: expected k >= 0 and eps > 0, found {args.k} and {args.eps}"),
+        (not math.isfinite(args.r_mean), f"--r-mean: expected a number, found {args.r_mean}"),
         (not 0 <= args.at_end < 1, f"--at-end: expected a share from 0 to below 1, found {args.at_end}"),
         (not 0 <= low <= args.cfg <= high, f"--cfg-range: expected 0 <= low <= --cfg <= high, found {low} {high} and --cfg {args.cfg}"),
         *((not 0 <= i[0] <= i[1] <= 1, f"--{name}: expected 0 <= low <= high <= 1, found {i[0]} {i[1]}")

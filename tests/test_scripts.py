@@ -18,8 +18,8 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "flowmap"]
+MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000], "flowmap": ["--form", "discrete", "--cfg-range", 0.5, 2, "--ratio", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +264,27 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "flowmap": [
+        ("--nfe 2", "--nfe 2: expected 1"),
+        ("--data {tmp}", "--data .*never looks at images"),
+        ("--grid 8", "--grid: means something only with --form discrete"),
+        ("--grid 0 --form discrete", "--grid: expected at least 1"),
+        ("--correction 1.5", "--correction"),
+        ("--correction nan", "--correction"),
+        ("--correction 1 --form discrete", "--form discrete: --correction 1"),
+        ("--correction 0 --ratio 2", "--ratio 2: --correction 0"),
+        ("--correction 0.01", "--batch 32: expected at least 100 samples per process.*found 32"),
+        ("--ratio 0", "--ratio"),
+        ("--balance -1", "--balance"),
+        ("--k -1", "--k and --eps"),
+        ("--eps 0", "--k and --eps"),
+        ("--at-end 1", "--at-end"),
+        ("--cfg 2 --cfg-range 3 4", "--cfg-range: expected .* found 3.0 4.0 and --cfg 2.0"),
+        ("--cfg-range 2 0", "--cfg-range"),
+        ("--interval 0.9 0.1", "--interval: expected"),
+        ("--interval-correction 0.5 1.5", "--interval-correction: expected"),
+    ],
 }
 
 
