@@ -13,7 +13,7 @@ velocity; grid 1 = t_0 > t_1 > ... > t_N = 0; s = s_k ends phase k and is a time
     x*  = x_s / (1 - s) - (1 - t) s^2 / ((1 - s)^2 h) eps       E[x* | x_t] is the denoiser of the x_t in (3), valid samples or not             (4)
     L_fake = mean min(1, 10 h^2) lambda_t (mu_fake(x_t, t, c) - sg[x*])^2     lambda_t: the teacher's own loss, 1 / t^2 (a velocity error)      (5)
     r = mu_real(x_t, t, c) with guidance u + w (c - u);   f = mu_fake(x_t, t, c) without                                                        (6)
-    g = (f - r) m           m = (1 - t)^2 / ((1 - s) t^2); or m = 1 / mean|mu_k(x_j, t_j, c) - r|, as in DMD2                                   (7)
+    g = (f - r) / d         d = (1 - s) t^2 / (1 - t)^2; or d = mean|mu_k(x_j, t_j, c) - r| over each sample, as in DMD2                        (7)
     L_dm = 1/2 mean (x_s - sg[x_s - g])^2                                                                                                       (8)
 (4) as a velocity, (x_t - x*) / t, is the paper's target [t + (1 - t) s^2 / (1 - s)^2] / h eps - x_s / (1 - s).
 
@@ -44,7 +44,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     # mnist, toy: ours, except 4 steps in 2 phases [P] and the toy's ratio 5 [P]
     "mnist": dict(cfg=1.5, nfe=4, phases=2, phase_iters=[600], iters=1400, step_shift=1.0, shift=0.3, normaliser="dmd2", lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99),
                   ratio=3, batch=64, warmup=20, cooldown=0.5, ema=2000),
-    "toy": dict(cfg=1.0, nfe=4, phases=2, phase_iters=[1500], iters=4000, step_shift=1.0, shift=1.0, normaliser="dmd2", lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999),
+    "toy": dict(cfg=1.0, nfe=4, phases=2, phase_iters=[1500], iters=4000, step_shift=3.0, shift=1.0, normaliser="dmd2", lr=2e-4, lr_fake=1e-3, betas=(0.9, 0.999),
                 ratio=5, batch=256, warmup=0, cooldown=0.0, ema=0),
     # any other folder: [P] batch 64, shift 5, ratio 5, Adam, critic's rate, (7) with the weight of eq. 10; [C] full fine-tune at 2e-6 (paper: LoRA, 5e-5),
     # clip 1, guidance 4, 4,000 rounds of 5 critic steps
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     p.method.add_argument("--shift", type=float, help="multiplies t / (1 - t) of all levels drawn in (3); the paper has one shift for steps and levels")
     p.method.add_argument("--margin", type=float, default=0.0, help="share of the grid of levels left out next to s and next to 1; official code: 0.02")
     p.method.add_argument("--clamp", choices=["inner", "all", "none"], default="inner", help="phases in which (5) has min(1, 10 h^2): those with s > 0, all, none")
-    p.method.add_argument("--normaliser", choices=["paper", "dmd2"], help="m in (7): the paper's equation 10, or one number per sample from the clean estimates")
+    p.method.add_argument("--normaliser", choices=["paper", "dmd2"], help="d in (7): the paper's equation 10, or one number per sample from the clean estimates")
     p.method.add_argument("--space", choices=["xs", "x0"], default="xs", help="sample that carries the gradient in (8): x_s, or the clean estimate of the same pass")
     p.method.add_argument("--critic-on", choices=["truncated", "full"], default="truncated", help="critic's samples: those of (2), or rollouts of all steps")
     p.method.add_argument("--ida", type=float, default=1.0, help="after each student step critic <- ida critic + (1 - ida) expert; official code: 0.97; 1: off")
@@ -172,8 +172,8 @@ def dm_gradient(x0, x_t, t, s, cond, real, fake, cfg, normaliser):
         r = real.guided(x_t, 1 - t, t, cond, cfg)  # (6)
         f = fake(x_t, 1 - t, t, cond)
         w = (x0 - r).abs().flatten(1).mean(1)  # one number per sample
-        m = (1 - t) ** 2 / ((1 - s) * t**2) if normaliser == "paper" else 1 / w
-        g = (expand(m, x0).to(x0.dtype) * (f - r)).nan_to_num()  # (7); 0 / 0 is 0
+        d = (1 - s) * t**2 / (1 - t) ** 2 if normaliser == "paper" else w
+        g = ((f - r) / expand(d, x0).to(x0.dtype)).nan_to_num()  # (7); 0 / 0 is 0, and t = 1 has d = inf
     return g, r, f, w
 
 
@@ -201,27 +201,27 @@ def main():
     ranges = [levels(grid, times[b], args.margin) for b in ends]
     grid = grid.to(run.device)
     table = [float(times[b] / (1 - times[b])) for b in ends[:-1]]  # the step at s_k itself is the next expert's
-    student, fake = models.Routed([teacher.copy() for _ in ends], "level", table), teacher.copy()
+    student, critic = models.Routed([teacher.copy() for _ in ends], "level", table), teacher.copy()
     if args.grad_checkpoint:
         student.checkpoint_activations()
-        fake.checkpoint_activations()
-    C, G = run.train(fake), None
+        critic.checkpoint_activations()
+    C, G = run.train(critic), None
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)  # skips what has no gradient
-    opt_c = torch.optim.AdamW(fake.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     ema = EMA(student, args.ema)
     sampler = dict(step_shift=args.step_shift)
     # one pass = one forward of the network; a backward counts two. The last pass of the rollout is shared by both turns.
     turn_passes = (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio
     passes = [a + (b - a - 1) / 2 + 1 + 3 + turn_passes + (b / args.ratio + (1 - 1 / args.ratio) * (b - a - 1) / 2 if args.critic_on == "full" else 0)
               for a, b in zip([0, *ends], ends)]
-    run.describe(student=student, critic=fake, teacher=teacher, steps=[round(float(t), 4) for t in times[:-1]],
+    run.describe(student=student, critic=critic, teacher=teacher, steps=[round(float(t), 4) for t in times[:-1]],
                  phases=", ".join(f"{k + 1}: to s = {float(times[b]):.4g} from iteration {i}" for k, (b, i) in enumerate(zip(ends, starts))),
                  passes_per_iteration=" / ".join(f"{n:.2f}" for n in passes))
     if starts[-1] >= args.iters:
         run.warn(f"--iters {args.iters} ends before the last phase begins (iteration {starts[-1]}, --phase-iters): its expert stays the teacher")
 
     # ==== same in every script: resume ====
-    state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=fake, opt_c=opt_c)
+    state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
     first = run.resume(state)
     it = first - 1
     # ==== end ====
@@ -230,7 +230,7 @@ def main():
         k = sum(it >= i for i in starts) - 1  # phase, a function of the iteration
         if it == starts[k]:  # a phase begins
             student.load_state_dict(ema.model.state_dict())  # finished experts stay as they are sampled
-            fake.load_state_dict(teacher.state_dict())
+            critic.load_state_dict(teacher.state_dict())
             opt_c.state.clear()
         if G is None or it == starts[k]:
             for i, expert in enumerate(student.experts):
@@ -257,14 +257,14 @@ def main():
 
         if turn:
             x_t, _, t = noisy(x_s.detach())
-            g, r, f, w = dm_gradient(x0, x_t, t, s, cond, teacher, fake, args.cfg, args.normaliser)
+            g, r, f, w = dm_gradient(x0, x_t, t, s, cond, teacher, critic, args.cfg, args.normaliser)
             loss = dm_loss(x_s if args.space == "xs" else x0, g)
             loss.backward()
             norm = run.step(opt_g, list(student.experts[k].parameters()), args.clip)
             ema.update(args.batch)
             if args.ida < 1:
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(fake.parameters()), list(student.experts[k].parameters()), 1 - args.ida)
+                    torch._foreach_lerp_(list(critic.parameters()), list(student.experts[k].parameters()), 1 - args.ida)
             logs |= dict(dm=loss, grad_student=norm, dm_norm=w.mean(), real_gap=(x0 - r).square().mean(), fake_gap=(x0 - f).square().mean())
             if full:
                 x_s = rollout(student, times, end, cond, draw.normal(*shape))
@@ -273,7 +273,7 @@ def main():
         x_t, eps, t = noisy(x_s)
         loss = fake_loss(C, x_s, x_t, eps, t, s, cond, fake_weight(t, s, args.clamp) * teacher.weight(1 - t, t))
         loss.backward()
-        norm = run.step(opt_c, list(fake.parameters()), args.clip)
+        norm = run.step(opt_c, list(critic.parameters()), args.clip)
         logs |= dict(fake=loss, grad_critic=norm, mean=x_s.mean(), std=x_s.std())
 
         # ==== same in every script: log, pictures, checkpoint ====

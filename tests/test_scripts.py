@@ -18,8 +18,9 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "phased_dmd"]
+MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
+        "phased_dmd": ["--phases", 3, "--phase-iters", 2, 7, "--ema", 1000, "--critic-on", "full", "--ida", 0.9]}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +265,20 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "phased_dmd": [
+        ("--phases 0", "--phases: expected at least 1"),
+        ("--phases 5", "--phases 5: expected at most one per step, found --nfe 4"),
+        ("--phases 4 --phase-iters 1 2", "--phase-iters: expected one number or 3"),
+        ("--phase-iters 0", "--phase-iters"),
+        ("--ratio 0", "--ratio"),
+        ("--shift 0", "--shift"),
+        ("--step-shift nan", "--step-shift"),
+        ("--margin 0.5", "--margin"),
+        ("--margin 0.3", "--margin 0.3: no noise level is left above s = 0.75"),
+        ("--ida 2", "--ida"),
+        ("--data {tmp}", "--data"),
+    ],
 }
 
 
