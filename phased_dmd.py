@@ -42,9 +42,9 @@ from common.schedules import Flow, expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, ours = measured here
     # mnist, toy: ours, except 4 steps in 2 phases [P] and the toy's ratio 5 [P]
-    "mnist": dict(cfg=1.5, nfe=4, phases=2, phase_iters=[600], iters=1400, step_shift=1.0, shift=0.3, normaliser="dmd2", lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99),
+    "mnist": dict(cfg=1.5, nfe=4, phases=2, phase_iters=[600], iters=1370, step_shift=1.0, shift=0.3, normaliser="dmd2", lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99),
                   ratio=3, batch=64, warmup=20, cooldown=0.5, ema=2000),
-    "toy": dict(cfg=1.0, nfe=4, phases=2, phase_iters=[1500], iters=4000, step_shift=3.0, shift=1.0, normaliser="dmd2", lr=2e-4, lr_fake=1e-3, betas=(0.9, 0.999),
+    "toy": dict(cfg=1.0, nfe=4, phases=2, phase_iters=[600], iters=3600, step_shift=3.0, shift=1.0, normaliser="dmd2", lr=2e-4, lr_fake=1e-3, betas=(0.9, 0.999),
                 ratio=5, batch=256, warmup=0, cooldown=0.0, ema=0),
     # any other folder: [P] batch 64, shift 5, ratio 5, Adam, critic's rate, (7) with the weight of eq. 10; [C] full fine-tune at 2e-6 (paper: LoRA, 5e-5),
     # clip 1, guidance 4, 4,000 rounds of 5 critic steps
