@@ -233,9 +233,7 @@ def main():
             critic.load_state_dict(teacher.state_dict())
             opt_c.state.clear()
         if G is None or it == starts[k]:
-            for i, expert in enumerate(student.experts):
-                expert.requires_grad_(i == k)
-            G = run.train(student.experts[k])
+            G = run.train(student.experts[k])  # the only expert that is called with gradient in this phase
         begin, end, s = [0, *ends][k], ends[k], times[ends[k]]
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake), span=(starts[k], [*starts, args.iters][k + 1]))

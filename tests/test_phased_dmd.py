@@ -546,6 +546,36 @@ def test_the_first_student_gradient_by_hand(trace):
     assert (steps.flat(0) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("clamp", ["inner", "none"])
+def test_the_first_critic_gradient_by_hand(trace, clamp):
+    """The paper's clamped loss times the toy network's own weight; the critic sees what the student made before its step, in the first turn."""
+    steps = trace("--iters", 1, "--step-shift", 1, "--clamp", clamp)
+    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    expert, critic = teacher.copy().requires_grad_(False), teacher.copy()
+    cond, x, s = teacher.encode(draw.integers(0, 8)), draw.normal(2), 0.5
+    for t, to in [(1.0, s)] if draw.shared_int(0, 2) == 0 else [(1.0, 0.75), (0.75, s)]:
+        x = (x + (to - t) * (x - expert(x, 1 - t, t, cond)) / t).float()
+    draw.integers(500, 1000), draw.normal(2)  # of the student's turn
+    t = (draw.integers(500, 1000) + 1).double() / 1000
+    eps, u = draw.normal(2), t[:, None]
+    h2 = u**2 - ((1 - u) / (1 - s)) ** 2 * s**2
+    x_t = ((1 - u) / (1 - s) * x + h2.sqrt() * eps).float()
+    target = (u + (1 - u) * s**2 / (1 - s) ** 2) / h2.sqrt() * eps - x / (1 - s)
+    velocity = (x_t - critic(x_t, 1 - t, t, cond)) / u
+    weight = (10 * h2).clamp(max=1) if clamp == "inner" else 1
+    (weight * u**2 * teacher.weight(1 - t, t)[:, None] * (velocity - target) ** 2).mean().backward()  # u^2: from a velocity's error to a clean estimate's
+    expected = torch.cat([p.grad.flatten() for p in critic.parameters()]).double()
+    assert steps[1]["role"] == "critic" and (steps.flat(1) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5), (4, 4, 3), (3, 2, 0.3)])
+def test_experts_of_a_run(trace, nfe, phases, shift):
+    """The student that is trained, and saved, sends the step at s_k to the expert of phase k + 1."""
+    student = trace("--iters", 1, "--nfe", nfe, "--phases", phases, "--step-shift", shift).made["ema"].live
+    ends, times = phased_dmd.phase_ends(nfe, phases), phased_dmd.step_times(nfe, shift)
+    assert [int(student.route(1, 1 - t, t, {})) for t in times[:-1]] == [sum(i >= b for b in ends) for i in range(nfe)]
+
+
 @pytest.mark.slow
 def test_the_bias_of_the_ordinary_target(trace, monkeypatch):
     """Phase 1 of the toy: x_s against re-noised data. With the target eps - x_s the critic, and so the student, goes elsewhere."""
