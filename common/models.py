@@ -405,7 +405,7 @@ class Routed(nn.Module):
         if self.by == "label":
             return torch.tensor([*self.table, 0], device=cond["labels"].device)[cond["labels"]]
         ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(alpha, dtype=torch.float64)
-        return sum((ratio <= b).long() for b in self.table).expand(n)
+        return sum(((ratio <= b).long() for b in self.table), torch.zeros_like(ratio, dtype=torch.int64)).expand(n)
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)

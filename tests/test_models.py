@@ -560,6 +560,8 @@ def test_routed_by_level():
     assert all(e.net.out.weight.grad.abs().sum() > 0 for e in (a, b, c))
     # the noisiest level there is: alpha = 0
     assert torch.equal(Routed([tiny(), tiny()], "level", [1.0]).route(2, 0.0, 1.0, {}), torch.zeros(2, dtype=torch.int64))
+    # a single expert, which needs no table
+    assert torch.equal(Routed([a], "level", [])(x, 1.0, 0.5, cond), a(x, 1.0, 0.5, cond))
 
 
 def test_routed_by_label(tmp_path):

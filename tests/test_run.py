@@ -174,3 +174,16 @@ def test_flags_of_a_preset_can_be_overridden():
     smoke = dmd2.parse_args(["--teacher", "toy", "--smoke"])
     assert (smoke.iters, smoke.log_every, smoke.save_every) == (3, 1, 3)
     assert near("toyy", ["toy", "mnist"]) == ", did you mean toy?"
+
+
+def test_rates_of_a_stage(run):
+    """span: warm-up and cooldown of one stage of the run; without it, of the whole run."""
+    r, opt = run("--iters", "8", "--warmup", "2", "--cooldown", "0.5"), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+
+    def rate(it, **kw):
+        r.set_rates(it, (opt, 2.0), **kw)
+        return opt.param_groups[0]["lr"]
+
+    assert [rate(it) for it in range(8)] == pytest.approx([1, 2, 2, 2, 2, 1.5, 1, 0.5])
+    assert [rate(it, span=(0, 4)) for it in range(4)] == pytest.approx([1, 2, 2, 1]) and [rate(it, span=(4, 8)) for it in range(4, 8)] == pytest.approx([1, 2, 2, 1])
+    assert [rate(it, span=(0, 8)) for it in range(8)] == [rate(it) for it in range(8)]
