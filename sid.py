@@ -34,7 +34,7 @@ Differences from the paper:
     - edm at K > 1 is not in the paper: its tau_k follow the rule of the others. --form asks any teacher at another form's levels, at equal SNR.
     - Zero-CFG (0, 0, 0, 1) is the literal reading of the abstract. Of Anti-CFG only the sign is known to us: (1, -0.5, -0.5, 1), with a tenth of the
       critic's conditions empty, is a guess. EDM's augmentation, EDM2's uncertainty head and dropout in the student are left out.
-    - switches: --ratio (1 in the paper), --weight none (users' advice), --detach (no gradient through phi and psi: (5) then has DMD's direction).
+    - switches: --ratio (1 in the paper), --weight none (users' advice), --detach (no gradient through both networks: (5) then has DMD's direction).
 """
 import math
 
@@ -279,7 +279,6 @@ def main():
         k = draw.shared_int(0, args.nfe)  # for both turns, and the same on all processes: they must call their networks equally often
         inputs = lambda cond: (rollout(student, schedule, levels, k, cond, lambda: draw.normal(*shape), args.renoise), schedule.alpha(levels[k]),
                                schedule.sigma(levels[k]), cond)
-
         # the critic's turn comes first: as long as it equals the teacher, (5) has no gradient
         if args.gan:
             pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
@@ -305,7 +304,6 @@ def main():
             logs |= dict(logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
         loss.backward()
         logs |= dict(grad_critic=run.step(opt_c, list(critic.parameters()), args.clip))
-
         if it % args.ratio == 0 and (not args.gan or seen >= args.gan_warmup):
             critic.requires_grad_(False)  # no gradient for its weights; the input's must pass, and does
             cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))

@@ -18,8 +18,8 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "sid"]
+MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000], "sid": ["--gan", "--gan-warmup", 32, "--nfe", 2, "--ema", 1000, "--drop", 0.2, "--cfg", 2, "--k3", 1]}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +264,24 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "sid": [
+        ("--alpha nan", "--alpha"),
+        ("--k2 inf", "--k2"),
+        ("--ratio 0", "--ratio"),
+        ("--drop 1.5", "--drop"),
+        ("--form ddpm", "--form"),
+        ("--weight unknown", "--weight"),
+        ("--guidance zero --cfg 3", "--guidance zero"),
+        ("--form vp --level-mean 0", "--level-mean"),
+        ("--renoise ddim", "--renoise ddim"),
+        ("--steps 2.5,5 --nfe 2", "--steps 2.5,5"),
+        ("--form flow --steps 1,.5", r"--steps 1,.5.*--nfe 1"),
+        ("--form vp --nfe 700", "--nfe 700"),
+        ("--gan-average sample", "--gan"),
+        ("--data {tmp}", "--data"),
+        ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
+    ],
 }
 
 
