@@ -50,7 +50,7 @@ from common.schedules import SCHEDULES, eps_from_x0, expand, native_weight
 PAPER = dict(guidance="lsg", nfe=1, ratio=1, betas=(0.0, 0.999), weight_decay=0.0, clip=1e9)  # [C] Adam, critic and student in turn, no clipping
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [C] official code, ours = measured here. By form: FORMS
     "mnist": dict(PAPER, cfg=1.5, alpha=1.0, lr=1e-3, lr_fake=1e-3, batch=64, iters=450, warmup=20, cooldown=0.5, ema=2000),  # ours
-    "toy": dict(PAPER, cfg=1.0, alpha=1.0, lr=5e-4, lr_fake=5e-4, batch=256, iters=2000, warmup=0, cooldown=0.0, ema=0),  # ours
+    "toy": dict(PAPER, cfg=1.0, alpha=1.0, lr=5e-4, lr_fake=5e-4, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0),  # ours
     # any other folder: CIFAR-10 [C: alpha 1.2 (1 in SiDA and for text), batch 256, lr 1e-5, 500M images, average over 0.5M images]
     "default": dict(PAPER, cfg=1.0, alpha=1.2, lr=1e-5, lr_fake=1e-5, batch=256, iters=2_000_000, warmup=0, cooldown=0.0, ema=500_000),
 }

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 import dmd2
 import sid
-from common import metrics, models
+from common import data, metrics, models
 from common.run import Draw, Run, UserError
 from common.schedules import EDM, VP, Flow, TrigFlow, eps_from_x0, expand, from_x0
 
@@ -547,6 +547,34 @@ def test_the_first_student_gradient_by_hand(trace, alpha):
     found, right, wrong = trace(*flags).flat(1), by_hand(alpha), by_hand(alpha, through=False)
     assert (found - right).norm() < 1e-5 * right.norm() and (wrong - right).norm() > 0.01 * right.norm()
     assert (trace(*flags, "--detach").flat(1) - wrong).norm() < 1e-5 * wrong.norm()
+
+
+@pytest.mark.parametrize("flags", [[], ["--gan", "--cls-weight", 3], ["--drop", 0.5], ["--gan", "--drop", 0.5, "--k1", 1.5]], ids=lambda f: " ".join(map(str, f)))
+def test_the_first_critic_gradient_by_hand(trace, flags):
+    """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked."""
+    teacher, draw, gan, drop = models.load_teacher("toy-cond"), Draw(0, 0, 16), "--gan" in flags, "--drop" in flags
+    student, fake, one = teacher.copy(), teacher.copy(), torch.ones(16)
+    real, labels = data.load_images(None, teacher).batch(0, 16, 0) if gan else (None, draw.integers(0, 8))
+    if drop:
+        labels = torch.where(draw.uniform() < 0.5, 8, labels)
+        assert 2 < (labels == 8).sum() < 14
+    cond = teacher.encode(labels)
+    with torch.no_grad():
+        x = student(2.5 * draw.normal(2), 1.0, 2.5, cond)
+    sigma, eps = (1.2 * draw.normal().double() - 1.2).exp(), draw.normal(2)
+    noisy = lambda y: (y + sigma[:, None] * eps).float()
+    lam = (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
+    f = fake(noisy(x), one, sigma, cond)
+    if "--k1" in flags:
+        u = fake(noisy(x), one, sigma, teacher.null(16))
+        f = u + 1.5 * (f - u)
+    loss = (lam * (f - x).square().sum(1)).sum() / 16
+    if gan:
+        logit = lambda y: fake(noisy(y), one, sigma, cond, features=True)[-1].mean(1)
+        loss = loss + (3 if "--cls-weight" in flags else 1) * lam.mean() * (nn.functional.softplus(logit(x)) + nn.functional.softplus(-logit(real))).mean() / 2
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in fake.parameters()]).double()
+    assert (trace("--iters", 1, *flags).flat(0) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_gradient_through_both_networks_by_differences():
