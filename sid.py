@@ -27,7 +27,7 @@ Commands (results and times: README and docs/RESULTS.md):
     torchrun --nproc_per_node=8 sid.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - presets mnist and toy are ours, for minutes on a CPU: learning rates, batch, average, warm-up and cooldown (the paper has neither of the last two).
+    - presets mnist and toy are ours, for minutes on a CPU: rates, betas, batch, average, and what the paper does not have: warm-up, cooldown, --shift.
     - steps with a non-finite gradient are skipped; the official code drops samples with NaN, sets bad gradients to 0 or 1e5, and clips values in SiDA.
     - (8), (9): the official code averages within each process, here over the whole batch, so that N processes are one; on one process both are the same.
       --gan-average process: the official SiDA; sample: a product for each sample, as in SiD-DiT. Features are those of this project's sites.
@@ -47,18 +47,18 @@ from common import data, metrics, models
 from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import SCHEDULES, eps_from_x0, expand, native_weight
 
-PAPER = dict(guidance="lsg", nfe=1, ratio=1, betas=(0.0, 0.999), weight_decay=0.0, clip=1e9)  # [C] Adam, critic and student in turn, no clipping
+PAPER = dict(guidance="lsg", nfe=1, ratio=1, shift=1.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1e9)  # [C] Adam, critic and student in turn, no clipping
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [C] official code, ours = measured here. By form: FORMS
-    "mnist": dict(PAPER, cfg=1.5, alpha=1.0, lr=1e-3, lr_fake=1e-3, batch=64, iters=450, warmup=20, cooldown=0.5, ema=2000),  # ours
+    "mnist": dict(PAPER, cfg=1.5, alpha=1.0, shift=0.3, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=64, iters=550, warmup=20, cooldown=0.5, ema=2000),  # ours
     "toy": dict(PAPER, cfg=1.0, alpha=1.0, lr=5e-4, lr_fake=5e-4, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0),  # ours
     # any other folder: CIFAR-10 [C: alpha 1.2 (1 in SiDA and for text), batch 256, lr 1e-5, 500M images, average over 0.5M images]
     "default": dict(PAPER, cfg=1.0, alpha=1.2, lr=1e-5, lr_fake=1e-5, batch=256, iters=2_000_000, warmup=0, cooldown=0.0, ema=500_000),
 }
 PRESETS["toy-cond"] = PRESETS["toy"]
 FORMS = {  # defaults that depend on the form [C]; vp with the GAN: its weight is from a third party's notes on 2505.12674, its warm-up edm's
-    "edm": dict(weight="sid_legacy", drop=0.0, sid_weight=100.0, gan_weight=0.01, gan_warmup=100_000, level_mean=-1.2, level_std=1.2),
-    "vp": dict(weight="sid_legacy", drop=0.1, sid_weight=1.0, gan_weight=0.001, gan_warmup=100_000, level_mean=None, level_std=None),
-    "flow": dict(weight="1_minus_sigma", drop=0.0, sid_weight=100.0, gan_weight=1.0, gan_warmup=20_000, level_mean=math.log(2), level_std=1.6),
+    "edm": dict(weight="sid_legacy", drop=0.0, sid_weight=100.0, gan_weight=0.01, gan_warmup=100_000),
+    "vp": dict(weight="sid_legacy", drop=0.1, sid_weight=1.0, gan_weight=0.001, gan_warmup=100_000),
+    "flow": dict(weight="1_minus_sigma", drop=0.0, sid_weight=100.0, gan_weight=1.0, gan_warmup=20_000),
 }
 GUIDANCE = {  # k1..k4 from w = --cfg: long and short; only the teacher, as in DMD; Zero-CFG; Anti-CFG
     "lsg": lambda w: (w, w, w, w), "long": lambda w: (1.0, 1.0, 1.0, w), "zero": lambda w: (0.0, 0.0, 0.0, 1.0), "anti": lambda w: (1.0, -0.5, -0.5, 1.0),
@@ -81,8 +81,7 @@ def parse_args(argv=None):
     p.method.add_argument("--drop", type=float, help="share of empty conditions in the critic's turn; default 0.1 for guided vp (k1 or k2 not 1) and anti, else 0")
     p.method.add_argument("--steps", help="levels of the student's steps, falling, in the form's own t, e.g. 1,.9,.75,.5 (SD3's shift); default: (11)")
     p.method.add_argument("--renoise", choices=["fresh", "fixed", "ddim"], default="fresh", help="noise of (2)")
-    for name in ("mean", "std"):
-        p.method.add_argument(f"--level-{name}", type=float, help="of ln(sigma / alpha) in the normal law of (11); edm and flow")
+    p.method.add_argument("--shift", type=float, help="multiplies sigma / alpha of all levels drawn in (4) and (5); below 1: less noise; 1 in the paper")
     p.method.add_argument("--ratio", type=int, help="critic steps per student step")
     p.method.add_argument("--detach", action="store_true", help="no gradient through teacher and critic in (5)")
     p.method.add_argument("--sid-weight", type=float, help="lsg in (10); default by form")
@@ -92,8 +91,8 @@ def parse_args(argv=None):
     p.method.add_argument("--gan-warmup", type=int, help="images before the student moves, and as many again before (9) joins; default by form")
     p.method.add_argument("--gan-average", choices=["batch", "process", "sample"], default="batch", help="over what each factor of (8) and (9) is averaged")
     args = p.parse(PRESETS, argv)
-    low, high = dict(level_std=0, sid_weight=0, gan_weight=0, cls_weight=0, gan_warmup=0, drop=0, ratio=1), dict(drop=1)
-    for name in ("alpha", "k1", "k2", "k3", "k4", "level_mean", *low):
+    low, high = dict(shift=1e-3, sid_weight=0, gan_weight=0, cls_weight=0, gan_warmup=0, drop=0, ratio=1), dict(drop=1)
+    for name in ("alpha", "k1", "k2", "k3", "k4", *low):
         value, a, b = getattr(args, name), low.get(name, -1e9), high.get(name, 1e9)
         if value is not None and not a <= value <= b:
             raise UserError(f"--{name.replace('_', '-')}: expected a number from {a:g} to {b:g}, found {value}")
@@ -108,8 +107,6 @@ def parse_args(argv=None):
 
 def fill_in(args, form):
     """Flags that were not given, from the form and the guidance preset. -> (k1, k2, k3, k4)"""
-    if form == "vp" and (args.level_mean is not None or args.level_std is not None):
-        raise UserError("--level-mean and --level-std: the vp form draws uniform indices; use them with --form edm or flow")
     kappa = tuple(k if given is None else given for k, given in zip(GUIDANCE[args.guidance](args.cfg), (args.k1, args.k2, args.k3, args.k4)))
     args.drop = args.drop if args.drop is not None else 0.1 if args.guidance == "anti" else FORMS[form]["drop"] * (kappa[:2] != (1, 1))
     vars(args).update({name: value for name, value in FORMS[form].items() if getattr(args, name) is None}, **dict(zip(("k1", "k2", "k3", "k4"), kappa)),
@@ -166,9 +163,12 @@ def draw_levels(draw, schedule, args, student):
     elif args.form == "edm" and student:
         low, high = (s ** (1 / schedule.rho) for s in (schedule.t_min, schedule.t_max))
         t = (high + (1 - 0.8 * draw.uniform()) * (low - high)) ** schedule.rho
+    elif args.form == "edm":
+        t = (-1.2 + 1.2 * draw.normal().double()).exp()
     else:
-        t = (args.level_mean + args.level_std * draw.normal().double()).exp()  # sigma / alpha
-        t = t / (1 + t) if args.form == "flow" else t
+        t = (math.log(2) + 1.6 * draw.normal().double()).sigmoid()
+    if args.shift != 1:
+        t = schedule.t_from_snr((schedule.alpha(t) / schedule.sigma(t) / args.shift) ** 2)
     return schedule.alpha(t), schedule.sigma(t)
 
 

@@ -273,7 +273,7 @@ OWN_MISTAKES = {
         ("--form ddpm", "--form"),
         ("--weight unknown", "--weight"),
         ("--guidance zero --cfg 3", "--guidance zero"),
-        ("--form vp --level-mean 0", "--level-mean"),
+        ("--shift 0", "--shift"),
         ("--renoise ddim", "--renoise ddim"),
         ("--steps 2.5,5 --nfe 2", "--steps 2.5,5"),
         ("--form flow --steps 1,.5", r"--steps 1,.5.*--nfe 1"),

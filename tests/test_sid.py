@@ -207,8 +207,8 @@ def test_weight():
 # ---- 10.9: levels -----------------------------------------------------------------------------------------------------------------------------
 
 
-def levels(form, schedule, student, n=200_000):
-    flags = sid.parse_args(["--teacher", "toy"])
+def levels(form, schedule, student, n=200_000, shift=1):
+    flags = sid.parse_args(["--teacher", "toy", "--shift", str(shift)])
     sid.fill_in(flags, form)
     alpha, sigma = sid.draw_levels(Draw(0, 0, n), schedule, flags, student)
     assert alpha.shape == sigma.shape == (n,) and sigma.dtype == torch.float64
@@ -234,6 +234,14 @@ def test_levels_vp_and_flow(student):
     a, t = levels("flow", Flow(), student)
     assert t.mean().item() == pytest.approx(0.617, abs=2e-3) and t.median().item() == pytest.approx(0.667, abs=3e-3) and torch.equal(a, 1 - t)
     assert (t < 0.02).double().mean().item() == pytest.approx(0.0021, abs=4e-4) and (t > 0.98).double().mean().item() == pytest.approx(0.0228, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("form, schedule", [("edm", EDM()), ("vp", VP()), ("flow", Flow())])
+def test_shift_multiplies_the_noise(form, schedule):
+    for student in (False, True):
+        (a, s), (b, t) = (levels(form, schedule, student, 1000, shift) for shift in (1, 0.3))
+        inside = (s / a > 0.13)  # the others end at the schedule's smallest level
+        assert inside.double().mean() > 0.4 and torch.allclose((t / b)[inside], 0.3 * (s / a)[inside], rtol=1e-5)
 
 
 @pytest.mark.parametrize("form, n, expected", [
@@ -354,10 +362,8 @@ def test_guidance_presets():
 def test_defaults_of_each_form(form, weight, lsg, gan, warmup):
     args = parsed(form=form)[1]
     assert (args.weight, args.sid_weight, args.gan_weight, args.gan_warmup, args.form) == (weight, lsg, gan, warmup, form)
-    assert parsed("--weight", "none", "--sid-weight", 2, form=form)[1].weight == "none"
-    if form == "vp":
-        with pytest.raises(UserError, match="--level-mean"):
-            parsed("--level-mean", 1, form="vp")
+    args = parsed("--weight", "none", "--sid-weight", 2, form=form)[1]
+    assert (args.weight, args.sid_weight) == ("none", 2)
 
 
 @pytest.mark.parametrize("k", [4.5, -1.0, 1.5])
@@ -549,9 +555,10 @@ def test_the_first_student_gradient_by_hand(trace, alpha):
     assert (trace(*flags, "--detach").flat(1) - wrong).norm() < 1e-5 * wrong.norm()
 
 
-@pytest.mark.parametrize("flags", [[], ["--gan", "--cls-weight", 3], ["--drop", 0.5], ["--gan", "--drop", 0.5, "--k1", 1.5]], ids=lambda f: " ".join(map(str, f)))
+@pytest.mark.parametrize("flags", [[], ["--gan", "--cls-weight", 3], ["--drop", 0.5], ["--nfe", 5], ["--gan", "--drop", 0.5, "--k1", 1.5]], ids=lambda f: " ".join(map(str, f)))
 def test_the_first_critic_gradient_by_hand(trace, flags):
-    """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked."""
+    """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked;
+    of five steps it takes four, with noise at the levels 2.5, 2, 1.5, 1."""
     teacher, draw, gan, drop = models.load_teacher("toy-cond"), Draw(0, 0, 16), "--gan" in flags, "--drop" in flags
     student, fake, one = teacher.copy(), teacher.copy(), torch.ones(16)
     real, labels = data.load_images(None, teacher).batch(0, 16, 0) if gan else (None, draw.integers(0, 8))
@@ -559,8 +566,12 @@ def test_the_first_critic_gradient_by_hand(trace, flags):
         labels = torch.where(draw.uniform() < 0.5, 8, labels)
         assert 2 < (labels == 8).sum() < 14
     cond = teacher.encode(labels)
+    x = torch.zeros(16, 2)
     with torch.no_grad():
-        x = student(2.5 * draw.normal(2), 1.0, 2.5, cond)
+        for i in range(1 + (draw.shared_int(0, 5) if "--nfe" in flags else 0)):
+            tau = 2.5 * (1 - i / 5)
+            x = student(x + tau * draw.normal(2), 1.0, tau, cond)
+    assert i == 3 or "--nfe" not in flags
     sigma, eps = (1.2 * draw.normal().double() - 1.2).exp(), draw.normal(2)
     noisy = lambda y: (y + sigma[:, None] * eps).float()
     lam = (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
