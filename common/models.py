@@ -162,10 +162,13 @@ class Model(nn.Module):
                 handle.remove()
 
     def guided(self, x_t, alpha, sigma, cond, w):
-        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, in one pass."""
+        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, w = 0 the
+        unconditional, each in one pass."""
         if w == 1:
             return self(x_t, alpha, sigma, cond)
         null = self.null(len(x_t))
+        if w == 0:
+            return self(x_t, alpha, sigma, {k: null.get(k, cond[k]) for k in cond})
         both = {k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond}  # conditions of `extend` are the same in both halves
         alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
         c, u = self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)

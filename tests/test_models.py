@@ -366,9 +366,10 @@ def test_guidance_is_one_pass_of_twice_the_batch(dit):
     handle = dit.net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     one, two = dit.guided(x, 0.3, 0.7, cond, 1.0), dit.guided(x, 0.3, 0.7, cond, 2.5)
     each = dit.guided(x, torch.full((6,), 0.3), torch.full((6,), 0.7), cond, 2.5)
+    none = dit.guided(x, 0.3, 0.7, cond, 0.0)
     handle.remove()
-    assert sizes == [6, 12, 12]
-    assert torch.equal(one, c) and (two - (u + 2.5 * (c - u))).abs().max() < 1e-4 and (each - two).abs().max() < 1e-4
+    assert sizes == [6, 12, 12, 6]
+    assert torch.equal(one, c) and torch.equal(none, u) and (two - (u + 2.5 * (c - u))).abs().max() < 1e-4 and (each - two).abs().max() < 1e-4
     assert (c - u).abs().max() > 0.01 and cond["labels"].tolist() == y.tolist()  # null() did not write into cond
 
 
