@@ -50,13 +50,13 @@ from common.schedules import eps_from_x0, expand
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] DMD2's code, which [P] builds on, ours = measured here, docs/RESULTS.md
     "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, floor=0.05, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
                   ema=2000, moments=(-0.737, 0.374), gan_weight=0.03, cls_weight=0.1),
-    "toy": dict(cfg=1.0, nfe=4, lr=5e-4, lr_fake=1e-3, betas=(0.9, 0.999), ratio=5, floor=0.05, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0,
+    "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=1e-3, betas=(0.9, 0.999), ratio=5, floor=0.05, shift=1.0, batch=256, iters=3000, warmup=0, cooldown=0.5,
                 ema=0, gan_weight=3e-3, cls_weight=1e-2),
     # any other folder: SDXL in four steps [C: guidance 8, lr, ratio, batch 128, 20K iterations, warm-up 500, GAN weights; P: hybrid, moments]
     "default": dict(cfg=8.0, nfe=4, lr=5e-7, lr_fake=5e-7, betas=(0.9, 0.999), ratio=5, floor=1e-8, shift=1.0, batch=128, iters=20000, warmup=500,
                     cooldown=0.0, ema=0, moments=(0.075, 0.81), gan_weight=5e-3, cls_weight=1e-2),
 }
-PRESETS["toy-cond"] = PRESETS["toy"] | dict(cfg=2.0)
+PRESETS["toy-cond"] = PRESETS["toy"] | dict(cfg=2.0, nfe=4)
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 
 
@@ -109,14 +109,14 @@ class Critic(nn.Module):
 
     def __init__(self, fake, h=None):
         super().__init__()
-        self.fake, c, side = fake, 0 if h is None else h.shape[1], 0 if h is None or h.ndim == 2 else h.shape[-1]
+        self.fake, (c, side) = fake, (1, 0) if h is None else (h.shape[1], h.shape[-1] * (h.ndim > 2))
         norm = lambda: [nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c), nn.SiLU()]  # 32 groups, fewer if they had under 4 channels: 1x1 maps would vanish
         layers = [] if side else [nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1)]
         while side > 4:
             layers += [nn.Conv2d(c, c, 4, 2, 1), *norm()]
             side = (side - 2) // 2 + 1
         layers += [nn.Conv2d(c, c, side, side, 0), *norm(), nn.Conv2d(c, 1, 1)] if side else []
-        self.head = None if h is None else nn.Sequential(*layers, nn.Flatten(1))
+        self.head = nn.Sequential(*layers, nn.Flatten(1)) if h is not None else None
 
     def forward(self, x_t, alpha, sigma, cond, logit=False):
         h = self.fake(x_t, alpha, sigma, cond, features=logit)
@@ -312,12 +312,12 @@ def main():
             critic.requires_grad_(True)
 
         if use_critic:
-            x = x.detach()
-            x_t, alpha, sigma = noisy(x, grid[draw.integers(0, N)])
+            x_t, alpha, sigma = noisy(x := x.detach(), grid[draw.integers(0, N)])
             weight = teacher.weight(alpha, sigma) if args.fake_weight == "native" else torch.ones_like(sigma)
             loss = loss_fake = fake_loss(C, x, x_t, alpha, sigma, cond, weight)
             if args.gan:
-                both = [noisy(v, grid[draw.integers(0, N)]) for v in (x, x_real)]  # fake and real in one batch, each with its own time and noise
+                t = [grid[draw.integers(0, N)] for _ in range(2)]  # fake and real in one batch, each with its own time and noise
+                both = noisy(x, t[0]), noisy(x_real, t[1])
                 cond = {key: torch.cat([cond[key], cond_real[key]]) for key in cond}
                 logit_fake, logit_real = C(*(torch.cat(v) for v in zip(*both)), cond, logit=True).chunk(2)
                 loss_cls = cls_loss(logit_fake, logit_real)
