@@ -18,10 +18,13 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "decoupled_dmd"]
+MORE = {
+    "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
+    "decoupled_dmd": ["--teacher", "toy-cond", "--gan", "--nfe", 4, "--rollout", "deterministic", "--ema", 1000],
+}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
-QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
+QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3, "--cooldown", 0]  # a cooldown depends on --iters, which resumes change
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
 each = pytest.mark.parametrize("script", SCRIPTS)
 one = pytest.mark.parametrize("script", ["dmd2", *[pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS if s != "dmd2"]])  # shared code: the others are slow tests
@@ -264,7 +267,26 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "decoupled_dmd": [
+        ("--nfe 1000", "--nfe 1000: expected at most 999"),
+        ("--steps 5,7 --nfe 2", "--steps 5,7"),
+        ("--steps 999,499 --nfe 1", r"--steps 999,499.*--nfe 1"),
+        ("--ratio 0", "--ratio"),
+        ("--t-range 0.9 0.1", "--t-range"),
+        ("--shift 0", "--shift"),
+        ("--floor -1", "--floor"),
+        ("--schedule none", "--schedule"),
+        ("--normaliser guided", "--normaliser guided.*--schedule shared"),
+        ("--regulariser none", "--regulariser none.*--cfg"),
+        ("--regulariser none --cfg 2 --schedule shared", "--schedule shared.*--regulariser none"),
+        ("--regulariser none --cfg 2 --schedule constrained", "--schedule constrained.*--regulariser none"),
+        ("--regulariser moments --cfg 2", "--regulariser moments.*--moments"),
+        ("--regulariser moments --cfg 2 --moments 0 0", "--moments"),
+        ("--levels unshifted", "--levels unshifted"),
+        ("--data {tmp}", "--data"),
+        ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
+    ],
 }
 
 
