@@ -48,7 +48,7 @@ from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import eps_from_x0, expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] DMD2's code, which [P] builds on, ours = measured here, docs/RESULTS.md
-    "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, floor=0.05, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
+    "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, floor=0.05, shift=0.3, batch=64, iters=1200, warmup=20, cooldown=0.5,
                   ema=2000, moments=(-0.737, 0.374), gan_weight=0.03, cls_weight=0.1),
     "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=1e-3, betas=(0.9, 0.999), ratio=5, floor=0.05, shift=1.0, batch=256, iters=3000, warmup=0, cooldown=0.5,
                 ema=0, gan_weight=3e-3, cls_weight=1e-2),
