@@ -244,8 +244,8 @@ def main():
     index = step_indices(args.nfe, args.steps)
     times = schedule.grid(N)[index]
     grid, table, low, high, caps = level_table(schedule, index, args.t_range, args.shift, args.levels)
-    use_ca, use_dm = args.cfg != 1, args.regulariser == "dm"  # w = 1: (4) is 0 and u is not asked for
-    use_critic = use_dm or args.gan
+    grid, table = grid.to(run.device), table.to(run.device)  # indexed by draws
+    use_ca, use_dm, use_critic = args.cfg != 1, args.regulariser == "dm", args.regulariser == "dm" or args.gan  # w = 1: (4) is 0 and u is not asked for
     ratio = args.ratio if use_critic else 1
     student, fake, h = teacher.copy(), teacher.copy(), None
     images = data.load_images(args.data, teacher, run.print) if args.gan else None

@@ -455,6 +455,7 @@ def test_copies_of_the_sample(trace, kind):
     top = {k: max((ca if k == "ca" else dm)[2].max().item() for _, ca, dm, *_ in run.calls) for k in ("ca", "dm")}
     assert max(top.values()) > 6.5  # step 0: all levels
     lows = {(a, b) for a, b in run.drawn if a == 20}
+    assert (0, 1000) in run.drawn  # the critic learns at all levels, whatever the schedule
     assert lows == ({(20, 981)} if kind in ("shared", "full") else {(20, 981), (20, 749), (20, 499), (20, 249)})
 
 
