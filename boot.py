@@ -71,6 +71,7 @@ def parse_args(argv=None):
     p.method.add_argument("--at", type=float, default=0.0, help="time at which pictures and metrics read the signal; 0: the image")
     p.method.add_argument("--fidelity-every", type=int, default=100, help="iterations between looks at 64 fixed noises beside the teacher; 0: only at the end")
     args = p.parse(PRESETS, argv)
+    args.horizon_warmup = min(args.horizon_warmup, 1) if args.smoke else args.horizon_warmup
     for wrong, message in (
         (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the student is a function of the noise alone, more passes are not defined"),
         (args.data, f"--data {args.data}: this method never looks at images"),

@@ -18,8 +18,11 @@ from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000]}  # a second set of flags that reaches other parts of the script
+SCRIPTS = ["dmd2", "boot"]
+MORE = {
+    "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
+    "boot": ["--teacher", "toy-cond", "--cfg", 2, "--grid", "logsnr", "--solver", "midpoint", "--horizon-warmup", 3, "--fidelity-every", 4, "--ema", 1000],
+}  # a second set of flags that reaches other parts of the script
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -264,7 +267,29 @@ OWN_MISTAKES = {
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ]
+    ],
+    "boot": [
+        ("--nfe 2", "--nfe 2: expected 1"),
+        ("--data {tmp}", "--data .*never looks at images"),
+        ("--lr-fake 1e-3", "--lr-fake"),
+        ("--delta 0", "--delta"),
+        ("--delta 1.5", "--delta"),
+        ("--delta nan", "--delta"),
+        ("--t-max 0", "--t-max"),
+        ("--at 1.5", "--at"),
+        ("--at 0.95 --t-max 0.9", "--at"),
+        ("--k-min 0", "--k-min"),
+        ("--k-min 0.1 --weight none", "--k-min.*--weight"),
+        ("--beta nan", "--beta"),
+        ("--beta 0", "--beta 0, --boundary-frac 0.25"),
+        ("--boundary-frac 0", "--beta 1, --boundary-frac 0"),
+        ("--boundary-frac 0.01", "--boundary-frac 0.01: of 32 samples"),
+        ("--boundary-frac 1", "--boundary-frac"),
+        ("--horizon-warmup -1", "--horizon-warmup"),
+        ("--horizon-warmup 50 --iters 50", "--horizon-warmup 50.*--iters 50"),
+        ("--fidelity-every -1", "--fidelity-every"),
+        ("--clip-x0 static", "--clip-x0 static"),
+    ],
 }
 
 
