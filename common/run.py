@@ -332,10 +332,11 @@ class Run:
         torch.manual_seed(mix(self.args.seed, it, 4, self.rank))
         return Draw(self.args.seed, it, self.args.batch, self.rank, self.world, self.device)
 
-    def set_rates(self, it, *pairs):
-        """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr)."""
+    def set_rates(self, it, *pairs, iters=None):
+        """Learning rates of iteration it of `iters` (default: the whole run): linear --warmup from lr / warmup, then constant, then linear over the last
+        --cooldown share to 0. pairs: (optimiser, lr)."""
         args = self.args
-        decay = min(1.0, (it + 1) / max(args.warmup, 1)) * min(1.0, (1 - it / args.iters) / max(args.cooldown, 1e-9))
+        decay = min(1.0, (it + 1) / max(args.warmup, 1)) * min(1.0, (1 - it / (iters or args.iters)) / max(args.cooldown, 1e-9))
         for opt, lr in pairs:
             for group in opt.param_groups:
                 group["lr"] = lr * decay
