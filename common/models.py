@@ -6,6 +6,7 @@ Only safetensors and JSON are read; nothing that a file contains is executed.
 """
 import contextlib
 import copy
+import json
 import math
 import os
 from pathlib import Path
@@ -184,6 +185,26 @@ class Model(nn.Module):
         twin = copy.copy(self)
         twin.__dict__.update({k: v.copy() for k, v in vars(self).items() if k.startswith("_") and isinstance(v, dict)})  # hooks, parameters: its own
         twin.net, twin.extras = copy.deepcopy(self.net).float().requires_grad_(True), copy.deepcopy(self.extras).float().requires_grad_(True)
+        return twin
+
+    def resized(self, changes, seed=0):
+        """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
+        twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
+        for key, _, value in (change.partition("=") for change in changes):
+            if key not in config:
+                raise UserError(f"{flag}: {key}: expected a key of the network's config.json{near(key, config)}")
+            try:
+                config[key] = json.loads(value)
+            except ValueError:
+                config[key] = value  # a word
+        torch.manual_seed(seed)  # equal on all processes
+        try:
+            twin.net = self.network(config).to(self.device)
+            fits = twin.fits()
+        except Exception as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
+            raise UserError(f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        if fits != (self.shape, self.classes):
+            raise UserError(f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}")
         return twin
 
     def checkpoint_activations(self):
