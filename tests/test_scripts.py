@@ -14,17 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cases import MISTAKES as OWN
+from cases import MORE, PLANNED, SHORT
 from common import models
 from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["dmd2", "sana_sprint"]
-MORE = {
-    "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
-    "sana_sprint": ["--cfg-train", 1, 1.5, 2, "--cfg", 1.5, "--adaptive-weight", "clamped", "--prior", "--misaligned", "--d-levels", "own", "--nfe", 2, "--ema", 1000],
-}  # a second set of flags that reaches other parts of the script
+SCRIPTS = list(SHORT)
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
-QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
+QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3, "--cooldown", 0]  # a cooldown depends on --iters, which resumes change
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
 each = pytest.mark.parametrize("script", SCRIPTS)
 one = pytest.mark.parametrize("script", ["dmd2", *[pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS if s != "dmd2"]])  # shared code: the others are slow tests
@@ -115,9 +113,10 @@ def test_resume(script, flags, scripts, tmp_path):
     run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--save-every", 7, "--out", out, *more)
     run(whole, "--iters", 14)
     assert sorted(p.name for p in (whole / "ckpt").iterdir()) == ["it-00000007.pt", "it-00000014.pt"]
-    run(halves, "--iters", 7)
-    assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
-    same(whole, halves, 14)
+    if not (flags and script in PLANNED):
+        run(halves, "--iters", 7)
+        assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
+        same(whole, halves, 14)
     # killed while writing the second checkpoint, and the newest one damaged: the one before is taken, and the log goes back with it
     shutil.copytree(whole, cut)
     newest = cut / "ckpt" / "it-00000014.pt"
@@ -251,43 +250,6 @@ MISTAKES = [
     ("--betas 0.9 1", "--betas"),
     ("--warmup -1", "--warmup"),
 ]
-OWN_MISTAKES = {
-    "dmd2": [
-        ("--nfe 1000", "--nfe 1000: expected at most 999"),
-        ("--steps abc", "--steps abc"),
-        ("--steps 5,7 --nfe 2", "--steps 5,7"),
-        ("--steps 999,499", r"--steps 999,499.*--nfe 1"),
-        ("--ratio 0", "--ratio"),
-        ("--alternate --ratio 1", "--alternate"),
-        ("--t-range 0.9 0.1", "--t-range"),
-        ("--t-range 0.5 1.5", "--t-range"),
-        ("--dm-weight 0", "--gan"),
-        ("--gan-clean", "--gan"),
-        ("--data {tmp}", "--data"),
-        ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
-        ("--gan --data {tmp}/file", "--data .*file"),
-        ("--gan --data {tmp}/pictures", "--data .*pictures"),
-    ],
-    "sana_sprint": [
-        ("--steps abc", "--steps abc"),
-        ("--steps 1.3,1.5 --nfe 2", "--steps 1.3,1.5"),
-        ("--steps 1.5,1.3", r"--steps 1.5,1.3.*--nfe 1"),
-        ("--steps 1.6", "--steps 1.6"),
-        ("--cfg-train 4 5 --cfg 3", "--cfg: expected a scale within --cfg-train 4.0 5.0, found 3.0"),
-        ("--p-scm nan 1", "--p-scm"),
-        ("--p-adv 0 -1", "--p-adv"),
-        ("--max-time 1.5", "--max-time"),
-        ("--adv-weight -1", "--adv-weight"),
-        ("--adv-weight 0 --misaligned", "--adv-weight.*--misaligned"),
-        ("--adv-weight 0 --d-levels own", "--adv-weight.*--d-levels"),
-        ("--H -1", "--H"),
-        ("--rho 0", "--rho"),
-        ("--time dense", "--time dense: .*--time native"),
-        ("--data {tmp}/nowhere", "--data .*nowhere"),
-        ("--data {tmp}/pictures", "--data .*pictures"),
-    ],
-}
-
 
 def one_line(p, expected, script):
     p.wait()
@@ -300,7 +262,7 @@ def test_mistakes(script, scripts, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     (tmp_path / "pictures" / "0" / "broken.png").write_text("no picture")
-    mistakes = (MISTAKES if script == "dmd2" else MISTAKES[:2]) + OWN_MISTAKES[script] + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
+    mistakes = (MISTAKES if script == "dmd2" else MISTAKES[:2]) + OWN[script] + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
     for flags, expected in mistakes:
         out = ["--out", tmp_path / "out"] if "--out" not in flags else []
         one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path).split()), expected, script)
@@ -335,6 +297,14 @@ def test_mistakes_beside_an_existing_run(script, scripts, tmp_path):
     one_line(scripts.start(*args, 4, "--resume"), "--resume", script)
     scripts.run(*args, 1, "--overwrite")
     assert [p.name for p in (out / "ckpt").iterdir()] == ["it-00000001.pt"] and [line["it"] for line in log(out)] == [0]
+
+
+@pytest.mark.parametrize("script", sorted(PLANNED))
+def test_another_plan_is_refused(script, scripts, tmp_path):
+    args = [f"{script}.py", *QUICK, *MORE[script], "--out", tmp_path / "run"]
+    scripts.run(*args, "--iters", 7)
+    for iters in (6, 14):
+        one_line(scripts.start(*args, "--iters", iters, "--resume"), "--resume: .*--iters", script)
 
 
 @one
