@@ -47,7 +47,7 @@ from common.schedules import expand
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper or its notes, [F] what NVlabs/FastGen uses for MeanFlow, ours = measured here
     "mnist": dict(cfg=1.5, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), weight_decay=0.01, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000, clip=10.0),
     "toy": dict(cfg=1.0, lr=1e-3, lr_fake=1e-3, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0, clip=1.0,
-                eps=1.0),
+                eps=1.0),  # with eps 1e-3 the rows that are right already outweigh those at the end: energy distance 0.35 instead of 0.0014
     # ImageNet-256 with SiT-XL/2: batch 256, 1.5M iterations [P]; lr, betas, warm-up, average [F]; released students were sampled at w = 1.5 [P]; range: ours
     "default": dict(cfg=1.5, cfg_range=(1.0, 3.0), lr=1e-4, lr_fake=1e-4, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=1500000, warmup=1000,
                     cooldown=0.0, ema=1770000, clip=1.0),
