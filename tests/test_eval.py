@@ -256,7 +256,7 @@ def test_best_of(home, run):
 
 def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
     """Verifier: brightness, minus that for odd labels. The student's image is minus the noise, the teacher's is the noise."""
-    monkeypatch.setattr(metrics, "Extractor", lambda teacher: lambda images: (None, images.float().flatten(1).mean(1, keepdim=True) * torch.tensor([[1.0, -1.0] * 5])))
+    monkeypatch.setattr(metrics, "Extractor", lambda teacher: lambda images: (None, (images.float().flatten(1).mean(1, keepdim=True) - 128) / 9 * torch.tensor([[1.0, -1.0] * 5])))
     monkeypatch.setattr(metrics, "teacher_sample", lambda teacher, z, *a: z)
     teacher = make_dit(1)
     plain = dict(model=teacher.copy(), teacher=teacher, folder=None, facts=dict(name="s"), sampler=lambda m, z, c, noise: -z)
@@ -264,7 +264,7 @@ def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
     noise = ImageNoise(0, range(6))
     candidates = torch.stack([noise(1, 28, 28) for _ in range(4)])  # [4, 6, 1, 28, 28]
     (_, labels, best), = metrics.generate(row["sampler"], row["model"], 6)
-    score = candidates.mean((2, 3, 4)) * torch.tensor([-1.0, 1.0] * 3)  # even labels want dark noise
+    score = teacher.decode(-candidates.flatten(0, 1)).float().mean((1, 2, 3)).view(4, 6) * torch.tensor([1.0, -1.0] * 3)  # odd labels want dark images
     assert torch.equal(best, candidates[score.argmax(0), torch.arange(6)]) and labels.tolist() == list(range(6))
     parts = [x for _, _, x in metrics.generate(row["sampler"], row["model"], 6, batch=4)]
     assert torch.equal(torch.cat(parts), best)

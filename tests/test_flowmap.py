@@ -180,7 +180,7 @@ def check_weighting_and_balance(m):  # T5, T6
     assert rms(m.balance(G, D_N, 0.7, 1) * D_N).item() == pytest.approx(0.7 * rms(G).item(), rel=1e-5)
     assert torch.allclose(m.balance(G, 10 * D_N, 1, 1) * 10 * D_N, m.balance(G, D_N, 1, 1) * D_N)
     assert m.balance(G, D_N, 0, 1) == 0 and m.balance(G[:0], D_N, 0.7, 1).item() == pytest.approx(0.7)  # correction alone: nothing to compare with
-    assert m.balance(G, D_N[:0], 1, 1).isfinite()
+    assert m.balance(G, D_N[:0], 1, 1).isfinite() and m.balance(G, D_N[:0], 1, 1) > 0
 
 
 CHECKS = {name[6:]: check for name, check in globals().copy().items() if name.startswith("check_")}
