@@ -19,7 +19,10 @@ from common.run import Parser, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["dmd2", "sid"]
-MORE = {"dmd2": ["--gan", "--nfe", 2, "--ema", 1000], "sid": ["--gan", "--gan-warmup", 32, "--nfe", 2, "--ema", 1000, "--drop", 0.2, "--cfg", 2, "--k3", 1]}  # a second set of flags that reaches other parts of the script
+MORE = {  # a second set of flags that reaches other parts of the script
+    "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
+    "sid": ["--gan", "--gan-warmup", 32, "--nfe", 2, "--ema", 1000, "--drop", 0.2, "--cfg", 2, "--k3", 1],
+}
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3]
 variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
@@ -107,9 +110,9 @@ def test_exported_student_is_the_average(script, scripts, tmp_path):
 
 @variants
 def test_resume(script, flags, scripts, tmp_path):
-    """N = 7 is no multiple of ratio (5) or --log-every (3)."""
+    """N = 7 is no multiple of ratio (5) or --log-every (3). No cooldown: with one, seven iterations would not be the first half of fourteen."""
     whole, halves, cut = tmp_path / "whole", tmp_path / "halves", tmp_path / "cut"
-    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--save-every", 7, "--out", out, *more)
+    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--cooldown", 0, "--save-every", 7, "--out", out, *more)
     run(whole, "--iters", 14)
     assert sorted(p.name for p in (whole / "ckpt").iterdir()) == ["it-00000007.pt", "it-00000014.pt"]
     run(halves, "--iters", 7)
