@@ -555,12 +555,12 @@ def test_the_first_student_gradient_by_hand(trace, alpha):
     assert (trace(*flags, "--detach").flat(1) - wrong).norm() < 1e-5 * wrong.norm()
 
 
-@pytest.mark.parametrize("flags", [[], ["--gan", "--cls-weight", 3], ["--drop", 0.5], ["--nfe", 5], ["--gan", "--drop", 0.5, "--k1", 1.5]], ids=lambda f: " ".join(map(str, f)))
+@pytest.mark.parametrize("flags", [[], ["--gan", "--cls-weight", 3], ["--drop", 0.5], ["--nfe", 5], ["--nfe", 5, "--form", "flow"], ["--gan", "--drop", 0.5, "--k1", 1.5]], ids=lambda f: " ".join(map(str, f)))
 def test_the_first_critic_gradient_by_hand(trace, flags):
     """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked;
-    of five steps it takes four, with noise at the levels 2.5, 2, 1.5, 1."""
-    teacher, draw, gan, drop = models.load_teacher("toy-cond"), Draw(0, 0, 16), "--gan" in flags, "--drop" in flags
-    student, fake, one = teacher.copy(), teacher.copy(), torch.ones(16)
+    of five steps it takes four, with noise at the levels 2.5, 2, 1.5, 1 (flow: 1, .8, .6, .4)."""
+    teacher, draw, gan, drop, flow = models.load_teacher("toy-cond"), Draw(0, 0, 16), "--gan" in flags, "--drop" in flags, "flow" in flags
+    student, fake = teacher.copy(), teacher.copy()
     real, labels = data.load_images(None, teacher).batch(0, 16, 0) if gan else (None, draw.integers(0, 8))
     if drop:
         labels = torch.where(draw.uniform() < 0.5, 8, labels)
@@ -569,19 +569,22 @@ def test_the_first_critic_gradient_by_hand(trace, flags):
     x = torch.zeros(16, 2)
     with torch.no_grad():
         for i in range(1 + (draw.shared_int(0, 5) if "--nfe" in flags else 0)):
-            tau = 2.5 * (1 - i / 5)
-            x = student(x + tau * draw.normal(2), 1.0, tau, cond)
+            tau = (1 if flow else 2.5) * (1 - i / 5)
+            keep = 1 - tau if flow else 1.0
+            x = student(keep * x + tau * draw.normal(2), keep, tau, cond)
     assert i == 3 or "--nfe" not in flags
-    sigma, eps = (1.2 * draw.normal().double() - 1.2).exp(), draw.normal(2)
-    noisy = lambda y: (y + sigma[:, None] * eps).float()
-    lam = (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
-    f = fake(noisy(x), one, sigma, cond)
+    n, eps = draw.normal().double(), draw.normal(2)
+    sigma = (math.log(2) + 1.6 * n).sigmoid() if flow else (1.2 * n - 1.2).exp()
+    alpha = 1 - sigma if flow else torch.ones(16)
+    noisy = lambda y: (alpha[:, None] * y + sigma[:, None] * eps).float()
+    lam = sigma**-2 if flow else (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
+    f = fake(noisy(x), alpha, sigma, cond)
     if "--k1" in flags:
-        u = fake(noisy(x), one, sigma, teacher.null(16))
+        u = fake(noisy(x), alpha, sigma, teacher.null(16))
         f = u + 1.5 * (f - u)
     loss = (lam * (f - x).square().sum(1)).sum() / 16
     if gan:
-        logit = lambda y: fake(noisy(y), one, sigma, cond, features=True)[-1].mean(1)
+        logit = lambda y: fake(noisy(y), alpha, sigma, cond, features=True)[-1].mean(1)
         loss = loss + (3 if "--cls-weight" in flags else 1) * lam.mean() * (nn.functional.softplus(logit(x)) + nn.functional.softplus(-logit(real))).mean() / 2
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in fake.parameters()]).double()
