@@ -43,7 +43,7 @@ from common.run import EMA, Parser, Run, UserError, launch, mix
 from common.schedules import expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours = measured here
-    # mnist, toy, toy-cond: ours, except ratio 5 and the GAN weights of the toy [D]
+    # mnist: that of dmd2.py with more iterations, not yet measured for MSD; toy-cond: ours, except ratio 5 and the GAN weights [D]
     "mnist": dict(students=4, cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
                   ema=2000, adm=0.0, adm_lr=0.25, gan_weight=0.03, cls_weight=0.1, tsm_lr=1e-3),
     "toy-cond": dict(students=4, cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0,
@@ -102,7 +102,7 @@ class Head(nn.Module):
     def __init__(self, h):  # h: a feature map [1, C, H, W], or [1, C] for networks without space
         super().__init__()
         c, layers = h.shape[1], []
-        norm = lambda: [nn.GroupNorm(math.gcd(32, c), c), nn.SiLU()]
+        norm = lambda: [nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c), nn.SiLU()]  # 32 groups, fewer if they had under 4 channels: 1x1 maps would vanish
         if h.ndim == 2:
             layers += [nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1)]
         else:
@@ -217,7 +217,7 @@ def main():
     teacher = models.load_teacher(args.teacher, run.device, run.dtype)
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
-    grid = schedule.grid(N)
+    grid = schedule.grid(N).to(run.device)
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     classes = max(teacher.classes, 1)
@@ -235,12 +235,10 @@ def main():
     with torch.no_grad():
         h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
     head = lambda: Head(h).to(run.device) if args.adm else None
-    critic = Critic(teacher.copy(), head(), torch.tensor([0, 0, 0, *table]))
+    mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
+    critic = Critic(teacher.copy(), head(), mark(0, 0, 0, "dm"))
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_g, opt_c = adam(student, args.lr), adam(critic, args.lr_fake)
-    if args.grad_checkpoint:
-        student.checkpoint_activations()
-        critic.fake.checkpoint_activations()
     sampler, pieces = {}, plan(args.iters, args.students, args.tsm, args.adm)
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     passes = 1 + 3 + (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio
@@ -255,8 +253,7 @@ def main():
     it = first - 1
     # ==== end ====
     place = lambda it: next(p for p in pieces if it < p[1])
-    mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table])
-    if first and (first > args.iters or not torch.equal(critic.place.cpu(), mark(*place(first - 1)))):
+    if first and (first > args.iters or not torch.equal(critic.place, mark(*place(first - 1)))):
         raise UserError("--resume: the students' turns follow from --iters, --students, --partition, --tsm and --adm: give those of the run's start")
 
     for it in run.loop(first, args.iters):
@@ -274,7 +271,10 @@ def main():
             state |= dict(opt_g=opt_g, opt_c=opt_c)
         net, fake = student.experts[k], critic.fake
         if it in (first, start):
+            for m in (net, fake) * args.grad_checkpoint:
+                m.checkpoint_activations()
             G, C = run.train(net), run.train(critic if stage == "adm" else fake)  # before, the head has no gradient to wait for
+            mine = own[k].to(run.device)
         draw = run.draw(it)
         lr, lr_fake = dict(tsm=(args.tsm_lr, 0), dm=(args.lr, args.lr_fake), adm=(args.adm_lr * args.lr, args.adm_lr * args.lr_fake))[stage]
         run.set_rates(it, (opt_g, lr), (opt_c, lr_fake), span=(start, end))
@@ -292,7 +292,6 @@ def main():
             logs = dict(tsm=loss, grad_student=run.step(opt_g, list(net.parameters()), args.clip)) | logs
             ema.update(args.batch)
         else:  # the student's sample: one forward pass serves both turns
-            mine = own[k].to(run.device)
             cond = teacher.encode(mine[draw.integers(0, len(mine))])
             with torch.set_grad_enabled(turn):
                 x = one_step(G if turn else net, schedule, draw.normal(*shape), cond)
