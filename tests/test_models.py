@@ -466,7 +466,7 @@ def test_fitted_time_embedding_keeps_the_network_and_loses_its_fast_waves():
     t = torch.linspace(0.02, 0.98, 500)
     curve = lambda t: (one(model).timestep_embedder(one(model).time_proj(1000 * t)), one(dense).timestep_embedder(one(dense).time_proj(t)))
     a, b = curve(t)
-    assert (a - b).square().mean() < 0.05 * a.var(0).mean()
+    assert (a - b).square().mean() < 0.1 * a.var(0).mean()
     rough = [(p - q).square().mean() for p, q in zip(curve(t + 1e-3), (a, b))]
     assert rough[1] < 0.1 * rough[0]
 

