@@ -110,9 +110,9 @@ def test_exported_student_is_the_average(script, scripts, tmp_path):
 
 @variants
 def test_resume(script, flags, scripts, tmp_path):
-    """N = 7 is no multiple of ratio (5) or --log-every (3)."""
+    """N = 7 is no multiple of ratio (5) or --log-every (3). No cooldown: the first half must not know that it will go on."""
     whole, halves, cut = tmp_path / "whole", tmp_path / "halves", tmp_path / "cut"
-    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--save-every", 7, "--out", out, *more)
+    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--cooldown", 0, "--save-every", 7, "--out", out, *more)
     run(whole, "--iters", 14)
     assert sorted(p.name for p in (whole / "ckpt").iterdir()) == ["it-00000007.pt", "it-00000014.pt"]
     run(halves, "--iters", 7)
