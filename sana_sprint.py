@@ -186,9 +186,9 @@ def tangent(f, dx, u, t, j, r):
 
 
 def scm_loss(f, g, lv=None, floor=None, prior=None):
-    """f: F with graph; g without. lv [B] or None: no weight. floor: bound of lv in the weight, which then has no gradient into lv; lv itself is learned
+    """f: F with graph; g of (7). lv [B] or None: no weight. floor: bound of lv in the weight, which then has no gradient into lv; lv itself is learned
     on the same errors. prior: [B], a factor of the squares."""
-    square = (f - f.detach() - g).square().flatten(1).mean(1)
+    square = (f - f.detach() - g.detach()).square().flatten(1).mean(1)
     square = square if prior is None else prior * square
     if lv is None:
         return square.mean()
