@@ -369,17 +369,18 @@ def test_a_sample_does_not_depend_on_its_batch(rollout):
 
 class Trace(list):
     """main() of a script on the toy teacher with labels. One entry per optimiser step: role, gradients, weights before and after; `calls`: arguments of
-    every call of `gradients`; `drawn`: ranges of all index draws."""
+    every call of `gradients`; `drawn`: ranges of all index draws; `k`: steps of the student."""
 
     def __init__(self, monkeypatch, tmp_path, module, *flags):
         super().__init__()
-        self.made, self.calls, self.drawn = {}, [], []
+        self.made, self.calls, self.drawn, self.k = {}, [], [], []
         for owner, name, key in ((module, "Critic", "critic"), (module, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, owner, name, key)
         if module is dd:
             gradients = dd.gradients
             monkeypatch.setattr(dd, "gradients", lambda *a: self.calls.append(a) or gradients(*a))
-        step, integers = Run.step, Draw.integers
+        step, integers, shared = Run.step, Draw.integers, Draw.shared_int
+        monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.k.append(shared(draw, *a)) or self.k[-1])
         monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
         monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.drawn.append(a) or integers(draw, *a))
         for name in ("export", "pictures", "report"):
@@ -452,8 +453,12 @@ def test_copies_of_the_sample(trace, kind):
         eps = [((x_t - expand(a, x) * x.detach()) / expand(s, x)) for x_t, a, s in (ca, dm)]
         assert (ca is dm) == (kind == "shared") and (ca is dm or not torch.allclose(eps[0], eps[1], atol=0.1))
         assert all(e.abs().max() < 5 and e.std() > 0.3 for e in eps)
-    top = {k: max((ca if k == "ca" else dm)[2].max().item() for _, ca, dm, *_ in run.calls) for k in ("ca", "dm")}
-    assert max(top.values()) > 6.5  # step 0: all levels
+    t_g = run.made["teacher"].schedule.grid(1000)[STEPS]
+    assert set(run.k) == {0, 1, 2, 3} and len(run.k) == len(run.calls) == 12
+    for k, (_, ca, dm, *_) in zip(run.k, run.calls):  # 16 levels each: at step 3 a third of all are above the student's input
+        assert k == 0 or (ca[2].max() < t_g[k]) == (kind in ("hybrid", "constrained")) or k == 1
+        assert k == 0 or (dm[2].max() < t_g[k]) == (kind == "constrained") or k == 1
+        assert ca[2].min() >= run.made["teacher"].schedule.grid(1000)[20]
     lows = {(a, b) for a, b in run.drawn if a == 20}
     assert (0, 1000) in run.drawn  # the critic learns at all levels, whatever the schedule
     assert lows == ({(20, 981)} if kind in ("shared", "full") else {(20, 981), (20, 749), (20, 499), (20, 249)})
