@@ -158,3 +158,12 @@ def test_flags_of_a_preset_can_be_overridden():
     smoke = dmd2.parse_args(["--teacher", "toy", "--smoke"])
     assert (smoke.iters, smoke.log_every, smoke.save_every) == (3, 1, 3)
     assert near("toyy", ["toy", "mnist"]) == ", did you mean toy?"
+
+
+def test_rates_of_a_stage(run):
+    """Warm-up and cooldown of a stage are those of a run of its length."""
+    r = run("--warmup", "2", "--cooldown", "0.5", "--iters", "1000")
+    opt = types.SimpleNamespace(param_groups=[dict(lr=0)])
+    found = [r.set_rates(it, (opt, 1.0), iters=8) or opt.param_groups[0]["lr"] for it in range(8)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [r.set_rates(it, (opt, 1.0)) or opt.param_groups[0]["lr"] for it in (1, 500, 750)] == pytest.approx([1, 1, 0.5])
