@@ -20,8 +20,9 @@ Notation: x_t = alpha_t x + sigma_t eps; mu(x_t, t, c) is a network's estimate o
     student: L_dm, in the adversarial stage + w_G L_gen;   critic and head: L_fake, there + w_D L_cls                                              (11)
 
 Commands (results and times: README and docs/RESULTS.md):
-    python msd.py                                               # four students of the embedded MNIST teacher, two CPU cores, minutes
-    python msd.py --teacher toy-cond                            # 2-D mixture, eight labels; --teacher toy has no labels: one student, which is DMD2
+    python msd.py                                               # four students of the embedded MNIST teacher (settings of dmd2.py, not yet measured here)
+    python msd.py --teacher toy-cond                            # 2-D mixture: each student's energy distance to its labels falls from 0.02 below 0.005
+                                                                # (--teacher toy has no labels, so there is one student, which is DMD2)
     python msd.py --small num_layers=3 --out out/msd-small      # students with half the teacher's layers
     torchrun --nproc_per_node=8 msd.py --teacher DIR            # any teacher folder, 8 GPUs
 

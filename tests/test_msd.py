@@ -1,6 +1,5 @@
 """Invariants of MSD (arXiv 2410.23274): the router, one student = DMD2, what capacity buys in closed form, teacher score matching, who is trained when."""
 import json
-import math
 import signal
 import sys
 
@@ -12,7 +11,7 @@ import dmd2
 import msd
 from common import data, metrics, models
 from common.run import Draw, Run, UserError
-from common.schedules import EDM, Flow, VP, expand, native_weight
+from common.schedules import EDM, Flow, VP, expand
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -199,6 +198,25 @@ def test_tsm_is_zero_for_a_copy_and_leaves_the_teacher_alone():
     assert loss > 0 and any(p.grad.abs().max() > 0 for p in other.parameters()) and all(p.grad is None for p in teacher.parameters())
     by_hand = (teacher.weight(1.0, s)[:, None] * (other(x_t, 1.0, s, cond) - teacher(x_t, 1.0, s, cond)).double() ** 2).mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_the_first_tsm_gradient_by_hand(trace):
+    """Images of all labels, all levels, the exact teacher as the target (its critic-to-be is only near it), the teacher's own weight."""
+    steps = trace(*ALL)
+    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    phi, (x, labels) = teacher.resized(["width=8", "depth=2"], seed=0), data.load_images(None, teacher).batch(0, 16)
+    s = teacher.schedule.grid(1000)[draw.integers(0, 1000)]
+    x_t, cond = (x + s[:, None] * draw.normal(2)).float(), dict(labels=labels)
+    (((s**2 + 0.714**2) / (0.714 * s) ** 2)[:, None] * (phi(x_t, ONE, s, cond) - teacher.mixture.x0(x_t, ONE, s, labels)) ** 2).mean().backward()
+    found, expected = (torch.cat([g.flatten() for g in grads]) for grads in (steps[0]["grads"]["student0"], [p.grad for p in phi.parameters()]))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_critic_loss_reaches_the_critic_only():
+    student, fake = Gauss(0.1, 0.5), Gauss(0.2, 0.5)
+    x = student(normal(4, 6), ONE, ONE, {})
+    msd.fake_loss(fake, x, msd.renoise(x.detach(), ONE, ONE, normal(4, 6)), ONE, ONE, {}, ONE).backward()
+    assert student.mean.grad is None and fake.mean.grad.abs() > 0
 
 
 @pytest.mark.parametrize("sigma, gap", [(0.1, 0.00962), (1.0, 0.2), (10.0, 0.2494)])
