@@ -226,7 +226,7 @@ def main():
     # ==== end ====
     index = step_indices(args.nfe, args.steps)
     grid = schedule.grid(N)
-    times = grid[index]
+    times, grid = grid[index], grid.to(run.device)  # the grid is indexed by draws
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     images = data.load_images(args.data, teacher, run.print) if args.gan or args.sim == "data" else None
