@@ -183,7 +183,7 @@ MISTAKES = {
 BOUND, EXPERT = (0.01, 0.05), 0.005
 TOY = {"msd": "toy-cond"}  # with one condition there is nothing to split
 SHORT = {  # iterations that do it with a factor of two to spare
-    "dmd2": 2000,  # seeds 0, 1, 2: 0.0045, 0.0027, 0.0033
+    "dmd2": 2000,  # seeds 0, 1, 2: 0.0020, 0.0021, 0.0022
     "sid": 1000,  # 0.0019, 0.0012, 0.0012
     "decoupled_dmd": 2000,  # 0.0016, 0.0021, 0.0017
     "phased_dmd": 2400,  # 0.0033, 0.0030, 0.0050
@@ -195,4 +195,5 @@ SHORT = {  # iterations that do it with a factor of two to spare
 }
 FLAGS = {"dmd2": [[], ["--nfe", 2], ["--gan"]]}  # slow tests: the toy's preset, and others beside it
 FLAGS = {script: FLAGS.get(script, [[]]) for script in SHORT}
+LOOSE = {("dmd2", "--nfe 2"): 0.03}  # 0.012: one critic for all steps holds the mixture of their outputs, the last step alone is freer (docs/LOG.md)
 PLANNED = {"msd"}  # with the second flags, what an iteration is for follows from --iters: seven of seven are not the first seven of fourteen
