@@ -47,7 +47,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     # mnist, toy: ours, except ratio 5 and the GAN weights of the toy, which are the paper's
     "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000,
                   gan_weight=0.03, cls_weight=0.1),
-    "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0, ema=0,
+    "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.5, ema=0,
                 gan_weight=3e-3, cls_weight=1e-2),
     # any other folder: ImageNet-64 of the paper [P, C: lr 2e-6, ratio 5, batch 280, 200K iterations, w_G 3e-3, w_D 1e-2 (w_D: [C] only), warm-up 500]
     "default": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
@@ -226,7 +226,7 @@ def main():
     # ==== end ====
     index = step_indices(args.nfe, args.steps)
     grid = schedule.grid(N)
-    times = grid[index]
+    times, grid = grid[index], grid.to(run.device)  # the grid is indexed by draws
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     images = data.load_images(args.data, teacher, run.print) if args.gan or args.sim == "data" else None

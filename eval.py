@@ -5,6 +5,7 @@
     python eval.py --teacher mnist --nfe 1,2,4,8,16,50 --cfg 1,1.5,2  # a teacher alone, all combinations
     python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth     # FID of two folders; --teacher mnist: its protocol
     python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3    # FID against EDM's reference file
+    python eval.py out/flowmap-mnist --compare --best-of 8            # the student previews 8 noises per image, the teacher gets the best one
     torchrun --nproc_per_node=8 eval.py ... --samples 50000           # the same numbers: image i depends on (--seed, i), not on batch or processes
 
 Metrics. A teacher folder brings its own protocol (a small classifier's features): `fd`, never called FID. `fid` is printed only for the public
@@ -58,7 +59,10 @@ def parse_args(argv=None):
     what.add_argument("--frames", type=int, help="of a video, if other than what the teacher was built for")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
-    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare and --grid, default {metrics.TEACHER_NFE}")
+    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare, --grid and --best-of, default {metrics.TEACHER_NFE}")
+    what.add_argument("--best-of", type=int, help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
+                      "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features")
+    what.add_argument("--verifier", choices=["classifier"], help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier")
     how.add_argument("--inception", help="weights pt_inception-2015-12-05-6726825d.pth: FID instead of the teacher's protocol; needs --ref or --ref-images")
     how.add_argument("--force-inception", action="store_true", help="accept weights with another hash; the metric is then called fd")
     how.add_argument("--resize", choices=["tf1", "clean"], help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)")
@@ -80,11 +84,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.nfe, args.cfg = numbers("--nfe", args.nfe, int, 1, 1000), numbers("--cfg", args.cfg, float, 0)
     args.teacher_nfe = numbers("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
-    for name, low in dict(n=8, seeds=1, batch=1, seed=0).items():  # 8: k = 3 neighbours and a covariance need some
+    for name, low in dict(n=8, seeds=1, batch=1, seed=0, best_of=2).items():  # 8: k = 3 neighbours and a covariance need some
         if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name}: expected at least {low}, found {getattr(args, name)}")
-    models_only = [f for f in ("--nfe", "--cfg", "--heun", "--compare", "--save-images", "--grid", "--latency") if getattr(args, f[2:].replace("-", "_"))]
-    pictures = args.compare or args.grid
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}")
+    models_only = [f for f in ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid", "--latency") if getattr(args, f[2:].replace("-", "_"))]
+    pictures = args.compare or args.grid or args.best_of
     for wrong, message in (
         (not (args.runs or args.teacher or args.images), "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them"),
         (args.images and (args.runs or models_only), f"--images measures a folder, {' '.join(args.runs + models_only)} a model: leave one out"),
@@ -92,8 +96,10 @@ def parse_args(argv=None):
         (args.ref and args.ref_images, "--ref and --ref-images contradict each other: choose one reference"),
         (args.inception and not (args.ref or args.ref_images), "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER"),
         ((args.resize or args.force_inception) and not args.inception, "--resize and --force-inception mean something only with --inception FILE"),
-        (args.teacher_nfe and not (args.runs and pictures), "--teacher-nfe: only beside run folders, with --compare or --grid"),
+        (args.teacher_nfe and not (args.runs and pictures), "--teacher-nfe: only beside run folders, with --compare, --grid or --best-of"),
         (args.runs and (args.cfg or args.heun) and not pictures, "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare"),
+        (args.best_of and not args.runs, "--best-of: expected folders of runs, whose students preview the teacher's noises"),
+        (args.verifier and not args.best_of, "--verifier: means something only with --best-of"),
         (args.compare and not args.runs, "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are"),
     ):
         if wrong:
@@ -165,6 +171,30 @@ def student_row(folder, student, sample, info, teacher, name, nfe):
                 folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
 
 
+def best_row(row, n, nfe, cfg, heun):
+    """The teacher from the noise that looks best of n when the student of `row` previews them; the first candidate is the noise of the plain rows."""
+    teacher, preview, extractors = row["teacher"], row["sampler"], []
+
+    def sampler(m, z, cond, noise):
+        if not extractors:
+            extractors.append(metrics.Extractor(teacher))  # on the teacher's device, known only now
+        best = score = None
+        for i in range(n):
+            z = noise() if i else z
+            logits = extractors[0](m.decode(preview(m.experts[1], z, cond, noise)))[1]
+            now = logits.log_softmax(1).gather(1, cond["labels"].cpu()[:, None])[:, 0]
+            better = (now > score if i else torch.ones_like(now, dtype=torch.bool))
+            score = torch.where(better, now, score) if i else now
+            best = torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z
+        return metrics.teacher_sample(m.experts[0], best, cond, nfe, cfg, heun)
+
+    facts = dict(row["facts"], name=f"teacher best-of-{n} {row['facts']['name']}", nfe=nfe, cfg=cfg, best_of=n, verifier="classifier")
+    facts |= dict(heun=True) if heun else {}
+    both = models.Routed([teacher, row["model"]], "label", [0] * teacher.classes)  # answers as the teacher; the passes of both are counted
+    return dict(model=both, teacher=teacher, facts=facts, measured=True, folder=row["folder"], sampler=sampler,
+                caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}, best of {n} noises by {row['facts']['name']}")
+
+
 def make_rows(args, dtype):
     """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
     if not args.runs:
@@ -174,14 +204,18 @@ def make_rows(args, dtype):
         teachers = {}
         loaded = [(folder, *load_student(folder, args, teachers)) for folder in args.runs]
         rows = [student_row(*one, nfe) for one in loaded for nfe in args.nfe or [one[3]["nfe"]]]
-        if args.compare or args.grid:
+        if args.compare or args.grid or args.best_of:
             if len(teachers) > 1:
-                raise UserError(f"--compare and --grid: expected students of one teacher, found {', '.join(teachers)}")
+                raise UserError(f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}")
             name, teacher = next(iter(teachers.items()))
             cfgs = args.cfg or [loaded[0][3].get("cfg") or 1.0]
-            rows = [teacher_row(teacher, name, n, w, args.heun, args.compare) for n in args.teacher_nfe or [metrics.TEACHER_NFE] for w in cfgs] + rows
+            grid = [(n, w, args.heun) for n in args.teacher_nfe or [metrics.TEACHER_NFE] for w in cfgs]
+            best = [best_row(row, args.best_of, *g) for row in rows for g in grid] if args.best_of else []
+            rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
+        if args.best_of and row["teacher"].adapter == "toy":
+            raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
         if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):
             raise UserError("toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref and --ref-images need images, "
                             "and --n goes to 20000 (all pairs are compared)")

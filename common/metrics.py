@@ -1,4 +1,5 @@
 """Samples of a model, and what they are worth: used by the scripts at the end of a run and by eval.py. Distances themselves: common/fid.py, common/toy.py."""
+import copy
 import hashlib
 import json
 import math
@@ -79,6 +80,18 @@ class Extractor:
     def describe(self, n, source):
         """Protocol string: all that changes the number."""
         return f"{self.metric} {self.protocol} uint8 n={n} {source} ref={self.ref_name}"
+
+    def part(self, labels):
+        """The same extractor with the reference images of these labels only. None if only statistics are known, or if there are too few images."""
+        data = load_images(None, self.teacher, lambda *a: None) if self.teacher is not None else None
+        images = data.images[torch.isin(data.labels, torch.as_tensor(labels))] if data else ()
+        if len(images) <= self.dims:
+            return None
+        real, stats, twin = torch.cat([self(batch)[0] for batch in images.split(500)]), fid.Stats(self.dims), copy.copy(self)
+        stats.update(real)
+        mu, sigma = stats.mean_cov()
+        twin.use(dict(mu=mu.numpy(), sigma=sigma.numpy(), n=len(real)), len(real), real)
+        return twin
 
     @torch.no_grad()
     def __call__(self, images):
@@ -174,10 +187,9 @@ def distances(extractor, features):
     return out
 
 
-def toy_distances(x, mixture, classes, seed):
-    """Samples [n, 2] against as many of the exact mixture, with the same labels -> dict."""
-    n = len(x)
-    y = mixture.sample(n, torch.arange(n) % classes, torch.Generator().manual_seed(seed + 1))
+def toy_distances(x, mixture, labels, seed):
+    """Samples [n, 2] against as many of the exact mixture, with the same labels [n] -> dict."""
+    y = mixture.sample(len(x), labels, torch.Generator().manual_seed(seed + 1))
     share, near = mode_shares(x, mixture)
     return dict(energy_distance=energy_distance(x, y), sliced_wasserstein=sliced_wasserstein(x, y), mode_min=float(share.min()), mode_max=float(share.max()),
                 near_mode=near)
@@ -209,17 +221,39 @@ def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1
         if progress:
             progress(len(index))
     points, ids, bad = (gather(torch.cat(a), n, rank, world) for a in (points, ids, [1 - f.long() for f in finite]))
+    labels = torch.arange(n) % max(teacher.classes, 1)
     if toy:
-        protocol, measure = f"toy exact n={n} seed={seed}", lambda: toy_distances(points, teacher.mixture, teacher.classes, seed)
+        protocol, measure = f"toy exact n={n} seed={seed}", lambda: toy_distances(points, teacher.mixture, labels, seed)
     else:
         protocol, measure = extractor.describe(n, f"seed={seed}"), lambda: distances(extractor, points)
     result = together(lambda: measure() if rank == 0 else None, world)[0]  # the other ranks would only compute the same again
+    right = gather(torch.cat(predicted), n, rank, world) == labels if predicted else None
     if predicted:
-        result["agreement"] = (gather(torch.cat(predicted), n, rank, world) == torch.arange(n) % teacher.classes).double().mean().item()
+        result["agreement"] = right.double().mean().item()
+    if getattr(model, "by", None) == "label" and len(model.experts) > 1:
+        by_expert = lambda: experts(model.table, points, labels, right, teacher, extractor, seed)
+        result["experts"] = together(lambda: by_expert() if rank == 0 else None, world)[0]
     if bad.any():
         result["nonfinite"] = int(bad.sum())
     return dict(protocol=protocol, **result, n=n, seed=seed, distinct=len(ids.unique()), images_per_s=round(len(range(rank, n, world)) / max(seconds, 1e-9), 1),
                 seconds=round(time.time() - start, 1))
+
+
+def experts(table, points, labels, right, teacher, extractor, seed):
+    """What each expert of a model routed by label makes of its own labels, against the reference of these labels -> list of dicts. The same samples as
+    in the joint numbers, which are no average of these: distances within a part do not see how the parts compare."""
+    out, table = [], torch.tensor(table)
+    for i in range(int(table.max()) + 1):
+        mine, rows = (table == i).nonzero()[:, 0].tolist(), table[labels] == i
+        found = dict(expert=i, labels=mine, n=int(rows.sum()))
+        reference = extractor.part(mine) if extractor else None
+        if extractor is None and found["n"] > 1:
+            d = toy_distances(points[rows], teacher.mixture, labels[rows], seed)
+            found |= {k: d[k] for k in ("energy_distance", "sliced_wasserstein", "near_mode")}  # shares of modes are those of the labels drawn
+        elif reference and found["n"] > reference.dims:
+            found |= distances(reference, points[rows])
+        out.append(found | (dict(agreement=right[rows].double().mean().item()) if right is not None and rows.any() else {}))
+    return out
 
 
 # ---- images of a folder ------------------------------------------------------------------------------------------------------------------
@@ -363,11 +397,13 @@ def report(run, teacher, student, sample, sampler, it, n):
         for row in teacher.evaluation.get("measured", []):
             run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
         run.print(summary(result))
+        for part in result.get("experts", []):
+            run.print(summary(dict(result, **{k: None for k in METRICS}) | part | dict(method=f"  expert {part['expert']}", protocol=f"labels {part['labels']}, n={part['n']}")))
 
 
 def summary(r):
     """One line for people."""
-    keys = [k for k in METRICS if k in r and k not in ("kid_std", "density", "mode_max")]
+    keys = [k for k in METRICS if r.get(k) is not None and k not in ("kid_std", "density", "mode_max")]
     return f"{r['method']} nfe={r['nfe']}: " + "  ".join(f"{k} {r[k]:.4g}" for k in keys) + f"  ({r['protocol']})"
 
 

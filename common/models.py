@@ -6,6 +6,7 @@ Only safetensors and JSON are read; nothing that a file contains is executed.
 """
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -32,7 +33,8 @@ class Stop(Exception):
 
 class Scalar(nn.Module):
     """Embedding of a new scalar condition, [B] of order one -> [B, width]. The last layer starts at zero: the network starts as it was. Smooth in its
-    input (at most freqs / 4 periods per unit), so that derivatives along it are tame."""
+    input (at most freqs / 4 periods per unit), so that derivatives along it are tame. [B, 2] is the number and a factor on its embedding: where the
+    factor is 0 the network knows nothing of the condition, for good."""
 
     def __init__(self, width, freqs=8):
         super().__init__()
@@ -42,8 +44,10 @@ class Scalar(nn.Module):
         nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, s):
-        phase = s.to(self.layers[0].weight.dtype)[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
-        return self.layers(torch.cat([phase.cos(), phase.sin()], 1))
+        s = s.to(self.layers[0].weight.dtype)
+        s, factor = (s[:, 0], s[:, 1:]) if s.ndim == 2 else (s, 1)
+        phase = s[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
+        return factor * self.layers(torch.cat([phase.cos(), phase.sin()], 1))
 
 
 class Model(nn.Module):
@@ -67,8 +71,8 @@ class Model(nn.Module):
         """The network's own output for its own input x [B, *shape] and time t [B] on its own schedule (float32; float64 if x is). cond: dict of tensors [B, ...]."""
         raise NotImplementedError
 
-    def sites(self):
-        """Modules whose outputs serve as features, in the order in which the network runs them."""
+    def sites(self, depths=(0.5,)):
+        """Modules whose outputs serve as features, in the order in which the network runs them; depths: rising shares of the network, from 0 to below 1."""
         raise NotImplementedError
 
     def embedders(self):
@@ -107,20 +111,20 @@ class Model(nn.Module):
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
         """x0 estimate [B, *shape] in the dtype of x_t, for x_t = alpha x0 + sigma eps of any schedule; alpha, sigma: 0-d or [B].
-        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site."""
+        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site; a tuple: at those depths."""
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
             if features:
-                return self.run_to_sites(x, t, cond)
+                return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
         return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(x_t.dtype)  # float64 inside: eps / alpha amplifies rounding
 
     x0 = forward
 
-    def run_to_sites(self, x, t, cond):
-        found, sites = [], self.sites()
+    def run_to_sites(self, x, t, cond, depths=(0.5,)):
+        found, sites = [], self.sites(depths)
 
         def hook(module, args, out):
             found.append(self.hidden(out).float())
@@ -138,8 +142,8 @@ class Model(nn.Module):
         return found
 
     def extend(self, *names):
-        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one, from then on. They are added to the
-        time embedding, by zero at first, so the network starts as it was. -> self"""
+        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
+        They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
         for name in names:
             self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
         return self
@@ -160,7 +164,8 @@ class Model(nn.Module):
                 handle.remove()
 
     def guided(self, x_t, alpha, sigma, cond, w):
-        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, in one pass."""
+        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, w = 0 the
+        unconditional, each in one pass."""
         if w == 1:
             return self(x_t, alpha, sigma, cond)
         c, u = self.pair(x_t, alpha, sigma, cond)
@@ -169,6 +174,8 @@ class Model(nn.Module):
     def pair(self, x_t, alpha, sigma, cond):
         """x0 estimates with the condition and with the null condition, in one pass of twice the batch."""
         null = self.null(len(x_t))
+        if w == 0:
+            return self(x_t, alpha, sigma, {k: null.get(k, cond[k]) for k in cond})
         both = {k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond}  # conditions of `extend` are the same in both halves
         alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
         return self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
@@ -189,6 +196,26 @@ class Model(nn.Module):
         twin = copy.copy(self)
         twin.__dict__.update({k: v.copy() for k, v in vars(self).items() if k.startswith("_") and isinstance(v, dict)})  # hooks, parameters: its own
         twin.net, twin.extras = net, nn.ModuleDict()
+        return twin
+
+    def resized(self, changes, seed=0):
+        """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
+        twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
+        for key, _, value in (change.partition("=") for change in changes):
+            if key not in config:
+                raise UserError(f"{flag}: {key}: expected a key of the network's config.json{near(key, config)}")
+            try:
+                config[key] = json.loads(value)
+            except ValueError:
+                config[key] = value  # a word
+        torch.manual_seed(seed)  # equal on all processes
+        try:
+            twin.net = self.network(config).to(self.device)
+            fits = twin.fits()
+        except Exception as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
+            raise UserError(f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        if fits != (self.shape, self.classes):
+            raise UserError(f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}")
         return twin
 
     def checkpoint_activations(self):
@@ -233,6 +260,11 @@ class Model(nn.Module):
         return self.decode(x)
 
 
+def pick(layers, depths):
+    """The layers at these shares of the depth; a shallow network has fewer of them."""
+    return list(dict.fromkeys(layers[int(d * len(layers))] for d in depths))
+
+
 class DiT(Model):
     """Class-conditional transformer of diffusers (`DiTTransformer2DModel`): pixels in [-1, 1], times in [0, 1] shown to the network as 0..1000."""
 
@@ -247,8 +279,42 @@ class DiT(Model):
     def train(self, mode=True):
         return super().train(False)
 
+    dense, qk_norm = False, False
+
+    def adapt(self, qk_norm=False):
+        """Makes derivatives along t tame: the network is shown times in [0, 1] from then on (its fastest wave is then 1 rad instead of 1000 over the
+        range), and with qk_norm queries and keys have RMS 1 in each head. Changes what the network says: it must be trained afterwards. -> self"""
+        self.dense, self.qk_norm = True, qk_norm
+        for attn in [block.attn1 for block in self.net.transformer_blocks] if qk_norm else []:
+            attn.norm_q, attn.norm_k = (nn.RMSNorm(self.net.config.attention_head_dim, eps=1e-5, device=self.device) for _ in range(2))
+        return self
+
+    def fit_time(self, steps=1000, n=128):
+        """After `adapt`: the embedders of time, fitted to what they were at 1000 times the time. Fast waves, which they cannot follow, are lost. -> self"""
+        generator = torch.Generator().manual_seed(0)
+        rand = lambda *shape: torch.rand(*shape, generator=generator).to(self.device)
+        for embed in self.embedders()[0]:
+            new, old = embed.timestep_embedder, copy.deepcopy(embed.timestep_embedder).requires_grad_(False)
+            for layer in (new.linear_1, new.linear_2):
+                layer.weight.data = (rand(*layer.weight.shape) * 2 - 1) / layer.in_features**0.5
+                layer.bias.data.zero_()
+            new.requires_grad_(True)
+            opt = torch.optim.Adam(new.parameters(), lr=3e-3)
+            for i in range(steps):
+                opt.param_groups[0]["lr"] = 3e-3 * (1 - i / steps)
+                t = (torch.arange(n, device=self.device) + rand(n)) / n
+                loss = (new(embed.time_proj(t)) - old(embed.time_proj(1000 * t))).square().mean()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+            opt.zero_grad()
+        return self
+
     def predict(self, x, t, cond):
-        return self.net(x, timestep=t * 1000, class_labels=cond["labels"], return_dict=False)[0]
+        return self.net(x, timestep=t if self.dense else t * 1000, class_labels=cond["labels"], return_dict=False)[0]
+
+    def config(self):
+        return super().config() | (dict(adapted=["dense"] + ["qk_norm"] * self.qk_norm) if self.dense else {})
 
     def fits(self):
         c = self.net.config
@@ -257,8 +323,8 @@ class DiT(Model):
     def embedders(self):
         return [block.norm1.emb for block in self.net.transformer_blocks], self.net.inner_dim
 
-    def sites(self):  # the block in the middle: the deeper ones turn towards the output
-        return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
+    def sites(self, depths=(0.5,)):  # one: the block in the middle, since the deeper ones turn towards the output
+        return pick(self.net.transformer_blocks, depths)
 
     def hidden(self, h):
         side = int(h.shape[1] ** 0.5)
@@ -308,8 +374,8 @@ class Toy(Model):
     def embedders(self):
         return [self.net.label], self.net.config["width"]
 
-    def sites(self):
-        return [self.net.hidden[-1]]
+    def sites(self, depths=(0.5,)):
+        return pick(self.net.hidden, depths)
 
     def encode(self, labels):
         labels = torch.as_tensor(labels, device=self.device)
@@ -374,7 +440,7 @@ class Routed(nn.Module):
         if self.by == "label":
             return torch.tensor([*self.table, 0], device=cond["labels"].device)[cond["labels"]]
         ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(alpha, dtype=torch.float64)
-        return sum((ratio <= b).long() for b in self.table).expand(n)
+        return sum(((ratio <= b).long() for b in self.table), torch.zeros_like(ratio, dtype=torch.int64)).expand(n)
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)
@@ -457,6 +523,10 @@ def load_model(folder, info, teacher=None):
         raise UserError(f"{folder}: shape and classes: expected {model.fits()}, as in config.json, found {(model.shape, model.classes)}")
     if not 0 < model.sigma_data < float("inf"):
         raise UserError(f"{folder}: sigma_data: expected a positive number, found {model.sigma_data}")
+    if (adapted := info.get("adapted")) is not None:
+        if not hasattr(cls, "adapt") or adapted not in (["dense"], ["dense", "qk_norm"]):
+            raise UserError(f"{folder}: adapted: expected none, dense or dense and qk_norm, found {adapted!r}")
+        model.adapt("qk_norm" in adapted)
     load_weights(path, net)
     if names := info.get("extras"):
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):

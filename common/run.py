@@ -322,6 +322,17 @@ class Run:
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
             return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    def average_gradients(self, params):
+        """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around
+        DDP's hooks. To be called between backward and `step`, on all processes, which must have gradients for the same parameters."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.world == 1 or not grads:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
         memory = 0
@@ -341,10 +352,11 @@ class Run:
         torch.manual_seed(mix(self.args.seed, it, 4, self.rank))
         return Draw(self.args.seed, it, self.args.batch, self.rank, self.world, self.device)
 
-    def set_rates(self, it, *pairs):
-        """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr)."""
-        args = self.args
-        decay = min(1.0, (it + 1) / max(args.warmup, 1)) * min(1.0, (1 - it / args.iters) / max(args.cooldown, 1e-9))
+    def set_rates(self, it, *pairs, span=None):
+        """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr).
+        span: first iteration and the one after the last of the stage that `it` belongs to, for a run whose stages each have their own; default the whole run."""
+        args, (first, last) = self.args, span or (0, self.args.iters)
+        decay = min(1.0, (it - first + 1) / max(args.warmup, 1)) * min(1.0, (1 - (it - first) / (last - first)) / max(args.cooldown, 1e-9))
         for opt, lr in pairs:
             for group in opt.param_groups:
                 group["lr"] = lr * decay

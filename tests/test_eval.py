@@ -248,6 +248,28 @@ def test_compare(home, run, tmp_path):
     assert (tmp_path / "g.png").stat().st_size > 500
 
 
+def test_best_of(home, run):
+    plain, best = run(home / "dmd2-digits", "--best-of", 3, "--teacher-nfe", 2, "--n", 20, "--batch", 9)["results"]
+    assert plain["name"] == "dmd2-digits" and best["name"] == "teacher best-of-3 dmd2-digits" and (best["best_of"], best["verifier"]) == (3, "classifier")
+    assert plain["passes"] == 2 and best["passes"] == 3 * 2 + 2 * 2 and best["cfg"] == 1.5 and best["nfe"] == 2  # three previews of two steps, two guided steps
+
+
+def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
+    """Verifier: brightness, minus that for odd labels. The student's image is minus the noise, the teacher's is the noise."""
+    monkeypatch.setattr(metrics, "Extractor", lambda teacher: lambda images: (None, (images.float().flatten(1).mean(1, keepdim=True) - 128) / 9 * torch.tensor([[1.0, -1.0] * 5])))
+    monkeypatch.setattr(metrics, "teacher_sample", lambda teacher, z, *a: z)
+    teacher = make_dit(1)
+    plain = dict(model=teacher.copy(), teacher=teacher, folder=None, facts=dict(name="s"), sampler=lambda m, z, c, noise: -z)
+    row = script.best_row(plain, 4, 2, 1.0, False)
+    noise = ImageNoise(0, range(6))
+    candidates = torch.stack([noise(1, 28, 28) for _ in range(4)])  # [4, 6, 1, 28, 28]
+    (_, labels, best), = metrics.generate(row["sampler"], row["model"], 6)
+    score = teacher.decode(-candidates.flatten(0, 1)).float().mean((1, 2, 3)).view(4, 6) * torch.tensor([1.0, -1.0] * 3)  # odd labels want dark images
+    assert torch.equal(best, candidates[score.argmax(0), torch.arange(6)]) and labels.tolist() == list(range(6))
+    parts = [x for _, _, x in metrics.generate(row["sampler"], row["model"], 6, batch=4)]
+    assert torch.equal(torch.cat(parts), best)
+
+
 def test_latency(home, run):
     r = run(home / "dmd2-digits", "--n", 8, "--batch", 4, "--latency")["latency"]
     assert set(r) == {"1", "4"} and all(v["ms_per_image"] * v["images_per_s"] == pytest.approx(1000, rel=0.01) for v in r.values())
@@ -325,6 +347,8 @@ def spoil(home, tmp_path, **changes):
     ("--images A --nfe 2 --teacher teacher", "--nfe"), ("--images A --ref-images B --inception gone", "--inception"),
     ("--images A --ref-images B --inception evil.pth --force-inception", "--inception"), ("dmd2-digits --inception evil.pth", "reference"),
     ("dmd2-digits --resize clean", "--resize"), ("dmd2-digits --save-images A", "empty folder"), ("dmd2-digits --grid A", "--grid"), ("dmd2-digits --device cuda", "--device cuda"),
+    ("--teacher teacher --best-of 4", "--best-of: expected folders of runs"), ("dmd2-digits --best-of 1", "--best-of: expected at least 2"),
+    ("dmd2-toy --best-of 4", "--best-of: the verifier"), ("dmd2-digits --verifier classifier", "--verifier: means something only with --best-of"),
     ("dmd2-digits --device tpu", "--device"), ("dmd2-digits --nfe 1000", "--nfe 1000"),
 ])
 def test_mistakes(home, tmp_path, monkeypatch, flags, expected):

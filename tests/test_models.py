@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.models import DiT, Routed, Toy, load_model, load_teacher
+from common.models import DiT, Routed, Scalar, Toy, load_model, load_teacher
 from common.run import UserError
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.toy import MLP
@@ -326,6 +326,9 @@ def test_features_stop_early_and_are_the_blocks_output():
     assert torch.equal(h.permute(0, 2, 3, 1).reshape(6, 16, 32), expected)  # tokens in row-major order
     assert len(model.net.transformer_blocks[2]._forward_hooks) == 1  # no hook left behind
     ran.clear()
+    a, b = model(x, 1 - t, t, model.encode(y), features=(0.1, 0.2, 0.3))  # the first two are the same block
+    assert ran == [0, 1] and all(torch.equal(h.permute(0, 2, 3, 1).reshape(6, 16, 32), out[i]) for i, h in enumerate((a, b)))
+    ran.clear()
     model(x, 1 - t, t, model.encode(y))
     assert ran == [0, 1, 2, 3]
 
@@ -363,9 +366,10 @@ def test_guidance_is_one_pass_of_twice_the_batch(dit):
     handle = dit.net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     one, two = dit.guided(x, 0.3, 0.7, cond, 1.0), dit.guided(x, 0.3, 0.7, cond, 2.5)
     each = dit.guided(x, torch.full((6,), 0.3), torch.full((6,), 0.7), cond, 2.5)
+    none = dit.guided(x, 0.3, 0.7, cond, 0.0)
     handle.remove()
-    assert sizes == [6, 12, 12]
-    assert torch.equal(one, c) and (two - (u + 2.5 * (c - u))).abs().max() < 1e-4 and (each - two).abs().max() < 1e-4
+    assert sizes == [6, 12, 12, 6]
+    assert torch.equal(one, c) and torch.equal(none, u) and (two - (u + 2.5 * (c - u))).abs().max() < 1e-4 and (each - two).abs().max() < 1e-4
     assert (c - u).abs().max() > 0.01 and cond["labels"].tolist() == y.tolist()  # null() did not write into cond
 
 
@@ -427,6 +431,47 @@ def test_toy_network_is_edm_preconditioned():
     assert (toy(x, 1.0, s, toy.null(50)) - (sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2) ** 0.5 * raw)).abs().max() < 1e-6
 
 
+# ---- changes to a network that make its derivative along the time tame ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_adapted_network_is_saved_copied_and_loaded(qk_norm, tmp_path):
+    model, (x, y), seen = tiny(num_layers=2), batch(), []
+    t = torch.full((6,), 0.7)
+    model.adapt(qk_norm)
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    handle = model.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
+    block = model.net.transformer_blocks[1].attn1
+    if qk_norm:
+        block.norm_q.register_forward_hook(lambda m, a, out: seen.append((out / m.weight).square().mean(-1)))
+    now = model(x, 1 - t, t, model.encode(y))
+    assert torch.equal(seen[0], t) and (not qk_norm or torch.allclose(seen[1], torch.ones(()), atol=0.02))
+    handle.remove()
+    assert torch.equal(model.copy()(x, 1 - t, t, model.encode(y)), now)
+    model.save(tmp_path, {})
+    info = json.loads((tmp_path / "distill.json").read_text())["model"]
+    assert torch.equal(load_model(tmp_path, info)(x, 1 - t, t, model.encode(y)), now)
+    for adapted in ("dense", ["qk_norm"], 1, {}):
+        with pytest.raises(UserError, match="adapted"):
+            load_model(tmp_path, dict(info, adapted=adapted))
+
+
+def test_fitted_time_embedding_keeps_the_network_and_loses_its_fast_waves():
+    model = load_teacher("mnist")
+    dense = model.copy().adapt()
+    one = lambda m: m.net.transformer_blocks[3].norm1.emb
+    dense.embedders = lambda: ([one(dense)], 160)  # one of six
+    dense.fit_time(steps=300).requires_grad_(False)
+    assert not model.dense
+    t = torch.linspace(0.02, 0.98, 500)
+    curve = lambda t: (one(model).timestep_embedder(one(model).time_proj(1000 * t)), one(dense).timestep_embedder(one(dense).time_proj(t)))
+    a, b = curve(t)
+    assert (a - b).square().mean() < 0.1 * a.var(0).mean()  # the fit itself depends on the threads in its last digits
+    rough = [(p - q).square().mean() for p, q in zip(curve(t + 1e-3), (a, b))]
+    assert rough[1] < 0.1 * rough[0]
+
+
 # ---- new scalar conditions -------------------------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +505,15 @@ def test_extended_network_starts_as_it_was_and_then_listens(make, tmp_path):
     (tmp_path / "extras.safetensors").unlink()
     with pytest.raises(UserError, match="extras.safetensors"):
         load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
+
+
+def test_a_scalar_with_a_factor():
+    """[B, 2]: the embedding times a factor; 0 switches it off whatever it has learnt."""
+    embed, s = Scalar(16), torch.linspace(-1, 1, 5)
+    torch.nn.init.normal_(embed.layers[2].weight)
+    torch.nn.init.normal_(embed.layers[2].bias)
+    factor = torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    assert torch.equal(embed(torch.stack([s.double(), factor], 1)), factor.float()[:, None] * embed(s)) and embed(s).abs().min() > 0
 
 
 def test_extended_network_under_checkpointing_keeps_each_calls_condition():
@@ -507,6 +561,8 @@ def test_routed_by_level():
     assert all(e.net.out.weight.grad.abs().sum() > 0 for e in (a, b, c))
     # the noisiest level there is: alpha = 0
     assert torch.equal(Routed([tiny(), tiny()], "level", [1.0]).route(2, 0.0, 1.0, {}), torch.zeros(2, dtype=torch.int64))
+    # a single expert, which needs no table
+    assert torch.equal(Routed([a], "level", [])(x, 1.0, 0.5, cond), a(x, 1.0, 0.5, cond))
 
 
 def test_routed_by_label(tmp_path):

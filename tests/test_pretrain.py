@@ -21,4 +21,12 @@ def test_a_folder_of_images_becomes_a_teacher_and_a_student(scripts, tmp_path):
     assert info["model"]["shape"] == [3, 8, 8] and info["model"]["classes"] == 2
     scripts.run("dmd2.py", "--teacher", teacher, "--smoke", "--gan", "--nfe", 2, "--batch", 8, "--cfg", 1.5, "--out", tmp_path / "run")
     assert read_json(tmp_path / "run" / "metrics.json")["fd"] > 0
+    # trained on with a dense time embedding and QK norm, and the student of that
+    adapted, data = tmp_path / "adapted", ["--data", tmp_path / "photos", "--size", 8, "--channels", 3, "--patch", 4, "--keep-classifier", teacher]
+    scripts.run(driver, *data, "--start", teacher, "--qk-norm", "--iters", 3, "--batch", 8, "--lr", 2e-5, "--out", adapted)
+    assert read_json(adapted / "teacher.json")["model"]["adapted"] == ["dense", "qk_norm"]
+    scripts.run("sana_sprint.py", "--teacher", adapted, "--smoke", "--batch", 8, "--out", tmp_path / "sprint")
+    info = read_json(tmp_path / "sprint" / "student" / "distill.json")
+    assert read_json(tmp_path / "sprint" / "metrics.json")["fd"] > 0 and info["model"]["adapted"] == ["dense", "qk_norm"] and info["sampler"]["cfg"] == 4.5
+    assert "--start mnist: expected" in scripts.run(driver, *data, "--start", "mnist", "--iters", 3, "--out", tmp_path / "no", code=2).err
     assert "expected mnist, toy" in scripts.run(driver, "--data", tmp_path / "nothing", code=2).err

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dmd2
+from common import run as module
 from common.run import EMA, Draw, Run, RunError, atomic, near, read_json, write_json
 
 
@@ -104,6 +105,21 @@ def test_clipping_is_by_global_norm(run):
     assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_gradients_are_averaged_by_one_all_reduce(run, monkeypatch):
+    """What two processes really compute: test_two_processes_equal_one of the scripts that use it."""
+    r, net, calls = run(), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1)), []
+    net[1](net[0](torch.randn(4, 3))).square().sum().backward()  # the last layer has no gradient
+    before = [p.grad.clone() for p in net[:2].parameters()]
+    other = [torch.randn_like(g) for g in before]  # the other process
+    monkeypatch.setattr(module.dist, "all_reduce", lambda flat: calls.append(1) or flat.add_(torch.cat([g.flatten() for g in other])))
+    r.average_gradients(list(net.parameters()))
+    assert not calls and all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))  # one process: nothing to do
+    r.world = 2
+    r.average_gradients(net.parameters())
+    assert len(calls) == 1 and all(torch.allclose(p.grad, (g + o) / 2) for p, g, o in zip(net.parameters(), before, other))
+    assert net[2].weight.grad is None
+
+
 def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
@@ -158,3 +174,16 @@ def test_flags_of_a_preset_can_be_overridden():
     smoke = dmd2.parse_args(["--teacher", "toy", "--smoke"])
     assert (smoke.iters, smoke.log_every, smoke.save_every) == (3, 1, 3)
     assert near("toyy", ["toy", "mnist"]) == ", did you mean toy?"
+
+
+def test_rates_of_a_stage(run):
+    """span: warm-up and cooldown of one stage of the run; without it, of the whole run."""
+    r, opt = run("--iters", "8", "--warmup", "2", "--cooldown", "0.5"), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+
+    def rate(it, **kw):
+        r.set_rates(it, (opt, 2.0), **kw)
+        return opt.param_groups[0]["lr"]
+
+    assert [rate(it) for it in range(8)] == pytest.approx([1, 2, 2, 2, 2, 1.5, 1, 0.5])
+    assert [rate(it, span=(0, 4)) for it in range(4)] == pytest.approx([1, 2, 2, 1]) and [rate(it, span=(4, 8)) for it in range(4, 8)] == pytest.approx([1, 2, 2, 1])
+    assert [rate(it, span=(0, 8)) for it in range(8)] == [rate(it) for it in range(8)]
