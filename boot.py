@@ -258,7 +258,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("boot", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     top = level(schedule, torch.tensor(args.t_max, device=run.device), args.grid)

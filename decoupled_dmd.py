@@ -238,7 +238,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("decoupled_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index = step_indices(args.nfe, args.steps)

@@ -253,7 +253,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("flowmap", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     share, (low, high) = args.correction, args.cfg_range

@@ -215,7 +215,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("msd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     grid = schedule.grid(N).to(run.device)

@@ -236,7 +236,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("sana_sprint", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times = sample_times(args.nfe, args.steps)

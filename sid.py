@@ -244,7 +244,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("sid", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     form, schedule = form_of(schedule, args.form)

@@ -250,7 +250,7 @@ def main():
     args = parse_args()
     # ==== same in every script: setup ====
     run = Run("twinflow", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype)
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf

@@ -168,14 +168,15 @@ class Model(nn.Module):
         unconditional, each in one pass."""
         if w == 1:
             return self(x_t, alpha, sigma, cond)
+        if w == 0:
+            null = self.null(len(x_t))
+            return self(x_t, alpha, sigma, {k: null.get(k, cond[k]) for k in cond})
         c, u = self.pair(x_t, alpha, sigma, cond)
         return u + w * (c - u)
 
     def pair(self, x_t, alpha, sigma, cond):
         """x0 estimates with the condition and with the null condition, in one pass of twice the batch."""
         null = self.null(len(x_t))
-        if w == 0:
-            return self(x_t, alpha, sigma, {k: null.get(k, cond[k]) for k in cond})
         both = {k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond}  # conditions of `extend` are the same in both halves
         alpha, sigma = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma))
         return self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
@@ -485,11 +486,6 @@ HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
     "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "qwen-image": "Qwen/Qwen-Image",
-    "z-image": "Tongyi-MAI/Z-Image",
-    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "dit-xl-256": "facebook/DiT-XL-2-256",
 }
 EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
 

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as teachers: text to image, text to video, class-conditional latents. `load_teacher` of common/models.py comes here for a short name
+"""Text-to-image pipelines of diffusers as teachers: SD 1.x and 2.x, SDXL, SD3 and 3.5, SANA. `load_teacher` of common/models.py comes here for a short name
 (sdxl), a hub name (owner/name) or a folder with model_index.json; a fine-tune of any of them is its folder.
 
 An adapter is a subclass of `Pipeline`: which schedule, how the network is called, how the pipeline turns text into tensors. Conditions are rows of a table:
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import schedules
-from common.models import EXTRAS, HUB, Model, load_weights
+from common.models import EXTRAS, HUB, Model, load_weights, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
 SHARD = 1024  # prompts in one file of the cache
@@ -183,8 +183,6 @@ class Pipeline(Model):
     def vae_scale(self):
         """Pixels per latent, along one side."""
         c = self.vae.config
-        if hasattr(c, "temperal_downsample"):  # video autoencoders
-            return 2 ** len(c.temperal_downsample)
         return 2 ** (len(c.encoder_block_out_channels if hasattr(c, "encoder_block_out_channels") else c.block_out_channels) - 1)
 
     @property
@@ -198,14 +196,11 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents -> uint8 images [n, 3, H, W], four at a time; of a video its middle frame."""
+        """Latents -> uint8 images [n, 3, H, W], four at a time."""
         vae = self.vae.to(x.device)
         shift, scale = self.latent_stats()
-        images = [self.from_vae(vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0]) for part in x.split(4)]
+        images = [vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0] for part in x.split(4)]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-    def from_vae(self, y):
-        return y[:, :, y.shape[2] // 2] if y.ndim == 5 else y
 
     @torch.no_grad()
     def encode_images(self, images):
@@ -213,18 +208,15 @@ class Pipeline(Model):
         shift, scale = self.latent_stats()
         out = []
         for part in images.split(4):
-            y = part.to(vae.dtype) / 127.5 - 1
-            y = vae.encode(y[:, :, None] if self.video_vae else y, return_dict=False)[0]
+            y = vae.encode(part.to(vae.dtype) / 127.5 - 1, return_dict=False)[0]
             y = (y if torch.is_tensor(y) else y.mode()).float()  # AutoencoderDC gives the latents themselves
             out.append((y - shift) * scale)
         return torch.cat(out)
 
-    video_vae = False
-
     # -- the network
 
-    def sites(self):
-        return [self.net.transformer_blocks[len(self.net.transformer_blocks) // 2]]
+    def sites(self, depths=(0.5,)):
+        return pick(self.net.transformer_blocks, depths)
 
     def hidden(self, h):
         """Output of a block, image tokens [B, h w, D] or a map -> [B, D, h, w]. Blocks of joint attention give (text tokens, image tokens)."""
@@ -286,7 +278,7 @@ class SD15(Pipeline):
     def embedders(self):
         return [self.net.time_embedding], self.net.time_embedding.linear_2.out_features
 
-    def sites(self):
+    def sites(self, depths=(0.5,)):  # one, whatever the depths: the bottleneck
         return [self.net.mid_block]
 
 
@@ -363,193 +355,7 @@ class Sana(Pipeline):
         return [self.net.time_embed.emb.timestep_embedder], c.num_attention_heads * c.attention_head_dim
 
 
-def pack(x):
-    """Latents [B, C, H, W] -> tokens [B, H W / 4, 4 C] of 2 x 2 latents each."""
-    b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpack(y, h, w):
-    b, _, c = y.shape
-    return y.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
-
-
-class Flux(Pipeline):
-    """FLUX.1-dev: packed latents, guidance as an input of the network (it is a guidance-distilled model, there is no second pass)."""
-
-    adapter, pipeline, network = "flux", "FluxPipeline", "FluxTransformer2DModel"
-    without = ("feature_extractor", "image_encoder",)
-    guidance = 3.5  # of a call that says nothing else
-
-    def latent_shape(self, c, size):
-        side = (size or 1024) // self.vae_scale
-        return c.in_channels // 4, side, side
-
-    def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler, shape[-1] * shape[-2] // 4)
-
-    @classmethod
-    def text(cls, pipe, prompts):
-        text, pooled, _ = pipe.encode_prompt(prompts or [""], None, device=pipe.device)
-        return dict(text=text, pooled=pooled)
-
-    def predict(self, x, t, cond):
-        h, w = x.shape[-2:]
-        ids = torch.zeros(h // 2, w // 2, 3, device=x.device)
-        ids[..., 1], ids[..., 2] = torch.arange(h // 2, device=x.device)[:, None], torch.arange(w // 2, device=x.device)
-        g = torch.full((len(x),), float(self.guidance), device=x.device) if self.net.config.guidance_embeds else None
-        text_ids = torch.zeros(cond["text"].shape[1], 3, device=x.device)
-        out = self.net(pack(x), encoder_hidden_states=cond["text"].to(x.dtype), pooled_projections=cond["pooled"].to(x.dtype), timestep=t, guidance=g,
-                       img_ids=ids.view(-1, 3).to(x.dtype), txt_ids=text_ids.to(x.dtype), return_dict=False)[0]
-        return unpack(out, h, w)
-
-    def guided(self, x_t, alpha, sigma, cond, w):
-        if not self.net.config.guidance_embeds:
-            return super().guided(x_t, alpha, sigma, cond, w)
-        old, self.guidance = self.guidance, w
-        try:
-            return self(x_t, alpha, sigma, cond)
-        finally:
-            self.guidance = old
-
-    def embedders(self):
-        return [self.net.time_text_embed], self.net.inner_dim
-
-
-class QwenImage(Pipeline):
-    """Qwen-Image: packed latents, text with a mask. Its pipeline rescales guided velocities to the norm of the conditional one, token by token; `guided` too."""
-
-    adapter, pipeline, network = "qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel"
-    video_vae = True
-    latent_shape = Flux.latent_shape
-
-    def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler, shape[-1] * shape[-2] // 4)
-
-    @classmethod
-    def text(cls, pipe, prompts):
-        text, mask = pipe.encode_prompt(prompts or [" "], device=pipe.device)  # " " is the negative prompt of Qwen's own examples
-        return dict(text=text, mask=torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask.long())
-
-    def predict(self, x, t, cond):
-        h, w = x.shape[-2:]
-        out = self.net(pack(x), encoder_hidden_states=cond["text"].to(x.dtype), encoder_hidden_states_mask=cond["mask"], timestep=t,
-                       img_shapes=[[(1, h // 2, w // 2)]] * len(x), return_dict=False)[0]
-        return unpack(out, h, w)
-
-    def guided(self, x_t, alpha, sigma, cond, w):
-        """The pipeline's rule: the guided velocity is scaled, token by token, to the norm of the conditional one."""
-        if w == 1:
-            return self(x_t, alpha, sigma, cond)
-        c, u = self.pair(x_t, alpha, sigma, cond)
-        _, alpha_n, sigma_n, scale = schedules.equal_snr(self.schedule, alpha, sigma)
-        x = x_t.double() * schedules.expand(scale, x_t)
-        v, g = (pack(schedules.from_x0("flow", y, x, alpha_n, sigma_n)) for y in (c, u + w * (c - u)))
-        g = unpack(g * (v.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), *x_t.shape[-2:])
-        return schedules.to_x0("flow", g, x, alpha_n, sigma_n).to(x_t.dtype)
-
-    def latent_stats(self):
-        c = self.vae.config
-        shape = (1, -1, 1, 1)
-        return torch.tensor(c.latents_mean, device=self.device).view(shape), 1 / torch.tensor(c.latents_std, device=self.device).view(shape)
-
-    def embedders(self):
-        return [self.net.time_text_embed], self.net.inner_dim
-
-
-class ZImage(Pipeline):
-    """Z-Image: its network's time runs from 0 (noise) to 1 and it predicts x0 - eps. Text of varying length, without padding."""
-
-    adapter, pipeline, network = "z-image", "ZImagePipeline", "ZImageTransformer2DModel"
-
-    def latent_shape(self, c, size):
-        side = (size or 1024) // self.vae_scale
-        return c.in_channels, side, side
-
-    def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler, shape[-1] * shape[-2] // 4)
-
-    @classmethod
-    def text(cls, pipe, prompts):
-        each, _ = pipe.encode_prompt(prompts or [""], device=pipe.device, do_classifier_free_guidance=False)
-        length = torch.tensor([len(e) for e in each], device=pipe.device)
-        return dict(text=torch.nn.utils.rnn.pad_sequence(each, batch_first=True), length=length)
-
-    def predict(self, x, t, cond):
-        text = [e[:n].to(x.dtype) for e, n in zip(cond["text"], cond["length"].tolist())]
-        out = self.net(list(x[:, :, None].unbind()), 1 - t, text, return_dict=False)[0]
-        return -torch.stack(list(out))[:, :, 0]
-
-    def embedders(self):
-        return [self.net.t_embedder], self.net.t_embedder.mlp[-1].out_features
-
-    def sites(self):
-        return [self.net.layers[len(self.net.layers) // 2]]
-
-
-class Wan(Pipeline):
-    """Wan 2.1 text to video: latents [16, F, h, w], 4x fewer frames and 8x smaller pictures than the video. Wan 2.2 A14B has two experts: `load_pipeline`."""
-
-    adapter, pipeline, network = "wan", "WanPipeline", "WanTransformer3DModel"
-    without, video_vae = ("transformer_2",), True
-
-    def latent_shape(self, c, size):
-        h, w = (480, 832) if size is None else (size, size)
-        return c.in_channels, (self.frames - 1) // 4 + 1, h // self.vae_scale, w // self.vae_scale
-
-    frames = 81
-
-    def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler)
-
-    @classmethod
-    def text(cls, pipe, prompts):
-        return dict(text=pipe.encode_prompt(prompts or [""], do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device)[0])
-
-    def predict(self, x, t, cond):
-        return self.net(x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
-
-    latent_stats = QwenImage.latent_stats
-
-    def embedders(self):
-        return [self.net.condition_embedder.time_embedder], self.net.condition_embedder.time_embedder.linear_2.out_features
-
-    def sites(self):
-        return [self.net.blocks[len(self.net.blocks) // 2]]
-
-    def hidden(self, h):  # tokens [B, F h w, D]: the mean over frames
-        f, height, width = self.shape[1], self.shape[2] // 2, self.shape[3] // 2
-        return h.view(len(h), f, height, width, -1).mean(1).permute(0, 3, 1, 2)
-
-
-class DiTXL(Pipeline):
-    """Class-conditional DiT on latents of ImageNet (facebook/DiT-XL-2-256): labels instead of prompts, learned variance left out."""
-
-    adapter, pipeline, network = "dit-latent", "DiTPipeline", "DiTTransformer2DModel"
-
-    def __init__(self, net, vae, scheduler, size=None):
-        super().__init__(net.eval(), vae, scheduler, size, "eps")
-
-    def make_schedule(self, scheduler, shape, c):
-        return vp(scheduler)
-
-    def train(self, mode=True):  # in train mode diffusers drops labels at random
-        return super().train(False)
-
-    def encode(self, labels):
-        return dict(labels=torch.as_tensor(labels, device=self.device))
-
-    def null(self, n):
-        return dict(labels=torch.full((n,), self.net.config.num_embeds_ada_norm, device=self.device))
-
-    def predict(self, x, t, cond):
-        return self.net(x, timestep=t, class_labels=cond["labels"], return_dict=False)[0][:, :self.shape[0]]
-
-    def embedders(self):
-        return [block.norm1.emb for block in self.net.transformer_blocks], self.net.inner_dim
-
-
-PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana, Flux, QwenImage, ZImage, Wan, DiTXL)}
+PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana)}
 ADAPTERS = {cls.adapter: cls for cls in PIPELINES.values()}
 
 
@@ -587,8 +393,8 @@ def fingerprint(folder):
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
-    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels and frames of a video, if other than what the network was built for."""
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn()):
+    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for."""
     import diffusers
     import transformers
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
@@ -599,20 +405,16 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     cls = PIPELINES[index["_class_name"]]
     if size and size % 16:
         raise UserError(f"--size {size}: expected a multiple of 16 pixels")
-    if frames and (cls is not Wan or frames % 4 != 1):
-        raise UserError(f"--frames {frames}: expected 4 k + 1 frames and a video teacher, found {index['_class_name']}")
-    if cls is not DiTXL and not isinstance(prompts, list):
+    if not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
-    table = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls is not DiTXL else None
+    table = embed(cls, folder, prompts, device, dtype, cache, say, once)
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as e:  # what diffusers raises for missing, truncated or foreign files
         raise UserError(f"--teacher {name}: not loaded: {' '.join(str(e).split())[:200]}") from None
-    if frames:
-        cls = type(cls.__name__, (cls,), dict(frames=frames))
     model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
-    model.attach(Path(folder), table, prompts or list(range(net.config.num_embeds_ada_norm)))
+    model.attach(Path(folder), table, prompts)
     model.dtype = dtype
     return model.requires_grad_(False).to(device)

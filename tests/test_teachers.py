@@ -1,14 +1,13 @@
 """common/teachers.py: every adapter against its own pipeline of diffusers, on tiny random weights saved in the real format."""
-import importlib
 import json
-import os
 import warnings
 
 import pytest
 import torch
 
+import dmd2
 import tiny
-from common import teachers
+from common import models, teachers
 from common.run import UserError
 from common.schedules import EDM, VP, Flow
 
@@ -112,6 +111,26 @@ def test_decoding_is_the_pipelines(name, folders):
     latents, image = call("latent"), torch.from_numpy(np.array(call("pil")[0])).permute(2, 0, 1)
     assert (model.decode(latents)[0].int() - image.int()).abs().max() <= 1
     assert model.encode_images(model.decode(latents)).shape == latents.shape
+
+
+@pytest.mark.parametrize("name, nfe", [("sd15", 1), ("sdxl", 4), ("sd3", 4), ("sana", 1)])
+def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
+    """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
+    import diffusers
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
+    args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4]
+    p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
+    assert "brings no metric" in p.out and (tmp_path / "run" / "samples" / "00000003.png").exists() and "Traceback" not in p.err
+    info = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())
+    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
+    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "run" / "student")
+    z, cond = torch.randn(2, *teacher.shape), teacher.encode([0, 1])
+    with torch.no_grad():
+        ours = dmd2.sample(student, z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])
+        again = dmd2.sample(teacher.around(net), z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])
+        assert torch.equal(ours, again) and not torch.equal(ours, dmd2.sample(teacher, z, cond, nfe, lambda: torch.zeros_like(z)))
+    scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", NAMES)
