@@ -194,6 +194,5 @@ SHORT = {  # iterations that do it with a factor of two to spare
     "boot": 1000,  # 0.0021, 0.0019, 0.0018
 }
 FLAGS = {"dmd2": [[], ["--nfe", 2], ["--gan"]]}  # slow tests: the toy's preset, and others beside it
-FLAGS = {script: FLAGS.get(script, [[]]) for script in SHORT}
 LOOSE = {("dmd2", "--nfe 2"): 0.03}  # 0.012: one critic for all steps holds the mixture of their outputs, the last step alone is freer (docs/LOG.md)
 PLANNED = {"msd"}  # with the second flags, what an iteration is for follows from --iters: seven of seven are not the first seven of fourteen

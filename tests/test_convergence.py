@@ -14,7 +14,7 @@ def passes(result, bound=BOUND[0]):
     return result["energy_distance"] < bound and result["mode_min"] > BOUND[1] and experts
 
 
-@pytest.mark.parametrize("script", SHORT)
+@pytest.mark.parametrize("script", ["dmd2", *[pytest.param(s, marks=pytest.mark.slow) for s in SHORT if s != "dmd2"]])
 def test_toy(script, scripts, tmp_path):
     scripts.run(f"{script}.py", "--teacher", TOY.get(script, "toy"), "--iters", SHORT[script], "--sample-every", 0, "--out", tmp_path)
     assert passes(read_json(tmp_path / "metrics.json")), read_json(tmp_path / "metrics.json")

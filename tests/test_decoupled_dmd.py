@@ -35,7 +35,7 @@ class Gauss(nn.Module):
         self.nulls += 1
         return dict(labels=torch.zeros(n, dtype=torch.int64))
 
-    guided = models.Model.guided
+    guided, pair = models.Model.guided, models.Model.pair
 
 
 def normal(*shape, seed=0):

@@ -386,7 +386,7 @@ def test_gradient_routing(trace, flags):
 
 
 def test_two_time_scales(trace):
-    steps = trace("--iters", 100, "--ratio", 5, "--warmup", 50, "--lr", 1e-3, "--lr-fake", 2e-3, "--ema", 500)
+    steps = trace("--iters", 100, "--ratio", 5, "--warmup", 50, "--lr", 1e-3, "--lr-fake", 2e-3, "--ema", 500, "--cooldown", 0)
     student, critic = ([s for s in steps if s["role"] == role] for role in ("student", "critic"))
     assert len(student) == 20 and len(critic) == 100
     # warm-up counts iterations of the loop, also for the student, which moves in every fifth only

@@ -439,7 +439,7 @@ def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
         monkeypatch.setattr(models, "load_teacher", lambda *a: teacher)
         monkeypatch.setattr(Draw, "normal", lambda self, *shape: draw(self, *shape).to(dtype))
 
-    common = ["--iters", 7, "--ratio", 3, "--cfg", 2, "--nfe", 1, "--shift", 1, "--lr", 1e-3, "--lr-fake", 2e-3]
+    common = ["--iters", 7, "--ratio", 3, "--cfg", 2, "--nfe", 1, "--shift", 1, "--lr", 1e-3, "--lr-fake", 2e-3, "--cooldown", 0]
     ours = trace(*common, "--phases", 1, "--step-shift", 1, "--normaliser", "dmd2", patch=patch)
     theirs = trace(*common, "--t-range", 0, 1, script=dmd2, patch=patch)
     assert [s["role"] for s in ours] == [s["role"] for s in theirs] == [0, "critic", "critic", "critic"] * 2 + [0, "critic"]
