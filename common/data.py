@@ -90,6 +90,8 @@ def load_folder(folder, channels, size, say=print):
 
 def load_images(data, teacher, say=print):
     """Images for a teacher: --data FOLDER, or the set that its folder names. Labels beyond the teacher's classes are refused."""
+    if hasattr(teacher, "prompts"):  # class folders say nothing about prompts
+        raise UserError(f"--data {data}: expected a teacher with classes, found a text-to-image teacher: images with captions are not read yet")
     if data:
         images = load_folder(data, teacher.shape[0], teacher.shape[-1], say)
         if len(images.names) > teacher.classes:

@@ -524,10 +524,7 @@ def load_model(folder, info, teacher=None):
             raise UserError(f"{folder}: adapted: expected none, dense or dense and qk_norm, found {adapted!r}")
         model.adapt("qk_norm" in adapted)
     load_weights(path, net)
-    if names := info.get("extras"):
-        if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
-            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
-        load_weights(folder / EXTRAS, model.extend(*names).extras)
+    load_extras(folder, info, model)
     model.folder = folder
     if cls is Toy:
         model.labelled = info.get("labelled") is True  # toy and toy-cond share a network
@@ -549,6 +546,14 @@ def load_weights(path, module):
     if extra := sorted(set(tensors) - set(expected)):
         raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
     module.load_state_dict(tensors)
+
+
+def load_extras(folder, info, model):
+    """What `extend` added, if the folder's `info` says so."""
+    if names := info.get("extras"):
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
+        load_weights(Path(folder) / EXTRAS, model.extend(*names).extras)
 
 
 def load_routed(folder, info, teacher=None):

@@ -207,15 +207,12 @@ class EMA:
 
 
 def processes(args):
-    """Device and process group of --device, --dtype and torchrun's environment -> rank, world, device, dtype of the network passes.
-    UserError: no such device, or a --batch of a script that the processes cannot share evenly."""
+    """Device and process group of --device, --dtype and torchrun's environment -> rank, world, device, dtype of the network passes. UserError: no such device."""
     rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     if args.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
-    if "iters" in args and args.batch % world:
-        raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -236,6 +233,8 @@ class Run:
 
     def __init__(self, method, args):
         self.method, self.args = method, args
+        if args.batch % (world := int(os.environ.get("WORLD_SIZE", 1))):  # before the processes look for each other
+            raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
         self.rank, self.world, self.device, self.dtype = processes(args)
         self.main, self.batch = self.rank == 0, args.batch // self.world
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")

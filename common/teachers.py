@@ -14,13 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import schedules
-from common.models import EXTRAS, HUB, Model, load_weights, pick
+from common.models import EXTRAS, HUB, Model, load_extras, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
 SHARD = 1024  # prompts in one file of the cache
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
 
@@ -71,10 +73,16 @@ def same_length(parts):
                 p[k] = torch.cat([p[k], p[k].new_zeros(len(p[k]), longest - p[k].shape[1], *p[k].shape[2:])], 1)
 
 
+def fingerprint(folder):
+    """What changes when the text encoders of a local folder do: names, sizes and times of their files."""
+    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(("text_encoder", "tokenizer")))
+    return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
 @torch.no_grad()
 def embed(cls, folder, prompts, device, dtype, cache, say, once):
     """Table of the prompts, from the cache if it has them. `once`: runs a function on rank 0 while the others wait (Run.once)."""
-    key = hashlib.sha256(json.dumps([cls.__name__, str(folder), str(dtype), prompts]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([cls.__name__, str(folder), fingerprint(folder), str(dtype), prompts]).encode()).hexdigest()[:16]
     home = Path(cache or ROOT / "out" / "prompts") / f"{Path(str(folder)).name}-{key}"
 
     def compute():
@@ -82,7 +90,10 @@ def embed(cls, folder, prompts, device, dtype, cache, say, once):
             say(f"prompts: {len(prompts)} embeddings read from {home}")
             return
         say(f"prompts: encoding {len(prompts)} into {home}")
-        pipe = cls.text_pipeline(folder, dtype).to(device)
+        try:
+            pipe = cls.text_pipeline(folder, dtype).to(device)
+        except FAULTS as e:
+            raise UserError(f"--teacher {folder}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
         parts = [{k: v.cpu() for k, v in cls.text(pipe, prompts[i:i + 16]).items()} for i in range(0, len(prompts), 16)]
         null = {k: v[:1].cpu() for k, v in cls.text(pipe, None).items()}
         del pipe
@@ -102,8 +113,8 @@ def embed(cls, folder, prompts, device, dtype, cache, say, once):
         once(compute)
         parts = [load_file(home / f"{i // SHARD:05d}.safetensors") for i in range(0, len(prompts), SHARD)]
         return Table(parts, load_file(home / "null.safetensors"))
-    except OSError as e:
-        raise UserError(f"--cache-prompts {home}: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"--cache-prompts {home}: expected to read and write embeddings there, found: {str(e).splitlines()[0]}; delete it to encode again") from None
 
 
 def write(path, tensors):
@@ -118,7 +129,6 @@ class Pipeline(Model):
     """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
 
     part, network = "transformer", None  # subfolder and diffusers class of the network
-    texts = ("tokenizer", "text_encoder")  # components that turn prompts into tensors
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
@@ -145,14 +155,11 @@ class Pipeline(Model):
 
     def load_student(self, folder, info):
         """A student of this teacher from its folder (`save`)."""
-        if not isinstance(names := info.get("extras", []), list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
-            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
         try:
             student = self.around(self.load_net(folder, torch.float32, ""))
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:  # what diffusers raises for missing, truncated or foreign files
+        except FAULTS as e:
             raise UserError(f"{folder}: expected a network {self.network} as diffusers saves it: {' '.join(str(e).split())[:200]}") from None
-        if names:
-            load_weights(Path(folder) / EXTRAS, student.extend(*names).extras)
+        load_extras(folder, info, student)
         student.folder = Path(folder)
         return student
 
@@ -237,8 +244,7 @@ class Pipeline(Model):
 
 
 def vp(scheduler):
-    known = {"scaled_linear": "scaled_linear", "linear": "linear"}
-    if scheduler.get("beta_schedule") not in known or scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr"):
+    if scheduler.get("beta_schedule") not in ("scaled_linear", "linear") or scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr"):
         raise UserError(f"scheduler: expected beta_schedule linear or scaled_linear without rescaling, found {scheduler.get('beta_schedule')!r}")
     return schedules.VP(scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"])
 
@@ -356,7 +362,6 @@ class Sana(Pipeline):
 
 
 PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana)}
-ADAPTERS = {cls.adapter: cls for cls in PIPELINES.values()}
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------------------------------------
@@ -387,12 +392,6 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def fingerprint(folder):
-    """What changes when the text encoders of a local folder do: names, sizes and times of their files."""
-    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(("text_encoder", "tokenizer")))
-    return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-
-
 def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn()):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for."""
     import diffusers
@@ -403,8 +402,6 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
-    if size and size % 16:
-        raise UserError(f"--size {size}: expected a multiple of 16 pixels")
     if not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     table = embed(cls, folder, prompts, device, dtype, cache, say, once)
@@ -412,9 +409,11 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     try:
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:  # what diffusers raises for missing, truncated or foreign files
-        raise UserError(f"--teacher {name}: not loaded: {' '.join(str(e).split())[:200]}") from None
-    model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
+        model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
+    except FAULTS as e:
+        raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+    if size is not None and (size < 1 or size % (2 * model.vae_scale)):
+        raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.attach(Path(folder), table, prompts)
     model.dtype = dtype
     return model.requires_grad_(False).to(device)

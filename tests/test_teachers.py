@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dmd2
 import tiny
 from common import models, teachers
+from common.data import load_images
 from common.run import UserError
 from common.schedules import EDM, VP, Flow
 
@@ -149,6 +151,55 @@ def test_copies_features_and_new_conditions(name, folders):
     assert torch.equal(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
     student.extras["r"].layers[2].weight.data.normal_()
     assert not torch.allclose(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
+
+
+def broken(folders, tmp_path, name="sd15"):
+    import shutil
+    shutil.copytree(folders(name), tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), "not loaded"),
+    (lambda f: (f / "vae" / "config.json").unlink(), "not loaded"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(beta_schedule="linear"))), "not loaded: KeyError"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(beta_schedule="squaredcos_cap_v2"))), "scheduler: expected beta_schedule"),
+    (lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"x"), "not loaded"),
+])
+def test_broken_folder(spoil, says, folders, tmp_path):
+    folder = broken(folders, tmp_path)
+    spoil(folder)
+    with pytest.raises(UserError, match=says) as e:
+        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=lambda *a: None)
+    assert "\n" not in str(e.value)
+
+
+def test_size(folders):
+    assert load(folders, "sd15", size=32).shape == (4, 16, 16)
+    for size in (30, 0, -4):
+        with pytest.raises(UserError, match=f"--size {size}: expected a multiple of 4 pixels"):
+            load(folders, "sd15", size=size)
+
+
+def test_class_folders_are_refused(folders, tmp_path):
+    with pytest.raises(UserError, match="--data .*text-to-image"):
+        load_images(str(tmp_path), load(folders, "sd15"))
+
+
+def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):
+    """Another text encoder in the same folder is encoded anew; a damaged cache is named."""
+    folder, said = broken(folders, tmp_path), []
+    again = lambda: teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=said.append)
+    again()
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v + 0.1 for k, v in weights.items()}, path, metadata={"format": "pt"})
+    again()
+    assert ["encoding" in s for s in said] == [True, True] and len(list((tmp_path / "cache").iterdir())) == 2
+    for shard in (tmp_path / "cache").glob("*/00000.safetensors"):
+        shard.write_bytes(b"half a file")
+    with pytest.raises(UserError, match="--cache-prompts"):
+        again()
 
 
 def test_prompts_are_encoded_once(folders, monkeypatch):
