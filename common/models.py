@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import schedules
 from common.run import ROOT, UserError, atomic, near, read_json, write_json
@@ -115,7 +116,10 @@ class Model(nn.Module):
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
+        bf16 = self.dtype == torch.bfloat16
+        # on CPUs the backward of torch's fused attention takes longer in bf16 than all the rest; without gradient it is the faster one
+        plain = sdpa_kernel(SDPBackend.MATH) if bf16 and x.device.type == "cpu" and torch.is_grad_enabled() else contextlib.nullcontext()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), plain, self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
