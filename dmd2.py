@@ -236,7 +236,7 @@ def main():
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     images = data.load_images(args.data, teacher, run.print) if args.gan or args.sim == "data" else None
-    student, fake = teacher.copy(), teacher.copy()
+    student, fake = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     head = None
     if args.gan:
         with torch.no_grad():

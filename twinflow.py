@@ -81,7 +81,7 @@ def parse_args(argv=None):
         (args.image_free and args.data, f"--data {args.data}: this run would not look at images (--image-free)"),
         (args.guide == "frozen" and args.cfg == 1 and not args.image_free, "--guide frozen: nothing is guided at --cfg 1"),
         (args.guide == "target" and args.cfg <= 0.5, f"--cfg: expected more than 0.5 where the network guides itself, found {args.cfg}"),
-        (args.lr_fake is not None, "--lr-fake: there is no second network to train"),
+        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: there is no second network to train"),
     ):
         if wrong:
             raise UserError(message)
@@ -261,7 +261,7 @@ def main():
     kept = [g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))]  # the base loss of order 0 is flow matching, for these only
     images = None if args.image_free else data.load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
-    student = teacher.copy().extend("r", "fake")
+    student = teacher.copy(args.lora).extend("r", "fake")
     target, ema = Target(student, args.target_decay), EMA(student, args.ema)
     guide = teacher if args.guide == "frozen" else target.model
     if args.grad_checkpoint:
