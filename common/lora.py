@@ -53,9 +53,9 @@ def choose(net, spec):
     if not names:
         raise UserError(f"{spec['flag']} {spec['rank']}: expected a network with attention, found {type(net).__name__}; choose layers by --lora-targets, "
                         f"e.g. {next(iter(known), 'none')}")
-    for name in names:
-        if (least := min(known[name].weight.flatten(1).shape)) < spec["rank"]:
-            raise UserError(f"{spec['flag']} {spec['rank']}: expected a rank of at most {least}, the smaller side of layer {name}; --lora-targets chooses others")
+    side = lambda name: min(known[name].weight.flatten(1).shape)
+    if side(least := min(names, key=side)) < spec["rank"]:
+        raise UserError(f"{spec['flag']} {spec['rank']}: expected a rank of at most {side(least)}, the smaller side of layer {least}; --lora-targets chooses others")
     return names
 
 
