@@ -1,7 +1,8 @@
 """LoRA (common/lora.py): adapters on the teacher's own weights, in every script, exported for diffusers. And full students in plain diffusers."""
 import json
+import re
+import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import dmd2
 import eval as evaluation
 from common import lora, models, teachers
-from common.run import EMA, ROOT, UserError
+from common.run import EMA, UserError
 from test_scripts import QUICK, SCRIPTS, close, processes, same
 from test_teachers import PROMPTS, folders, load  # noqa: F401  the fixture
 
@@ -63,12 +64,12 @@ def batch(model, n=2, seed=0):
     return z, 0.6, 0.8, model.encode(torch.arange(n))
 
 
-def scramble(student, seed=0):
+def scramble(student, seed=0, scale=0.3):
     """Adapters as after a long training: their own noise, so that a swapped or missing one shows."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in student.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=g)
+            p += scale * torch.randn(p.shape, generator=g)
     return student
 
 
@@ -188,7 +189,7 @@ def test_a_network_without_attention_is_refused():
 def test_flags(flags, says, capsys):
     with pytest.raises((UserError, SystemExit)) as e:
         dmd2.parse_args(flags.split())
-    assert __import__("re").search(says, f"{e.value} {capsys.readouterr().err}")
+    assert re.search(says, f"{e.value} {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("script, flags, says", [
@@ -269,26 +270,46 @@ SNIPPETS = {("sdxl", 0): FULL, ("sdxl", 1): LORA, ("sd15", 0): for_sd15(FULL), (
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name, nfe, flags", [
-    ("sd15", 1, "--lora 4 --lora-alpha 3"), ("sdxl", 4, "--lora 4 --lora-fake 2 --grad-checkpoint"), ("sd3", 4, "--lora 4 --lora-fake 4"), ("sana", 1, "--lora 4"),
-    *(pytest.param(*p, marks=slow) for p in (
-        ("sd15", 4, "--lora 4 --lora-fake 4"), ("sdxl", 1, "--lora 4 --lora-targets to_q to_k to_v conv1 conv2 time_emb_proj"), ("sd3", 1, "--lora 4"),
-        ("sana", 4, "--lora 4 --lora-fake 4"), ("sd15", 1, ""), ("sdxl", 4, ""), ("sd3", 4, ""), ("sana", 4, "")))])
-def test_student_in_diffusers(name, nfe, flags, folders, scripts, tmp_path):  # noqa: F811
-    """From the command line to plain diffusers: README's lines give the latents of our own sampler, and eval.py's loader the same student."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    out = tmp_path / "run"
-    p = scripts.run("dmd2.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3,
-                    "--batch", 4, "--smoke", "--lr", 0.02, "--warmup", 0, "--ratio", 1, "--out", out, *flags.split())
-    assert "Traceback" not in p.err and ("of the teacher's, frozen" in p.out) == bool(flags)
-    args = evaluation.parse_args([str(out), "--cache-prompts", str(tmp_path / "cache")])
-    student, sample, info, teacher, _ = evaluation.load_student(out, args, {})
+@pytest.fixture
+def forks(scripts):
+    scripts.load("peft", "diffusers.loaders.peft")
+    return scripts
+
+
+def same_picture(name, nfe, teacher, student, folder, folders, code, sampler=None):  # noqa: F811
+    """README's lines give the latents of our own sampler, with the same noise: z given, what is added between steps drawn from the same seed."""
     z = torch.randn(1, *teacher.shape, generator=torch.Generator().manual_seed(1))
-    own = lambda model: (torch.manual_seed(7), sample(model, z, teacher.encode([0]), nfe, lambda: torch.randn_like(z), **info["sampler"]))[1]
-    ours, code = own(student), SNIPPETS[name, int(bool(flags))]
-    theirs = latents(code if nfe == 4 else one_step(code), out / "student", folders(name), teacher.image_shape[-1], z)
+    own = lambda model: (torch.manual_seed(7), dmd2.sample(model, z, teacher.encode([0]), nfe, lambda: torch.randn_like(z), **(sampler or {})))[1]
+    theirs = latents(code if nfe == 4 else one_step(code), folder, folders(name), teacher.image_shape[-1], z)
+    ours = own(student)
     assert (ours - theirs).norm() < 1e-4 * ours.norm()
     assert (ours - own(teacher)).norm() > 1e-2 * ours.norm()  # it has learnt something: the same picture is no accident
+
+
+@pytest.mark.parametrize("name, adapters", [("sdxl", 0), ("sdxl", 1), ("sd3", 0), ("sana", 1)])
+def test_readme(name, adapters, folders, tmp_path):  # noqa: F811
+    teacher = load(folders, name)
+    student = scramble(teacher.copy(dict(FLAT, alpha=3.0) if adapters else None), scale=0.2 if adapters else 0.02)
+    student.save(tmp_path / "student", {})
+    same_picture(name, 4, teacher, student, tmp_path / "student", folders, SNIPPETS[name, adapters])
+
+
+@pytest.mark.parametrize("name, nfe, flags", [
+    ("sdxl", 4, "--lora 4 --lora-fake 2 --grad-checkpoint"),
+    *(pytest.param(*p, marks=slow) for p in (
+        ("sana", 1, "--lora 4 --lora-alpha 3"), ("sd15", 1, "--lora 4"), ("sd15", 4, "--lora 4 --lora-fake 4"), ("sdxl", 1, "--lora 4 --lora-targets to_q to_k to_v conv1 conv2 time_emb_proj"),
+        ("sd3", 1, "--lora 4"), ("sd3", 4, "--lora 4 --lora-fake 4"), ("sana", 4, "--lora 4 --lora-fake 4"),
+        ("sd15", 1, ""), ("sdxl", 4, ""), ("sd3", 4, ""), ("sana", 4, "")))])
+def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):  # noqa: F811
+    """From the command line to plain diffusers; eval.py's loader gives the same student."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    out = tmp_path / "run"
+    p = forks.run("dmd2.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3,
+                  "--batch", 4, "--smoke", "--lr", 0.02, "--warmup", 0, "--ratio", 1, "--out", out, *flags.split())
+    assert "Traceback" not in p.err and ("of the teacher's, frozen" in p.out) == bool(flags)
+    args = evaluation.parse_args([str(out), "--cache-prompts", str(tmp_path / "cache")])
+    student, _, info, teacher, _ = evaluation.load_student(out, args, {})
+    same_picture(name, nfe, teacher, student, out / "student", folders, SNIPPETS[name, int(bool(flags))], info["sampler"])
     state = torch.load(out / "ckpt" / "it-00000003.pt", weights_only=True)["state"]
     if flags:
         assert all(".lora_" in k for k in state["student"]) and any(".lora_" in k for k in state["critic"]) == ("--lora-fake" in flags)
@@ -302,13 +323,12 @@ each = pytest.mark.parametrize("script", [s if s == "dmd2" else pytest.param(s, 
 
 
 @each
-def test_resume(script, scripts, tmp_path):
+def test_resume(script, forks, tmp_path):
     """N + N = 2N, bit for bit."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *LORA_FLAGS[script], *MORE.get(script, []), "--save-every", 7, "--out", out, *more)
+    run = lambda out, *more: forks.run(f"{script}.py", *QUICK, *LORA_FLAGS[script], *MORE.get(script, []), "--save-every", 7, "--out", out, *more)
     run(whole, "--iters", 14)
     if script == "msd":  # its plan follows from --iters
-        import shutil
         shutil.copytree(whole, halves)
         (halves / "ckpt" / "it-00000014.pt").unlink()
     else:
@@ -316,28 +336,28 @@ def test_resume(script, scripts, tmp_path):
     assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
     same(whole, halves, 14)
     if script == "dmd2":
-        p = scripts.run(f"{script}.py", *QUICK, *MORE[script], "--lora", 5, "--out", halves, "--iters", 20, "--resume", code=2)
+        p = forks.run(f"{script}.py", *QUICK, *MORE[script], "--lora", 5, "--out", halves, "--iters", 20, "--resume", code=2)
         assert "--resume" in p.err and "does not fit the networks of these flags" in p.err and p.err.count("\n") == 1
 
 
 @each
-def test_two_processes_equal_one(script, scripts, tmp_path):
+def test_two_processes_equal_one(script, forks, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     args = [f"{script}.py", *QUICK, *LORA_FLAGS[script], *MORE.get(script, []), "--iters", 5, "--log-every", 1, "--out"]
-    scripts.run(*args, one)
-    ps = processes(scripts, 2, *args, two)
+    forks.run(*args, one)
+    ps = processes(forks, 2, *args, two)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
     close(one, two, 5)
 
 
 @slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_mnist(script, scripts, tmp_path):
+def test_mnist(script, forks, tmp_path):
     """Three iterations on the embedded transformer, then eval.py on what they left."""
     out, time = tmp_path / "run", ["--time", "native"] if script == "sana_sprint" else []
-    scripts.run(f"{script}.py", "--teacher", "mnist", "--smoke", "--batch", 8, *(["--groups", 1, 1, 1, 1] if script == "twinflow" else []), *time, *LORA_FLAGS[script], "--out", out)
+    forks.run(f"{script}.py", "--teacher", "mnist", "--smoke", "--batch", 8, *(["--groups", 1, 1, 1, 1] if script == "twinflow" else []), *time, *LORA_FLAGS[script], "--out", out)
     files = sorted((out / "student").rglob("*.safetensors"))
     assert files and {f.name for f in files} <= {lora.FILE, "extras.safetensors"}
-    p = scripts.run("eval.py", out, "--n", 100, "--out", tmp_path / "eval.jsonl")
+    p = forks.run("eval.py", out, "--n", 100, "--out", tmp_path / "eval.jsonl")
     measured, trained = json.loads(p.out.splitlines()[-1]), json.loads((out / "metrics.json").read_text())
     assert measured["method"] == trained["method"] == script and measured["n"] == 100
