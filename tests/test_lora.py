@@ -355,7 +355,7 @@ def test_two_processes_equal_one(script, forks, tmp_path):
 def test_mnist(script, forks, tmp_path):
     """Three iterations on the embedded transformer, then eval.py on what they left."""
     out, time = tmp_path / "run", ["--time", "native"] if script == "sana_sprint" else []
-    forks.run(f"{script}.py", "--teacher", "mnist", "--smoke", "--batch", 8, *(["--groups", 1, 1, 1, 1] if script == "twinflow" else []), *time, *LORA_FLAGS[script], "--out", out)
+    forks.run(f"{script}.py", "--teacher", "mnist", "--smoke", "--batch", 16, *time, *LORA_FLAGS[script], "--out", out)
     files = sorted((out / "student").rglob("*.safetensors"))
     assert files and {f.name for f in files} <= {lora.FILE, "extras.safetensors"}
     p = forks.run("eval.py", out, "--n", 100, "--out", tmp_path / "eval.jsonl")
