@@ -268,7 +268,7 @@ def main():
     # ==== end ====
     if args.regression and not first:
         one_step = lambda z, c: G(first_input(schedule, times[0], z), schedule.alpha(times[0]), schedule.sigma(times[0]), c)
-        pairs.warm_up(run, teacher, student, ema, one_step, *args.regression)
+        pairs.warm_up(run, teacher, student, one_step, *args.regression)
 
     for it in run.loop(first, args.iters):
         draw = run.draw(it)

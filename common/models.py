@@ -250,7 +250,7 @@ class Model(nn.Module):
                     sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {}) | (dict(lora=lora.config(self)) if self.lora else {})
 
     def save(self, folder, info, name="distill.json"):
-        """Diffusers folder (config.json, *.safetensors) plus `name`: what inference needs beside the weights. The JSON is written last."""
+        """Diffusers folder (config.json, *.safetensors; with adapters a LoRA file) plus `name`: what inference needs beside the weights. The JSON is written last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_net(folder)

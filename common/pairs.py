@@ -60,10 +60,10 @@ def check(args):
     args.regression = [min(int(n), 2 * PART), 3, lr] if args.smoke else [int(n), int(iters), lr]
 
 
-def warm_up(run, teacher, student, ema, predict, n, iters, lr):
+def warm_up(run, teacher, student, predict, n, iters, lr):
     """Regression before the first iteration, counted upwards to 0 in the log: mean (predict(z, cond) - x)^2 over pairs. predict: one step of the student as
     Run.train wraps it. Nothing is saved before the loop saves; a run that is killed here starts the regression anew, on the same pairs."""
-    args, pairs, first = run.args, Pairs(run, teacher, n, run.args.cfg), None
+    args, pairs = run.args, Pairs(run, teacher, n, run.args.cfg)
     params = list(student.parameters())
     opt = torch.optim.AdamW(params, lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     for it in run.loop(0, iters):
@@ -76,6 +76,4 @@ def warm_up(run, teacher, student, ema, predict, n, iters, lr):
             run.log(it - iters, logs)
         if run.stopping:
             raise SystemExit(128 + run.stopping)
-    if ema.halflife:
-        ema.model.load_state_dict(student.state_dict())
-    run.last_log = None
+    run.last_log = None  # the rate of images starts anew; a weight average forgets its start by itself

@@ -50,6 +50,16 @@ pipe.load_lora_weights("out/dmd2-sana/student")
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
 image = pipe("a red heart", sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1, complex_human_instruction=None).images[0]
 """
+MNIST = """
+import json
+from diffusers import DiTTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+net, lora = DiTTransformer2DModel.from_pretrained("assets/mnist").eval(), json.load(open("out/dmd2-mnist/student/distill.json"))["model"]["lora"]
+inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"]), net)
+weights = load_file("out/dmd2-mnist/student/pytorch_lora_weights.safetensors")
+set_peft_model_state_dict(net, {k.removeprefix("transformer."): v for k, v in weights.items()})
+"""
 NAMES = ["sd15", "sdxl", "sd3", "sana", "mnist", "toy"]
 FLAT = dict(rank=4, alpha=4.0, targets=None, seed=0, flag="--lora")  # what --lora 4 is
 CONV = dict(FLAT, rank=2, alpha=5.0, targets=["conv1", "time_emb_proj", "to_v"])
@@ -292,6 +302,17 @@ def test_readme(name, adapters, folders, tmp_path):  # noqa: F811
     student = scramble(teacher.copy(dict(FLAT, alpha=3.0) if adapters else None), scale=0.2 if adapters else 0.02)
     student.save(tmp_path / "student", {})
     same_picture(name, 4, teacher, student, tmp_path / "student", folders, SNIPPETS[name, adapters])
+
+
+def test_readme_mnist(tmp_path):
+    teacher, space = models.load_teacher("mnist"), {}
+    student = scramble(teacher.copy(dict(FLAT, alpha=3.0)))
+    student.save(tmp_path, {})
+    exec(MNIST.replace("out/dmd2-mnist/student", str(tmp_path)).replace("assets/mnist", str(teacher.folder)), space)
+    z, _, _, cond = batch(teacher)
+    with torch.no_grad():
+        theirs, ours = z - space["net"](z, timestep=torch.full((2,), 1000.0), class_labels=cond["labels"]).sample, student(z, 0.0, 1.0, cond)
+    assert torch.allclose(ours, theirs, atol=1e-5 * ours.abs().max()) and not torch.allclose(ours, teacher(z, 0.0, 1.0, cond), atol=1e-2)
 
 
 @pytest.mark.parametrize("name, nfe, flags", [

@@ -8,7 +8,7 @@ import torch
 import dmd2
 from common import models, pairs
 from common.metrics import teacher_sample
-from common.run import ImageNoise, RunError, UserError
+from common.run import Draw, ImageNoise, RunError, UserError
 from test_scripts import QUICK, close, processes, same
 
 
@@ -28,7 +28,7 @@ def test_pairs(tmp_path, monkeypatch):
     assert not torch.equal(z, ImageNoise(0, index.tolist())(2))  # sample grids and metrics have other noise
     (folder,) = tmp_path.iterdir()
     files = sorted(folder.iterdir())
-    assert len(files) == 3 and len({p.n for p in [made]} | {sum(len(p) for p in made.parts)}) == 1
+    assert len(files) == 3 and sum(len(p) for p in made.parts) == 150
     # what is there is not made again; what is missing is, and is the same
     content = [f.read_bytes() for f in files]
     files[1].unlink()
@@ -36,12 +36,21 @@ def test_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "teacher_sample", lambda *a: asked.append(len(a[1])) or teacher_sample(*a))
     pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
     assert sum(asked) == 64 and [f.read_bytes() for f in files] == content
-    for other in (dict(cfg=1.0), dict(seed=1)):
+    for other in (dict(), dict(cfg=1.0), dict(seed=1)):
         pairs.Pairs(run_of(tmp_path, **other), teacher, 8, other.get("cfg", 2.0))
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     files[0].write_bytes(b"x")
     with pytest.raises(RunError, match="pairs not written or not readable"):
         pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
+
+
+def test_every_iteration_has_pairs_of_its_own(tmp_path):
+    teacher, seen = models.load_teacher("toy"), []
+    student, run = teacher.copy(), run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1)
+    run.loop, run.draw, run.log, run.stopping = range, lambda it: Draw(0, it, 50), lambda *a: None, 0
+    run.step = lambda opt, params, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
+    pairs.warm_up(run, teacher, student, lambda z, c: seen.append(z) or student(z, 0.0, 1.0, c), 500, 6, 1e-3)
+    assert len(torch.cat(seen).unique(dim=0)) > 200  # 300 draws of 500: 226 different ones expected
 
 
 @pytest.mark.parametrize("flags", ["--regression 0 5 1e-3", "--regression 5 0.5 1e-3", "--regression 5 5 nan", "--regression 5 5 inf", "--regression 5 5 1e-3 --nfe 2"])
