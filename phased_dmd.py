@@ -26,7 +26,8 @@ Commands (results and times: README and docs/RESULTS.md):
 Differences from the paper:
     - presets toy and mnist are ours: learning rates, Adam's betas, ratio, batch, weight average, warm-up and cooldown (in every phase). A finished
       expert is frozen as its average, so that later phases see what sampling uses.
-    - experts are full networks; the paper's are --lora 64 --lora-alpha 8 --lr 5e-5, with a whole critic. The paper gives no iteration numbers, no guidance in training, and no word on whether its runs normalise.
+    - experts are full networks; the paper's are --lora 64 --lora-alpha 8 --lr 5e-5, with a whole critic. It gives no iteration
+      numbers, no guidance in training, and no word on whether its runs normalise.
     - critic and student share the rollout of an iteration; levels t come from a grid of 1,000; teachers of other schedules are asked at equal SNR.
     - in the last phase (s = 0) the factor min(1, 10 h^2) is left out (--clamp all keeps it): nothing diverges there, and one phase is then DMD.
     - switches for what the official code does instead: --normaliser dmd2 --space x0 (the loss on the clean estimate of the same pass), --clamp none
