@@ -247,7 +247,7 @@ def main():
     grid, table = grid.to(run.device), table.to(run.device)  # indexed by draws
     use_ca, use_dm, use_critic = args.cfg != 1, args.regulariser == "dm", args.regulariser == "dm" or args.gan  # w = 1: (4) is 0 and u is not asked for
     ratio = args.ratio if use_critic else 1
-    student, fake, h = teacher.copy(), teacher.copy(), None
+    student, fake, h = teacher.copy(args.lora), teacher.copy(args.lora_fake), None
     images = data.load_images(args.data, teacher, run.print) if args.gan else None
     if args.gan:
         with torch.no_grad():

@@ -262,7 +262,7 @@ def main():
         raise UserError(f"--batch {args.batch}: expected at least {least} samples per process, so that each has some of both parts, found {run.batch}")
     corrected = roles(args.batch, share)[run.rank * run.batch:(run.rank + 1) * run.batch].to(run.device)
     P, C = (~corrected).nonzero()[:, 0], corrected.nonzero()[:, 0]  # rows of the prediction, of the correction
-    student, critic = teacher.copy(), teacher.copy()
+    student, critic = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     torch.manual_seed(args.seed)  # new inputs start equal on all processes
     student.extend("duration", *["guidance"] * (low < high))
     critic.extend(*["guidance"] * (low < high))

@@ -87,7 +87,7 @@ def parse_args(argv=None):
         ("cfg", min(args.cfg_train) <= args.cfg <= max(args.cfg_train), f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}"),
         ("p_scm", pair(args.p_scm), "a mean and a deviation >= 0"), ("p_adv", pair(args.p_adv), "a mean and a deviation >= 0"),
         ("max_time", 0 <= args.max_time <= 1, "a probability"), ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
-        ("H", args.H >= 0, "a number >= 0"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
+        ("H", args.H >= 0, "a number >= 0"), ("lora_fake", not args.lora_fake, "none"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
         ("adv_weight", args.adv_weight or not args.misaligned and args.d_levels == "same", "a number > 0 beside --misaligned and --d-levels"),
     ):
         if not fine:
@@ -242,13 +242,13 @@ def main():
     times = sample_times(args.nfe, args.steps)
     images = data.load_images(args.data, teacher, run.print)
     if dense := args.time == "dense" and not getattr(teacher, "dense", False):
-        if not hasattr(teacher, "adapt"):
-            raise UserError(f"--time dense: the network of {args.teacher} has no waves to be rid of; use --time native")
+        if args.lora or not hasattr(teacher, "adapt"):
+            raise UserError(f"--time dense: {'--lora keeps the weights' if args.lora else f'the network of {args.teacher} has no waves to be rid of'}; use --time native")
         teacher = teacher.copy().adapt().fit_time().requires_grad_(False)
     rho = args.rho or round(float(teacher.encode_images(images.images[images.order(0, 0)[:2000]].to(run.device)).std()), 4)
     scales, told, (low, high) = torch.tensor(args.cfg_train, device=run.device), len(args.cfg_train) > 1, time_range(schedule, rho)
     torch.manual_seed(args.seed)  # new parts start equal on all processes
-    student = teacher.copy().extend(*["guidance"] * told)
+    student = teacher.copy(args.lora).extend(*["guidance"] * told)
     with torch.no_grad():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=DEPTHS)
     heads, log_var = nn.ModuleList(map(Head, features)).to(run.device).eval(), models.Scalar(32).to(run.device)

@@ -251,7 +251,7 @@ def main():
     k1, k2, k3, k4 = kappa = fill_in(args, form)
     levels = step_levels(form, schedule, args.nfe, args.steps)
     images = data.load_images(args.data, teacher, run.print) if args.gan else None
-    student, critic = teacher.copy(), Critic(teacher.copy())
+    student, critic = teacher.copy(args.lora), Critic(teacher.copy(args.lora_fake))
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.fake.checkpoint_activations()

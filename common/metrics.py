@@ -124,12 +124,12 @@ class InceptionExtractor(Extractor):
         return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
 
 
-def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1):
-    """Yields (indices, labels, samples) of this rank: image i has label i % classes and noise of its own seed, whatever the batch or world size.
+def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
+    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes and noise of its own seed, whatever the batch or world size.
 
     sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
     device = next(model.parameters()).device
-    mine = torch.arange(rank, n, world)
+    mine = torch.arange(first + rank, n, world)
     for part in mine.split(batch):
         noise = ImageNoise(seed, part.tolist(), device)
         labels = part % max(model.classes, 1)

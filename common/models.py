@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import schedules
+from common import lora, schedules
 from common.run import ROOT, UserError, atomic, near, read_json, write_json
 from common.schedules import equal_snr, expand, to_x0
 from common.toy import MLP, Mixture
@@ -59,12 +59,14 @@ class Model(nn.Module):
     """
 
     adapter = None  # name in teacher.json
+    part = "transformer"  # name of the network in a LoRA file, that of its place in a pipeline
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
         super().__init__()
         schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
+        self.lora, self.base = None, []  # of a network with adapters: rank, alpha, targets; the weights that are not its own
 
     # -- what an adapter defines
 
@@ -190,9 +192,17 @@ class Model(nn.Module):
         _, alpha_n, sigma_n, _ = equal_snr(self.schedule, alpha, sigma)
         return schedules.native_weight(self.prediction, alpha_n, sigma_n, self.sigma_data)
 
-    def copy(self):
-        """A twin with its own fp32 network weights, trainable; everything else is shared."""
-        twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
+    def copy(self, adapters=None):
+        """A twin with its own fp32 network weights, trainable; everything else is shared. adapters, what --lora says (common/lora.py): only these are its
+        own, on this model's weights. A twin of a model with adapters has its own adapters on the same weights."""
+        if self.lora:
+            twin = self.around(lora.twin(self.net, self.base).requires_grad_(True))
+        elif adapters:
+            net, base = lora.attach(self.net, adapters)
+            twin = self.around(net.requires_grad_(True))
+            twin.lora, twin.base = {k: adapters[k] for k in ("rank", "alpha", "targets")}, base
+        else:
+            twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
         twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
         return twin
 
@@ -241,19 +251,21 @@ class Model(nn.Module):
 
     def config(self):
         return dict(adapter=self.adapter, schedule=self.schedule.config, prediction=self.prediction, shape=list(self.shape), classes=self.classes,
-                    sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {})
+                    sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {}) | (dict(lora=lora.config(self)) if self.lora else {})
 
     def save(self, folder, info, name="distill.json"):
-        """Diffusers folder (config.json, *.safetensors) plus `name`: what inference needs beside the weights. The JSON is written last."""
+        """Diffusers folder (config.json, *.safetensors; with adapters a LoRA file) plus `name`: what inference needs beside the weights. The JSON is written last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_net(folder)
         write_json(folder / name, dict(info, model=self.config()))
 
     def save_net(self, folder):
-        write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
-        for name, module in [(WEIGHTS, self.net)] + [(EXTRAS, self.extras)] * bool(self.extras):
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+        if not self.lora:
+            write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
+        own = {lora.FILE: lora.tensors(self)} if self.lora else {WEIGHTS: self.net.state_dict()}
+        for name, tensors in (own | ({EXTRAS: self.extras.state_dict()} if self.extras else {})).items():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             with atomic(folder / name) as f:
                 save_file(tensors, f.name, metadata={"format": "pt"})
 
@@ -389,8 +401,8 @@ class Toy(Model):
     def null(self, n):
         return dict(labels=torch.full((n,), self.classes, device=self.device))
 
-    def copy(self):
-        twin = super().copy()
+    def copy(self, adapters=None):
+        twin = super().copy(dict(adapters, targets=adapters["targets"] or ["inp", "hidden.0", "hidden.1"]) if adapters else None)
         twin.exact = False
         return twin
 
@@ -503,6 +515,8 @@ def load_model(folder, info, teacher=None):
     folder = Path(folder)
     if info.get("adapter") == "routed":
         return load_routed(folder, info, teacher)
+    if "lora" in info:
+        return load_lora(folder, info, teacher)
     if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
         return teacher.load_student(folder, info)
     if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
@@ -535,13 +549,31 @@ def load_model(folder, info, teacher=None):
     return model
 
 
-def load_weights(path, module):
-    """The tensors of a safetensors file into a module, all of them and no others."""
+def load_lora(folder, info, teacher):
+    """A student whose weights are its teacher's with adapters."""
+    spec, number = info["lora"], lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
+    names = spec.get("targets") if isinstance(spec, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names) or not number(spec.get("rank")):
+        raise UserError(f"{folder}: lora: expected rank and targets, found {str(spec)[:80]}")
+    if teacher is None:
+        raise UserError(f"{folder}: a LoRA: expected its teacher, whose weights it needs, found none")
+    kind = lambda c: [c.get(k) for k in ("adapter", "prediction", "adapted")]
+    if kind(info) != kind(teacher.config()):
+        raise UserError(f"{folder}: a LoRA: expected a teacher of its kind, {kind(info)}, found {kind(teacher.config())}")
+    student = teacher.copy(dict(rank=spec["rank"], alpha=spec["rank"], targets=names, seed=0, flag=f"{folder}: lora: rank"))
+    load_weights(folder / lora.FILE, student.net, lora.key(student.part))
+    load_extras(folder, info, student)
+    student.folder = folder
+    return student
+
+
+def load_weights(path, module, key=lambda name: name):
+    """The tensors of a safetensors file into a module, all of them and no others. key: name in the file of the module's tensor `name`."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})") from None
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    expected = {key(k): tuple(v.shape) for k, v in module.state_dict().items()}
     for k, shape in expected.items():
         if k not in tensors:
             raise UserError(f"{path}: tensor {k} is missing")
@@ -549,7 +581,7 @@ def load_weights(path, module):
             raise UserError(f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}")
     if extra := sorted(set(tensors) - set(expected)):
         raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({k: tensors[key(k)] for k in module.state_dict()})
 
 
 def load_extras(folder, info, model):

@@ -71,6 +71,10 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
+        self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
+        self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
+        self.model.add_argument("--lora-alpha", type=float, help="the adapters' update is alpha / rank B A; default: the rank")
+        self.model.add_argument("--lora-targets", nargs="+", metavar="NAME", help="ends of the names of layers that get adapters; default: attention and feed-forward")
         self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
@@ -117,6 +121,15 @@ class Parser(argparse.ArgumentParser):
                                      ("betas", all(0 <= b < 1 for b in args.betas), "two numbers from 0 to below 1")):
             if not fine:
                 raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
+        if not (args.lora or args.lora_fake) and (args.lora_alpha is not None or args.lora_targets):
+            raise UserError("--lora-alpha and --lora-targets mean something only with --lora or --lora-fake")
+        if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+            raise UserError(f"--lora-alpha: expected a number > 0, found {args.lora_alpha}")
+        for name, flag in (("lora", "--lora"), ("lora_fake", "--lora-fake")):  # what Model.copy asks for
+            if (rank := getattr(args, name)) is not None:
+                if rank < 1:
+                    raise UserError(f"{flag}: expected a rank of at least 1, found {rank}")
+                setattr(args, name, dict(rank=rank, alpha=args.lora_alpha or rank, targets=args.lora_targets, seed=args.seed, flag=flag))
         if args.resume and args.overwrite:
             raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
         return args
@@ -340,7 +353,8 @@ class Run:
                 p = list(value.parameters())
                 trained = sum(q.numel() for q in p if q.requires_grad)
                 memory += sum(q.numel() * q.element_size() for q in p) + trained * 12  # gradient and two moments, fp32
-                value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}"
+                base = sum({id(t): t.numel() for m in value.modules() for t in vars(m).get("base", [])}.values())  # of networks with adapters: the teacher's
+                value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}" + f", on {base / 1e6:.2f}M of the teacher's, frozen" * (base > 0)
             self.print(f"  {name.replace('_', ' '):22s} {value}")
         self.print(f"  {'memory, networks':22s} {memory / 2**20:.0f} MB for weights, gradients and optimiser; activations come on top")
         self.print(f"  {'folder':22s} {self.out}")

@@ -235,6 +235,8 @@ class Pipeline(Model):
         return h.transpose(1, 2).reshape(len(h), -1, side, h.shape[1] // side)
 
     def save_net(self, folder):
+        if self.lora:
+            return super().save_net(folder)
         self.net.save_pretrained(folder, safe_serialization=True)
         if self.extras:
             write(Path(folder) / EXTRAS, {k: v.detach().cpu() for k, v in self.extras.state_dict().items()})
