@@ -69,6 +69,7 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
         self.model.add_argument("--cache-prompts", help="folder for their embeddings, computed once; default out/prompts")
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+        self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
@@ -306,7 +307,7 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, say=self.print, once=self.once)
 
     # -- networks and steps
 
