@@ -214,6 +214,8 @@ def make_rows(args, dtype):
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
+        if getattr(row["teacher"], "video", False):
+            raise UserError(f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames")
         if args.best_of and row["teacher"].adapter == "toy":
             raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
         if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):

@@ -317,9 +317,11 @@ class Run:
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
+        idle = any(hasattr(m, "experts") for m in model.modules())  # models.Routed: an iteration may have no sample for one of its experts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
-            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                             find_unused_parameters=idle)
 
     def average_gradients(self, params):
         """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around

@@ -23,7 +23,7 @@ from common.models import EXTRAS, HUB, Model, load_extras, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
 SHARD = 1024  # prompts in one file of the cache
-FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
 
@@ -409,20 +409,20 @@ def fetch(name):
 def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
     frames: of a video, likewise."""
+    folder = fetch(name)
+    index = read_index(name, folder)
+    cls = PIPELINES[index["_class_name"]]
+    if frames is not None and not cls.video:
+        raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
+    if not isinstance(prompts, list):
+        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     import diffusers
     import transformers
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    folder = fetch(name)
-    index = read_index(name, folder)
-    cls = PIPELINES[index["_class_name"]]
     if not hasattr(diffusers, cls.pipeline):
         raise UserError(f"--teacher {name}: {cls.pipeline}: expected a newer diffusers, found {diffusers.__version__}")
-    if frames is not None and not cls.video:
-        raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
-    if not isinstance(prompts, list):
-        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     table = embed(cls, folder, prompts, device, dtype, cache, say, once)
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:

@@ -1,17 +1,20 @@
 """common/teachers_flow.py: FLUX.1, Qwen-Image, Z-Image, Wan 2.1 and 2.2 against their own pipelines of diffusers, as tests/test_teachers.py does with the others."""
 import json
-import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dmd2
+import eval as eval_script
 import test_teachers
 from common import models, teachers
-from common.run import UserError
+from common.run import ROOT, UserError
 from common.schedules import EDM, VP, TrigFlow, equal_snr
 from common.teachers_flow import pack, unpack
+from test_scripts import close, processes
 from test_teachers import PROMPTS, SIZE, folders, load, native, pipeline  # noqa: F401  folders: a fixture
 
 NAMES = ["flux", "qwen", "zimage", "wan", "wan22"]
@@ -145,7 +148,7 @@ def test_wan_experts_and_their_boundary(folders):
     assert model.route(6, 1 - s, s, {}).tolist() == [0, 0, 0, 1, 1, 1]
     assert any(not torch.equal(a, b) for a, b in zip(*(e.parameters() for e in model.experts)))
     one = load(folders, "wan")
-    assert isinstance(one, teachers.Wan) and one.vae_scale == 4
+    assert isinstance(one, teachers.Wan) and one.vae_scale == 4 and one.schedule.shift == model.schedule.shift == 3.0  # flow_shift of its scheduler
     x, cond = torch.randn(2, *model.shape), model.encode([0, 1])
     mixed = model(x, torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5]), cond, features=True)[0]
     for i, (e, s) in enumerate(zip(model.experts, (0.95, 0.5))):  # each sample's features are those of its own expert
@@ -173,6 +176,14 @@ def test_frames(folders):
         load(folders, "flux", frames=5)
 
 
+def test_a_class_that_diffusers_does_not_have(folders, tmp_path):
+    folder = test_teachers.broken(folders, tmp_path, "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | dict(vae=["diffusers", "NoSuchVAE"])))
+    with pytest.raises(UserError, match="not loaded: AttributeError.*NoSuchVAE"):
+        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
+
+
 def test_older_diffusers(folders, monkeypatch):
     import diffusers
     monkeypatch.setattr(teachers.ZImage, "pipeline", "ZImageOfTomorrow")
@@ -195,6 +206,7 @@ def test_features_are_where_the_pixels_are(name, folders):
     with torch.no_grad():
         f, g = (model(v, 0.6, 0.8, cond, features=True)[0] for v in (x, y))
     h, w = model.shape[-2] // 2, model.shape[-1] // 2
+    assert f.shape[2:] == ((2 if model.video else 1) * h, w)
     f, g = (v.view(*v.shape[:2], -1, h, w) for v in (f, g))  # [1, D, frames, h, w]
     change = (f - g).square().sum(1)[0]
     assert all(frame.argmax() == (h - 1) * w + 1 for frame in change)
@@ -221,7 +233,6 @@ def test_checkpointing_changes_nothing(name, folders):
 def stochastic(model, pipe, steps):
     """The pipeline with the Euler scheduler of diffusers in its stochastic form, at the student's own levels: dmd2's sampler."""
     from diffusers import FlowMatchEulerDiscreteScheduler as Euler
-    config = dict(pipe.scheduler.config)
     pipe.scheduler = Euler(shift=model.schedule.shift, use_dynamic_shifting=False, stochastic_sampling=True)
     sigmas = [(i + 1) / 1000 for i in steps]
     if model.video:  # WanPipeline passes only a number of steps
@@ -259,3 +270,41 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     assert (ours - dmd2.sample(teacher, z, teacher.encode([0, 2]), nfe, noise)).norm() > 1e-3 * ours.norm()  # it has learnt something
     if nfe == 4:
         scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
+
+
+@pytest.mark.slow  # three times the import of diffusers
+def test_experts_over_two_processes(folders, scripts, tmp_path):
+    """The one-step student of Wan 2.2 is its first expert alone, the critic's samples fall to both: DDP waits for no gradient of an expert that has none."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    args = ["dmd2.py", "--teacher", folders("wan22"), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--size", 32, "--frames", 5, "--cfg", 1,
+            "--batch", 4, "--iters", 4, "--ratio", 2, "--warmup", 0, "--sample-every", 0, "--log-every", 1, "--eval-n", 0, "--lr", 1e-4, "--lr-fake", 1e-4, "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    scripts.run(*args, one)
+    ps = processes(scripts, 2, *args, two)
+    assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
+    close(one, two, 4)
+    moved = lambda i, sub: any(not torch.equal(v, load_file(folders("wan22") / sub / models.WEIGHTS)[k])
+                               for k, v in load_file(two / "student" / f"expert-{i}" / models.WEIGHTS).items())
+    assert moved(0, "transformer") and not moved(1, "transformer_2")
+
+
+@pytest.mark.parametrize("spoil, flags, says", [
+    (lambda f: (f / "model_index.json").unlink(), [], "expected a teacher folder .teacher.json, or model_index.json of a diffusers pipeline., found: no teacher.json in it"),
+    (lambda f: (f / "model_index.json").write_text(json.dumps(dict(_class_name="KandinskyPipeline"))), [],
+     "expected one of the pipelines .*FluxPipeline.*WanPipeline, found 'KandinskyPipeline'"),
+    (lambda f: (f / "p.txt").write_text(""), ["--prompts", "{tmp}/p.txt"], "--prompts .*p.txt: expected one prompt per line, found an empty file"),
+    (lambda f: (f / "p.txt").write_text("ok\n" + "a" * 10_000_000), ["--prompts", "{tmp}/p.txt"], "--prompts .*p.txt: line 2: expected a prompt of at most 4000 characters"),
+    (lambda f: None, ["--frames", "5"], "--frames 5: expected a text-to-video teacher, found FluxPipeline"),
+])
+def test_mistakes_end_in_one_line(spoil, flags, says, folders, scripts, tmp_path):
+    folder = test_teachers.broken(folders, tmp_path, "flux")
+    spoil(folder)
+    flags = [f.format(tmp=folder) for f in flags]
+    p = scripts.run("dmd2.py", "--teacher", folder, "--cache-prompts", tmp_path / "cache", "--smoke", "--out", tmp_path / "run", *flags, code=2)
+    assert re.fullmatch(f"dmd2.py: [^\\n]*{says}[^\\n]*\\n", p.err), p.err
+
+
+def test_videos_are_not_measured(folders):
+    with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
+        eval_script.make_rows(eval_script.parse_args(["--teacher", str(folders("wan")), "--prompts", str(ROOT / "tests" / "tiny.py"), "--size", "32", "--frames", "5",
+                                                      "--cache-prompts", str(folders.cache)]), torch.float32)
