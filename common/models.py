@@ -466,6 +466,11 @@ class Routed(nn.Module):
         for expert in self.experts:
             expert.checkpoint_activations()
 
+    def extend(self, *names):
+        for expert in self.experts:
+            expert.extend(*names)
+        return self
+
     def config(self):
         return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
 

@@ -180,10 +180,11 @@ class Pipeline(Model):
         raise NotImplementedError
 
     def encode(self, labels):
-        return self.table.rows(torch.as_tensor(labels).cpu(), self.device)
+        labels = torch.as_tensor(labels)
+        return self.table.rows(labels.cpu(), self.device) | dict(labels=labels.to(self.device))  # the network does not see these: `Routed` by label does
 
     def null(self, n):
-        return self.table.nulls(n, self.device)
+        return self.table.nulls(n, self.device) | dict(labels=torch.full((n,), self.classes, device=self.device))
 
     # -- latents and pixels
 

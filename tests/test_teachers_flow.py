@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dmd2
 import eval as eval_script
@@ -154,6 +155,27 @@ def test_wan_experts_and_their_boundary(folders):
     for i, (e, s) in enumerate(zip(model.experts, (0.95, 0.5))):  # each sample's features are those of its own expert
         alone = e(x[i:i + 1], 1 - s, s, {k: v[i:i + 1] for k, v in cond.items()}, features=True)[0]
         assert torch.allclose(mixed[i:i + 1], alone, atol=1e-5)
+
+
+def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
+    model = load(folders, "wan22")
+    student = model.copy().extend("r")
+    x, cond = torch.randn(2, *model.shape), dict(model.encode([0, 1]), r=torch.rand(2))
+    levels = torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5])
+    assert torch.equal(student(x, *levels, cond), model(x, *levels, cond))
+    for expert in student.experts:
+        expert.extras["r"].layers[2].weight.data.normal_()
+    assert (student(x, *levels, cond) - model(x, *levels, cond)).abs().amax((1, 2, 3, 4)).min() > 1e-3
+    student.save(tmp_path / "s", {})
+    again = models.load_model(tmp_path / "s", json.loads((tmp_path / "s" / "distill.json").read_text())["model"], model)
+    assert torch.equal(again(x, *levels, cond), student(x, *levels, cond))
+
+
+def test_labels_of_prompts(folders):
+    """What `Routed` by label, MSD's students, goes by."""
+    model = load(folders, "flux")
+    both = models.Routed([model, model.copy()], "label", [1, 0, 1])
+    assert both.route(3, 1.0, 1.0, model.encode([0, 1, 2])).tolist() == [1, 0, 1] and both.route(2, 1.0, 1.0, model.null(2)).tolist() == [0, 0]
 
 
 def test_wan_with_one_time_per_token(folders):
@@ -308,3 +330,43 @@ def test_videos_are_not_measured(folders):
     with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
         eval_script.make_rows(eval_script.parse_args(["--teacher", str(folders("wan")), "--prompts", str(ROOT / "tests" / "tiny.py"), "--size", "32", "--frames", "5",
                                                       "--cache-prompts", str(folders.cache)]), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana", *NAMES[:4]])
+def test_forward_derivatives_are_central_differences(name, folders, monkeypatch):
+    """torch.func.jvp along the sample and along time, as sana_sprint, twinflow and flowmap need it, in float64."""
+    model = load(folders, name)
+    model.net.double()
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the networks, and the view's times, round to float32 here and there: not in this test
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **kw: to(x, *(torch.float64 if v is torch.float32 else v for v in a), **kw))
+    cond = {k: v.double() if v.is_floating_point() else v for k, v in model.encode([0, 1]).items()}
+    g = torch.Generator().manual_seed(0)
+    x, dx = torch.randn(2, 2, *model.shape, generator=g, dtype=torch.float64)
+    high = model.schedule.t_max
+    t, dt = torch.tensor([0.3217, 0.7391], dtype=torch.float64) * high, torch.tensor([1.0, -0.5], dtype=torch.float64) * high / 100
+
+    def f(x, t):
+        return model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond)
+
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        for dx, dt in ((dx, 0 * dt), (0 * dx, dt)):  # one by one: they differ in size
+            value, slope = torch.func.jvp(f, (x, t), (dx, dt))
+            h, along = 1e-6, lambda s: f(x + s * dx, t + s * dt)
+            difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+            assert torch.allclose(value, f(x, t)) and (slope - difference).norm() < 1e-6 * slope.norm() and slope.norm() > 0
+
+
+METHODS = dict(sid=[], decoupled_dmd=["--nfe", 4, "--cfg", 3], phased_dmd=[], msd=["--students", 2, "--adm", 0], twinflow=["--image-free", "--guide", "frozen", "--cfg", 3],
+               flowmap=[], boot=["--cfg", 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan22"])
+@pytest.mark.parametrize("script", METHODS)
+def test_every_method_without_images(script, name, folders, scripts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    size = [f for k, v in SIZE.get(name, {}).items() for f in (f"--{k}", v)]
+    p = scripts.run(f"{script}.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--batch", 4, "--smoke",
+                    "--out", tmp_path / "run", *size, *METHODS[script])
+    assert "Traceback" not in p.err and (tmp_path / "run" / "student" / "distill.json").exists() and (tmp_path / "run" / "samples" / "00000003.png").exists()
