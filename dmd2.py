@@ -49,7 +49,8 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
                   gan_weight=0.03, cls_weight=0.1),
     "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.5, ema=0,
                 gan_weight=3e-3, cls_weight=1e-2),
-    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; sd3, sana: the numbers of SDXL, which are nobody's for a flow teacher
+    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; sd3, sana, flux, ...: the numbers of SDXL, which are nobody's for a flow teacher;
+    # below, cfg is what each pipeline does when nothing is said (w = 1 on top of FLUX's own scale)
     "sd15": dict(cfg=1.75, nfe=1, lr=1e-5, lr_fake=1e-5, betas=(0.9, 0.999), ratio=10, shift=1.0, batch=2048, iters=40000, warmup=500, cooldown=0.0, ema=0,
                  gan_weight=1e-3, cls_weight=1e-2),
     "sdxl": dict(cfg=8.0, nfe=4, lr=5e-7, lr_fake=5e-7, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=128, iters=20000, warmup=500, cooldown=0.0, ema=0,
@@ -62,6 +63,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
 }
 PRESETS["toy-cond"] = PRESETS["toy"]
 PRESETS |= dict.fromkeys(("sd3", "sd3.5", "sana", "sana-0.6b"), PRESETS["sdxl"])
+PRESETS |= {k: PRESETS["sdxl"] | dict(cfg=w) for k, w in (("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0), ("wan2.1", 5.0), ("wan2.1-14b", 5.0), ("wan2.2", 5.0))}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 
 

@@ -56,6 +56,7 @@ def parse_args(argv=None):
     what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
     what.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+    what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
     what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare, --grid and --best-of, default {metrics.TEACHER_NFE}")
@@ -149,9 +150,9 @@ def load_student(folder, args, teachers):
 
 
 def text_of(args, info=None):
-    """Prompts and size for a pipeline: of the flags, else those that the student was trained with."""
+    """Prompts, size and frames for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size")}
+    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size", "frames")}
     return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
 
 
@@ -213,6 +214,8 @@ def make_rows(args, dtype):
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
+        if getattr(row["teacher"], "video", False):
+            raise UserError(f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames")
         if args.best_of and row["teacher"].adapter == "toy":
             raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
         if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):

@@ -464,15 +464,14 @@ class Routed(nn.Module):
         out, used = None, which.unique().tolist()
         if len(used) == 1:
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
-        if features:
-            raise ValueError("features of a batch that several experts share")
         for i in used:
             rows = (which == i).to(x_t.device)
             part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
-            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()})
-            out = torch.zeros_like(x_t, dtype=y.dtype) if out is None else out
-            out = out.index_put((rows,), y)
-        return out
+            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features)
+            y = y if features else [y]
+            out = [a.new_zeros(len(x_t), *a.shape[1:]) for a in y] if out is None else out
+            out = [a.index_put((rows,), b) for a, b in zip(out, y)]
+        return out if features else out[0]
 
     x0, guided, pair = forward, Model.guided, Model.pair
 
@@ -482,6 +481,11 @@ class Routed(nn.Module):
     def checkpoint_activations(self):
         for expert in self.experts:
             expert.checkpoint_activations()
+
+    def extend(self, *names):
+        for expert in self.experts:
+            expert.extend(*names)
+        return self
 
     def config(self):
         return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
@@ -502,6 +506,12 @@ HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
     "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
 }
 EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
 

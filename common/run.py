@@ -69,6 +69,7 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
         self.model.add_argument("--cache-prompts", help="folder for their embeddings, computed once; default out/prompts")
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+        self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
@@ -319,7 +320,7 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, say=self.print, once=self.once)
 
     # -- networks and steps
 
@@ -329,9 +330,11 @@ class Run:
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
+        idle = any(hasattr(m, "experts") for m in model.modules())  # models.Routed: an iteration may have no sample for one of its experts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
-            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                             find_unused_parameters=idle)
 
     def average_gradients(self, params):
         """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around

@@ -1,4 +1,5 @@
-"""Text-to-image pipelines of diffusers as teachers: SD 1.x and 2.x, SDXL, SD3 and 3.5, SANA. `load_teacher` of common/models.py comes here for a short name
+"""Text-to-image and text-to-video pipelines of diffusers as teachers: SD 1.x and 2.x, SDXL, SD3 and 3.5, SANA here; FLUX.1, Qwen-Image, Z-Image, Wan in
+common/teachers_flow.py. `load_teacher` of common/models.py comes here for a short name
 (sdxl), a hub name (owner/name) or a folder with model_index.json; a fine-tune of any of them is its folder.
 
 An adapter is a subclass of `Pipeline`: which schedule, how the network is called, how the pipeline turns text into tensors. Conditions are rows of a table:
@@ -22,7 +23,7 @@ from common.models import EXTRAS, HUB, Model, load_extras, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
 SHARD = 1024  # prompts in one file of the cache
-FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
 
@@ -129,6 +130,7 @@ class Pipeline(Model):
     """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
 
     part, network = "transformer", None  # subfolder and diffusers class of the network
+    video, at_once = False, 4  # samples are videos; how many the VAE takes at a time
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
@@ -163,6 +165,10 @@ class Pipeline(Model):
         student.folder = Path(folder)
         return student
 
+    def whole(self, folder, index, dtype):
+        """This model, or several as one where the pipeline has several networks. index: of model_index.json."""
+        return self
+
     def attach(self, folder, table, prompts):
         self.folder, self.table, self.prompts, self.classes = folder, table, prompts, len(prompts)
 
@@ -174,10 +180,11 @@ class Pipeline(Model):
         raise NotImplementedError
 
     def encode(self, labels):
-        return self.table.rows(torch.as_tensor(labels).cpu(), self.device)
+        labels = torch.as_tensor(labels)
+        return self.table.rows(labels.cpu(), self.device) | dict(labels=labels.to(self.device))  # the network does not see these: `Routed` by label does
 
     def null(self, n):
-        return self.table.nulls(n, self.device)
+        return self.table.nulls(n, self.device) | dict(labels=torch.full((n,), self.classes, device=self.device))
 
     # -- latents and pixels
 
@@ -203,10 +210,10 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents -> uint8 images [n, 3, H, W], four at a time."""
+        """Latents -> uint8 images [n, 3, H, W], `at_once` at a time."""
         vae = self.vae.to(x.device)
         shift, scale = self.latent_stats()
-        images = [vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0] for part in x.split(4)]
+        images = [self.from_vae((part / scale + shift).to(vae.dtype)) for part in x.split(self.at_once)]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()
@@ -214,11 +221,16 @@ class Pipeline(Model):
         vae = self.vae.to(images.device)
         shift, scale = self.latent_stats()
         out = []
-        for part in images.split(4):
-            y = vae.encode(part.to(vae.dtype) / 127.5 - 1, return_dict=False)[0]
-            y = (y if torch.is_tensor(y) else y.mode()).float()  # AutoencoderDC gives the latents themselves
-            out.append((y - shift) * scale)
+        for part in images.split(self.at_once):
+            out.append((self.to_vae(part.to(vae.dtype) / 127.5 - 1).float() - shift) * scale)
         return torch.cat(out)
+
+    def from_vae(self, z):
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def to_vae(self, y):
+        z = self.vae.encode(y, return_dict=False)[0]
+        return z if torch.is_tensor(z) else z.mode()  # AutoencoderDC gives the latents themselves
 
     # -- the network
 
@@ -253,10 +265,11 @@ def vp(scheduler):
 
 def flow(scheduler, tokens=None):
     """Flow with the pipeline's time shift. Dynamic shifting: exp(mu), mu linear in the number of image tokens."""
-    if scheduler.get("use_dynamic_shifting") and tokens:
+    if scheduler.get("use_dynamic_shifting") and tokens:  # "linear" shifts by mu itself
         a, b = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        return schedules.Flow(math.exp(low + (high - low) * (tokens - a) / (b - a)))
+        mu = low + (high - low) * (tokens - a) / (b - a)
+        return schedules.Flow(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
     return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
 
 
@@ -363,7 +376,9 @@ class Sana(Pipeline):
         return [self.net.time_embed.emb.timestep_embedder], c.num_attention_heads * c.attention_head_dim
 
 
-PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana)}
+from common.teachers_flow import Flux, QwenImage, Wan, ZImage  # noqa: E402  here, since they are subclasses of Pipeline
+
+PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana, Flux, QwenImage, ZImage, Wan)}
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------------------------------------
@@ -394,28 +409,34 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn()):
-    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for."""
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
+    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
+    frames: of a video, likewise."""
+    folder = fetch(name)
+    index = read_index(name, folder)
+    cls = PIPELINES[index["_class_name"]]
+    if frames is not None and not cls.video:
+        raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
+    if not isinstance(prompts, list):
+        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     import diffusers
     import transformers
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    folder = fetch(name)
-    index = read_index(name, folder)
-    cls = PIPELINES[index["_class_name"]]
-    if not isinstance(prompts, list):
-        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
+    if not hasattr(diffusers, cls.pipeline):
+        raise UserError(f"--teacher {name}: {cls.pipeline}: expected a newer diffusers, found {diffusers.__version__}")
     table = embed(cls, folder, prompts, device, dtype, cache, say, once)
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-        model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
+        model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
+        model.attach(Path(folder), table, prompts)
+        model = model.whole(folder, index, dtype)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
-    model.attach(Path(folder), table, prompts)
     model.dtype = dtype
     return model.requires_grad_(False).to(device)
