@@ -234,7 +234,7 @@ def main():
     student = models.Routed([one.copy() for _ in range(args.students)], "label", table)
     ema = EMA(student, args.ema)
     with torch.no_grad():
-        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
+        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
     head = lambda: Head(h).to(run.device) if args.adm else None
     mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
     critic = Critic(teacher.copy(), head(), mark(0, 0, 0, "dm"))

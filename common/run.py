@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, presets, argv=None):
         """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
         teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
-        self.set_defaults(**presets.get(teacher, presets["default"]))
+        self.set_defaults(**presets.get(teacher, presets.get(Path(teacher).name, presets["default"])))  # a folder may be called like a preset
         args = self.parse_args(argv)
         if args.smoke:
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)

@@ -146,6 +146,7 @@ class Pipeline(Model):
         return getattr(diffusers, cls.pipeline).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **without)
 
     without = ()  # further components that are not loaded
+    pickles = False  # .bin files (weights only, no code) where there are no safetensors
 
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
@@ -385,7 +386,7 @@ def fetch(name):
         return str(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"] + ["*/*.bin"] * HUB.get(name, name).startswith("facebook/DiT")  # `pickles`
     try:
         return snapshot_download(HUB.get(name, name), allow_patterns=wanted, ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
@@ -402,18 +403,20 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
-    if not isinstance(prompts, list):
+    if prompts is not None and cls.text is None:
+        raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
+    if cls.text is not None and not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
-    table = embed(cls, folder, prompts, device, dtype, cache, say, once)
+    table = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
         net = cls.load_net(folder, dtype)
-        vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=None if cls.pickles else True)
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.attach(Path(folder), table, prompts)
-    model.dtype = dtype
+    model.dtype, model.cache, model.vae_folder = dtype, cache, Path(folder) / "vae"
     return model.requires_grad_(False).to(device)
