@@ -581,7 +581,7 @@ def load_routed(folder, info, teacher=None):
 
 def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once)."""
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data)."""
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):

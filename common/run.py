@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
-        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
+        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class (text-to-image: with captions, .txt or metadata.jsonl); default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
@@ -306,7 +306,7 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, say=self.print, once=self.once, data=a.data)
 
     # -- networks and steps
 

@@ -18,12 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import schedules
+from common.data import LONGEST, SHARD, read_captions
 from common.models import EXTRAS, HUB, Model, load_extras, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
-SHARD = 1024  # prompts in one file of the cache
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
-LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------------------------
@@ -59,6 +58,12 @@ class Table:
         """index: int64 [n] -> dict of tensors [n, ...]."""
         index = index.tolist()
         return {k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device) for k in self.null}
+
+    def append(self, other):
+        """Takes the rows of another table in, behind its own -> number of the first of them. Numbers between may have no row."""
+        same_length([*self.parts, *other.parts, self.null])
+        self.parts += other.parts
+        return SHARD * (len(self.parts) - len(other.parts))
 
     def nulls(self, n, device):
         return {k: v.expand(n, *v.shape[1:]).to(device) for k, v in self.null.items()}
@@ -174,8 +179,8 @@ class Pipeline(Model):
         """Prompts (list), or None: the null prompt as this pipeline has it -> dict of tensors [n, ...]."""
         raise NotImplementedError
 
-    def encode(self, labels):
-        return self.table.rows(torch.as_tensor(labels).cpu(), self.device)
+    def encode(self, labels):  # the numbers themselves go along: they tell whose sample it is (Routed)
+        return dict(self.table.rows(torch.as_tensor(labels).cpu(), self.device), labels=torch.as_tensor(labels, device=self.device))
 
     def null(self, n):
         return self.table.nulls(n, self.device)
@@ -212,6 +217,8 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def encode_images(self, images):
+        if images.is_floating_point():  # latents already, of the cache (common/data.py)
+            return images
         vae = self.vae.to(images.device)
         shift, scale = self.latent_stats()
         out = []
@@ -393,8 +400,9 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn()):
-    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for."""
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn(), data=None):
+    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
+    data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
     import diffusers
     import transformers
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
@@ -407,7 +415,10 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
     if cls.text is not None and not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
-    table = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None
+    captions = read_captions(data) if data and cls.text is not None else []
+    table, first = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None, None
+    if captions:
+        first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
         net = cls.load_net(folder, dtype)
@@ -418,5 +429,5 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.attach(Path(folder), table, prompts)
-    model.dtype, model.cache, model.vae_folder = dtype, cache, Path(folder) / "vae"
+    model.dtype, model.cache, model.vae_folder, model.captioned = dtype, cache, Path(folder) / "vae", ([path for path, _ in captions], first)
     return model.requires_grad_(False).to(device)

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 import dmd2
 import tiny
 from common import models, teachers
-from common.data import load_images
 from common.run import UserError
 from common.schedules import EDM, VP, Flow
 
@@ -179,11 +178,6 @@ def test_size(folders):
     for size in (30, 0, -4):
         with pytest.raises(UserError, match=f"--size {size}: expected a multiple of 4 pixels"):
             load(folders, "sd15", size=size)
-
-
-def test_class_folders_are_refused(folders, tmp_path):
-    with pytest.raises(UserError, match="--data .*text-to-image"):
-        load_images(str(tmp_path), load(folders, "sd15"))
 
 
 def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):
