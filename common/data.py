@@ -2,6 +2,7 @@
 with captions. For teachers of latents, the images are encoded once and the latents kept on disk. Order is a function of (seed, sample counter)."""
 import hashlib
 import json
+import os
 import warnings
 import zipfile
 import zlib
@@ -170,7 +171,7 @@ def read_captions(folder):
             if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not isinstance(entry.get("text"), str):
                 raise UserError(f"--data {where}: expected a JSON object with file_name and text, both text")
             path = inside(folder / entry["file_name"], f"{table.name}: line {i}")
-            if not path.is_file():
+            if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that no file can have
                 raise UserError(f"--data {where}: no such file: {entry['file_name'][:100]!r}")
             found.append((path, caption(entry["text"], where)))
     else:
