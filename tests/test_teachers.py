@@ -118,6 +118,7 @@ def test_decoding_is_the_pipelines(name, folders):
 def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
     import diffusers
+    scripts.warm(*tiny.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4]
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")

@@ -435,6 +435,7 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     """From the command line: three iterations, pictures, export, resume; the student is loaded by diffusers."""
     import diffusers
+    scripts.warm(*tiny.MODULES)
     cls = "UNet2DModel" if name == "edm" else "DiTTransformer2DModel"
     args = ["--teacher", folders(name), "--nfe", nfe, "--batch", 4, "--cfg", 1 if name == "edm" else 2, "--cache-prompts", tmp_path / "cache", "--lr", 1e-3, "--warmup", 0]
     args += ["--gan", "--data", pictures] * gan
@@ -454,5 +455,6 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
 
 
 def test_guidance_without_a_null_label(folders, scripts, tmp_path):
+    scripts.warm(*tiny.MODULES)
     p = scripts.run("dmd2.py", "--teacher", folders("edm"), "--cfg", 2, "--batch", 4, "--smoke", "--out", tmp_path / "run", code=2)
     assert p.err.count("\n") == 1 and "--cfg: expected 1" in p.err

@@ -3,6 +3,9 @@ import json
 
 import torch
 
+MODULES = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+           "diffusers.pipelines.dit.pipeline_dit", "transformers.models.clip.modeling_clip"]  # what scripts on these folders import (tests/forks.py, `warm`)
+
 
 def words(folder):
     """A CLIP tokenizer of single letters: vocab.json and merges.txt in CLIP's format."""
