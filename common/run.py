@@ -334,6 +334,8 @@ class Run:
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
         memory = 0
+        if self.args.cfg not in (None, 1) and "teacher" in facts:
+            facts["teacher"].null(1)  # a teacher without a null label says so here
         self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
         for name, value in facts.items():
             if isinstance(value, torch.nn.Module):

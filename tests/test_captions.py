@@ -240,7 +240,7 @@ def test_parts():
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 RUNS = [("dmd2", "sd15", ["--gan", "--nfe", 2, "--cfg", 2]), ("sana_sprint", "sd15", ["--time", "native"]), ("twinflow", "sd3", []),
         slow("dmd2", "sd3", ["--gan", "--nfe", 4, "--cfg", 2]), slow("sana_sprint", "sd3", ["--time", "native", "--cfg-train", 1, 2, "--cfg", 2]),
-        slow("twinflow", "sd15", []), slow("msd", "sd15", ["--students", 2, "--adm", 0.4, "--cfg", 2]), slow("sid", "sd15", ["--gan", "--cfg", 1]),
+        slow("twinflow", "sd15", []), slow("msd", "sd15", ["--students", 2, "--adm", 0.4, "--cfg", 2]), slow("sid", "sd15", ["--gan", "--gan-warmup", 4, "--cfg", 1]),
         slow("decoupled_dmd", "sd15", ["--gan", "--cfg", 2]), slow("dmd2", "sdxl", ["--sim", "data", "--nfe", 2, "--cfg", 2])]
 
 
@@ -253,7 +253,7 @@ def test_script(method, name, flags, folders, scripts, tmp_path):  # noqa: F811
     p = scripts.run(f"{method}.py", *args, "--smoke", "--out", tmp_path / "run")
     assert p.out.count("encoding") == 3 and "5 images, with captions, 0 skipped" in p.out and "Traceback" not in p.err
     values = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(values) == 3 and all(v["skipped"] == 0 for v in values)
+    assert len(values) >= 3 and all(v["skipped"] == 0 for v in values)
     info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders, name, None, tmp_path / "cache")
     student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
