@@ -254,7 +254,8 @@ def test_script(method, name, flags, folders, scripts, tmp_path):  # noqa: F811
     assert p.out.count("encoding") == 3 and "5 images, with captions, 0 skipped" in p.out and "Traceback" not in p.err
     values = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(values) >= 3 and all(v["skipped"] == 0 for v in values)
-    info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders, name, None, tmp_path / "cache")
+    info = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())
+    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
     student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
     again = scripts.run(f"{method}.py", *args, "--smoke", "--overwrite", "--out", tmp_path / "run")
