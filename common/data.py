@@ -106,7 +106,8 @@ def existing(folder):
 
 
 def image_files(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(folder).parts)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not hidden(p))
 
 
 def read_images(files, channels, size, say):
@@ -193,7 +194,7 @@ class Shards:
 
     def __init__(self, parts):
         self.parts = parts
-        self.place = torch.tensor([(i, j) for i, p in enumerate(parts) for j in range(len(p))], dtype=torch.int64).view(-1, 2)
+        self.place = torch.cat([torch.stack([torch.full((len(p),), i), torch.arange(len(p))], 1) for i, p in enumerate(parts)])
 
     def __len__(self):
         return len(self.place)

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         self.optim, self.run = self.add_argument_group("optimisation"), self.add_argument_group("run")
         self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist; sdxl, sd15, sana, sd3, ... (common/models.py, HUB); a name on the hub; a folder")
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
-        self.model.add_argument("--cache-prompts", help="folder for their embeddings, computed once; default out/prompts")
+        self.model.add_argument("--cache-prompts", help="folder for their embeddings and for latents of --data, computed once; default out/prompts")
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")

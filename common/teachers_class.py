@@ -11,7 +11,8 @@ EDM: a folder in our own format, config.json and diffusion_pytorch_model.safeten
     edm-imagenet64/teacher.json   {"model": {"adapter": "edm", "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}, "prediction": "edm",
                                    "shape": [3, 64, 64], "classes": 1000, "sigma_data": 0.5, "time_scale": 1000}}
     NVIDIA's pickles hold code and are never read. OpenAI's edm_imagenet64_ema.pt (github.com/openai/consistency_models, MIT) is a plain state dict of the
-    same network; diffusers' scripts/convert_consistency_to_diffusers.py (use --class_cond) writes its UNet2DModel, whose two files go into the folder.
+    same kind of network. diffusers' scripts/convert_consistency_to_diffusers.py makes a UNet2DModel of it: call the file cd_imagenet64_edm.pt, since the
+    script goes by names, and move the two files of the unet/ that it writes into the folder. (Read in the script; the weights were not at hand here.)
     time_scale: the network is shown time_scale ln(sigma) / 4. OpenAI's sees 1000 of it, NVIDIA's 1 (the default).
     classes: as many as num_class_embeds: no null label, so no guidance. One fewer: the last row is the null label. Weights of a linear layer on one-hot
     labels are the transposed table, and its null, all zeros, is a row of zeros.
@@ -102,6 +103,13 @@ class SiT(ClassDiT):
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
         return waves(super().load_net(folder, dtype, sub))
+
+    def load_student(self, folder, info):
+        student = super().load_student(folder, info)
+        if info.get("convention") not in ("sit", "repa"):
+            raise UserError(f"{folder}: convention: expected sit or repa, found {info.get('convention')!r}")
+        student.convention = info["convention"]  # its own, whatever this teacher's is
+        return student
 
     def predict(self, x, t, cond):
         return -self.call(x, 1 - t, cond) if self.convention == "sit" else self.call(x, t, cond)

@@ -33,6 +33,8 @@ def jsonl(home, *lines):
 
 def test_text_files(tmp_path):
     fill(tmp_path)
+    picture(tmp_path / ".trash" / "9.png")
+    picture(tmp_path / "deep" / "._3.png")
     (tmp_path / "0.txt").write_bytes("\ufeffzwei  Zeilen\r\nmit Ümlaut \n".encode())
     found = read_captions(tmp_path)
     assert [(str(p.relative_to(tmp_path)), text) for p, text in found] == [
@@ -218,6 +220,14 @@ def test_embeddings_of_other_lengths():
     assert table.nulls(3, "cpu")["text"].shape == (3, 6, 2)
 
 
+def test_rows_of_two_tables(monkeypatch):
+    monkeypatch.setattr(teachers, "SHARD", 2)
+    part = lambda *values: dict(pooled=torch.tensor(values)[:, None])
+    table = teachers.Table([part(0, 1), part(2)], part(9))
+    first = table.append(teachers.Table([part(10, 11), part(12)], part(9)))
+    assert table.rows(torch.tensor([0, 2, first, first + 1, first + 2]), "cpu")["pooled"].flatten().tolist() == [0, 2, 10, 11, 12]
+
+
 def test_shards():
     whole = torch.arange(12.0).view(6, 2)
     s = Shards([whole[:1], whole[1:1], whole[1:5], whole[5:]])
@@ -238,7 +248,7 @@ def test_parts():
 
 
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
-RUNS = [("dmd2", "sd15", ["--gan", "--nfe", 2, "--cfg", 2]), ("sana_sprint", "sd15", ["--time", "native"]), ("twinflow", "sd3", []),
+RUNS = [("dmd2", "sd15", ["--gan", "--nfe", 2, "--cfg", 2]), slow("sana_sprint", "sd15", ["--time", "native"]), slow("twinflow", "sd3", []),
         slow("dmd2", "sd3", ["--gan", "--nfe", 4, "--cfg", 2]), slow("sana_sprint", "sd3", ["--time", "native", "--cfg-train", 1, 2, "--cfg", 2]),
         slow("twinflow", "sd15", []), slow("msd", "sd15", ["--students", 2, "--adm", 0.4, "--cfg", 2]), slow("sid", "sd15", ["--gan", "--gan-warmup", 4, "--cfg", 1]),
         slow("decoupled_dmd", "sd15", ["--gan", "--cfg", 2]), slow("dmd2", "sdxl", ["--sim", "data", "--nfe", 2, "--cfg", 2])]

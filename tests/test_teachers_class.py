@@ -222,6 +222,10 @@ def test_sit_student_in_plain_diffusers(folders, tmp_path):
     from diffusers.models.embeddings import Timesteps
     model = load(folders("sit"))
     model.copy().save(tmp_path / "student", {})
+    info, other = json.loads((tmp_path / "student" / "distill.json").read_text())["model"], load(folders("sit", projectors=True))
+    assert (other.convention, models.load_model(tmp_path / "student", info, other).convention) == ("repa", "sit")
+    with pytest.raises(UserError, match="convention: expected sit or repa"):
+        models.load_model(tmp_path / "student", {k: v for k, v in info.items() if k != "convention"}, model)
     net, x, labels = DiTTransformer2DModel.from_pretrained(tmp_path / "student").eval(), noise(0, 2, 4, 8, 8), torch.tensor([1, 2])
     for block in net.transformer_blocks:
         block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -366,6 +370,20 @@ def test_copies_features_new_conditions_and_files(name, folders, tmp_path):
     assert torch.allclose(y, after, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dit", "sit", "edm"])
+@torch.no_grad()
+def test_bf16(name, folders):
+    """As teachers run on a GPU: latent networks in bf16 weights, the rest under autocast; answers stay those of fp32 up to rounding."""
+    full, half = load(folders(name)), models.load_teacher(str(folders(name)), dtype=torch.bfloat16, text=dict(say=lambda *a: None))
+    x, cond = noise(0, 2, *full.shape), full.encode([1, 2])
+    a, b = full.guided(x, 0.8, 0.6, cond, 1), half.guided(x, 0.8, 0.6, cond, 1)
+    assert b.dtype == torch.float32 and 0 < (a - b).norm() < 0.03 * a.norm()
+    assert next(half.net.parameters()).dtype == (torch.float32 if name == "edm" else torch.bfloat16) and half.copy().net.dtype == torch.float32
+    if name != "edm":
+        pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+        assert half.decode(x).dtype == torch.uint8 and (half.encode_images(pixels) - full.encode_images(pixels)).abs().max() < 0.05
+
+
 def test_dense_times_of_dit(folders, tmp_path):
     """sana_sprint's --time dense: the network is shown times in [0, 1]."""
     model, seen = load(folders("dit")), []
@@ -452,6 +470,17 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     if gan:
         again = scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
         assert "resumed it-00000003.pt" in again.out and (name == "edm" or "read from" in again.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, name, flags", [("sana_sprint", "dit", []), ("twinflow", "sit", []), ("sid", "edm", ["--gan", "--cfg", 1]), ("flowmap", "sit", ["--cfg", 2])])
+def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path):
+    scripts.warm(*tiny.MODULES)
+    args = ["--teacher", folders(name), "--batch", 8, "--cache-prompts", tmp_path / "cache", *flags] + ["--data", pictures] * (method != "flowmap")
+    scripts.run(f"{method}.py", *args, "--smoke", "--out", tmp_path / "run")
+    info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders(name))
+    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    assert student.config() == info["model"] and getattr(student, "dense", False) == (name != "edm")
 
 
 def test_guidance_without_a_null_label(folders, scripts, tmp_path):
