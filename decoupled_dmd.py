@@ -251,7 +251,7 @@ def main():
     images = data.load_images(args.data, teacher, run.print) if args.gan else None
     if args.gan:
         with torch.no_grad():
-            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
+            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
     critic = Critic(fake, h).to(run.device)
     for model in (student, fake) if args.grad_checkpoint else ():

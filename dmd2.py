@@ -57,11 +57,13 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
                  gan_weight=5e-3, cls_weight=1e-2),
     # SDXL as LoRA [C]: --lora 64 --lora-alpha 8 --lr 5e-5 --lr-fake 5e-5, the critic whole; its convolutions too (--lora-targets). SDXL in one step [C]:
     # --nfe 1 --steps 399 --regression 10000 2000 1e-5, batch 256 there, and LPIPS of decoded images instead of the latents' squares
-    # any other folder: ImageNet-64 of the paper [P, C: lr 2e-6, ratio 5, batch 280, 200K iterations, w_G 3e-3, w_D 1e-2 (w_D: [C] only), warm-up 500]
-    "default": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
-                    gan_weight=3e-3, cls_weight=1e-2),
+    # the paper's ImageNet-64, also for any other folder [P, C: lr 2e-6, ratio 5, batch 280, 200K iterations, w_G 3e-3, w_D 1e-2 (w_D: [C] only), warm-up 500]
+    "edm-imagenet64": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
+                           gan_weight=3e-3, cls_weight=1e-2),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "default": PRESETS["edm-imagenet64"]}
+# ImageNet latents: the numbers of ImageNet-64, not the paper's for these; cfg 1.5 is what DiT and SiT report their best FID with
+PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))
 PRESETS |= dict.fromkeys(("sd3", "sd3.5", "sana", "sana-0.6b"), PRESETS["sdxl"])
 PRESETS |= {k: PRESETS["sdxl"] | dict(cfg=w) for k, w in (("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0), ("wan2.1", 5.0), ("wan2.1-14b", 5.0), ("wan2.2", 5.0))}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
@@ -244,7 +246,7 @@ def main():
     head = None
     if args.gan:
         with torch.no_grad():
-            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
+            h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
         head = Head(h).to(run.device)
     critic = Critic(fake, head)

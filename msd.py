@@ -222,19 +222,19 @@ def main():
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     classes = max(teacher.classes, 1)
-    if args.students > (found := len(teacher.encode(torch.arange(classes))["labels"].unique())):
+    if args.students > (found := classes if hasattr(teacher, "prompts") else len(teacher.encode(torch.arange(classes))["labels"].unique())):
         raise UserError(f"--students {args.students}: expected at most {found}, the number of different conditions of --teacher {args.teacher}")
     table = partition(classes, args.students, args.partition, args.seed)
     own = [(torch.tensor(table) == k).nonzero()[:, 0] for k in range(args.students)]  # V_k
     images = data.load_images(args.data, teacher, run.print) if args.tsm or args.adm else None
-    parts = [data.Images(images.images[m], images.labels[m], images.names) for m in (torch.isin(images.labels, v) for v in own)] if args.adm else []
+    parts = [images.part(v, k, args.students) for k, v in enumerate(own)] if args.adm else []
     if empty := [v.tolist() for v, part in zip(own, parts) if not len(part)]:
         raise UserError(f"--data: the adversarial stage needs images of each student's labels, found none of {empty[0]}")
     one = teacher.resized(args.small, args.seed) if args.small else teacher
     student = models.Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
     ema = EMA(student, args.ema)
     with torch.no_grad():
-        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=True)[-1]
+        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
     head = lambda: Head(h).to(run.device) if args.adm else None
     mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
     critic = Critic(teacher.copy(args.lora_fake), head(), mark(0, 0, 0, "dm"))

@@ -250,7 +250,7 @@ def main():
     torch.manual_seed(args.seed)  # new parts start equal on all processes
     student = teacher.copy(args.lora).extend(*["guidance"] * told)
     with torch.no_grad():
-        features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.null(1), features=DEPTHS)
+        features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads, log_var = nn.ModuleList(map(Head, features)).to(run.device).eval(), models.Scalar(32).to(run.device)
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
     floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv

@@ -1,4 +1,8 @@
-"""Images with labels: the embedded set of a teacher, or a folder with one subfolder per class. Order is a function of (seed, sample counter)."""
+"""Images with labels or captions: the embedded set of a teacher, a folder with one subfolder per class, or, for text-to-image teachers, a folder of images
+with captions. For teachers of latents, the images are encoded once and the latents kept on disk. Order is a function of (seed, sample counter)."""
+import hashlib
+import json
+import os
 import warnings
 import zipfile
 import zlib
@@ -6,14 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from common.run import UserError, mix
+from common.run import ROOT, UserError, atomic, mix
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LONGEST = 4000  # characters of a prompt or caption; text encoders read a few hundred tokens
+SHARD = 1024  # rows in one file of a cache
 
 
 class Images:
-    """images: uint8 [N, C, H, W]; labels: int64 [N]; names: of the classes. Kept in memory: sets meant here are small, latents of large ones come cached."""
+    """images: uint8 [N, C, H, W], or latents (`Shards`), which teacher.encode_images leaves as they are; labels: int64 [N], what teacher.encode turns into
+    conditions, for captions their rows in its table; names: of the classes, [] for captions. Pixels are kept in memory: sets meant here are small."""
 
     def __init__(self, images, labels, names):
         self.images, self.labels, self.names = images, labels, names
@@ -29,6 +38,11 @@ class Images:
             here = rows // n == epoch
             index[here] = self.order(epoch, seed)[rows[here] % n]
         return self.images[index], self.labels[index]
+
+    def part(self, labels, k, n):
+        """Those of these labels. Captions have no class: they are dealt out, to share k of n every n-th."""
+        mine = torch.isin(self.labels, labels) if self.names else torch.arange(len(self)) % n == k
+        return Images(self.images[mine], self.labels[mine], self.names)
 
     def order(self, epoch, seed):
         if getattr(self, "cached", (None, None))[0] != (epoch, seed):
@@ -57,7 +71,7 @@ def read_image(path, channels, size):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a bomb is refused, not warned about
         try:
-            with Image.open(path) as img:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as img:  # others run programs (EPS) or are rare
                 img = img.convert("L" if channels == 1 else "RGB")
         except Exception as e:  # pillow's readers raise many kinds for a damaged file
             raise ValueError(f"{type(e).__name__}: {e}") from None
@@ -69,29 +83,188 @@ def read_image(path, channels, size):
 
 def load_folder(folder, channels, size, say=print):
     """Images below `folder`: one subfolder per class (sorted by name = label), or no subfolders = one class. Unreadable files are named and skipped."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: expected a folder of images, found {'a file' if folder.exists() else 'nothing'}")
-    classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")) or [folder]
-    images, labels, skipped = [], [], 0
-    for label, sub in enumerate(classes):
-        for path in sorted(p for p in sub.rglob("*") if p.suffix.lower() in SUFFIXES):
-            try:
-                images.append(read_image(path, channels, size))
-                labels.append(label)
-            except ValueError as e:
-                skipped += 1
-                say(f"skipped {path}: not readable as an image ({str(e)[:100]})")
+    files, labels, names = class_folders(folder)
+    images, kept = read_images(files, channels, size, say)
     if not images:
-        raise UserError(f"--data {folder}: expected images ({', '.join(SUFFIXES)}), found none readable ({skipped} skipped)")
-    say(f"{folder}: {len(images)} images, {len(classes)} classes, {skipped} skipped")
-    return Images(torch.stack(images), torch.tensor(labels), [c.name for c in classes])
+        raise UserError(f"--data {folder}: expected images ({', '.join(SUFFIXES)}), found none readable ({len(files)} skipped)")
+    say(f"{folder}: {len(images)} images, {len(names)} classes, {len(files) - len(images)} skipped")
+    return Images(torch.stack(images), labels[kept], names)
+
+
+def class_folders(folder):
+    """-> image files, their labels (int64), names of the classes."""
+    folder = existing(folder)
+    classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")) or [folder]
+    found = [(path, label) for label, sub in enumerate(classes) for path in image_files(sub)]
+    return [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.int64), [c.name for c in classes]
+
+
+def existing(folder):
+    if not Path(folder).is_dir():
+        raise UserError(f"--data {folder}: expected a folder of images, found {'a file' if Path(folder).exists() else 'nothing'}")
+    return Path(folder)
+
+
+def image_files(folder):
+    hidden = lambda p: any(part.startswith(".") for part in p.relative_to(folder).parts)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not hidden(p))
+
+
+def read_images(files, channels, size, say):
+    """-> list of uint8 [C, size, size], their numbers among `files`. Unreadable ones are named and left out."""
+    images, kept = [], []
+    for i, path in enumerate(files):
+        try:
+            images.append(read_image(path, channels, size))
+            kept.append(i)
+        except ValueError as e:
+            say(f"skipped {path}: not readable as an image ({str(e)[:100]})")
+    return images, kept
+
+
+# ---- captions ---------------------------------------------------------------------------------------------------------------------------
+
+
+def read_captions(folder):
+    """-> list of (image file, caption): lines of metadata.jsonl (file_name, text: the imagefolder format of Hugging Face), or each image with its same-name
+    .txt. The folder may be somebody else's: nothing outside of it is read, whatever its names and links say."""
+    folder = existing(folder)
+    home = folder.resolve()
+
+    def inside(path, where):
+        try:
+            if ".." not in path.relative_to(folder).parts and path.resolve().is_relative_to(home):
+                return path
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+            pass
+        raise UserError(f"--data {folder}: {where}: expected a file in this folder, found a way out of it: {str(path)[:100]!r}")
+
+    def pieces(path, limit, read):
+        """What f.read or f.readline gives until the end, none of it above limit bytes."""
+        try:
+            with open(inside(path, path.name), "rb") as f:
+                while piece := getattr(f, read)(limit + 1):
+                    if len(piece) > limit:
+                        raise UserError(f"--data {path}: expected captions of at most {LONGEST} characters, found one of over {limit} bytes")
+                    yield piece
+        except OSError as e:
+            raise UserError(f"--data {path}: {e.strerror}") from None
+
+    def caption(text, where):
+        try:
+            text = " ".join((text.decode("utf-8-sig") if isinstance(text, bytes) else text.encode().decode()).split())
+        except UnicodeError:
+            raise UserError(f"--data {where}: expected UTF-8 text") from None
+        if len(text) > LONGEST:
+            raise UserError(f"--data {where}: expected a caption of at most {LONGEST} characters, found {len(text)}")
+        return text
+
+    found, table = [], folder / "metadata.jsonl"
+    if table.is_file():
+        for i, line in enumerate(pieces(table, 16 * LONGEST, "readline"), 1):
+            if not line.strip():
+                continue
+            where = f"{table}: line {i}"
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not isinstance(entry.get("text"), str):
+                raise UserError(f"--data {where}: expected a JSON object with file_name and text, both text")
+            path = inside(folder / entry["file_name"], f"{table.name}: line {i}")
+            if not os.path.isfile(path):  # unlike Path.is_file, False also for a name that no file can have
+                raise UserError(f"--data {where}: no such file: {entry['file_name'][:100]!r}")
+            found.append((path, caption(entry["text"], where)))
+    else:
+        files = [inside(p, "image") for p in image_files(folder)]
+        if lonely := [p for p in files if not p.with_suffix(".txt").is_file()]:
+            raise UserError(f"--data {folder}: expected a caption for each image, in a .txt of its name or in metadata.jsonl, found none for {len(lonely)} of "
+                            f"{len(files)} images, the first is {lonely[0].relative_to(folder)}")
+        found = [(p, caption(b"".join(pieces(p.with_suffix(".txt"), 4 * LONGEST, "read")), p.with_suffix(".txt"))) for p in files]
+    if not found:
+        raise UserError(f"--data {folder}: expected images ({', '.join(SUFFIXES)}) with captions, found none")
+    return found
+
+
+# ---- latents ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Rows of several tensors, which are memory-mapped files where they come from a cache, as one. Index: row numbers or a mask."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.place = torch.cat([torch.stack([torch.full((len(p),), i), torch.arange(len(p))], 1) for i, p in enumerate(parts)])
+
+    def __len__(self):
+        return len(self.place)
+
+    def __getitem__(self, index):
+        rows = [self.parts[i][j] for i, j in self.place[index].tolist()]
+        return torch.stack(rows) if rows else self.parts[0][:0]
+
+
+def stamps(files, base):
+    """What changes when files do: names, sizes and times."""
+    stat = lambda p: (p.stat().st_size, p.stat().st_mtime_ns) if p.exists() else ()
+    return [(str(p.relative_to(base)), *stat(p)) for p in files]
+
+
+def load_latents(data, teacher, say=print):
+    """Images for a teacher of latents: encoded once by its VAE, in turn by all processes, then read from the cache (beside that of the prompts)."""
+    from common.metrics import together
+    dist = torch.distributed
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(teacher.shape) != 3 or teacher.shape[1] != teacher.shape[2]:
+        raise UserError(f"--data {data}: expected a teacher of square images, found samples {list(teacher.shape)}")
+    if hasattr(teacher, "prompts"):
+        files, first = teacher.captioned
+        labels, names = torch.arange(len(files)) + first, []
+    else:
+        files, labels, names = class_folders(data)
+        if len(names) > teacher.classes:
+            raise UserError(f"--data {data}: expected at most {teacher.classes} class subfolders for this teacher, found {len(names)}")
+    vae = sorted(p for p in teacher.vae_folder.glob("*") if p.is_file())
+    key = [str(teacher.folder), stamps(vae, teacher.vae_folder), str(teacher.vae.dtype), teacher.image_shape, str(Path(data).resolve()), stamps(files, Path(data))]
+    home = Path(teacher.cache or ROOT / "out" / "prompts") / f"{Path(data).resolve().name}-latents-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    paths = [home / f"{i:05d}.safetensors" for i in range(-(-len(files) // SHARD))]
+
+    def compute():
+        home.mkdir(parents=True, exist_ok=True)
+        for i in [i for i in range(rank, len(paths), world) if not paths[i].is_file()]:
+            latents, kept = [torch.zeros(0, *teacher.shape)], []
+            for start in range(i * SHARD, min((i + 1) * SHARD, len(files)), 16):
+                images, part = read_images(files[start:min(start + 16, (i + 1) * SHARD)], 3, teacher.image_shape[-1], say)
+                if images:
+                    latents.append(teacher.encode_images(torch.stack(images).to(teacher.device)).float().cpu())
+                kept += [start + k for k in part]
+            with atomic(paths[i]) as f:
+                save_file(dict(latents=torch.cat(latents), kept=torch.tensor(kept, dtype=torch.int64)), f.name)
+
+    def work():
+        try:
+            compute()
+        except OSError as e:
+            raise UserError(f"--cache-prompts {home}: expected a folder that can be written, found: {e.strerror}") from None
+
+    say(f"latents: {len(files)} images, " + ("encoding into" if not all(p.is_file() for p in paths) else "read from") + f" {home}")
+    together(work, world)
+    try:
+        parts = [load_file(path) for path in paths]
+        kept = torch.cat([p["kept"] for p in parts]) if parts else ()
+        if not len(kept):
+            raise UserError(f"--data {data}: expected images ({', '.join(SUFFIXES)}), found none readable ({len(files)} skipped)")
+        images = Images(Shards([p["latents"] for p in parts]), labels[kept], names)
+    except (OSError, SafetensorError, KeyError, IndexError) as e:
+        raise UserError(f"--cache-prompts {home}: expected latents of the images there, found: {str(e).splitlines()[0]}; delete it to encode again") from None
+    say(f"{data}: {len(images)} images, {f'{len(names)} classes' if names else 'with captions'}, {len(files) - len(images)} skipped")
+    return images
 
 
 def load_images(data, teacher, say=print):
     """Images for a teacher: --data FOLDER, or the set that its folder names. Labels beyond the teacher's classes are refused."""
-    if hasattr(teacher, "prompts"):  # class folders say nothing about prompts
-        raise UserError(f"--data {data}: expected a teacher with classes, found a text-to-image teacher: images with captions are not read yet")
+    if data and hasattr(teacher, "vae"):
+        return load_latents(data, teacher, say)
     if data:
         images = load_folder(data, teacher.shape[0], teacher.shape[-1], say)
         if len(images.names) > teacher.classes:
@@ -102,9 +275,10 @@ def load_images(data, teacher, say=print):
         labels = torch.arange(20000) % teacher.classes
         return Images(teacher.mixture.sample(20000, labels, g), labels, [str(i) for i in range(teacher.classes)])
     if not teacher.evaluation.get("images"):
-        raise UserError("--data: this teacher ships no images; give a folder with one subfolder per class")
+        kind = "of images with captions (a .txt of the same name, or metadata.jsonl)" if hasattr(teacher, "prompts") else "with one subfolder per class"
+        raise UserError(f"--data: this teacher ships no images; give a folder {kind}")
     images = load_npz(teacher.folder / teacher.evaluation["images"])
-    if tuple(images.images.shape[1:]) != teacher.shape or len(images.names) > teacher.classes:
-        raise UserError(f"{teacher.folder / teacher.evaluation['images']}: expected images {list(teacher.shape)} of at most {teacher.classes} classes, "
+    if tuple(images.images.shape[1:]) != (shape := getattr(teacher, "image_shape", teacher.shape)) or len(images.names) > teacher.classes:
+        raise UserError(f"{teacher.folder / teacher.evaluation['images']}: expected images {list(shape)} of at most {teacher.classes} classes, "
                         f"found {list(images.images.shape[1:])} of {len(images.names)}")
     return images

@@ -512,6 +512,8 @@ HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
     "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "dit-xl-256": "facebook/DiT-XL-2-256",
+    "dit-xl-512": "facebook/DiT-XL-2-512",
 }
 EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist"}
 
@@ -529,6 +531,8 @@ def load_model(folder, info, teacher=None):
         return load_lora(folder, info, teacher)
     if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
         return teacher.load_student(folder, info)
+    if info.get("adapter") == "edm":
+        import common.teachers_class  # noqa: F401  adds it to ADAPTERS
     if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
         raise UserError(f"{folder}: adapter: expected one of {', '.join(ADAPTERS)}, found {info.get('adapter')!r}")
     config, cls = read_json(folder / "config.json", "teacher file"), ADAPTERS[info["adapter"]]
@@ -540,7 +544,8 @@ def load_model(folder, info, teacher=None):
     try:
         net = cls.network(config)
         schedule = schedules.from_config(info["schedule"])
-        model = cls(net, schedule, info["prediction"], info["shape"], int(info["classes"]), sigma_data=float(info["sigma_data"]))
+        model = cls(net, schedule, info["prediction"], info["shape"], int(info["classes"]), sigma_data=float(info["sigma_data"]),
+                    **{k: info[k] for k in getattr(cls, "fields", ()) if k in info})
     except Exception as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
         raise UserError(f"{folder}: configuration not usable: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     if (model.shape, model.classes) != model.fits():
@@ -622,11 +627,11 @@ def load_routed(folder, info, teacher=None):
 
 def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once)."""
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data)."""
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
-        from common.teachers import load_pipeline  # diffusers' pipelines take seconds to import
+        from common.teachers_class import load_pipeline  # diffusers' pipelines take seconds to import
         return load_pipeline(name, device, dtype, **(text or {}))
     if not here:
         raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
@@ -636,7 +641,11 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
     info = read_json(folder / "teacher.json", "--teacher")
     if not isinstance(info.get("model"), dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")
-    teacher = load_model(folder, info["model"])
+    if info["model"].get("adapter") == "sit":
+        from common.teachers_class import load_sit
+        teacher = load_sit(folder, info["model"], dtype, (text or {}).get("cache"))
+    else:
+        teacher = load_model(folder, info["model"])
     teacher.evaluation = info.get("evaluation", {})
     if not isinstance(teacher.evaluation, dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         self.optim, self.run = self.add_argument_group("optimisation"), self.add_argument_group("run")
         self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist; sdxl, sd15, sana, sd3, ... (common/models.py, HUB); a name on the hub; a folder")
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
-        self.model.add_argument("--cache-prompts", help="folder for their embeddings, computed once; default out/prompts")
+        self.model.add_argument("--cache-prompts", help="folder for their embeddings and for latents of --data, computed once; default out/prompts")
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
         self.model.add_argument("--lora-alpha", type=float, help="the adapters' update is alpha / rank B A; default: the rank")
         self.model.add_argument("--lora-targets", nargs="+", metavar="NAME", help="ends of the names of layers that get adapters; default: attention and feed-forward")
-        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class; default: the teacher's own")
+        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class (text-to-image: with captions, .txt or "
+                                "metadata.jsonl); default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
@@ -108,7 +109,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, presets, argv=None):
         """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
         teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
-        self.set_defaults(**presets.get(teacher, presets["default"]))
+        self.set_defaults(**presets.get(teacher, presets.get(Path(teacher).name, presets["default"])))  # a folder may be called like a preset
         args = self.parse_args(argv)
         if args.smoke:
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)
@@ -320,7 +321,7 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, data=a.data, say=self.print, once=self.once)
 
     # -- networks and steps
 
@@ -350,6 +351,8 @@ class Run:
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
         memory = 0
+        if self.args.cfg not in (None, 1) and "teacher" in facts:
+            facts["teacher"].null(1)  # a teacher without a null label says so here
         self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
         for name, value in facts.items():
             if isinstance(value, torch.nn.Module):

@@ -19,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import schedules
+from common.data import LONGEST, SHARD, read_captions
 from common.models import EXTRAS, HUB, Model, load_extras, pick
 from common.run import ROOT, UserError, atomic, near, read_json
 
-SHARD = 1024  # prompts in one file of the cache
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
-LONGEST = 4000  # characters of a prompt; text encoders read a few hundred tokens
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------------------------
@@ -60,6 +59,12 @@ class Table:
         """index: int64 [n] -> dict of tensors [n, ...]."""
         index = index.tolist()
         return {k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device) for k in self.null}
+
+    def append(self, other):
+        """Takes the rows of another table in, behind its own -> number of the first of them. Numbers between may have no row."""
+        same_length([*self.parts, *other.parts, self.null])
+        self.parts += other.parts
+        return SHARD * (len(self.parts) - len(other.parts))
 
     def nulls(self, n, device):
         return {k: v.expand(n, *v.shape[1:]).to(device) for k, v in self.null.items()}
@@ -148,6 +153,7 @@ class Pipeline(Model):
         return getattr(diffusers, cls.pipeline).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **without)
 
     without = ()  # further components that are not loaded
+    pickles = False  # .bin files (weights only, no code) where there are no safetensors
 
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
@@ -179,9 +185,8 @@ class Pipeline(Model):
         """Prompts (list), or None: the null prompt as this pipeline has it -> dict of tensors [n, ...]."""
         raise NotImplementedError
 
-    def encode(self, labels):
-        labels = torch.as_tensor(labels)
-        return self.table.rows(labels.cpu(), self.device) | dict(labels=labels.to(self.device))  # the network does not see these: `Routed` by label does
+    def encode(self, labels):  # the numbers themselves go along: they tell whose sample it is (Routed)
+        return dict(self.table.rows(torch.as_tensor(labels).cpu(), self.device), labels=torch.as_tensor(labels, device=self.device))
 
     def null(self, n):
         return self.table.nulls(n, self.device) | dict(labels=torch.full((n,), self.classes, device=self.device))
@@ -218,6 +223,8 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def encode_images(self, images):
+        if images.is_floating_point():  # latents already, of the cache (common/data.py)
+            return images
         vae = self.vae.to(images.device)
         shift, scale = self.latent_stats()
         out = []
@@ -402,23 +409,26 @@ def fetch(name):
         return str(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"] + ["*/*.bin"] * HUB.get(name, name).startswith("facebook/DiT")  # `pickles`
     try:
         return snapshot_download(HUB.get(name, name), allow_patterns=wanted, ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn()):
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn(), data=None):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
-    frames: of a video, likewise."""
+    frames: of a video, likewise; data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
     if frames is not None and not cls.video:
         raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
-    if not isinstance(prompts, list):
+    if prompts is not None and cls.text is None:
+        raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
+    if cls.text is not None and not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
+    captions = read_captions(data) if data and cls.text is not None else []
     import diffusers
     import transformers
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
@@ -426,13 +436,16 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         logging.disable_progress_bar()
     if not hasattr(diffusers, cls.pipeline):
         raise UserError(f"--teacher {name}: {cls.pipeline}: expected a newer diffusers, found {diffusers.__version__}")
-    table = embed(cls, folder, prompts, device, dtype, cache, say, once)
+    table, first = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None, None
+    if captions:
+        first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
         net = cls.load_net(folder, dtype)
-        vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
+        vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=None if cls.pickles else True)
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
         model.attach(Path(folder), table, prompts)
+        model.cache, model.vae_folder, model.captioned = cache, Path(folder) / "vae", ([path for path, _ in captions], first)
         model = model.whole(folder, index, dtype)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 import dmd2
 import tiny
 from common import models, teachers
-from common.data import load_images
 from common.run import UserError
 from common.schedules import EDM, VP, Flow
 
@@ -116,6 +115,7 @@ def test_decoding_is_the_pipelines(name, folders):
 def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
     import diffusers
+    scripts.load(*tiny.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4]
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
@@ -176,11 +176,6 @@ def test_size(folders):
     for size in (30, 0, -4):
         with pytest.raises(UserError, match=f"--size {size}: expected a multiple of 4 pixels"):
             load(folders, "sd15", size=size)
-
-
-def test_class_folders_are_refused(folders, tmp_path):
-    with pytest.raises(UserError, match="--data .*text-to-image"):
-        load_images(str(tmp_path), load(folders, "sd15"))
 
 
 def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):

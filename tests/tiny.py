@@ -3,6 +3,9 @@ import json
 
 import torch
 
+MODULES = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+           "diffusers.pipelines.dit.pipeline_dit", "transformers.models.clip.modeling_clip"]  # what scripts on these folders import (tests/forks.py, `warm`)
+
 
 def words(folder):
     """A CLIP tokenizer of single letters: vocab.json and merges.txt in CLIP's format."""
@@ -170,4 +173,53 @@ def save(pipe, folder):
             if p.abs().sum() == 0:
                 torch.nn.init.normal_(p, 0, 0.05)
     pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def dit(folder):
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    torch.manual_seed(0)
+    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000)
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    return save(DiTPipeline(transformer=net, vae=kl_vae(), scheduler=scheduler, id2label={"0": "tench, Tinca tinca"}), folder)
+
+
+def sit_weights(width=32, depth=2, channels=4, out=8, patch=2, side=8, classes=10, projectors=False, seed=0):
+    """Random tensors under the names of SiT's published checkpoints."""
+    g = torch.Generator().manual_seed(seed)
+    linear = lambda name, n, m: {f"{name}.weight": torch.randn(n, m, generator=g) * 0.5 / m**0.5, f"{name}.bias": torch.randn(n, generator=g) * 0.1}
+    tensors = linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width) | linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    tensors |= linear("final_layer.linear", patch**2 * out, width) | {"y_embedder.embedding_table.weight": torch.randn(classes + 1, width, generator=g)}
+    tensors |= {k: v.view(width, channels, patch, patch) if v.ndim == 2 else v for k, v in linear("x_embedder.proj", width, channels * patch**2).items()}
+    for i in range(depth):
+        for name, n, m in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4), ("adaLN_modulation.1", 6, 1)):
+            tensors |= linear(f"blocks.{i}.{name}", n * width, m * width)
+    if projectors:
+        tensors |= linear("projectors.0.0", width, width)
+    # sines and cosines of the column in the first half, of the row in the second
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    wave = lambda p: torch.cat([(p[:, None] * omega).sin(), (p[:, None] * omega).cos()], 1)
+    row, column = torch.meshgrid(*[torch.arange(side // patch, dtype=torch.float64)] * 2, indexing="ij")
+    return tensors | {"pos_embed": torch.cat([wave(column.flatten()), wave(row.flatten())], 1)[None].float()}
+
+
+def sit(folder, **kw):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(sit_weights(**kw), folder / "sit.pt")
+    torch.manual_seed(1)
+    kl_vae().save_pretrained(folder / "vae")
+    (folder / "teacher.json").write_text(json.dumps({"model": {"adapter": "sit", "weights": "sit.pt", "heads": 2}}))
+    return folder
+
+
+def edm(folder, null=False, **kw):
+    from diffusers import UNet2DModel
+    torch.manual_seed(0)
+    net = UNet2DModel(sample_size=8, layers_per_block=1, num_class_embeds=10 + null, block_out_channels=(16, 32), attention_head_dim=8, norm_num_groups=4,
+                      down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+                      resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4, upsample_type="resnet", downsample_type="resnet")
+    net.save_pretrained(folder, safe_serialization=True)
+    model = {"adapter": "edm", "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}, "prediction": "edm", "shape": [3, 8, 8], "classes": 10,
+             "sigma_data": 0.5, "time_scale": 1000} | kw
+    (folder / "teacher.json").write_text(json.dumps({"model": model}))
     return folder
