@@ -250,10 +250,10 @@ def fidelity(student, teacher, args):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("flowmap", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     share, (low, high) = args.correction, args.cfg_range
@@ -272,7 +272,7 @@ def main():
     S, A = torch.compile(student) if args.compile else student, run.train(critic)  # the student's gradients are averaged below
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(w=args.cfg)
     asked = 1 if low == high == 1 else 2  # one pass = one forward of the network; a backward counts two, a forward-mode derivative two with its forward
     passes = 3 + (1 - share) * (dict(jvp=2, fd=3, discrete=1)[args.form] + asked) + (share > 0) * (share * (1 + asked) + 4 * args.ratio)

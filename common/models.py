@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common import schedules
@@ -64,6 +64,7 @@ class Model(nn.Module):
         schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
+        self.sharding, self.proto = None, None  # --shard: common/shard.py
 
     # -- what an adapter defines
 
@@ -115,7 +116,7 @@ class Model(nn.Module):
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=self.sharding is None), self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
@@ -145,7 +146,8 @@ class Model(nn.Module):
         """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
         They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
         for name in names:
-            self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
+            embed = Scalar(self.embedders()[1]).to(self.device)
+            self.extras[name] = self.sharding(embed) if self.sharding else embed
         return self
 
     @contextlib.contextmanager
@@ -188,9 +190,15 @@ class Model(nn.Module):
 
     def copy(self):
         """A twin with its own fp32 network weights, trainable; everything else is shared."""
+        if self.sharding:
+            return self.sharding.copy(self)
         twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
         twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
         return twin
+
+    def whole(self):
+        """The model itself; with --shard, by all processes, one with all weights on the host of rank 0."""
+        return self.sharding.whole(self) if self.sharding else self
 
     def around(self, net):
         """The same model around another network of its class; everything else is shared."""
@@ -201,6 +209,8 @@ class Model(nn.Module):
 
     def resized(self, changes, seed=0):
         """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
+        if self.sharding:
+            raise UserError("--shard, --small: a network that is changed cannot be spread over processes; it is small, leave --shard out")
         twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
         for key, _, value in (change.partition("=") for change in changes):
             if key not in config:
@@ -285,6 +295,8 @@ class DiT(Model):
     def adapt(self, qk_norm=False):
         """Makes derivatives along t tame: the network is shown times in [0, 1] from then on (its fastest wave is then 1 rad instead of 1000 over the
         range), and with qk_norm queries and keys have RMS 1 in each head. Changes what the network says: it must be trained afterwards. -> self"""
+        if self.sharding:
+            raise UserError("--shard: a network that is spread over processes cannot be changed; use --time native, or leave --shard out")
         self.dense, self.qk_norm = True, qk_norm
         for attn in [block.attn1 for block in self.net.transformer_blocks] if qk_norm else []:
             attn.norm_q, attn.norm_k = (nn.RMSNorm(self.net.config.attention_head_dim, eps=1e-5, device=self.device) for _ in range(2))
@@ -446,12 +458,15 @@ class Routed(nn.Module):
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)
         out, used = None, which.unique().tolist()
-        if len(used) == 1:
+        if len(used) == 1 and not (self.sharding and self.by == "label"):
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
         if features:
             raise ValueError("features of a batch that several experts share")
-        for i in used:
+        for i in range(len(self.experts)) if self.sharding else used:
             rows = (which == i).to(x_t.device)
+            if i not in used:  # --shard: all processes ask every expert, for nothing if none of their samples is its own
+                self.experts[i](x_t[:1], *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)), {k: v[:1] for k, v in cond.items()})
+                continue
             part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
             y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()})
             out = torch.zeros_like(x_t, dtype=y.dtype) if out is None else out
@@ -462,6 +477,9 @@ class Routed(nn.Module):
 
     def copy(self):
         return Routed([e.copy() for e in self.experts], self.by, self.table)
+
+    def whole(self):
+        return Routed([e.whole() for e in self.experts], self.by, self.table)
 
     def checkpoint_activations(self):
         for expert in self.experts:
@@ -574,14 +592,26 @@ def load_routed(folder, info, teacher=None):
     return model
 
 
-def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
+def stored(folder):
+    """Parameters in the safetensors files of a diffusers folder, from the headers alone."""
+    index, count = Path(folder) / f"{WEIGHTS}.index.json", 0
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else [WEIGHTS]
+    for path in [Path(folder) / name for name in names]:
+        with safe_open(path, "pt") as f:
+            count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return count
+
+
+def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lambda **sizes: None, place=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once)."""
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once). budget: told the sizes before anything big is
+    loaded. place: puts the model on the device (Run.place)."""
+    place = place or (lambda model: model.to(device))
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
         from common.teachers import load_pipeline  # diffusers' pipelines take seconds to import
-        return load_pipeline(name, device, dtype, **(text or {}))
+        return load_pipeline(name, device, dtype, **(text or {}), budget=budget, place=place)
     if not here:
         raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
     if not (folder / "teacher.json").is_file():
@@ -591,10 +621,11 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
     if not isinstance(info.get("model"), dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")
     teacher = load_model(folder, info["model"])
+    budget(network=sum(p.numel() for p in teacher.parameters()), width=4)
     teacher.evaluation = info.get("evaluation", {})
     if not isinstance(teacher.evaluation, dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")
     if teacher.adapter == "toy":
         teacher.exact, teacher.labelled = True, name == "toy-cond"
     teacher.dtype = dtype
-    return teacher.requires_grad_(False).to(device)
+    return place(teacher.requires_grad_(False))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import schedules
-from common.models import EXTRAS, HUB, Model, load_extras, pick
+from common.models import EXTRAS, HUB, Model, load_extras, pick, stored
 from common.run import ROOT, UserError, atomic, near, read_json
 
 SHARD = 1024  # prompts in one file of the cache
@@ -392,7 +392,7 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn()):
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn(), budget=lambda **sizes: None, place=None):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for."""
     import diffusers
     import transformers
@@ -407,6 +407,7 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     table = embed(cls, folder, prompts, device, dtype, cache, say, once)
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
+        budget(network=stored(Path(folder) / cls.part), vae=stored(Path(folder) / "vae"), width=dtype.itemsize)
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
@@ -416,4 +417,4 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.attach(Path(folder), table, prompts)
     model.dtype = dtype
-    return model.requires_grad_(False).to(device)
+    return (place or (lambda model: model.to(device)))(model.requires_grad_(False))
