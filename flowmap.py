@@ -33,7 +33,6 @@ Differences from the paper:
     - lambda compares norms after the weighting (7), and L is a mean over elements, where the paper may mean other constants (Adam divides them out).
     - the teacher is never asked below t = 0.001 or below its own least noise, where (1) is 0 / 0.
 """
-import copy
 import math
 
 import torch
@@ -158,13 +157,15 @@ def durations(u, at_end, grid=None):
 
 def derivative(student, z, d, cond, w, form="jvp", h=1e-2):
     """(F, dF/dd) at z [B, *shape], d [B]. Passes in float32 whatever --dtype: in bf16 differences are noise. Not through DDP, whose hooks know no duals."""
-    student = copy.copy(student)  # the same weights
-    student.dtype = torch.float32
+    dtype, student.dtype = student.dtype, torch.float32
     F = lambda d: average_velocity(student, z, d, cond, w)
-    if form == "fd":
-        return F(d), (F(d + h) - F(d - h)) / (2 * h)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-        return torch.func.jvp(F, (d,), (torch.ones_like(d),))
+    try:
+        if form == "fd":
+            return F(d), (F(d + h) - F(d - h)) / (2 * h)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            return torch.func.jvp(F, (d,), (torch.ones_like(d),))
+    finally:
+        student.dtype = dtype
 
 
 def per_sample(x):

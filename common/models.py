@@ -64,7 +64,7 @@ class Model(nn.Module):
         schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
-        self.sharding, self.proto = None, None  # --shard: common/shard.py
+        self.sharding, self.proto = None, None  # --shard (common/shard.py): what spreads modules over the processes; this model as it was, without weights
 
     # -- what an adapter defines
 
@@ -209,9 +209,7 @@ class Model(nn.Module):
 
     def resized(self, changes, seed=0):
         """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
-        if self.sharding:
-            raise UserError("--shard, --small: a network that is changed cannot be spread over processes; it is small, leave --shard out")
-        twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
+        twin, config, flag = (self.proto or self).copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
         for key, _, value in (change.partition("=") for change in changes):
             if key not in config:
                 raise UserError(f"{flag}: {key}: expected a key of the network's config.json{near(key, config)}")
@@ -227,7 +225,7 @@ class Model(nn.Module):
             raise UserError(f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
         if fits != (self.shape, self.classes):
             raise UserError(f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}")
-        return twin
+        return self.sharding(twin) if self.sharding else twin
 
     def checkpoint_activations(self):
         """--grad-checkpoint: recompute activations in backward."""

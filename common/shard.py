@@ -35,12 +35,13 @@ class Sharding:
                     self(child)
             return module
         if "proto" in vars(module):  # a Model: a network of blocks, from which copies are made
-            module.sharding = self
             skeleton = copy.deepcopy(module.net, {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.net.parameters()})
-            module.__dict__["proto"] = module.around(skeleton)  # not a part of the module
-        units = [unit for name, unit in module.named_modules() if UNIT.fullmatch(name)]
+            module.__dict__["proto"], module.sharding = module.around(skeleton), self  # proto is no part of the module
+        outside = module.embedders()[0] if "proto" in vars(module) else []  # diffusers' DiT calls that of its first block from outside the block
+        units = [unit for name, unit in module.named_modules() if UNIT.fullmatch(name) or unit in outside]
         for unit in [*reversed(units), module]:  # the inner ones first
             materialise(unit, self.device)
+            unit.register_forward_hook(lambda m, args, out: unviewed(out) if torch.is_grad_enabled() else None)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
         module.register_forward_hook(lambda m, args, out: None if torch.is_grad_enabled() else m.reshard())  # torch 2.6 keeps the root's weights whole
         module.register_load_state_dict_pre_hook(take)
@@ -61,12 +62,18 @@ class Sharding:
         """A plain model with all weights on the host: on rank 0, and without its weights elsewhere. To be called by all processes."""
         tensors = gather(model.state_dict(), dist.get_rank() == 0)
         twin = model.proto.around(copy.deepcopy(model.proto.net).float())
-        twin.sharding = None
         if dist.get_rank() == 0:
             materialise(twin, "cpu")
             twin.extend(*model.extras)
             twin.load_state_dict(tensors)
         return twin
+
+
+def unviewed(out):
+    """Outputs that are views become tensors of their own: fully_shard's backward hooks would be lost where somebody writes into a view."""
+    if isinstance(out, (list, tuple)):
+        return type(out)(map(unviewed, out))
+    return out.clone() if torch.is_tensor(out) and out._is_view() else out
 
 
 def materialise(module, device):
