@@ -43,7 +43,7 @@ class Sharding:
             materialise(unit, self.device)
             unit.register_forward_hook(lambda m, args, out: unviewed(out) if torch.is_grad_enabled() else None)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
-        module.register_forward_hook(lambda m, args, out: None if torch.is_grad_enabled() else m.reshard())  # torch 2.6 keeps the root's weights whole
+        module.register_forward_hook(rest)
         module.register_load_state_dict_pre_hook(take)
         return module
 
@@ -67,6 +67,15 @@ class Sharding:
             twin.extend(*model.extras)
             twin.load_state_dict(tensors)
         return twin
+
+
+def rest(module, args, out):
+    """Hook after a pass without gradient."""
+    if torch.is_grad_enabled():
+        return
+    module.reshard()  # torch 2.6 keeps the outermost unit whole
+    if "proto" in vars(module) and not next(module.parameters()).requires_grad and hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()  # torch notes every pass for the order of a backward, which a frozen network never has: the notes would grow for ever
 
 
 def unviewed(out):
