@@ -28,14 +28,15 @@ def estimate(run, monkeypatch):  # noqa: F811
     """estimate(free, flags, ...) -> bytes by part that budget prints, for a network of 1,000 parameters and a VAE of 100 in bf16."""
     said = {}
 
-    def ask(free, *flags, students=1, critics=1, averages=0, world=1):
+    def ask(free, *flags, students=1, critics=1, averages=0):
         r = run(*flags)
-        r.world = world
         monkeypatch.setattr(r, "free_memory", lambda: free)
         memory = r.memory
         monkeypatch.setattr(r, "memory", lambda name, parts: said.update(parts) or memory(name, parts))
-        r.budget(students, critics, averages, network=1000, width=2, vae=100)
-        r.lock.close()
+        try:
+            r.budget(students, critics, averages, network=1000, width=2, vae=100)
+        finally:
+            r.lock.close()
         return dict(said)
 
     return ask
@@ -45,19 +46,19 @@ def test_estimate(estimate):
     """Weights, gradients and two moments in fp32 are 16 bytes."""
     base = dict(teacher=2000, students=16000, critics=16000, averages=0, VAE=200)
     assert estimate(10**6) == base
-    assert estimate(10**6, "--ema", "100", "--overwrite") == base | dict(averages=4000)
-    assert estimate(10**6, "--ema", "100", "--ema-cpu", "--overwrite") == base
-    assert estimate(10**6, "--overwrite", students=3, critics=0, averages=1) == base | dict(students=48000, critics=0, averages=4000)
+    assert estimate(10**6, "--ema", "100") == base | dict(averages=4000)
+    assert estimate(10**6, "--ema", "100", "--ema-cpu") == base
+    assert estimate(10**6, students=3, critics=0, averages=1) == base | dict(students=48000, critics=0, averages=4000)
 
 
 def test_what_does_not_fit_is_refused_with_advice(estimate):
     assert estimate(34200)  # to the byte
     with pytest.raises(UserError, match=r"--teacher toy: its networks need 0.0 MB, activations not included, found 0.0 MB free on cpu.*--shard") as e:
-        estimate(34199, "--overwrite")
+        estimate(34199)
     assert "\n" not in str(e.value) and "--grad-checkpoint" in str(e.value) and "--batch" in str(e.value) and "--ema-cpu" not in str(e.value)
     with pytest.raises(UserError, match="--ema-cpu"):
-        estimate(38199, "--ema", "1", "--overwrite")
-    assert estimate(38200, "--ema", "1", "--overwrite")
+        estimate(38199, "--ema", "1")
+    assert estimate(38200, "--ema", "1")
 
 
 def test_shards_are_estimated_by_process(run, monkeypatch):  # noqa: F811
@@ -173,7 +174,8 @@ def test_counts_of_the_full_size_networks():
     assert {n: e["parameters"] for n, e in random_teachers.TABLE.items()} == dict(sd15=859_520_964, sdxl=2_567_463_684, sana=1_604_462_752, sd3=2_028_328_000)
 
 
-@pytest.mark.parametrize("name", ["sdxl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd15", "sana", "sd3"))])
+@pytest.mark.slow  # `import diffusers` and eight iterations each
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sana", "sd3"])
 def test_bench(name):
     command = [sys.executable, "tests/bench.py", "--teacher", name, "--random-weights", "--tiny", "--device", "cpu", "--dtype", "fp32", "--gan", "--iters", "8", "--ratio", "2",
                "--batch", "2"]

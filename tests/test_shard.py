@@ -1,6 +1,7 @@
 """--shard on two gloo processes: the same numbers as whole networks, checkpoints that any number of processes reads, a whole student."""
 import json
 import shutil
+import types
 import warnings
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 
 import tiny
 from cases import MORE, SHORT
-from common import teachers
+from common import metrics, models, teachers
 from common.run import read_json
 from test_scripts import QUICK, close, one_line, processes, same
 
-MORE = MORE | {"flowmap": ["--teacher", "toy-cond", "--correction", 0.25, "--ema", 1000]}  # the form with a forward-mode derivative
+MORE = MORE | {
+    "flowmap": ["--teacher", "toy-cond", "--correction", 0.25, "--ema", 1000],  # the form with a forward-mode derivative
+    "msd": [*MORE["msd"], "--eval-n", 9],  # of eight labels, the first process has one more: other experts are asked there
+}
 slow = pytest.mark.slow
 
 
@@ -73,7 +77,6 @@ def test_mnist(scripts, tmp_path):
 
 
 def read_student(out):
-    from common import models
     return models.load_model(out / "student", read_json(out / "student" / "distill.json")["model"])
 
 
@@ -111,6 +114,15 @@ def test_pipeline(name, folder, scripts, tmp_path):
     net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "two" / "student")
     assert all(torch.equal(v, average[f"net.{k}"]) for k, v in net.state_dict().items())
     assert "resumed it-00000003.pt" in two(scripts, "dmd2", [*args, "--iters", 4, "--resume", "--dtype", "bf16"], tmp_path / "two").out
+
+
+def test_processes_make_as_many_batches():
+    """A sharded network answers when all processes ask; whatever the numbers, every image is made once."""
+    model = types.SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), classes=3, shape=(2,), encode=lambda labels: {})
+    for n, batch, world in ((501, 250, 2), (9, 4, 2), (10, 3, 3), (7, 1, 3), (64, 250, 4), (1, 250, 1)):
+        parts = [[index for index, _, _ in metrics.generate(lambda model, z, cond, noise: z, model, n, batch=batch, rank=r, world=world)] for r in range(world)]
+        assert (len({len(p) for p in parts}) == 1 or batch == 1) and max(len(i) for p in parts for i in p) <= batch
+        assert sorted(torch.cat([i for p in parts for i in p]).tolist()) == list(range(n))
 
 
 def test_refused(scripts, tmp_path):
