@@ -255,10 +255,10 @@ class Fidelity:
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("boot", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     top = level(schedule, torch.tensor(args.t_max, device=run.device), args.grid)
@@ -275,7 +275,7 @@ def main():
         student.checkpoint_activations()
     G = run.train(student)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(at=args.at, grid=args.grid, t_max=args.t_max)
     watch = Fidelity(teacher, args, 8 if args.smoke else 64) if args.fidelity_every else None
     asked = (1 if args.cfg == 1 else 2) * (2 if args.solver == "midpoint" else 1)

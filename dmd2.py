@@ -230,10 +230,10 @@ def iter_first(z, noise):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("dmd2", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index = step_indices(args.nfe, args.steps)
@@ -248,14 +248,14 @@ def main():
         with torch.no_grad():
             h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
-        head = Head(h).to(run.device)
+        head = run.place(Head(h))
     critic = Critic(fake, head)
     for model in (student, fake) if args.grad_checkpoint else ():
         model.checkpoint_activations()
     G, C = run.train(student), run.train(critic)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     on = teacher if args.gan_on == "teacher" else None
     low, high = int(args.t_range[0] * N), min(int(args.t_range[1] * N), N - 1)  # both included
     sampler = dict(steps=",".join(map(str, index)))

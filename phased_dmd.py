@@ -194,9 +194,10 @@ def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
 
 def main():
     args = parse_args()
+    networks = (args.phases, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("phased_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times, ends, starts = step_times(args.nfe, args.step_shift), phase_ends(args.nfe, args.phases), phase_starts(args.phases, args.phase_iters)
@@ -211,7 +212,7 @@ def main():
     C, G = run.train(critic), None
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)  # skips what has no gradient
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(step_shift=args.step_shift)
     # one pass = one forward of the network; a backward counts two. The last pass of the rollout is shared by both turns.
     turn_passes = (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio

@@ -233,10 +233,10 @@ def sample(student, z, cond, nfe, noise, steps=None, rho=1.0, cfg=None):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("sana_sprint", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times = sample_times(args.nfe, args.steps)
@@ -251,7 +251,7 @@ def main():
     student = teacher.copy(args.lora).extend(*["guidance"] * told)
     with torch.no_grad():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
-    heads, log_var = nn.ModuleList(map(Head, features)).to(run.device).eval(), models.Scalar(32).to(run.device)
+    heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
     floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv
     if args.grad_checkpoint:
@@ -260,7 +260,7 @@ def main():
     params_g, params_c = [*student.parameters(), *log_var.parameters()], list(heads.parameters())
     opt_g = torch.optim.AdamW(params_g, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(params_c, lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(rho=rho) | (dict(steps=args.steps) if args.steps else {}) | (dict(cfg=args.cfg) if told else {})
     guide = args.cfg_train != [1.0]
     passes = 1 + guide + 3.4 + 3 + (5 + 3 + args.misaligned if args.adv_weight else 0)  # forward 1, backward 2, one to the input alone 1, JVP 3.4 (measured)

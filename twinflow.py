@@ -250,9 +250,10 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
 
 def main():
     args = parse_args()
+    networks = (1, 0, int(args.target_decay > 0))  # students, critics, averages: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("twinflow", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf
@@ -264,7 +265,7 @@ def main():
     images = None if args.image_free else data.load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
     student = teacher.copy(args.lora).extend("r", "fake")
-    target, ema = Target(student, args.target_decay), EMA(student, args.ema)
+    target, ema = Target(student, args.target_decay), EMA(student, args.ema, args.ema_cpu)
     guide = teacher if args.guide == "frozen" else target.model
     if args.grad_checkpoint:
         student.checkpoint_activations()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -67,6 +67,7 @@ class Model(nn.Module):
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
         self.lora, self.base = None, []  # of a network with adapters: rank, alpha, targets; the weights that are not its own
+        self.sharding, self.proto = None, None  # --shard (common/shard.py): what spreads modules over the processes; this model as it was, without weights
 
     # -- what an adapter defines
 
@@ -121,7 +122,7 @@ class Model(nn.Module):
         bf16 = self.dtype == torch.bfloat16
         # on CPUs the backward of torch's fused attention takes longer in bf16 than all the rest; without gradient it is the faster one
         plain = sdpa_kernel(SDPBackend.MATH) if bf16 and x.device.type == "cpu" and torch.is_grad_enabled() else contextlib.nullcontext()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), plain, self.extended(cond):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self.sharding is None), plain, self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
@@ -151,7 +152,8 @@ class Model(nn.Module):
         """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
         They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
         for name in names:
-            self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
+            embed = Scalar(self.embedders()[1]).to(self.device)
+            self.extras[name] = self.sharding(embed) if self.sharding else embed
         return self
 
     @contextlib.contextmanager
@@ -195,6 +197,8 @@ class Model(nn.Module):
     def copy(self, adapters=None):
         """A twin with its own fp32 network weights, trainable; everything else is shared. adapters, what --lora says (common/lora.py): only these are its
         own, on this model's weights. A twin of a model with adapters has its own adapters on the same weights."""
+        if self.sharding:
+            return self.sharding.copy(self)
         if self.lora:
             twin = self.around(lora.twin(self.net, self.base).requires_grad_(True))
         elif adapters:
@@ -206,6 +210,10 @@ class Model(nn.Module):
         twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
         return twin
 
+    def whole(self):
+        """The model itself; with --shard, by all processes, one with all weights on the host of rank 0."""
+        return self.sharding.whole(self) if self.sharding else self
+
     def around(self, net):
         """The same model around another network of its class; everything else is shared."""
         twin = copy.copy(self)
@@ -215,7 +223,7 @@ class Model(nn.Module):
 
     def resized(self, changes, seed=0):
         """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
-        twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
+        twin, config, flag = (self.proto or self).copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
         for key, _, value in (change.partition("=") for change in changes):
             if key not in config:
                 raise UserError(f"{flag}: {key}: expected a key of the network's config.json{near(key, config)}")
@@ -231,7 +239,7 @@ class Model(nn.Module):
             raise UserError(f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
         if fits != (self.shape, self.classes):
             raise UserError(f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}")
-        return twin
+        return self.sharding(twin) if self.sharding else twin
 
     def checkpoint_activations(self):
         """--grad-checkpoint: recompute activations in backward."""
@@ -301,6 +309,8 @@ class DiT(Model):
     def adapt(self, qk_norm=False):
         """Makes derivatives along t tame: the network is shown times in [0, 1] from then on (its fastest wave is then 1 rad instead of 1000 over the
         range), and with qk_norm queries and keys have RMS 1 in each head. Changes what the network says: it must be trained afterwards. -> self"""
+        if self.sharding:
+            raise UserError("--shard: a network that is spread over processes cannot be changed; use --time native, or leave --shard out")
         self.dense, self.qk_norm = True, qk_norm
         for attn in [block.attn1 for block in self.net.transformer_blocks] if qk_norm else []:
             attn.norm_q, attn.norm_k = (nn.RMSNorm(self.net.config.attention_head_dim, eps=1e-5, device=self.device) for _ in range(2))
@@ -462,10 +472,13 @@ class Routed(nn.Module):
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)
         out, used = None, which.unique().tolist()
-        if len(used) == 1:
+        if len(used) == 1 and not (self.sharding and self.by == "label"):
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
-        for i in used:
+        for i in range(len(self.experts)) if self.sharding else used:
             rows = (which == i).to(x_t.device)
+            if i not in used:  # --shard: all processes ask every expert, for nothing if none of their samples is its own
+                self.experts[i](x_t[:1], *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)), {k: v[:1] for k, v in cond.items()})
+                continue
             part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
             y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features)
             y = y if features else [y]
@@ -477,6 +490,9 @@ class Routed(nn.Module):
 
     def copy(self):
         return Routed([e.copy() for e in self.experts], self.by, self.table)
+
+    def whole(self):
+        return Routed([e.whole() for e in self.experts], self.by, self.table)
 
     def checkpoint_activations(self):
         for expert in self.experts:
@@ -625,14 +641,26 @@ def load_routed(folder, info, teacher=None):
     return model
 
 
-def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
+def stored(folder):
+    """Parameters in the safetensors files of a diffusers folder, from the headers alone."""
+    index, count = Path(folder) / f"{WEIGHTS}.index.json", 0
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else [WEIGHTS]
+    for path in [Path(folder) / name for name in names]:
+        with safe_open(path, "pt") as f:
+            count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return count
+
+
+def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lambda **sizes: None, place=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data)."""
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data). budget: told the sizes before anything
+    big is loaded. place: puts the model on the device (Run.place)."""
+    place = place or (lambda model: model.to(device))
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
         from common.teachers_class import load_pipeline  # diffusers' pipelines take seconds to import
-        return load_pipeline(name, device, dtype, **(text or {}))
+        return load_pipeline(name, device, dtype, **(text or {}), budget=budget, place=place)
     if not here:
         raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
     if not (folder / "teacher.json").is_file():
@@ -646,10 +674,11 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
         teacher = load_sit(folder, info["model"], dtype, (text or {}).get("cache"))
     else:
         teacher = load_model(folder, info["model"])
+    budget(network=sum(p.numel() for p in teacher.parameters()), width=4)
     teacher.evaluation = info.get("evaluation", {})
     if not isinstance(teacher.evaluation, dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")
     if teacher.adapter == "toy":
         teacher.exact, teacher.labelled = True, name == "toy-cond"
     teacher.dtype = dtype
-    return teacher.requires_grad_(False).to(device)
+    return place(teacher.requires_grad_(False))

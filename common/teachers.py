@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from common import schedules
 from common.data import LONGEST, SHARD, read_captions
-from common.models import EXTRAS, HUB, Model, load_extras, pick
+from common.models import EXTRAS, HUB, Model, load_extras, pick, stored
 from common.run import ROOT, UserError, atomic, near, read_json
 
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
@@ -416,7 +416,8 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn(), data=None):
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn(), data=None,
+                  budget=lambda **sizes: None, place=None):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
     frames: of a video, likewise; data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
     folder = fetch(name)
@@ -441,6 +442,7 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
+        budget(network=stored(Path(folder) / cls.part), vae=stored(Path(folder) / "vae"), width=dtype.itemsize)
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=None if cls.pickles else True)
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
@@ -452,4 +454,4 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.dtype = dtype
-    return model.requires_grad_(False).to(device)
+    return (place or (lambda model: model.to(device)))(model.requires_grad_(False))
