@@ -18,8 +18,6 @@ The object is the result itself, or {"results": [...]} if there are several. Wit
 """
 import argparse
 import datetime
-import importlib
-import inspect
 import math
 import time
 from pathlib import Path
@@ -29,9 +27,8 @@ import torch
 from tqdm import tqdm
 
 from common import fid, metrics, models
-from common.run import ROOT, UserError, launch, near, processes, read_json, revision, save_grid
-
-METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
+from common.run import ROOT, UserError, launch, processes, revision, save_grid
+from common.students import network_of, read_student, sampler_of
 
 
 def numbers(flag, text, kind, low, high=math.inf):
@@ -113,39 +110,14 @@ def parse_args(argv=None):
 
 def load_student(folder, args, teachers):
     """-> student, its method's `sample`, the checked distill.json, its teacher. teachers: those loaded so far, by name."""
-    home = Path(folder) / "student" if (Path(folder) / "student").is_dir() else Path(folder)
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: expected the folder of a run, found {'a file' if Path(folder).exists() else 'nothing'}")
-    if not (home / "distill.json").is_file():
-        hint = "a teacher (give it as --teacher)" if (home / "teacher.json").is_file() else "no student/distill.json, so the run has not ended yet or is none"
-        raise UserError(f"{folder}: expected a student of this project, found {hint}")
-    info, where = read_json(home / "distill.json", "student"), home / "distill.json"
-    for key, kind in dict(method=str, teacher=str, nfe=int, sampler=dict, model=dict).items():
-        if not isinstance(info.get(key), kind) or (key == "nfe" and not 1 <= info["nfe"] <= 1000):
-            expected = dict(str="a name", int="an integer from 1 to 1000", dict="an object")[kind.__name__]
-            raise UserError(f"{where}: {key}: expected {expected}, found {info.get(key)!r}")
-    if info["method"] not in METHODS:
-        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{near(info['method'], METHODS)}")
-    try:
-        sample = importlib.import_module(info["method"]).sample
-    except ModuleNotFoundError as e:
-        if e.name != info["method"]:
-            raise
-        raise UserError(f"{where}: method {info['method']}: its script {info['method']}.py is not here") from None
-    try:
-        inspect.signature(sample).bind(None, None, None, 1, None, **info["sampler"])
-    except TypeError as e:
-        raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
+    home, info = read_student(folder)
+    sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
     try:
         teachers[name] = teacher = teachers.get(name) or models.load_teacher(name, text=text_of(args, info))
     except UserError as e:
         raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
-    student = models.load_model(home, info["model"], teacher).requires_grad_(False)
-    if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
-        raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
-                        f"found {student.adapter} {list(student.shape)} with {student.classes}")
-    return student, sample, info, teacher, name
+    return network_of(folder, home, info, teacher, name), sample, info, teacher, name
 
 
 def text_of(args, info=None):

@@ -249,9 +249,7 @@ class Model(nn.Module):
     def save_net(self, folder):
         write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
         for name, module in [(WEIGHTS, self.net)] + [(EXTRAS, self.extras)] * bool(self.extras):
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            with atomic(folder / name) as f:
-                save_file(tensors, f.name, metadata={"format": "pt"})
+            save_weights(folder / name, module)
 
     def net_config(self):
         return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
@@ -499,6 +497,9 @@ def load_model(folder, info, teacher=None):
     folder = Path(folder)
     if info.get("adapter") == "routed":
         return load_routed(folder, info, teacher)
+    if info.get("adapter") == "controlled":
+        from common.adapters import load_controlled  # a generator of any method and its control
+        return load_controlled(folder, info, teacher)
     if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
         return teacher.load_student(folder, info)
     if info.get("adapter") not in list(ADAPTERS):  # a list, since the value may be unhashable
@@ -529,6 +530,11 @@ def load_model(folder, info, teacher=None):
     if cls is Toy:
         model.labelled = info.get("labelled") is True  # toy and toy-cond share a network
     return model
+
+
+def save_weights(path, module):
+    with atomic(path) as f:
+        save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, f.name, metadata={"format": "pt"})
 
 
 def load_weights(path, module):
