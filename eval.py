@@ -13,6 +13,7 @@ Inception weights, given by path: TF1 resize, uint8, float64 statistics. kid: 10
 precision, recall, density, coverage: k = 3, against as many reference images as samples, the first of a fixed shuffle.
 agreement: share of samples whose label the classifier finds; image i has label i % classes. Toy teachers: energy distance, sliced Wasserstein
 distance, smallest and largest share of a mode, share of points within 3 standard deviations of their mode.
+A run of nct.py: metrics of images whose conditions are those of other samples of its generator; `control`: does it obey (common/adapters.py, obedience).
 `passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
 The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import fid, metrics, models
+from common import adapters, fid, metrics, models
 from common.run import ROOT, UserError, launch, processes, revision, save_grid
 from common.students import network_of, read_student, sampler_of
 
@@ -138,8 +139,11 @@ def student_row(folder, student, sample, info, teacher, name, nfe):
     sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
     home = Path(folder).resolve()
     label = (home.parent if home.name == "student" else home).name
-    return dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
-                folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+    row = dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
+               folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+    if info["method"] == "nct":  # its cost is that with a condition at hand; to measure it one is made of another sample
+        row["cost"] = lambda m, z, c, noise: sample(m, z, c, nfe, noise, c=m.control.blank(len(z), z.device))
+    return row
 
 
 def best_row(row, n, nfe, cfg, heun):
@@ -235,7 +239,9 @@ def measure(row, args, folder, extractor, rank, world):
         every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
         result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
         result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
-    return dict(row["facts"], passes=metrics.passes(row["sampler"], row["model"]), seeds=seeds, **result)
+    if row["facts"]["method"] == "nct":
+        result["control"] = metrics.together(lambda: adapters.obedience(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
+    return dict(row["facts"], passes=metrics.passes(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)
 
 
 def measure_folder(files, args, extractor, rank, world):
@@ -309,7 +315,7 @@ def main(argv=None):
             result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world)
             result["weights"] = metrics.sha256(row["folder"])
             if args.latency:  # on one process while the others wait
-                result["latency"] = metrics.together(lambda: metrics.latency(row["sampler"], row["model"], args.batch) if rank == 0 else None, world)[0]
+                result["latency"] = metrics.together(lambda: metrics.latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
         result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
                        seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
@@ -318,6 +324,8 @@ def main(argv=None):
                 f.write(metrics.dumps(result) + "\n")
         if extractor and result["n"] <= extractor.dims:
             say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
+        if "control" in result:
+            say(f"{row['caption']}: {adapters.summary(result['control'])}")
         if "latency" in result:
             for b, t in result["latency"].items():
                 say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")
