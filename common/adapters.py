@@ -235,6 +235,12 @@ class Controlled(nn.Module):
         """Of another sample of the generator: independent of any noise that it will be used with. r: normal numbers, at least 4 a sample (2 on the toy)."""
         return self.control(self.f(z, cond), torch.special.ndtr(r.flatten(1)[:, :4]))
 
+    def checkpoint_activations(self):
+        if not isinstance(self.branch, ControlNet):  # the hooks of the others would be gone when a block runs again
+            raise UserError("--grad-checkpoint: expected a generator of class UNet2DConditionModel, the only one whose branch can do it")
+        self.branch.net.enable_gradient_checkpointing()
+        self.generator.checkpoint_activations()
+
     def copy(self):
         return Controlled(self.generator, self.info, self.sample, self.control, twin(self.branch), self.blocks)
 

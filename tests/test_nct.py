@@ -483,9 +483,197 @@ def test_depth(tmp_path):
     torch.manual_seed(0)
     config = DPTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
                        neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False)
-    DPTForDepthEstimation(config).save_pretrained(tmp_path / "dpt")
+    net = DPTForDepthEstimation(config)
+    for p in net.parameters():
+        p.data.normal_(0, 0.3)  # random weights as transformers makes them see nothing
+    net.save_pretrained(tmp_path / "dpt")
     (tmp_path / "dpt" / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(height=32, width=32), image_mean=[0.5] * 3, image_std=[0.5] * 3)))
     h = control("depth", folder=str(tmp_path / "dpt"))
     c = h(pictures(), None)
     assert h.channels == 1 and c.shape == (5, 1, 28, 28) and (c.amin((1, 2, 3)) == 0).all() and torch.allclose(c.amax((1, 2, 3)), torch.ones(5))
     assert torch.equal(c, h(pictures(), None)) and h.config()["folder"] == str(tmp_path / "dpt")
+
+
+# ---- generators -------------------------------------------------------------------------------------------------------------------------------
+
+
+def quick(scripts, script, out, *flags):
+    scripts.run(f"{script}.py", "--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--iters", 1, "--out", out, *flags)
+    return out
+
+
+METHODS = {"sid": [], "dmd2": [], "decoupled_dmd": [], "phased_dmd": ["--nfe", 1, "--phases", 1], "sana_sprint": ["--nfe", 1], "twinflow": ["--nfe", 1, "--batch", 64],
+           "flowmap": ["--batch", 128], "boot": [], "msd": []}
+
+
+@pytest.mark.parametrize("method", ["dmd2", "boot", *[pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in ("dmd2", "boot")]])
+def test_students_of_every_method_are_generators(method, scripts, tmp_path):
+    """f is the method's own sampler, bit for bit; the network is asked once, and gradients pass through it."""
+    folder = quick(scripts, method, tmp_path / method, *METHODS[method])
+    teacher = models.load_teacher("toy")
+    model, info, sample = adapters.load_generator(folder, teacher, "toy")
+    student = adapters.make(model, info, sample, Control("class", model))
+    z, cond = torch.randn(16, 2), model.encode(torch.arange(16) % 8)
+    theirs = evaluation.load_student(folder, evaluation.parse_args([str(folder)]), {})
+    with torch.no_grad():
+        assert torch.equal(student.f(z, cond), theirs[1](theirs[0], z, cond, 1, None, **theirs[2]["sampler"]))
+    c = torch.arange(16) % 8
+    assert metrics.passes(lambda m, z, cond, noise: m(z, m.control.blank(2, "cpu"), cond), student) == 1
+    student(z, c, cond).square().sum().backward()
+    assert student.branch.outs[0].weight.grad.any() and all(p.grad is None for p in model.parameters())
+
+
+def changed(folder, **kw):
+    path = folder / "student" / "distill.json"
+    path.write_text(json.dumps(read_json(path) | kw))
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path):
+    import shutil
+    shutil.copytree(generator(), tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(nfe=4), "expected a student of one step, found one of 4 steps"),
+    (dict(method="nct", sampler={}), "found one that has a control already"),
+    (dict(method="gan"), "method: expected one of"),
+    (dict(sampler=dict(depth=3)), "sampler: does not fit dmd2.sample"),
+    (dict(model=dict(adapter="unknown")), "adapter: expected one of"),
+])
+def test_generators_that_are_refused(change, says, copied):
+    with pytest.raises(UserError, match=says):
+        adapters.load_generator(changed(copied, **change), models.load_teacher("toy"), "toy")
+
+
+def test_a_generator_of_another_teacher_or_of_experts_is_refused(copied, tmp_path):
+    with pytest.raises(UserError, match="expected a student of mnist, dit"):
+        adapters.load_generator(copied, models.load_teacher("mnist"), "mnist")
+    teacher = models.load_teacher("toy")
+    models.Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={}))
+    with pytest.raises(UserError, match="--generator .*two: expected one network, found 2 experts"):
+        adapters.load_generator(tmp_path / "two", teacher, "toy")
+
+
+def test_the_teacher_is_that_of_the_generator():
+    assert nct.parse_args(["--generator", generator()]).teacher == "toy" and nct.parse_args(["--generator", generator()]).control == "class"
+    assert nct.parse_args(["--generator", generator(), "--teacher", "mnist"]).control == "edges"
+    args = nct.parse_args(["--teacher", "toy"])
+    assert args.generator.endswith("out/dmd2-toy") and args.out.endswith("out/nct-toy-class") and args.con_weight == args.N
+
+
+# ---- conditions are independent of the noise ----------------------------------------------------------------------------------------------------
+
+
+def controlled():
+    teacher = models.load_teacher("toy")
+    model, info, sample = adapters.load_generator(generator(), teacher, "toy")
+    return adapters.make(model, info, sample, Control("class", model))
+
+
+def test_the_sampler_draws_its_condition_from_other_noise(monkeypatch):
+    student, seen = controlled(), []
+    monkeypatch.setattr(student, "condition", lambda z, r, cond: seen.append(z) or torch.zeros(len(z), dtype=torch.int64))
+    z, other = torch.randn(4, 2), [torch.randn(4, 2), torch.randn(4, 2)]
+    x = nct.sample(student, z, student.encode([0] * 4), noise=lambda: other[len(seen)])
+    assert torch.equal(seen[0], other[0]) and not torch.equal(seen[0], z) and torch.equal(x, student.f(z, student.encode([0] * 4)))
+    given = nct.sample(student, z, student.encode([0] * 4), c=torch.tensor([1, 2, 3, 4]))
+    assert len(seen) == 1 and torch.equal(given, x)  # an untrained branch
+    with pytest.raises(UserError, match="--nfe 2"):
+        nct.sample(student, z, None, 2)
+
+
+def test_obedience():
+    """An untrained branch obeys by chance, a student that paints the condition fully, one that ignores its noise without diversity. Coupled evaluation would
+    find the first one perfect."""
+    student = controlled()
+    first = adapters.obedience(student, 400)
+    assert first["error"] == first["chance"] > 0.5 and first["diversity"] == first["spread"] and first["ratio"] == 1 and first["conditions"] == 50
+    means = student.mixture.means.float()
+    student.forward = lambda z, c, cond: means[c] + 0.01 * z
+    ideal = adapters.obedience(student, 400)
+    assert ideal["error"] == 0 and ideal["chance"] == first["chance"] and 0 < ideal["diversity"] < 0.02
+    student.forward = lambda z, c, cond: means[c]
+    assert adapters.obedience(student, 400)["diversity"] == 0
+    student.forward = lambda z, c, cond: z * 100  # two points of N(0, 100^2 I): mean distance 100 sqrt(pi), over sqrt(2)
+    assert adapters.obedience(student, 2000)["diversity"] == pytest.approx(100 * (math.pi / 2) ** 0.5, rel=0.05)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def state(out, it):
+    return torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"]
+
+
+def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
+    flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--iters", 5, "--out", tmp_path / "run"]
+    scripts.run("nct.py", *flags, "--con-weight", 0, "--eval-n", 400)
+    model, info, sample = adapters.load_generator(generator(), models.load_teacher("toy"), "toy")
+    torch.manual_seed(0)
+    start = adapters.make(model, info, sample, Control("class", model))
+    assert all(torch.equal(v, start.state_dict()[k]) for k, v in state(tmp_path / "run", 5)["student"].items())
+    result = read_json(tmp_path / "run" / "control.json")
+    assert result["error"] == result["chance"] and (tmp_path / "run" / "samples" / "control.png").exists()
+
+
+def test_a_run_by_hand(scripts, tmp_path):
+    """Two iterations written out: the gradient of both losses, Adam without weight decay, lambda."""
+    from common.run import Draw
+    scripts.run("nct.py", "--teacher", "toy", "--batch", 16, "--eval-n", 0, "--sample-every", 0, "--iters", 2, "--N", 8, "--con-weight", 3, "--lambda0", 2, "--eta", 5,
+                "--xi", 1e-4, "--clip", 1e9, "--cooldown", 0, "--out", tmp_path / "run")
+    teacher = models.load_teacher("toy")
+    model, info, sample = adapters.load_generator(generator(), teacher, "toy")
+    torch.manual_seed(0)
+    student = adapters.make(model, info, sample, Control("class", model))
+    opt, lam = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0), 2.0
+    for it in range(2):
+        draw = Draw(0, it, 16)
+        cond = teacher.encode(draw.integers(0, 8))
+        z, eps, _, k = draw.normal(2), draw.normal(2), draw.normal(4), draw.integers(0, 8)
+        with torch.no_grad():
+            x = model(20 * z, 1.0, 20.0, cond)
+            c = torch.cdist(x.double(), model.mixture.means).argmin(1)
+            at = lambda k: ((math.pi * k / 16).cos()[:, None] * z + (math.pi * k / 16).sin()[:, None] * eps).float()
+            target = student(at(k), c, cond)
+        loss = 3 * (student(at(k + 1), c, cond) - target).square().mean()
+        bound = (student(z, c, cond) - x).square().mean()
+        (loss + lam * bound).backward()
+        opt.step()
+        opt.zero_grad()
+        lam += 5 * (bound.item() - 1e-4)
+    found = state(tmp_path / "run", 2)
+    assert float(found["multiplier"]["value"]) == pytest.approx(lam, abs=1e-6) and lam != 2
+    for name, p in student.named_parameters():
+        assert torch.allclose(found["student"][name], p, atol=2e-5), name
+
+
+def test_export_and_eval(scripts, tmp_path, capsys):
+    """The folder stands alone: the generator is in it. eval.py says what the run said, and counts one pass."""
+    run = tmp_path / "run"
+    scripts.run("nct.py", "--teacher", "toy", "--batch", 32, "--sample-every", 0, "--iters", 30, "--eval-n", 500, "--out", run)
+    evaluation.main([str(run), "--n", "500", "--out", str(tmp_path / "eval.jsonl")])
+    text = capsys.readouterr().out
+    result = json.loads((tmp_path / "eval.jsonl").read_text())
+    assert result["passes"] == 1 and result["method"] == "nct" and "control class: accuracy" in text
+    assert result["control"] == read_json(run / "control.json") and result["control"]["error"] < result["control"]["chance"]
+    assert result["energy_distance"] == pytest.approx(read_json(run / "metrics.json")["energy_distance"], rel=1e-4)
+    info = read_json(run / "student" / "distill.json")
+    student = models.load_model(run / "student", info["model"])
+    z, cond = torch.randn(5, 2), student.encode([0] * 5)
+    assert student.folder == run / "student" and student.control.name == "class" and not torch.equal(student(z, torch.tensor([0, 1, 2, 3, 4]), cond), student.f(z, cond))
+    for change in (dict(control=3), dict(control=dict(name="class")), dict(blocks="two")):
+        with pytest.raises(UserError, match="model\\.(control|blocks)"):
+            models.load_model(run / "student", info["model"] | change)
+
+
+def test_another_generator_is_no_resume(scripts, copied, tmp_path):
+    flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--eval-n", 0, "--out", tmp_path / "run"]
+    scripts.run("nct.py", *flags, "--iters", 1)
+    from safetensors.torch import load_file, save_file
+    path = copied / "student" / models.WEIGHTS
+    save_file({k: v + 1e-3 for k, v in load_file(path).items()}, path)
+    p = scripts.start("nct.py", *flags, "--iters", 2, "--resume", "--generator", copied)
+    assert p.wait() == 2 and "--resume" in p.err and "another --control or --generator" in p.err and p.err.count("\n") == 1
