@@ -64,6 +64,8 @@ class TransformerBranch(nn.Module):
             raise UserError(f"--blocks {blocks}: expected a number from 1 to {total}, the generator's blocks")
         width = net.config.num_attention_heads * net.config.attention_head_dim
         self.blocks = twin(net.transformer_blocks[:blocks])
+        for name, p in self.blocks[-1].named_parameters():
+            p.requires_grad_(not ("to_add_out" in name or "ff_context" in name))  # joint attention: text tokens that nobody reads any more
         self.hint = hint(control, width, scale, net.config.patch_size, tokens=True)
         self.outs = nn.ModuleList(zero(nn.Linear(width, width)) for _ in self.blocks)
 
@@ -320,6 +322,8 @@ def obedience(model, n=1000, seed=0, batch=250):
     """Conditions of samples of the generator, obeyed from other noise -> dict. error: mean distance of the condition and that of the output; chance: the
     same without control; diversity: mean distance of two outputs under one condition, spread: of two samples without control, both RMS over an image."""
     out = {k: [] for k in ("error", "chance", "diversity", "spread")}
+    if hasattr(model, "prompts"):  # large pictures
+        n, batch = min(n, 256), GROUP
     n = max(GROUP, n // GROUP * GROUP)
     for part in torch.arange(n).split(max(GROUP, batch // GROUP * GROUP)):
         noise = ImageNoise(seed, part.tolist(), model.device)
@@ -345,6 +349,7 @@ def summary(r):
 @torch.no_grad()
 def rows(model, seed=0, n=20):
     """Rows of a picture: the condition, the sample that it is of, what another noise makes of it, and the condition of that."""
+    n = 4 if hasattr(model, "prompts") else n
     noise = ImageNoise(seed, range(n), model.device)
     cond = model.encode(torch.arange(n) % max(model.classes, 1))
     z, other, r = noise(*model.shape), noise(*model.shape), torch.special.ndtr(noise(4))

@@ -564,6 +564,84 @@ def test_the_teacher_is_that_of_the_generator():
     assert args.generator.endswith("out/dmd2-toy") and args.out.endswith("out/nct-toy-class") and args.con_weight == args.N
 
 
+# ---- pipelines --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    import diffusers
+
+    import tiny
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    base = tmp_path_factory.mktemp("pipelines")
+    (base / "prompts.txt").write_text("a red heart\ndog\n")
+
+    def get(name):
+        if not (base / name).exists():
+            (base / name).mkdir()
+            getattr(tiny, name)(base / name)
+        return base / name
+
+    get.flags = ["--prompts", base / "prompts.txt", "--cache-prompts", base / "cache", "--batch", 2]
+    get.text = dict(prompts=["a red heart", "dog"], cache=base / "cache", say=lambda *a: None)
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [False, True])
+def test_stable_diffusion(student, scripts, pipelines, tmp_path):
+    """A one-step student of SD 1.5, or the pipeline itself: the run's ControlNet and UNet in diffusers' own pipeline make the picture of our sampler."""
+    from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, UNet2DConditionModel
+    folder = pipelines("sd15")
+    if student:
+        moved = models.load_teacher(str(folder), text=pipelines.text).copy()
+        for p in moved.parameters():
+            p.data += 0.01 * torch.randn_like(p)
+        moved.save(tmp_path / "gen" / "student", dict(method="dmd2", teacher=str(folder), nfe=1, cfg=1.75, sampler=dict(steps="999")))
+    run = tmp_path / "run"
+    flags = ["--generator", tmp_path / "gen" if student else folder, *pipelines.flags, "--control", "edges", "--lr", 1e-2, "--warmup", 0, "--smoke", "--out", run]
+    p = scripts.run("nct.py", *flags, *(["--grad-checkpoint"] if student else []))
+    assert "brings no metric" in p.out and "control edges: error" in p.out and (run / "samples" / "control.png").exists()
+    info = read_json(run / "student" / "distill.json")
+    assert info["teacher"] == str(folder) and info["cfg"] == (1.75 if student else 1.0)
+    teacher = models.load_teacher(str(folder), text=pipelines.text)
+    ours = models.load_model(run / "student", info["model"], teacher)
+    controlnet, unet = ControlNetModel.from_pretrained(run / "student"), UNet2DConditionModel.from_pretrained(run / "student" / "generator")
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, unet=unet, controlnet=controlnet, safety_checker=None, feature_extractor=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    pipe.set_progress_bar_config(disable=True)
+    z, c = torch.randn(2, *teacher.shape), torch.rand(2, 3, 16, 16)
+    theirs = pipe(teacher.prompts, image=c, latents=z, num_inference_steps=1, guidance_scale=1.0, height=16, width=16, output_type="latent").images
+    x = nct.sample(ours, z, teacher.encode(torch.tensor([0, 1])), c=c)
+    assert torch.allclose(x, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
+    with torch.no_grad():
+        free = ours.f(z, teacher.encode(torch.tensor([0, 1])))
+    assert not torch.allclose(x, free, rtol=1e-2, atol=1e-2 * float(free.std()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sana"])
+def test_other_pipelines(name, pipelines, tmp_path):
+    """A branch at the one-step form of each: no effect at first; the condition has a gradient and is obeyed in some way afterwards; saved and loaded."""
+    folder = str(pipelines(name))
+    teacher = models.load_teacher(folder, text=pipelines.text)
+    model, info, sample = adapters.load_generator(folder, teacher, folder)
+    student = adapters.make(model, info, sample, Control("edges", model))
+    z, cond, c = torch.randn(2, *model.shape), model.encode(torch.tensor([0, 1])), torch.rand(2, student.control.channels, *student.control.shape[1:])
+    with torch.no_grad():
+        plain = student.f(z, cond)
+    assert torch.equal(student(z, c, cond), plain)
+    noise_up(student.branch)
+    x = student(z, c, cond)
+    x.square().mean().backward()
+    assert not torch.allclose(x, plain, rtol=1e-2) and not [n for n, p in student.named_parameters() if p.grad is None and p.requires_grad]
+    student.save(tmp_path / "s", dict(method="nct", teacher=folder, nfe=1, sampler={}))
+    again = models.load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    with torch.no_grad():
+        assert torch.equal(again(z, c, cond), x)
+
+
 # ---- conditions are independent of the noise ----------------------------------------------------------------------------------------------------
 
 
