@@ -273,9 +273,7 @@ class Model(nn.Module):
             write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
         own = {lora.FILE: lora.tensors(self)} if self.lora else {WEIGHTS: self.net.state_dict()}
         for name, tensors in (own | ({EXTRAS: self.extras.state_dict()} if self.extras else {})).items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            with atomic(folder / name) as f:
-                save_file(tensors, f.name, metadata={"format": "pt"})
+            save_weights(folder / name, tensors)
 
     def net_config(self):
         return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
@@ -545,6 +543,9 @@ def load_model(folder, info, teacher=None):
         return load_routed(folder, info, teacher)
     if "lora" in info:
         return load_lora(folder, info, teacher)
+    if info.get("adapter") == "controlled":
+        from common.adapters import load_controlled  # a generator of any method and its control
+        return load_controlled(folder, info, teacher)
     if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
         return teacher.load_student(folder, info)
     if info.get("adapter") == "edm":
@@ -596,6 +597,11 @@ def load_lora(folder, info, teacher):
     load_extras(folder, info, student)
     student.folder = folder
     return student
+
+
+def save_weights(path, tensors):
+    with atomic(path) as f:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, f.name, metadata={"format": "pt"})
 
 
 def load_weights(path, module, key=lambda name: name):

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cases import needs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -67,7 +69,7 @@ class Server:
         """-> Process. flags: anything; env: more environment variables."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
-        pid = self.ask(argv=[str(ROOT / script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})
+        pid = self.ask(argv=[str(ROOT / script), *needs(script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})
         return Process(self, pid, out, err)
 
     def load(self, *modules):
