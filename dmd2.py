@@ -49,8 +49,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
                   gan_weight=0.03, cls_weight=0.1),
     "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.5, ema=0,
                 gan_weight=3e-3, cls_weight=1e-2),
-    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; sd3, sana, flux, ...: the numbers of SDXL, which are nobody's for a flow teacher;
-    # below, cfg is what each pipeline does when nothing is said (w = 1 on top of FLUX's own scale)
+    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; flow teachers: the numbers of SDXL, which are nobody's for them, and their pipelines' guidance
     "sd15": dict(cfg=1.75, nfe=1, lr=1e-5, lr_fake=1e-5, betas=(0.9, 0.999), ratio=10, shift=1.0, batch=2048, iters=40000, warmup=500, cooldown=0.0, ema=0,
                  gan_weight=1e-3, cls_weight=1e-2),
     "sdxl": dict(cfg=8.0, nfe=4, lr=5e-7, lr_fake=5e-7, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=128, iters=20000, warmup=500, cooldown=0.0, ema=0,
@@ -62,10 +61,9 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
                            gan_weight=3e-3, cls_weight=1e-2),
 }
 PRESETS |= {"toy-cond": PRESETS["toy"], "default": PRESETS["edm-imagenet64"]}
-# ImageNet latents: the numbers of ImageNet-64, not the paper's for these; cfg 1.5 is what DiT and SiT report their best FID with
-PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))
-PRESETS |= dict.fromkeys(("sd3", "sd3.5", "sana", "sana-0.6b"), PRESETS["sdxl"])
-PRESETS |= {k: PRESETS["sdxl"] | dict(cfg=w) for k, w in (("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0), ("wan2.1", 5.0), ("wan2.1-14b", 5.0), ("wan2.2", 5.0))}
+PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))  # ImageNet latents: not the paper's
+PRESETS |= {name: PRESETS["sdxl"] | dict(cfg=w) for w, names in ((8.0, "sd3 sd3.5 sana sana-0.6b"), (1.0, "flux"), (4.0, "qwen-image"), (6.0, "z-image"),
+                                                                 (5.0, "wan2.1 wan2.1-14b wan2.2")) for name in names.split()}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 
 
@@ -236,8 +234,7 @@ def main():
     teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
-    index = step_indices(args.nfe, args.steps)
-    grid = schedule.grid(N)
+    index, grid = step_indices(args.nfe, args.steps), schedule.grid(N)
     times, grid = grid[index], grid.to(run.device)  # the grid is indexed by draws
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
@@ -256,9 +253,8 @@ def main():
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     ema = EMA(student, args.ema, args.ema_cpu)
-    on = teacher if args.gan_on == "teacher" else None
+    on, sampler = teacher if args.gan_on == "teacher" else None, dict(steps=",".join(map(str, index)))
     low, high = int(args.t_range[0] * N), min(int(args.t_range[1] * N), N - 1)  # both included
-    sampler = dict(steps=",".join(map(str, index)))
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     per_student = 2 + (1 if args.cfg == 1 else 2) + 1
     passes = (args.nfe - 1) / 2 + 1 + 3 + per_student / args.ratio

@@ -191,7 +191,7 @@ def sample(student, z, cond, nfe=1, noise=None, c=None):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 0, 1)  # students, critics, averages (here the generator): for the estimate of memory
     if not os.path.isdir(args.generator):
         raise UserError(f"--generator {args.generator}: expected the folder of a finished one-step run, found none; `python dmd2.py --teacher {args.teacher}` makes one")
     # ==== same in every script: setup ====
