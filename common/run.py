@@ -307,7 +307,8 @@ class Run:
             raise UserError("--shard: expected several processes to spread the weights over (torchrun --nproc_per_node=N), found one")
         self.rank, self.world, self.device, self.dtype = processes(args)
         self.main, self.batch = self.rank == 0, args.batch // self.world
-        self.place = lambda module: module.to(self.device)  # what is trained goes through here, or through Model.copy and Model.extend
+        device = self.device  # not self: a run that holds itself would keep its lock
+        self.place = lambda module: module.to(device)  # what is trained goes through here, or through Model.copy and Model.extend
         if args.shard:
             from common.shard import Sharding  # a second's import
             self.place = Sharding(self.device)
