@@ -76,7 +76,7 @@ def parse_args(argv=None):
     for wrong, message in (
         (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the student is a function of the noise alone, more passes are not defined"),
         (args.data, f"--data {args.data}: this method never looks at images"),
-        (args.lr_fake is not None, "--lr-fake: this method has no second network"),
+        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: this method has no second network"),
         (not 0 < args.delta <= 1, f"--delta: expected a number above 0, at most 1, found {args.delta}"),
         (not 0 < args.t_max <= 1, f"--t-max: expected a number above 0, at most 1, found {args.t_max}"),
         (not 0 <= args.at <= args.t_max, f"--at: expected a time from 0 to --t-max, found {args.at}"),
@@ -255,10 +255,10 @@ class Fidelity:
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("boot", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     top = level(schedule, torch.tensor(args.t_max, device=run.device), args.grid)
@@ -268,14 +268,14 @@ def main():
         raise UserError(f"--clip-x0 {args.clip_x0}: expected a teacher of pixels, found samples of shape {list(shape)}")
     edge = boundary_rows(args.batch, args.boundary_frac)[run.rank * run.batch:(run.rank + 1) * run.batch].to(run.device)
     frac = int(args.boundary_frac * args.batch) / args.batch
-    student = teacher.copy()
+    student = teacher.copy(args.lora)
     torch.manual_seed(args.seed)  # the new input starts equal on all processes
     student.extend("time")
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(at=args.at, grid=args.grid, t_max=args.t_max)
     watch = Fidelity(teacher, args, 8 if args.smoke else 64) if args.fidelity_every else None
     asked = (1 if args.cfg == 1 else 2) * (2 if args.solver == "midpoint" else 1)

@@ -235,10 +235,10 @@ def sample(student, z, cond, nfe, noise, steps=None, rollout="stochastic"):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("decoupled_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index = step_indices(args.nfe, args.steps)
@@ -247,19 +247,19 @@ def main():
     grid, table = grid.to(run.device), table.to(run.device)  # indexed by draws
     use_ca, use_dm, use_critic = args.cfg != 1, args.regulariser == "dm", args.regulariser == "dm" or args.gan  # w = 1: (4) is 0 and u is not asked for
     ratio = args.ratio if use_critic else 1
-    student, fake, h = teacher.copy(), teacher.copy(), None
+    student, fake, h = teacher.copy(args.lora), teacher.copy(args.lora_fake), None
     images = data.load_images(args.data, teacher, run.print) if args.gan else None
     if args.gan:
         with torch.no_grad():
             h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
-    critic = Critic(fake, h).to(run.device)
+    critic = run.place(Critic(fake, h))
     for model in (student, fake) if args.grad_checkpoint else ():
         model.checkpoint_activations()
     G, C = run.train(student), run.train(critic) if use_critic else critic
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(steps=",".join(map(str, index)), rollout=args.rollout)
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     per_student = 2 + 2 * use_ca + use_dm * (1 if args.schedule == "shared" and use_ca else 2)

@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, metrics, models
+from common import data, metrics, models, pairs
 from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import expand
 
@@ -49,19 +49,21 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
                   gan_weight=0.03, cls_weight=0.1),
     "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.5, ema=0,
                 gan_weight=3e-3, cls_weight=1e-2),
-    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; sd3, sana: the numbers of SDXL, which are nobody's for a flow teacher
+    # SD 1.5 in one step, first stage, and SDXL in four [P, C]; flow teachers: the numbers of SDXL, which are nobody's for them, and their pipelines' guidance
     "sd15": dict(cfg=1.75, nfe=1, lr=1e-5, lr_fake=1e-5, betas=(0.9, 0.999), ratio=10, shift=1.0, batch=2048, iters=40000, warmup=500, cooldown=0.0, ema=0,
                  gan_weight=1e-3, cls_weight=1e-2),
     "sdxl": dict(cfg=8.0, nfe=4, lr=5e-7, lr_fake=5e-7, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=128, iters=20000, warmup=500, cooldown=0.0, ema=0,
                  gan_weight=5e-3, cls_weight=1e-2),
+    # SDXL as LoRA [C]: --lora 64 --lora-alpha 8 --lr 5e-5 --lr-fake 5e-5, the critic whole; its convolutions too (--lora-targets). SDXL in one step [C]:
+    # --nfe 1 --steps 399 --regression 10000 2000 1e-5, batch 256 there, and LPIPS of decoded images instead of the latents' squares
     # the paper's ImageNet-64, also for any other folder [P, C: lr 2e-6, ratio 5, batch 280, 200K iterations, w_G 3e-3, w_D 1e-2 (w_D: [C] only), warm-up 500]
     "edm-imagenet64": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
                            gan_weight=3e-3, cls_weight=1e-2),
 }
 PRESETS |= {"toy-cond": PRESETS["toy"], "default": PRESETS["edm-imagenet64"]}
-# ImageNet latents: the numbers of ImageNet-64, not the paper's for these; cfg 1.5 is what DiT and SiT report their best FID with
-PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))
-PRESETS |= dict.fromkeys(("sd3", "sd3.5", "sana", "sana-0.6b"), PRESETS["sdxl"])
+PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))  # ImageNet latents: not the paper's
+PRESETS |= {name: PRESETS["sdxl"] | dict(cfg=w) for w, names in ((8.0, "sd3 sd3.5 sana sana-0.6b"), (1.0, "flux"), (4.0, "qwen-image"), (6.0, "z-image"),
+                                                                 (5.0, "wan2.1 wan2.1-14b wan2.2")) for name in names.split()}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 
 
@@ -80,19 +82,20 @@ def parse_args(argv=None):
     p.method.add_argument("--fake-weight", choices=["native", "x0"], default="native", help="lambda_t in (6): the teacher's own loss, or 1")
     p.method.add_argument("--shift", type=float, help="multiplies sigma / alpha of all levels drawn in (4), (6) and (7); below 1: less noise; 1 in the paper")
     p.method.add_argument("--t-range", type=float, nargs=2, default=(0.02, 0.98), help="share of the grid that (4) draws from")
+    p.method.add_argument("--regression", type=float, nargs=3, metavar=("PAIRS", "ITERS", "LR"), help="one step: warm-up on that many images of the teacher's ODE")
     args = p.parse(PRESETS, argv)
-    if args.ratio < 1:
-        raise UserError(f"--ratio: expected at least 1, found {args.ratio}")
-    if args.alternate and args.ratio == 1:
-        raise UserError("--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more")
-    if not 0 <= args.t_range[0] <= args.t_range[1] <= 1:
-        raise UserError(f"--t-range: expected 0 <= low <= high <= 1, found {args.t_range[0]} {args.t_range[1]}")
-    if args.shift <= 0:
-        raise UserError(f"--shift: expected a number > 0, found {args.shift}")
-    if not args.gan and (args.gan_clean or args.gan_on == "teacher" or args.dm_weight == 0):
-        raise UserError("--gan-on, --gan-clean and --dm-weight 0 mean something only with the GAN term: add --gan")
-    if args.data and not (args.gan or args.sim == "data"):
-        raise UserError(f"--data {args.data}: this run would not look at images; add --gan (or --sim data)")
+    pairs.check(args)
+    for wrong, message in (
+        (args.ratio < 1, f"--ratio: expected at least 1, found {args.ratio}"),
+        (args.alternate and args.ratio == 1, "--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more"),
+        (not 0 <= args.t_range[0] <= args.t_range[1] <= 1, f"--t-range: expected 0 <= low <= high <= 1, found {args.t_range[0]} {args.t_range[1]}"),
+        (args.shift <= 0, f"--shift: expected a number > 0, found {args.shift}"),
+        (not args.gan and (args.gan_clean or args.gan_on == "teacher" or args.dm_weight == 0),
+         "--gan-on, --gan-clean and --dm-weight 0 mean something only with the GAN term: add --gan"),
+        (args.data and not (args.gan or args.sim == "data"), f"--data {args.data}: this run would not look at images; add --gan (or --sim data)"),
+    ):
+        if wrong:
+            raise UserError(message)
     return args
 
 
@@ -212,9 +215,8 @@ def cls_loss(logit_fake, logit_real):
 @torch.no_grad()
 def sample(student, z, cond, nfe, noise, steps=None):
     """n-step stochastic sampler: denoise, add fresh noise at the next level, repeat. z [B, *shape] unit noise; noise(): more of it. -> x [B, *shape]."""
-    schedule = student.schedule
+    schedule, k = student.schedule, nfe - 1
     times = schedule.grid(N)[step_indices(nfe, steps)]
-    k = nfe - 1
     x_in = backward_simulation(student, schedule, times, k, cond, iter_first(z, noise))
     return student(x_in, schedule.alpha(times[k]), schedule.sigma(times[k]), cond)
 
@@ -226,36 +228,33 @@ def iter_first(z, noise):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("dmd2", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
-    index = step_indices(args.nfe, args.steps)
-    grid = schedule.grid(N)
+    index, grid = step_indices(args.nfe, args.steps), schedule.grid(N)
     times, grid = grid[index], grid.to(run.device)  # the grid is indexed by draws
     if args.shift != 1:
         grid = schedule.t_from_snr((schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2)
     images = data.load_images(args.data, teacher, run.print) if args.gan or args.sim == "data" else None
-    student, fake = teacher.copy(), teacher.copy()
+    student, fake = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     head = None
     if args.gan:
         with torch.no_grad():
             h = fake(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
         torch.manual_seed(args.seed)  # the head starts equal on all processes
-        head = Head(h).to(run.device)
+        head = run.place(Head(h))
     critic = Critic(fake, head)
-    if args.grad_checkpoint:
-        student.checkpoint_activations()
-        fake.checkpoint_activations()
+    for model in (student, fake) if args.grad_checkpoint else ():
+        model.checkpoint_activations()
     G, C = run.train(student), run.train(critic)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
-    on = teacher if args.gan_on == "teacher" else None
+    ema = EMA(student, args.ema, args.ema_cpu)
+    on, sampler = teacher if args.gan_on == "teacher" else None, dict(steps=",".join(map(str, index)))
     low, high = int(args.t_range[0] * N), min(int(args.t_range[1] * N), N - 1)  # both included
-    sampler = dict(steps=",".join(map(str, index)))
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     per_student = 2 + (1 if args.cfg == 1 else 2) + 1
     passes = (args.nfe - 1) / 2 + 1 + 3 + per_student / args.ratio
@@ -267,6 +266,9 @@ def main():
     first = run.resume(state)
     it = first - 1
     # ==== end ====
+    if args.regression and not first:
+        one_step = lambda z, c: G(first_input(schedule, times[0], z), schedule.alpha(times[0]), schedule.sigma(times[0]), c)
+        pairs.warm_up(run, teacher, student, one_step, *args.regression)
 
     for it in run.loop(first, args.iters):
         draw = run.draw(it)

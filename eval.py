@@ -13,13 +13,12 @@ Inception weights, given by path: TF1 resize, uint8, float64 statistics. kid: 10
 precision, recall, density, coverage: k = 3, against as many reference images as samples, the first of a fixed shuffle.
 agreement: share of samples whose label the classifier finds; image i has label i % classes. Toy teachers: energy distance, sliced Wasserstein
 distance, smallest and largest share of a mode, share of points within 3 standard deviations of their mode.
+A run of nct.py: metrics of images whose conditions are those of other samples of its generator; `control`: does it obey (common/adapters.py, obedience).
 `passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
 The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
 """
 import argparse
 import datetime
-import importlib
-import inspect
 import math
 import time
 from pathlib import Path
@@ -28,10 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import fid, metrics, models
-from common.run import ROOT, UserError, launch, near, processes, read_json, revision, save_grid
-
-METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
+from common import adapters, fid, metrics, models
+from common.run import ROOT, UserError, launch, processes, revision, save_grid
+from common.students import network_of, read_student, sampler_of
 
 
 def numbers(flag, text, kind, low, high=math.inf):
@@ -56,6 +54,7 @@ def parse_args(argv=None):
     what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
     what.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+    what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
     what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare, --grid and --best-of, default {metrics.TEACHER_NFE}")
@@ -113,45 +112,20 @@ def parse_args(argv=None):
 
 def load_student(folder, args, teachers):
     """-> student, its method's `sample`, the checked distill.json, its teacher. teachers: those loaded so far, by name."""
-    home = Path(folder) / "student" if (Path(folder) / "student").is_dir() else Path(folder)
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: expected the folder of a run, found {'a file' if Path(folder).exists() else 'nothing'}")
-    if not (home / "distill.json").is_file():
-        hint = "a teacher (give it as --teacher)" if (home / "teacher.json").is_file() else "no student/distill.json, so the run has not ended yet or is none"
-        raise UserError(f"{folder}: expected a student of this project, found {hint}")
-    info, where = read_json(home / "distill.json", "student"), home / "distill.json"
-    for key, kind in dict(method=str, teacher=str, nfe=int, sampler=dict, model=dict).items():
-        if not isinstance(info.get(key), kind) or (key == "nfe" and not 1 <= info["nfe"] <= 1000):
-            expected = dict(str="a name", int="an integer from 1 to 1000", dict="an object")[kind.__name__]
-            raise UserError(f"{where}: {key}: expected {expected}, found {info.get(key)!r}")
-    if info["method"] not in METHODS:
-        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{near(info['method'], METHODS)}")
-    try:
-        sample = importlib.import_module(info["method"]).sample
-    except ModuleNotFoundError as e:
-        if e.name != info["method"]:
-            raise
-        raise UserError(f"{where}: method {info['method']}: its script {info['method']}.py is not here") from None
-    try:
-        inspect.signature(sample).bind(None, None, None, 1, None, **info["sampler"])
-    except TypeError as e:
-        raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
+    home, info = read_student(folder)
+    sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
     try:
         teachers[name] = teacher = teachers.get(name) or models.load_teacher(name, text=text_of(args, info))
     except UserError as e:
         raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
-    student = models.load_model(home, info["model"], teacher).requires_grad_(False)
-    if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
-        raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
-                        f"found {student.adapter} {list(student.shape)} with {student.classes}")
-    return student, sample, info, teacher, name
+    return network_of(folder, home, info, teacher, name), sample, info, teacher, name
 
 
 def text_of(args, info=None):
-    """Prompts and size for a pipeline: of the flags, else those that the student was trained with."""
+    """Prompts, size and frames for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size")}
+    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size", "frames")}
     return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
 
 
@@ -166,8 +140,11 @@ def student_row(folder, student, sample, info, teacher, name, nfe):
     sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
     home = Path(folder).resolve()
     label = (home.parent if home.name == "student" else home).name
-    return dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
-                folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+    row = dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
+               folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+    if info["method"] == "nct":  # its cost is that with a condition at hand; to measure it one is made of another sample
+        row["cost"] = lambda m, z, c, noise: sample(m, z, c, nfe, noise, c=m.control.blank(len(z), z.device))
+    return row
 
 
 def best_row(row, n, nfe, cfg, heun):
@@ -213,6 +190,8 @@ def make_rows(args, dtype):
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
+        if getattr(row["teacher"], "video", False):
+            raise UserError(f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames")
         if args.best_of and row["teacher"].adapter == "toy":
             raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
         if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):
@@ -263,7 +242,9 @@ def measure(row, args, folder, extractor, rank, world):
         every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
         result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
         result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
-    return dict(row["facts"], passes=metrics.passes(row["sampler"], row["model"]), seeds=seeds, **result)
+    if row["facts"]["method"] == "nct":
+        result["control"] = metrics.together(lambda: adapters.obedience(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
+    return dict(row["facts"], passes=metrics.passes(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)
 
 
 def measure_folder(files, args, extractor, rank, world):
@@ -337,7 +318,7 @@ def main(argv=None):
             result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world)
             result["weights"] = metrics.sha256(row["folder"])
             if args.latency:  # on one process while the others wait
-                result["latency"] = metrics.together(lambda: metrics.latency(row["sampler"], row["model"], args.batch) if rank == 0 else None, world)[0]
+                result["latency"] = metrics.together(lambda: metrics.latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
         result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
                        seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
@@ -346,6 +327,8 @@ def main(argv=None):
                 f.write(metrics.dumps(result) + "\n")
         if extractor and result["n"] <= extractor.dims:
             say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
+        if "control" in result:
+            say(f"{row['caption']}: {adapters.summary(result['control'])}")
         if "latency" in result:
             for b, t in result["latency"].items():
                 say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")

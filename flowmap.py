@@ -33,7 +33,6 @@ Differences from the paper:
     - lambda compares norms after the weighting (7), and L is a mean over elements, where the paper may mean other constants (Adam divides them out).
     - the teacher is never asked below t = 0.001 or below its own least noise, where (1) is 0 / 0.
 """
-import copy
 import math
 
 import torch
@@ -158,13 +157,15 @@ def durations(u, at_end, grid=None):
 
 def derivative(student, z, d, cond, w, form="jvp", h=1e-2):
     """(F, dF/dd) at z [B, *shape], d [B]. Passes in float32 whatever --dtype: in bf16 differences are noise. Not through DDP, whose hooks know no duals."""
-    student = copy.copy(student)  # the same weights
-    student.dtype = torch.float32
+    dtype, student.dtype = student.dtype, torch.float32
     F = lambda d: average_velocity(student, z, d, cond, w)
-    if form == "fd":
-        return F(d), (F(d + h) - F(d - h)) / (2 * h)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-        return torch.func.jvp(F, (d,), (torch.ones_like(d),))
+    try:
+        if form == "fd":
+            return F(d), (F(d + h) - F(d - h)) / (2 * h)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            return torch.func.jvp(F, (d,), (torch.ones_like(d),))
+    finally:
+        student.dtype = dtype
 
 
 def per_sample(x):
@@ -250,10 +251,10 @@ def fidelity(student, teacher, args):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("flowmap", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     share, (low, high) = args.correction, args.cfg_range
@@ -262,7 +263,7 @@ def main():
         raise UserError(f"--batch {args.batch}: expected at least {least} samples per process, so that each has some of both parts, found {run.batch}")
     corrected = roles(args.batch, share)[run.rank * run.batch:(run.rank + 1) * run.batch].to(run.device)
     P, C = (~corrected).nonzero()[:, 0], corrected.nonzero()[:, 0]  # rows of the prediction, of the correction
-    student, critic = teacher.copy(), teacher.copy()
+    student, critic = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     torch.manual_seed(args.seed)  # new inputs start equal on all processes
     student.extend("duration", *["guidance"] * (low < high))
     critic.extend(*["guidance"] * (low < high))
@@ -272,7 +273,7 @@ def main():
     S, A = torch.compile(student) if args.compile else student, run.train(critic)  # the student's gradients are averaged below
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(w=args.cfg)
     asked = 1 if low == high == 1 else 2  # one pass = one forward of the network; a backward counts two, a forward-mode derivative two with its forward
     passes = 3 + (1 - share) * (dict(jvp=2, fd=3, discrete=1)[args.form] + asked) + (share > 0) * (share * (1 + asked) + 4 * args.ratio)

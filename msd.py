@@ -80,7 +80,7 @@ def parse_args(argv=None):
         (min(args.students, args.ratio) < 1, f"--students, --ratio: expected at least 1, found {args.students}, {args.ratio}"),
         (not 0 <= args.adm <= 1 or not 0 <= args.tsm < 1, f"--adm, --tsm: expected shares from 0 to 1, --tsm below it, found {args.adm:g}, {args.tsm:g}"),
         (args.tsm and not args.small, "--tsm: a student of the teacher's size starts as the teacher and has nothing to learn from (3): add --small"),
-        (args.shift <= 0, f"--shift: expected a number > 0, found {args.shift}"),
+        (args.shift <= 0, f"--shift: expected a number > 0, found {args.shift}"), (args.lora and args.small, "--lora: needs the teacher's network, --small has another"),
         (not min(args.tsm_lr, args.adm_lr) >= 0, f"--tsm-lr, --adm-lr: expected numbers >= 0, found {args.tsm_lr}, {args.adm_lr}"),
         (args.data and not (args.adm or args.tsm), f"--data {args.data}: this run would not look at images; add --adm (or --small, for --tsm)"),
         (args.iters - round(args.tsm * args.iters) < args.students, f"--iters {args.iters}: expected one for each of {args.students} students, beside --tsm"),
@@ -213,9 +213,10 @@ def sample(student, z, cond, nfe, noise):
 
 def main():
     args = parse_args()
+    networks = (0 if args.small else args.students, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("msd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     grid = schedule.grid(N).to(run.device)
@@ -231,13 +232,13 @@ def main():
     if empty := [v.tolist() for v, part in zip(own, parts) if not len(part)]:
         raise UserError(f"--data: the adversarial stage needs images of each student's labels, found none of {empty[0]}")
     one = teacher.resized(args.small, args.seed) if args.small else teacher
-    student = models.Routed([one.copy() for _ in range(args.students)], "label", table)
-    ema = EMA(student, args.ema)
+    student = models.Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
+    ema = EMA(student, args.ema, args.ema_cpu)
     with torch.no_grad():
         h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
-    head = lambda: Head(h).to(run.device) if args.adm else None
+    head = lambda: run.place(Head(h)) if args.adm else None
     mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
-    critic = Critic(teacher.copy(), head(), mark(0, 0, 0, "dm"))
+    critic = Critic(teacher.copy(args.lora_fake), head(), mark(0, 0, 0, "dm"))
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_g, opt_c = adam(student, args.lr), adam(critic, args.lr_fake)
     sampler, pieces = {}, plan(args.iters, args.students, args.tsm, args.adm)
@@ -262,9 +263,8 @@ def main():
         if it == start:  # a new student or stage: all that was trained becomes its average, and what is trained now starts afresh
             before = place(it - 1)[2:] if it else (None, None)
             student.experts = nn.ModuleList(ema.model.experts[0 if before[1] == "tsm" else i].copy() for i in range(args.students))
-            ema.model.load_state_dict(student.state_dict())
-            ema.images = 0
-            critic.fake = (critic.fake if before == (k, "dm") else teacher).copy()
+            ema.load_state_dict(dict(images=0, model=student.state_dict()))
+            critic.fake = (critic.fake if before == (k, "dm") else teacher).copy(args.lora_fake)
             torch.manual_seed(args.seed + k)  # the head starts equal on all processes
             critic.head = head()
             critic.place = mark(*place(it))

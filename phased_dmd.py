@@ -26,7 +26,8 @@ Commands (results and times: README and docs/RESULTS.md):
 Differences from the paper:
     - presets toy and mnist are ours: learning rates, Adam's betas, ratio, batch, weight average, warm-up and cooldown (in every phase). A finished
       expert is frozen as its average, so that later phases see what sampling uses.
-    - experts are full networks, not LoRA. The paper gives no iteration numbers, no guidance in training, and no word on whether its runs normalise.
+    - experts are full networks; the paper's are --lora 64 --lora-alpha 8 --lr 5e-5, with a whole critic. It gives no iteration
+      numbers, no guidance in training, and no word on whether its runs normalise.
     - critic and student share the rollout of an iteration; levels t come from a grid of 1,000; teachers of other schedules are asked at equal SNR.
     - in the last phase (s = 0) the factor min(1, 10 h^2) is left out (--clamp all keeps it): nothing diverges there, and one phase is then DMD.
     - switches for what the official code does instead: --normaliser dmd2 --space x0 (the loss on the clean estimate of the same pass), --clamp none
@@ -85,6 +86,8 @@ def parse_args(argv=None):
         raise UserError(f"--margin: expected a share from 0 to below 0.5, found {args.margin}")
     if not 0 <= args.ida <= 1:
         raise UserError(f"--ida: expected a share from 0 to 1, found {args.ida}")
+    if args.ida < 1 and (args.lora or args.lora_fake):
+        raise UserError(f"--ida {args.ida:g}: mixes the weights of critic and expert, which adapters (--lora, --lora-fake) have no part of alike")
     if args.data:
         raise UserError(f"--data {args.data}: this method does not look at images")
     return args
@@ -191,9 +194,10 @@ def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
 
 def main():
     args = parse_args()
+    networks = (args.phases, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("phased_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times, ends, starts = step_times(args.nfe, args.step_shift), phase_ends(args.nfe, args.phases), phase_starts(args.phases, args.phase_iters)
@@ -201,14 +205,14 @@ def main():
     ranges = [levels(grid, times[b], args.margin) for b in ends]
     grid = grid.to(run.device)
     table = [float(times[b] / (1 - times[b])) for b in ends[:-1]]  # the step at s_k itself is the next expert's
-    student, critic = models.Routed([teacher.copy() for _ in ends], "level", table), teacher.copy()
+    student, critic = models.Routed([teacher.copy(args.lora) for _ in ends], "level", table), teacher.copy(args.lora_fake)
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.checkpoint_activations()
     C, G = run.train(critic), None
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)  # skips what has no gradient
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(step_shift=args.step_shift)
     # one pass = one forward of the network; a backward counts two. The last pass of the rollout is shared by both turns.
     turn_passes = (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio
@@ -230,7 +234,7 @@ def main():
         k = sum(it >= i for i in starts) - 1  # phase, a function of the iteration
         if it == starts[k]:  # a phase begins
             student.load_state_dict(ema.model.state_dict())  # finished experts stay as they are sampled
-            critic.load_state_dict(teacher.state_dict())
+            critic.load_state_dict((teacher.copy(args.lora_fake) if args.lora_fake else teacher).state_dict())
             opt_c.state.clear()
         if G is None or it == starts[k]:
             G = run.train(student.experts[k])  # the only expert that is called with gradient in this phase

@@ -87,7 +87,7 @@ def parse_args(argv=None):
         ("cfg", min(args.cfg_train) <= args.cfg <= max(args.cfg_train), f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}"),
         ("p_scm", pair(args.p_scm), "a mean and a deviation >= 0"), ("p_adv", pair(args.p_adv), "a mean and a deviation >= 0"),
         ("max_time", 0 <= args.max_time <= 1, "a probability"), ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
-        ("H", args.H >= 0, "a number >= 0"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
+        ("H", args.H >= 0, "a number >= 0"), ("lora_fake", not args.lora_fake, "none"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
         ("adv_weight", args.adv_weight or not args.misaligned and args.d_levels == "same", "a number > 0 beside --misaligned and --d-levels"),
     ):
         if not fine:
@@ -233,25 +233,25 @@ def sample(student, z, cond, nfe, noise, steps=None, rho=1.0, cfg=None):
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("sana_sprint", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times = sample_times(args.nfe, args.steps)
     images = data.load_images(args.data, teacher, run.print)
     if dense := args.time == "dense" and not getattr(teacher, "dense", False):
-        if not hasattr(teacher, "adapt"):
-            raise UserError(f"--time dense: the network of {args.teacher} has no waves to be rid of; use --time native")
+        if args.lora or not hasattr(teacher, "adapt"):
+            raise UserError(f"--time dense: {'--lora keeps the weights' if args.lora else f'the network of {args.teacher} has no waves to be rid of'}; use --time native")
         teacher = teacher.copy().adapt().fit_time().requires_grad_(False)
     rho = args.rho or round(float(teacher.encode_images(images.images[images.order(0, 0)[:2000]].to(run.device)).std()), 4)
     scales, told, (low, high) = torch.tensor(args.cfg_train, device=run.device), len(args.cfg_train) > 1, time_range(schedule, rho)
     torch.manual_seed(args.seed)  # new parts start equal on all processes
-    student = teacher.copy().extend(*["guidance"] * told)
+    student = teacher.copy(args.lora).extend(*["guidance"] * told)
     with torch.no_grad():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
-    heads, log_var = nn.ModuleList(map(Head, features)).to(run.device).eval(), models.Scalar(32).to(run.device)
+    heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
     floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv
     if args.grad_checkpoint:
@@ -260,7 +260,7 @@ def main():
     params_g, params_c = [*student.parameters(), *log_var.parameters()], list(heads.parameters())
     opt_g = torch.optim.AdamW(params_g, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(params_c, lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(rho=rho) | (dict(steps=args.steps) if args.steps else {}) | (dict(cfg=args.cfg) if told else {})
     guide = args.cfg_train != [1.0]
     passes = 1 + guide + 3.4 + 3 + (5 + 3 + args.misaligned if args.adv_weight else 0)  # forward 1, backward 2, one to the input alone 1, JVP 3.4 (measured)

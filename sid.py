@@ -241,24 +241,24 @@ def sample(student, z, cond, nfe, noise, form=None, steps=None, renoise="fresh")
 
 
 def main():
-    args = parse_args()
+    args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("sid", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     form, schedule = form_of(schedule, args.form)
     k1, k2, k3, k4 = kappa = fill_in(args, form)
     levels = step_levels(form, schedule, args.nfe, args.steps)
     images = data.load_images(args.data, teacher, run.print) if args.gan else None
-    student, critic = teacher.copy(), Critic(teacher.copy())
+    student, critic = teacher.copy(args.lora), Critic(teacher.copy(args.lora_fake))
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.fake.checkpoint_activations()
     G, C = run.train(student), run.train(critic)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(form=form, steps=",".join(f"{t:.10g}" for t in levels.tolist()), renoise=args.renoise)
     # one pass = one forward of the network; a backward counts one for the weights and one for the input (measured). Without the discriminator's part.
     cost, roll = lambda k: 1 if k in (0, 1) else 2, (args.nfe - 1) / 2

@@ -32,6 +32,8 @@ Differences from the paper:
       [C] can guide in an interval of times and draw them from a Beta distribution; all its configurations are as here.
     - fresh noise in (8), (9), as [C]; the paper's tutorial reuses it (biased). Groups go by place in the global batch, so any batch of at least four works.
     - teachers that are no linear flow: F = (x_t - xhat) / |t|, T = sigma / (alpha + sigma) at their noisy end, samples start at T z.
+    - --lora trains adapters and, whole, the embeddings of (2), so that all networks are asked at their own t; [C] shows its LoRA one number, t - r / 2, and
+      asks the frozen teacher at t / 2 by that. [P] LoRA of Qwen-Image: --lora 64 --lr 1e-4.
     - the presets mnist and toy, and the exported average of the student (--ema), are ours; which weights the paper samples from is not said.
 """
 import math
@@ -81,7 +83,7 @@ def parse_args(argv=None):
         (args.image_free and args.data, f"--data {args.data}: this run would not look at images (--image-free)"),
         (args.guide == "frozen" and args.cfg == 1 and not args.image_free, "--guide frozen: nothing is guided at --cfg 1"),
         (args.guide == "target" and args.cfg <= 0.5, f"--cfg: expected more than 0.5 where the network guides itself, found {args.cfg}"),
-        (args.lr_fake is not None, "--lr-fake: there is no second network to train"),
+        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: there is no second network to train"),
     ):
         if wrong:
             raise UserError(message)
@@ -248,9 +250,10 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
 
 def main():
     args = parse_args()
+    networks = (1, 0, int(args.target_decay > 0))  # students, critics, averages: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("twinflow", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, run.text())
+    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf
@@ -261,8 +264,8 @@ def main():
     kept = [g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))]  # the base loss of order 0 is flow matching, for these only
     images = None if args.image_free else data.load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
-    student = teacher.copy().extend("r", "fake")
-    target, ema = Target(student, args.target_decay), EMA(student, args.ema)
+    student = teacher.copy(args.lora).extend("r", "fake")
+    target, ema = Target(student, args.target_decay), EMA(student, args.ema, args.ema_cpu)
     guide = teacher if args.guide == "frozen" else target.model
     if args.grad_checkpoint:
         student.checkpoint_activations()

@@ -124,13 +124,13 @@ class InceptionExtractor(Extractor):
         return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
 
 
-def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1):
-    """Yields (indices, labels, samples) of this rank: image i has label i % classes and noise of its own seed, whatever the batch or world size.
+def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
+    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes and noise of its own seed, whatever the batch or world size.
 
     sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
     device = next(model.parameters()).device
-    mine = torch.arange(rank, n, world)
-    for part in mine.split(batch):
+    mine = torch.arange(first + rank, n, world)
+    for part in filter(len, mine.tensor_split(-(-(n - first) // world // batch))):  # as many on every rank: a sharded network answers when all ask
         noise = ImageNoise(seed, part.tolist(), device)
         labels = part % max(model.classes, 1)
         yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))
@@ -367,7 +367,7 @@ def latency(sampler, model, batch):
 
 def pictures(run, teacher, student, sample, sampler, it, n=20):
     """samples/<it>.png: teacher row beside student rows, same noise, same labels. Rank 0 draws."""
-    if not run.main:
+    if not (run.main or run.args.shard):  # a sharded network answers when all processes ask
         return
     nfe = run.args.nfe
     n = 4000 if teacher.adapter == "toy" else n if teacher.shape[-1] <= 64 and not hasattr(teacher, "prompts") else 8
@@ -376,7 +376,8 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
         run.teacher_row = teacher.rows(one(lambda m, z, c, noise: teacher_sample(m, z, c, TEACHER_NFE, run.args.cfg), teacher))
     now = student.rows(one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student))
     rows = [(f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", run.teacher_row), (f"{run.method}, {nfe} step{'s' * (nfe > 1)}, iteration {it}", now)]
-    save_grid(run.out / "samples" / f"{it:08d}.png", rows)
+    if run.main:
+        save_grid(run.out / "samples" / f"{it:08d}.png", rows)
 
 
 def report(run, teacher, student, sample, sampler, it, n):
@@ -409,6 +410,7 @@ def summary(r):
 
 def export(run, teacher, student, sampler):
     """student/: weights in diffusers format and distill.json, all that inference needs."""
+    student = student.whole()
     if run.main:
         flags = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite")}
         student.save(run.out / "student", dict(method=run.method, teacher=run.args.teacher, nfe=run.args.nfe, cfg=run.args.cfg, sampler=sampler, flags=flags,

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import schedules
+from common import lora, schedules
 from common.run import ROOT, UserError, atomic, near, read_json, write_json
 from common.schedules import equal_snr, expand, to_x0
 from common.toy import MLP, Mixture
@@ -58,12 +59,15 @@ class Model(nn.Module):
     """
 
     adapter = None  # name in teacher.json
+    part = "transformer"  # name of the network in a LoRA file, that of its place in a pipeline
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
         super().__init__()
         schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
         self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = net, schedule, prediction, tuple(shape), classes, sigma_data
         self.dtype, self.folder, self.evaluation, self.extras, self.extra = torch.float32, None, {}, nn.ModuleDict(), None
+        self.lora, self.base = None, []  # of a network with adapters: rank, alpha, targets; the weights that are not its own
+        self.sharding, self.proto = None, None  # --shard (common/shard.py): what spreads modules over the processes; this model as it was, without weights
 
     # -- what an adapter defines
 
@@ -115,7 +119,10 @@ class Model(nn.Module):
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.extended(cond):
+        bf16 = self.dtype == torch.bfloat16
+        # on CPUs the backward of torch's fused attention takes longer in bf16 than all the rest; without gradient it is the faster one
+        plain = sdpa_kernel(SDPBackend.MATH) if bf16 and x.device.type == "cpu" and torch.is_grad_enabled() else contextlib.nullcontext()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self.sharding is None), plain, self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
@@ -145,7 +152,8 @@ class Model(nn.Module):
         """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
         They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
         for name in names:
-            self.extras[name] = Scalar(self.embedders()[1]).to(self.device)
+            embed = Scalar(self.embedders()[1]).to(self.device)
+            self.extras[name] = self.sharding(embed) if self.sharding else embed
         return self
 
     @contextlib.contextmanager
@@ -186,11 +194,25 @@ class Model(nn.Module):
         _, alpha_n, sigma_n, _ = equal_snr(self.schedule, alpha, sigma)
         return schedules.native_weight(self.prediction, alpha_n, sigma_n, self.sigma_data)
 
-    def copy(self):
-        """A twin with its own fp32 network weights, trainable; everything else is shared."""
-        twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
+    def copy(self, adapters=None):
+        """A twin with its own fp32 network weights, trainable; everything else is shared. adapters, what --lora says (common/lora.py): only these are its
+        own, on this model's weights. A twin of a model with adapters has its own adapters on the same weights."""
+        if self.sharding:
+            return self.sharding.copy(self)
+        if self.lora:
+            twin = self.around(lora.twin(self.net, self.base).requires_grad_(True))
+        elif adapters:
+            net, base = lora.attach(self.net, adapters)
+            twin = self.around(net.requires_grad_(True))
+            twin.lora, twin.base = {k: adapters[k] for k in ("rank", "alpha", "targets")}, base
+        else:
+            twin = self.around(copy.deepcopy(self.net).float().requires_grad_(True))
         twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
         return twin
+
+    def whole(self):
+        """The model itself; with --shard, by all processes, one with all weights on the host of rank 0."""
+        return self.sharding.whole(self) if self.sharding else self
 
     def around(self, net):
         """The same model around another network of its class; everything else is shared."""
@@ -201,7 +223,7 @@ class Model(nn.Module):
 
     def resized(self, changes, seed=0):
         """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
-        twin, config, flag = self.copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
+        twin, config, flag = (self.proto or self).copy(), dict(self.net_config()), f"--small {' '.join(changes)}"
         for key, _, value in (change.partition("=") for change in changes):
             if key not in config:
                 raise UserError(f"{flag}: {key}: expected a key of the network's config.json{near(key, config)}")
@@ -217,7 +239,7 @@ class Model(nn.Module):
             raise UserError(f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
         if fits != (self.shape, self.classes):
             raise UserError(f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}")
-        return twin
+        return self.sharding(twin) if self.sharding else twin
 
     def checkpoint_activations(self):
         """--grad-checkpoint: recompute activations in backward."""
@@ -237,21 +259,21 @@ class Model(nn.Module):
 
     def config(self):
         return dict(adapter=self.adapter, schedule=self.schedule.config, prediction=self.prediction, shape=list(self.shape), classes=self.classes,
-                    sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {})
+                    sigma_data=self.sigma_data) | (dict(extras=list(self.extras)) if self.extras else {}) | (dict(lora=lora.config(self)) if self.lora else {})
 
     def save(self, folder, info, name="distill.json"):
-        """Diffusers folder (config.json, *.safetensors) plus `name`: what inference needs beside the weights. The JSON is written last."""
+        """Diffusers folder (config.json, *.safetensors; with adapters a LoRA file) plus `name`: what inference needs beside the weights. The JSON is written last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_net(folder)
         write_json(folder / name, dict(info, model=self.config()))
 
     def save_net(self, folder):
-        write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
-        for name, module in [(WEIGHTS, self.net)] + [(EXTRAS, self.extras)] * bool(self.extras):
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            with atomic(folder / name) as f:
-                save_file(tensors, f.name, metadata={"format": "pt"})
+        if not self.lora:
+            write_json(folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__))
+        own = {lora.FILE: lora.tensors(self)} if self.lora else {WEIGHTS: self.net.state_dict()}
+        for name, tensors in (own | ({EXTRAS: self.extras.state_dict()} if self.extras else {})).items():
+            save_weights(folder / name, tensors)
 
     def net_config(self):
         return {k: v for k, v in self.net.config.items() if not k.startswith("_") or k == "_diffusers_version"}
@@ -285,6 +307,8 @@ class DiT(Model):
     def adapt(self, qk_norm=False):
         """Makes derivatives along t tame: the network is shown times in [0, 1] from then on (its fastest wave is then 1 rad instead of 1000 over the
         range), and with qk_norm queries and keys have RMS 1 in each head. Changes what the network says: it must be trained afterwards. -> self"""
+        if self.sharding:
+            raise UserError("--shard: a network that is spread over processes cannot be changed; use --time native, or leave --shard out")
         self.dense, self.qk_norm = True, qk_norm
         for attn in [block.attn1 for block in self.net.transformer_blocks] if qk_norm else []:
             attn.norm_q, attn.norm_k = (nn.RMSNorm(self.net.config.attention_head_dim, eps=1e-5, device=self.device) for _ in range(2))
@@ -385,8 +409,8 @@ class Toy(Model):
     def null(self, n):
         return dict(labels=torch.full((n,), self.classes, device=self.device))
 
-    def copy(self):
-        twin = super().copy()
+    def copy(self, adapters=None):
+        twin = super().copy(dict(adapters, targets=adapters["targets"] or ["inp", "hidden.0", "hidden.1"]) if adapters else None)
         twin.exact = False
         return twin
 
@@ -446,26 +470,36 @@ class Routed(nn.Module):
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)
         out, used = None, which.unique().tolist()
-        if len(used) == 1:
+        if len(used) == 1 and not (self.sharding and self.by == "label"):
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
-        if features:
-            raise ValueError("features of a batch that several experts share")
-        for i in used:
+        for i in range(len(self.experts)) if self.sharding else used:
             rows = (which == i).to(x_t.device)
+            if i not in used:  # --shard: all processes ask every expert, for nothing if none of their samples is its own
+                self.experts[i](x_t[:1], *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)), {k: v[:1] for k, v in cond.items()})
+                continue
             part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
-            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()})
-            out = torch.zeros_like(x_t, dtype=y.dtype) if out is None else out
-            out = out.index_put((rows,), y)
-        return out
+            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features)
+            y = y if features else [y]
+            out = [a.new_zeros(len(x_t), *a.shape[1:]) for a in y] if out is None else out
+            out = [a.index_put((rows,), b) for a, b in zip(out, y)]
+        return out if features else out[0]
 
     x0, guided, pair = forward, Model.guided, Model.pair
 
     def copy(self):
         return Routed([e.copy() for e in self.experts], self.by, self.table)
 
+    def whole(self):
+        return Routed([e.whole() for e in self.experts], self.by, self.table)
+
     def checkpoint_activations(self):
         for expert in self.experts:
             expert.checkpoint_activations()
+
+    def extend(self, *names):
+        for expert in self.experts:
+            expert.extend(*names)
+        return self
 
     def config(self):
         return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
@@ -486,6 +520,12 @@ HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
     "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "dit-xl-256": "facebook/DiT-XL-2-256",
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }
@@ -501,6 +541,11 @@ def load_model(folder, info, teacher=None):
     folder = Path(folder)
     if info.get("adapter") == "routed":
         return load_routed(folder, info, teacher)
+    if "lora" in info:
+        return load_lora(folder, info, teacher)
+    if info.get("adapter") == "controlled":
+        from common.adapters import load_controlled  # a generator of any method and its control
+        return load_controlled(folder, info, teacher)
     if getattr(teacher, "adapter", None) == info.get("adapter") and hasattr(teacher, "load_net"):
         return teacher.load_student(folder, info)
     if info.get("adapter") == "edm":
@@ -536,13 +581,36 @@ def load_model(folder, info, teacher=None):
     return model
 
 
-def load_weights(path, module):
-    """The tensors of a safetensors file into a module, all of them and no others."""
+def load_lora(folder, info, teacher):
+    """A student whose weights are its teacher's with adapters."""
+    spec, number = info["lora"], lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
+    names = spec.get("targets") if isinstance(spec, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names) or not number(spec.get("rank")):
+        raise UserError(f"{folder}: lora: expected rank and targets, found {str(spec)[:80]}")
+    if teacher is None:
+        raise UserError(f"{folder}: a LoRA: expected its teacher, whose weights it needs, found none")
+    kind = lambda c: [c.get(k) for k in ("adapter", "prediction", "adapted")]
+    if kind(info) != kind(teacher.config()):
+        raise UserError(f"{folder}: a LoRA: expected a teacher of its kind, {kind(info)}, found {kind(teacher.config())}")
+    student = teacher.copy(dict(rank=spec["rank"], alpha=spec["rank"], targets=names, seed=0, flag=f"{folder}: lora: rank"))
+    load_weights(folder / lora.FILE, student.net, lora.key(student.part))
+    load_extras(folder, info, student)
+    student.folder = folder
+    return student
+
+
+def save_weights(path, tensors):
+    with atomic(path) as f:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, f.name, metadata={"format": "pt"})
+
+
+def load_weights(path, module, key=lambda name: name):
+    """The tensors of a safetensors file into a module, all of them and no others. key: name in the file of the module's tensor `name`."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})") from None
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    expected = {key(k): tuple(v.shape) for k, v in module.state_dict().items()}
     for k, shape in expected.items():
         if k not in tensors:
             raise UserError(f"{path}: tensor {k} is missing")
@@ -550,7 +618,7 @@ def load_weights(path, module):
             raise UserError(f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}")
     if extra := sorted(set(tensors) - set(expected)):
         raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({k: tensors[key(k)] for k in module.state_dict()})
 
 
 def load_extras(folder, info, model):
@@ -579,14 +647,26 @@ def load_routed(folder, info, teacher=None):
     return model
 
 
-def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
+def stored(folder):
+    """Parameters in the safetensors files of a diffusers folder, from the headers alone."""
+    index, count = Path(folder) / f"{WEIGHTS}.index.json", 0
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else [WEIGHTS]
+    for path in [Path(folder) / name for name in names]:
+        with safe_open(path, "pt") as f:
+            count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return count
+
+
+def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lambda **sizes: None, place=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data)."""
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data). budget: told the sizes before anything
+    big is loaded. place: puts the model on the device (Run.place)."""
+    place = place or (lambda model: model.to(device))
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
         from common.teachers_class import load_pipeline  # diffusers' pipelines take seconds to import
-        return load_pipeline(name, device, dtype, **(text or {}))
+        return load_pipeline(name, device, dtype, **(text or {}), budget=budget, place=place)
     if not here:
         raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
     if not (folder / "teacher.json").is_file():
@@ -600,10 +680,11 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None):
         teacher = load_sit(folder, info["model"], dtype, (text or {}).get("cache"))
     else:
         teacher = load_model(folder, info["model"])
+    budget(network=sum(p.numel() for p in teacher.parameters()), width=4)
     teacher.evaluation = info.get("evaluation", {})
     if not isinstance(teacher.evaluation, dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")
     if teacher.adapter == "toy":
         teacher.exact, teacher.labelled = True, name == "toy-cond"
     teacher.dtype = dtype
-    return teacher.requires_grad_(False).to(device)
+    return place(teacher.requires_grad_(False))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,15 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
         self.model.add_argument("--cache-prompts", help="folder for their embeddings and for latents of --data, computed once; default out/prompts")
         self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+        self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
-        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class (text-to-image: with captions, .txt or metadata.jsonl); default: the teacher's own")
+        self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
+        self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
+        self.model.add_argument("--lora-alpha", type=float, help="the adapters' update is alpha / rank B A; default: the rank")
+        self.model.add_argument("--lora-targets", nargs="+", metavar="NAME", help="ends of the names of layers that get adapters; default: attention and feed-forward")
+        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class (text-to-image: with captions, .txt or "
+                                "metadata.jsonl); default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
@@ -82,11 +89,13 @@ class Parser(argparse.ArgumentParser):
         self.optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW, all networks")
         self.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, all networks")
         self.optim.add_argument("--ema", type=float, help="half-life of the student's weight average, in images of student updates; 0 is off")
+        self.optim.add_argument("--ema-cpu", action="store_true", help="keep the weight average in the host's memory, updated beside the training")
         self.optim.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, about a third more time")
         self.run.add_argument("--out", help="folder of the run; default out/<method>-<teacher>")
         self.run.add_argument("--seed", type=int, default=0, help="of all random numbers; noise and labels depend on (seed, iteration, sample), not on the processes")
         self.run.add_argument("--device", default="auto", help="auto, cpu or cuda")
         self.run.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; weights stay fp32. auto: bf16 on CUDA")
+        self.run.add_argument("--shard", action="store_true", help="spread weights, gradients and optimiser over the processes (torch's fully_shard) instead of DDP")
         self.run.add_argument("--compile", action="store_true", help="torch.compile the networks")
         self.run.add_argument("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
         self.run.add_argument("--sample-every", type=int, default=500, help="iterations between sample grids; 0: only at the end")
@@ -117,9 +126,27 @@ class Parser(argparse.ArgumentParser):
                                      ("betas", all(0 <= b < 1 for b in args.betas), "two numbers from 0 to below 1")):
             if not fine:
                 raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
+        for name, other in (("compile", "neither has been tried with the other"), ("ema_cpu", "the average is spread over the processes already"),
+                            ("lora", "adapters need the teacher's whole weights"), ("lora_fake", "adapters need the teacher's whole weights")):
+            if args.shard and vars(args).get(name):
+                raise UserError(f"--shard with --{name.replace('_', '-')}: {other}; use one of them")
+        if not (args.lora or args.lora_fake) and (args.lora_alpha is not None or args.lora_targets):
+            raise UserError("--lora-alpha and --lora-targets mean something only with --lora or --lora-fake")
+        if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+            raise UserError(f"--lora-alpha: expected a number > 0, found {args.lora_alpha}")
+        for name, flag in (("lora", "--lora"), ("lora_fake", "--lora-fake")):  # what Model.copy asks for
+            if (rank := getattr(args, name)) is not None:
+                if rank < 1:
+                    raise UserError(f"{flag}: expected a rank of at least 1, found {rank}")
+                setattr(args, name, dict(rank=rank, alpha=args.lora_alpha or rank, targets=args.lora_targets, seed=args.seed, flag=flag))
         if args.resume and args.overwrite:
             raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
         return args
+
+
+def size(n):
+    """Bytes for people."""
+    return f"{n / 2**30:.1f} GB" if n >= 2**30 else f"{n / 2**20:.1f} MB"
 
 
 def near(word, known):
@@ -180,11 +207,30 @@ class ImageNoise:
 
 class EMA:
     """Average of a model's weights, fp32. `halflife` is in images; it is shortened to 5 % of the images seen so far, so that the average forgets the
-    start early on (EDM's ramp-up). halflife 0: `.model` is the model itself."""
+    start early on (EDM's ramp-up). halflife 0: `.model` is the model itself. host: the average stays in the host's memory (--ema-cpu); weights are fetched
+    after each update and blended by a thread of its own while the next iteration runs, and `.model` is a copy made when it is asked for."""
 
-    def __init__(self, model, halflife):
-        self.halflife, self.images, self.live = halflife, 0, model
-        self.model = model.copy().requires_grad_(False) if halflife else model
+    def __init__(self, model, halflife, host=False):
+        self.halflife, self.images, self.live, self.blending = halflife, 0, model, None
+        self.twin = model.copy().requires_grad_(False) if halflife and not host else model
+        self.host = [p.detach().to("cpu", torch.float32, copy=True) for p in model.parameters()] if halflife and host else []
+        self.fetched = [torch.empty_like(h, pin_memory=torch.cuda.is_available()) for h in self.host]
+        self.thread = ThreadPoolExecutor(1) if self.host else None
+
+    def wait(self):
+        if self.blending:
+            self.blending.result()  # raises what went wrong there
+        self.blending = None
+
+    @property
+    def model(self):
+        if not self.host:
+            return self.twin
+        self.wait()
+        twin = self.live.copy().requires_grad_(False)
+        for p, h in zip(twin.parameters(), self.host, strict=True):
+            p.copy_(h)
+        return twin
 
     @torch.no_grad()
     def update(self, images):
@@ -192,15 +238,37 @@ class EMA:
         self.images += images
         if self.halflife:
             beta = 0.5 ** (images / max(min(self.halflife, 0.05 * self.images), 1e-8))
-            torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in self.live.parameters()], 1 - beta)
+            if self.host:
+                self.fetch(1 - beta)
+            else:
+                torch._foreach_lerp_(list(self.twin.parameters()), [p.float() for p in self.live.parameters()], 1 - beta)
+
+    def fetch(self, share):
+        self.wait()
+        for to, p in zip(self.fetched, self.live.parameters(), strict=True):
+            to.copy_(p, non_blocking=True)
+        done = torch.cuda.current_stream().record_event() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+        def blend():
+            if done:
+                done.synchronize()
+            torch._foreach_lerp_(self.host, self.fetched, share)
+
+        self.blending = self.thread.submit(blend)
 
     def state_dict(self):
-        return dict(images=self.images, model=self.model.state_dict() if self.halflife else {})
+        self.wait()
+        average = dict(zip((name for name, _ in self.live.named_parameters()), self.host)) if self.host else {}
+        return dict(images=self.images, model=(self.live.state_dict() | average if self.host else self.twin.state_dict()) if self.halflife else {})
 
     def load_state_dict(self, state):
         self.images = state["images"]
-        if self.halflife:
-            self.model.load_state_dict(state["model"])
+        if self.host:
+            self.wait()
+            for (name, _), h in zip(self.live.named_parameters(), self.host, strict=True):
+                h.copy_(state["model"][name])
+        elif self.halflife:
+            self.twin.load_state_dict(state["model"])
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------------------
@@ -235,8 +303,14 @@ class Run:
         self.method, self.args = method, args
         if args.batch % (world := int(os.environ.get("WORLD_SIZE", 1))):  # before the processes look for each other
             raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
+        if args.shard and world == 1:
+            raise UserError("--shard: expected several processes to spread the weights over (torchrun --nproc_per_node=N), found one")
         self.rank, self.world, self.device, self.dtype = processes(args)
         self.main, self.batch = self.rank == 0, args.batch // self.world
+        self.place = lambda module: module.to(self.device)  # what is trained goes through here, or through Model.copy and Model.extend
+        if args.shard:
+            from common.shard import Sharding  # a second's import
+            self.place = Sharding(self.device)
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
         self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.time(), 0.0, False, {}, 0, 0
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
@@ -306,25 +380,64 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, say=self.print, once=self.once, data=a.data)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, data=a.data, say=self.print, once=self.once)
+
+    def loading(self, students=1, critics=0, averages=0):
+        """What load_teacher needs beside device and dtype. The numbers, for the estimate of memory: networks of the teacher's size that the script makes."""
+        return dict(text=self.text(), place=self.place, budget=lambda **sizes: self.budget(students, critics, averages, **sizes))
+
+    # -- memory
+
+    def budget(self, students, critics, averages, network, width, vae=0):
+        """Before anything big is loaded: what the networks will take, refused with advice if the device has less. network, vae: parameters; width: bytes of
+        one in frozen networks."""
+        a, ways = self.args, self.world if self.args.shard else 1
+        full = lambda n, lora: 0 if lora else n * network * 16 / ways  # fp32 weights, gradients, two moments; adapters are small beside the network
+        total, free = self.memory("memory, estimated", {
+            "teacher": network * width / ways, "students": full(students, vars(a).get("lora")), "critics": full(critics, vars(a).get("lora_fake")),
+            "averages": (averages + students * (bool(a.ema) and not a.ema_cpu)) * network * 4 / ways * (not vars(a).get("lora")), "VAE": vae * width})
+        if total > free:
+            ways_out = [flag for flag, given in (("--lora RANK", vars(a).get("lora", True)), ("--shard on more processes", False), ("--ema-cpu", a.ema_cpu or not a.ema))
+                        if not given]
+            raise UserError(f"--teacher {a.teacher}: its networks need {size(total)}, activations not included, found {size(free)} free on {self.device} for a process; "
+                            f"try {', '.join(ways_out)} (--grad-checkpoint and a smaller --batch lower activations only)")
+
+    def memory(self, name, parts):
+        """Prints bytes by part, of one process -> their sum, and what the device has free."""
+        total, free = sum(parts.values()), self.free_memory()
+        self.print(f"  {name:22s} {', '.join(f'{k} {size(v)}' for k, v in parts.items() if v)}: {size(total)}, {size(free)} free; activations come on top")
+        return total, free
+
+    def free_memory(self):
+        """Bytes that this process can still have: of the GPU, or its share of the machine's available memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+        available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        return available[0] // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
     # -- networks and steps
 
     def train(self, model):
-        """The module to call in training: compiled if asked, then DDP when there are several processes (gradients are averaged over them)."""
+        """The module to call in training: compiled if asked, then DDP when there are several processes (gradients are averaged over them; with --shard, by
+        the sharded networks themselves)."""
+        if self.args.shard:
+            return model
         model = torch.compile(model) if self.args.compile else model
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
+        idle = any(hasattr(m, "experts") for m in model.modules())  # models.Routed: an iteration may have no sample for one of its experts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
-            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                             find_unused_parameters=idle)
 
     def average_gradients(self, params):
         """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around
         DDP's hooks. To be called between backward and `step`, on all processes, which must have gradients for the same parameters."""
         grads = [p.grad for p in params if p.grad is not None]
-        if self.world == 1 or not grads:
+        if self.world == 1 or not grads or self.args.shard:  # sharded gradients are means already
             return
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
@@ -333,18 +446,21 @@ class Run:
 
     def describe(self, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
-        memory = 0
         if self.args.cfg not in (None, 1) and "teacher" in facts:
             facts["teacher"].null(1)  # a teacher without a null label says so here
         self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
+        parts, seen = {}, set()  # weights that networks share count once
         for name, value in facts.items():
             if isinstance(value, torch.nn.Module):
                 p = list(value.parameters())
                 trained = sum(q.numel() for q in p if q.requires_grad)
-                memory += sum(q.numel() * q.element_size() for q in p) + trained * 12  # gradient and two moments, fp32
-                value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}"
+                mine = [(q.to_local() if self.args.shard and hasattr(q, "to_local") else q, q.requires_grad) for q in p if id(q) not in seen]
+                seen |= {id(q) for q in p}
+                parts[name] = sum(q.numel() * (q.element_size() + 12 * train) for q, train in mine)  # gradient and two moments, fp32
+                base = sum({id(t): t.numel() for m in value.modules() for t in vars(m).get("base", [])}.values())  # of networks with adapters: the teacher's
+                value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}" + f", on {base / 1e6:.2f}M of the teacher's, frozen" * (base > 0)
             self.print(f"  {name.replace('_', ' '):22s} {value}")
-        self.print(f"  {'memory, networks':22s} {memory / 2**20:.0f} MB for weights, gradients and optimiser; activations come on top")
+        self.memory("memory, networks", parts)
         self.print(f"  {'folder':22s} {self.out}")
 
     def draw(self, it):
@@ -364,6 +480,7 @@ class Run:
     def step(self, opt, params, clip):
         """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor)."""
         norm = torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
+        norm = norm.full_tensor() if self.args.shard else norm
         bad = 1 - norm.isfinite().float()
         opt.grad_scale, opt.found_inf = None, bad  # fused optimisers leave weights and moments alone where found_inf is 1
         opt.step()
@@ -437,12 +554,16 @@ class Run:
 
     def save(self, it, state):
         """After iteration it: state = {name: object with state_dict()}. Written to a temporary name, fsync'ed, renamed; the two newest are kept."""
+        state = {k: v.state_dict() for k, v in state.items()} if self.main or self.args.shard else {}
+        if self.args.shard:  # the checkpoint is that of whole networks: any number of processes goes on from it, with --shard or without
+            from common.shard import gather
+            state = gather(state, self.main)
         if self.main:
             log = self.out / "log.jsonl"
             with open(log, "a") as f:
                 os.fsync(f.fileno())
             payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, skipped=int(self.skipped),
-                           state={k: v.state_dict() for k, v in state.items()})
+                           state=state)
             path = self.out / "ckpt" / f"it-{it + 1:08d}.pt"
             try:
                 with atomic(path) as f:
@@ -461,7 +582,7 @@ class Run:
         unreadable = []
         for path in reversed(self.checkpoints() if self.resume_wanted else []):
             try:
-                payload = torch.load(path, map_location="cpu", weights_only=True)  # no pickled code is ever run
+                payload = torch.load(path, map_location="cpu", weights_only=True, mmap=self.args.shard)  # no pickled code is ever run
             except Exception as e:  # torch raises many kinds for a damaged file; the reason is shown and the older checkpoint tried
                 self.warn(f"{path}: not readable ({type(e).__name__}), trying the one before")
                 unreadable.append(path)
@@ -471,7 +592,7 @@ class Run:
                 raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {found}")
             try:
                 for name, part in state.items():
-                    part.load_state_dict(payload["state"][name])
+                    part.load_state_dict(self.own(part, payload["state"][name]))
             except (KeyError, RuntimeError, ValueError) as e:
                 raise UserError(f"--resume {path}: does not fit the networks of these flags: {str(e).splitlines()[0]}") from None
             self.past_seconds, self.skipped, self.saved = payload["seconds"], payload["skipped"], payload["it"]
@@ -482,6 +603,13 @@ class Run:
             raise UserError(f"--resume: no readable checkpoint in {self.out / 'ckpt'}")
         self.once(self.clear)
         return 0
+
+    def own(self, part, state):
+        """This process's part of an optimiser's state; networks see to it themselves."""
+        if not (self.args.shard and isinstance(part, torch.optim.Optimizer)):
+            return state
+        from common.shard import take_optimiser
+        return take_optimiser(part, state)
 
     def rewind(self, log_bytes, unreadable):
         """The log back to the length it had at the checkpoint; damaged checkpoints out of the way, so that they do not count as the newest."""

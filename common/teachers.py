@@ -1,4 +1,5 @@
-"""Text-to-image pipelines of diffusers as teachers: SD 1.x and 2.x, SDXL, SD3 and 3.5, SANA. `load_teacher` of common/models.py comes here for a short name
+"""Text-to-image and text-to-video pipelines of diffusers as teachers: SD 1.x and 2.x, SDXL, SD3 and 3.5, SANA here; FLUX.1, Qwen-Image, Z-Image, Wan in
+common/teachers_flow.py. `load_teacher` of common/models.py comes here for a short name
 (sdxl), a hub name (owner/name) or a folder with model_index.json; a fine-tune of any of them is its folder.
 
 An adapter is a subclass of `Pipeline`: which schedule, how the network is called, how the pipeline turns text into tensors. Conditions are rows of a table:
@@ -19,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from common import schedules
 from common.data import LONGEST, SHARD, read_captions
-from common.models import EXTRAS, HUB, Model, load_extras, pick
+from common.models import EXTRAS, HUB, Model, load_extras, pick, stored
 from common.run import ROOT, UserError, atomic, near, read_json
 
-FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------------------------
@@ -134,6 +135,7 @@ class Pipeline(Model):
     """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
 
     part, network = "transformer", None  # subfolder and diffusers class of the network
+    video, at_once = False, 4  # samples are videos; how many the VAE takes at a time
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
@@ -169,6 +171,10 @@ class Pipeline(Model):
         student.folder = Path(folder)
         return student
 
+    def whole(self, folder, index, dtype):
+        """This model, or several as one where the pipeline has several networks. index: of model_index.json."""
+        return self
+
     def attach(self, folder, table, prompts):
         self.folder, self.table, self.prompts, self.classes = folder, table, prompts, len(prompts)
 
@@ -183,7 +189,7 @@ class Pipeline(Model):
         return dict(self.table.rows(torch.as_tensor(labels).cpu(), self.device), labels=torch.as_tensor(labels, device=self.device))
 
     def null(self, n):
-        return self.table.nulls(n, self.device)
+        return self.table.nulls(n, self.device) | dict(labels=torch.full((n,), self.classes, device=self.device))
 
     # -- latents and pixels
 
@@ -209,10 +215,10 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents -> uint8 images [n, 3, H, W], four at a time."""
+        """Latents -> uint8 images [n, 3, H, W], `at_once` at a time."""
         vae = self.vae.to(x.device)
         shift, scale = self.latent_stats()
-        images = [vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0] for part in x.split(4)]
+        images = [self.from_vae((part / scale + shift).to(vae.dtype)) for part in x.split(self.at_once)]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()
@@ -222,11 +228,16 @@ class Pipeline(Model):
         vae = self.vae.to(images.device)
         shift, scale = self.latent_stats()
         out = []
-        for part in images.split(4):
-            y = vae.encode(part.to(vae.dtype) / 127.5 - 1, return_dict=False)[0]
-            y = (y if torch.is_tensor(y) else y.mode()).float()  # AutoencoderDC gives the latents themselves
-            out.append((y - shift) * scale)
+        for part in images.split(self.at_once):
+            out.append((self.to_vae(part.to(vae.dtype) / 127.5 - 1).float() - shift) * scale)
         return torch.cat(out)
+
+    def from_vae(self, z):
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def to_vae(self, y):
+        z = self.vae.encode(y, return_dict=False)[0]
+        return z if torch.is_tensor(z) else z.mode()  # AutoencoderDC gives the latents themselves
 
     # -- the network
 
@@ -243,6 +254,8 @@ class Pipeline(Model):
         return h.transpose(1, 2).reshape(len(h), -1, side, h.shape[1] // side)
 
     def save_net(self, folder):
+        if self.lora:
+            return super().save_net(folder)
         self.net.save_pretrained(folder, safe_serialization=True)
         if self.extras:
             write(Path(folder) / EXTRAS, {k: v.detach().cpu() for k, v in self.extras.state_dict().items()})
@@ -259,10 +272,11 @@ def vp(scheduler):
 
 def flow(scheduler, tokens=None):
     """Flow with the pipeline's time shift. Dynamic shifting: exp(mu), mu linear in the number of image tokens."""
-    if scheduler.get("use_dynamic_shifting") and tokens:
+    if scheduler.get("use_dynamic_shifting") and tokens:  # "linear" shifts by mu itself
         a, b = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        return schedules.Flow(math.exp(low + (high - low) * (tokens - a) / (b - a)))
+        mu = low + (high - low) * (tokens - a) / (b - a)
+        return schedules.Flow(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
     return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
 
 
@@ -369,7 +383,9 @@ class Sana(Pipeline):
         return [self.net.time_embed.emb.timestep_embedder], c.num_attention_heads * c.attention_head_dim
 
 
-PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana)}
+from common.teachers_flow import Flux, QwenImage, Wan, ZImage  # noqa: E402  here, since they are subclasses of Pipeline
+
+PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana, Flux, QwenImage, ZImage, Wan)}
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------------------------------------
@@ -400,34 +416,42 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, say=print, once=lambda fn: fn(), data=None):
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn(), data=None,
+                  budget=lambda **sizes: None, place=None):
     """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
-    data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
-    import diffusers
-    import transformers
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    frames: of a video, likewise; data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
+    if frames is not None and not cls.video:
+        raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
     if prompts is not None and cls.text is None:
         raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
     if cls.text is not None and not isinstance(prompts, list):
         prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
     captions = read_captions(data) if data and cls.text is not None else []
+    import diffusers
+    import transformers
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not hasattr(diffusers, cls.pipeline):
+        raise UserError(f"--teacher {name}: {cls.pipeline}: expected a newer diffusers, found {diffusers.__version__}")
     table, first = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None, None
     if captions:
         first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
+        budget(network=stored(Path(folder) / cls.part), vae=stored(Path(folder) / "vae"), width=dtype.itemsize)
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=None if cls.pickles else True)
-        model = cls(net, vae.eval().requires_grad_(False), scheduler, size)
+        model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
+        model.attach(Path(folder), table, prompts)
+        model.cache, model.vae_folder, model.captioned = cache, Path(folder) / "vae", ([path for path, _ in captions], first)
+        model = model.whole(folder, index, dtype)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):
         raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
-    model.attach(Path(folder), table, prompts)
-    model.dtype, model.cache, model.vae_folder, model.captioned = dtype, cache, Path(folder) / "vae", ([path for path, _ in captions], first)
-    return model.requires_grad_(False).to(device)
+    model.dtype = dtype
+    return (place or (lambda model: model.to(device)))(model.requires_grad_(False))

@@ -2,6 +2,9 @@
 
     python -m tests.bench dmd2 --teacher mnist                 # any flags of the script may follow; the last line is one JSON object
     python -m tests.bench dmd2 --teacher toy --iters 200
+    python tests/bench.py --teacher sdxl --random-weights      # a full-size network without any download: sd15, sdxl, sana, sd3; bf16, --grad-checkpoint
+    torchrun --nproc_per_node=8 tests/bench.py --teacher sdxl --random-weights --batch 32 --gan --shard
+    python tests/bench.py --teacher sdxl --random-weights --tiny --device cpu     # the same code in seconds
 
 The script's own main() runs for --iters iterations. Every network pass in it is recorded by kind (forward; forward + backward; forward + backward
 to the input only; each with its batch size and whether it stopped at the feature sites). Between iterations the same kinds are run bare, i.e. only
@@ -15,11 +18,17 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import models
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import random_teachers
+
+from common import data, models
 from common.run import Run
 
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
@@ -62,14 +71,33 @@ def bare(model, kind, cond, sync):
     return seconds
 
 
+def flops(model, kind, cond, sync):
+    """FLOPs of one such pass as torch counts them: products of matrices, convolutions, attention, also those that --grad-checkpoint repeats."""
+    with FlopCounterMode(display=False) as counter:
+        bare(model, kind, cond, sync)
+    return counter.get_total_flops()
+
+
+def random_weights(flags):
+    """Puts random networks in the place of load_teacher's and random latents in that of images -> flags of the script."""
+    tiny = "--tiny" in flags
+
+    def load_teacher(name, device="cpu", dtype=torch.float32, text=None, **loading):
+        return random_teachers.load(random_teachers.entry(name, tiny), device, dtype, **loading)
+
+    models.load_teacher, data.load_images = load_teacher, lambda path, teacher, say: random_teachers.images(teacher)
+    return ["--dtype", "bf16", "--grad-checkpoint", "--batch", "4", *[f for f in flags if f not in ("--random-weights", "--tiny")]]
+
+
 def main():
-    script = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "dmd2"
-    flags = sys.argv[2:]
+    argv = sys.argv[1:]
+    script = argv.pop(0) if argv and not argv[0].startswith("-") else "dmd2"
+    flags = random_weights(argv) if "--random-weights" in argv else argv
     iters = int(flags.pop(flags.index("--iters") + 1)) if "--iters" in flags else 36
     flags = [f for f in flags if f != "--iters"]
     method = importlib.import_module(script)
     counts, cond_seen, example = Counter(), {}, {}
-    loop_seconds, bare_seconds, per_iter = [], defaultdict(list), []
+    loop_seconds, bare_seconds, per_iter, peak, work = [], defaultdict(list), [], [0], {}
     forward, loop = models.Model.forward, Run.loop
 
     def counted(self, x_t, alpha, sigma, cond, features=False):
@@ -90,12 +118,16 @@ def main():
             yield it
             wait()
             seconds, kinds = time.perf_counter() - start, dict(counts)
+            peak[0] = max(peak[0], self.peak_mb())  # of the loop, not of the bare passes
+            work.update({kind: flops(example[kind], kind, cond_seen[kind], wait) for kind in kinds if kind not in work})
             passes = {kind: bare(example[kind], kind, cond_seen[kind], wait) for kind in kinds}
             if it >= SKIP:
                 loop_seconds.append(seconds)
                 per_iter.append(kinds)
                 for kind, s in passes.items():
                     bare_seconds[kind].append(s)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
         report(self, loop_seconds, bare_seconds, per_iter)
         raise SystemExit(0)
 
@@ -107,6 +139,10 @@ def main():
             groups[tuple(sorted(kinds.items()))].append(seconds)
         measured = sum(statistics.median(s) * len(s) for s in groups.values()) / len(loop_seconds)
         floor = sum(sum(typical[kind] * n for kind, n in pattern) * len(s) for pattern, s in groups.items()) / len(loop_seconds)
+        if not run.main:
+            return
+        done = sum(work[kind] * n for kinds in per_iter for kind, n in kinds.items()) / len(per_iter)  # of one process
+        ceiling = random_teachers.matmul_ceiling(run.device, run.dtype)
         print(f"{script} on {run.args.teacher}, {run.device}, {torch.get_num_threads()} threads, batch {run.args.batch}, {len(loop_seconds)} iterations")
         for kind in sorted(typical):
             mode, batch, features = kind
@@ -114,7 +150,9 @@ def main():
             print(f"  {mode + (', to the feature sites' if features else ''):44s} batch {batch:5d}  {typical[kind] * 1e3:8.1f} ms  x {n:.2f} per iteration")
         result = dict(script=script, teacher=run.args.teacher, device=str(run.device), threads=torch.get_num_threads(), batch=run.args.batch,
                       s_per_iteration=round(measured, 5), bare_passes_s=round(floor, 5), overhead=round(measured / floor, 3),
-                      images_per_s=round(run.args.batch / measured, 1), peak_mb=round(run.peak_mb()), iterations=len(loop_seconds), torch=torch.__version__)
+                      images_per_s=float(f"{run.args.batch / measured:.4g}"), peak_mb=round(peak[0]), processes=run.world,
+                      tflop_per_iteration=float(f"{done / 1e12:.4g}"), tflop_per_s=float(f"{done / measured / 1e12:.4g}"),
+                      of_matmul_ceiling=float(f"{done / measured / ceiling:.3g}"), iterations=len(loop_seconds), torch=torch.__version__)
         print(json.dumps(result), flush=True)
 
     models.Model.forward, Run.loop = counted, timed_loop

@@ -1,4 +1,30 @@
 """What the tests over all scripts try with each of them: a second set of flags, mistakes of the user, runs on the toy."""
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+
+@functools.cache
+def generator():
+    """Folder of a one-step student of the toy, its network's weights moved a little: nct.py builds on one."""
+    import torch
+    from common import models
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    student = models.load_teacher("toy").copy()
+    with torch.no_grad():
+        for i, p in enumerate(student.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    student.save(Path(folder) / "student", dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999")))
+    return folder
+
+
+def needs(script):
+    """Flags that a script cannot do without."""
+    return ["--generator", generator()] if Path(script).name == "nct.py" else []
+
 
 # a second set of flags that reaches other parts of the script
 MORE = {
@@ -11,6 +37,7 @@ MORE = {
     "twinflow": ["--image-free", "--guide", "frozen", "--teacher", "toy-cond", "--cfg", 2, "--target-decay", 0],
     "flowmap": ["--form", "discrete", "--cfg-range", 0.5, 2, "--ratio", 2, "--ema", 1000],
     "boot": ["--teacher", "toy-cond", "--cfg", 2, "--grid", "logsnr", "--solver", "midpoint", "--horizon-warmup", 3, "--fidelity-every", 4, "--ema", 1000],
+    "nct": ["--N", 4, "--path", "linear", "--distance", "huber", "--eta", 1, "--xi", 0.01, "--ema", 1000],
 }
 
 # flags that must be refused in one line, and what the line says
@@ -177,6 +204,26 @@ MISTAKES = {
         ("--fidelity-every -1", "--fidelity-every"),
         ("--clip-x0 static", "--clip-x0 static"),
     ],
+    "nct": [
+        ("--generator {tmp}/nowhere", "--generator .*nowhere: expected the folder of a finished one-step run.*dmd2.py --teacher toy"),
+        ("--generator {tmp}/pictures", "pictures: expected a student of this project"),
+        ("--generator {assets}", "expected a student of this project, found a teacher"),
+        ("--control edges", "--control edges: expected class for this generator"),
+        ("--control clas", "--control clas: .*did you mean class"),
+        ("--control-model {tmp}", "--control class: .*--control-model"),
+        ("--blocks 2", "--blocks: expected a transformer"),
+        ("--grad-checkpoint", "--grad-checkpoint"),
+        ("--nfe 2", "--nfe 2: expected 1"),
+        ("--data {tmp}", "--data .*never looks at images"),
+        ("--lr-fake 1e-3", "--lr-fake"),
+        ("--N 0", "--N"),
+        ("--huber 0.1", "--huber: .*--distance huber"),
+        ("--huber 0 --distance huber", "--huber"),
+        ("--con-weight -1", "--con-weight"),
+        ("--eta nan", "--eta"),
+        ("--xi -1", "--xi"),
+        ("--lambda0 5 --lambda-max 2", "--lambda0 5.0: expected at most --lambda-max, found 2.0"),
+    ],
 }
 # energy distance below the first and share of every mode above the second number: at the start of a run 0.65 and 0.02; two sets of 5,000 exact samples
 # are below 0.001. msd starts lower, labels are given there: each student must also come near its own labels (at the start 0.02 on average)
@@ -192,6 +239,7 @@ SHORT = {  # iterations that do it with a factor of two to spare
     "twinflow": 500,  # 0.0027, 0.0031, 0.0024
     "flowmap": 2000,  # seed 0: 0.0014
     "boot": 1000,  # 0.0021, 0.0019, 0.0018
+    "nct": 1000,
 }
 FLAGS = {"dmd2": [[], ["--nfe", 2], ["--gan"]]}  # slow tests: the toy's preset, and others beside it
 LOOSE = {("dmd2", "--nfe 2"): 0.03}  # 0.012: one critic for all steps holds the mixture of their outputs, the last step alone is freer (docs/LOG.md)

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cases import needs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,11 +32,10 @@ def serve():
     gc.freeze()  # or every fork walks, and so copies, all of torch when it ends: 1.4 s instead of 0.3
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
-        if "modules" in job:
-            for name in job["modules"]:
-                importlib.import_module(name)
+        if "load" in job:
+            importlib.import_module(job["load"])
             gc.freeze()
-            print(json.dumps(None), flush=True)
+            print("null", flush=True)
             continue
         if "wait" in job:
             _, status, used = os.wait4(job["wait"], 0)
@@ -68,12 +69,13 @@ class Server:
         """-> Process. flags: anything; env: more environment variables."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
-        pid = self.ask(argv=[str(ROOT / script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})
+        pid = self.ask(argv=[str(ROOT / script), *needs(script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})
         return Process(self, pid, out, err)
 
-    def warm(self, *modules):
-        """Imports packages of others for all forks to come: seconds for each that loads a pipeline of diffusers."""
-        self.ask(modules=modules)
+    def load(self, *modules):
+        """Packages that the next scripts would otherwise import each for itself."""
+        for module in modules:
+            self.ask(load=module)
 
     def run(self, script, *flags, code=0, **env):
         """Runs to the end and asserts the exit code. -> finished Process."""

@@ -256,7 +256,7 @@ RUNS = [("dmd2", "sd15", ["--gan", "--nfe", 2, "--cfg", 2]), slow("sana_sprint",
 
 @pytest.mark.parametrize("method, name, flags", RUNS)
 def test_script(method, name, flags, folders, scripts, tmp_path):  # noqa: F811
-    scripts.warm(*tiny.MODULES)
+    scripts.load(*tiny.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--data", fill(tmp_path / "set"), "--batch", 4,
             "--lr", 1e-4, "--warmup", 0, *flags]

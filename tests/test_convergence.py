@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cases import BOUND, EXPERT, FLAGS, LOOSE, SHORT, TOY
+from cases import BOUND, EXPERT, FLAGS, LOOSE, SHORT, TOY, needs
 from common.run import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,11 @@ def passes(result, bound=BOUND[0]):
 
 @pytest.mark.parametrize("script", ["dmd2", *[pytest.param(s, marks=pytest.mark.slow) for s in SHORT if s != "dmd2"]])
 def test_toy(script, scripts, tmp_path):
-    scripts.run(f"{script}.py", "--teacher", TOY.get(script, "toy"), "--iters", SHORT[script], "--sample-every", 0, "--out", tmp_path)
+    more = []
+    if needs(f"{script}.py"):  # a generator that is worth controlling
+        scripts.run("dmd2.py", "--teacher", "toy", "--iters", SHORT["dmd2"], "--sample-every", 0, "--eval-n", 0, "--out", tmp_path / "generator")
+        more = ["--generator", tmp_path / "generator"]
+    scripts.run(f"{script}.py", "--teacher", TOY.get(script, "toy"), *more, "--iters", SHORT[script], "--sample-every", 0, "--out", tmp_path)
     assert passes(read_json(tmp_path / "metrics.json")), read_json(tmp_path / "metrics.json")
 
 

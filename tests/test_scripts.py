@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cases import MISTAKES as OWN
-from cases import MORE, PLANNED, SHORT
+from cases import MORE, PLANNED, SHORT, needs
 from common import models
 from common.run import Parser, read_json
 
@@ -77,7 +77,7 @@ def lines(out):
 def test_smoke(script, tmp_path):
     """In a plain process, as a user starts it."""
     out = tmp_path / "run"
-    p = subprocess.run([sys.executable, f"{script}.py", "--teacher", "toy", "--smoke", "--out", out], cwd=ROOT, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, f"{script}.py", *needs(f"{script}.py"), "--teacher", "toy", "--smoke", "--out", out], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 0 and "Traceback" not in p.stderr and "Warning" not in p.stderr, p.stderr
     info = read_json(out / "student" / "distill.json")
     assert info["method"] == script and info["teacher"] == "toy" and info["nfe"] >= 1 and info["flags"]["iters"] == 3 and info["revision"]
@@ -265,7 +265,7 @@ def test_mistakes(script, scripts, tmp_path):
     mistakes = (MISTAKES if script == "dmd2" else MISTAKES[:2]) + OWN[script] + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
     for flags, expected in mistakes:
         out = ["--out", tmp_path / "out"] if "--out" not in flags else []
-        one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path).split()), expected, script)
+        one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path, assets=ROOT / "assets" / "toy").split()), expected, script)
     # the batch is divided before processes look for each other, and only the first one speaks
     ps = processes(scripts, 2, f"{script}.py", *QUICK, "--batch", 33, "--out", tmp_path / "odd")
     one_line(ps[0], "--batch 33: expected a multiple of the number of processes, found 2", script)

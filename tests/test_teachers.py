@@ -1,7 +1,9 @@
 """common/teachers.py: every adapter against its own pipeline of diffusers, on tiny random weights saved in the real format."""
 import json
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +14,10 @@ from common import models, teachers
 from common.run import UserError
 from common.schedules import EDM, VP, Flow
 
-PROMPTS = ["a red heart", "dog", "pizza 7"]
+PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
 NAMES = ["sd15", "sdxl", "sd3", "sana"]
-HOW = dict(sd15="vp", sdxl="ve", sd3="flow", sana="flow")  # the coordinates of the pipeline's scheduler
+HOW = dict(sd15="vp", sdxl="ve")  # the coordinates of the pipeline's scheduler, if not flow
+SIZE = dict(flux=dict(size=16), qwen=dict(size=16), zimage=dict(size=16), wan=dict(size=32, frames=5), wan22=dict(size=32, frames=5))  # of what has no size of its own
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def folders(tmp_path_factory):
 
 
 def load(folders, name, prompts=PROMPTS, **kw):
-    return teachers.load_pipeline(str(folders(name)), prompts=prompts, cache=folders.cache, say=lambda *a: None, **kw)
+    return teachers.load_pipeline(str(folders(name)), prompts=prompts, cache=folders.cache, say=lambda *a: None, **SIZE.get(name, {}) | kw)
 
 
 def pipeline(model, folder):
@@ -44,26 +47,21 @@ def pipeline(model, folder):
     empty = [k for k, v in json.loads((folder / "model_index.json").read_text()).items() if v == [None, None]]
     pipe = getattr(diffusers, model.pipeline).from_pretrained(folder, **dict.fromkeys(empty))
     pipe.set_progress_bar_config(disable=True)
-    if model.adapter == "sana":  # its solver rounds times down to integers, while the noise level keeps its fraction; without that, both are the same point
-        class Exact(type(pipe.scheduler)):
-            def set_timesteps(self, *a, **kw):
-                super().set_timesteps(*a, **kw)
-                self.timesteps = (self.sigmas[:-1] * 1000).double()
-        pipe.scheduler = Exact.from_config(pipe.scheduler.config)
     return pipe
 
 
 def native(model, scheduler, z, cond, steps, w, how, ask=None):
     """The pipeline's own loop, with our `guided` in the place of its network. ask: another schedule in whose coordinates the network is asked."""
-    scheduler.set_timesteps(steps)
+    given = dict(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(model.schedule.shift)) if model.adapter in ("flux", "qwen-image", "z-image") else {}
+    scheduler.set_timesteps(None if given else steps, **given)
     x = z * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, t in enumerate(scheduler.timesteps):
         if how == "vp":
             a, s = model.schedule.alpha(t), model.schedule.sigma(t)
         elif how == "ve":
             a, s = torch.tensor(1.0), scheduler.sigmas[i].double()
-        else:
-            s = scheduler.sigmas[i].double()
+        else:  # at the scheduler's time: that of SANA and Wan is rounded down to an integer, while their noise level keeps its fraction
+            s = t.double() / 1000
             a = 1 - s
         a2, s2, y = a, s, x
         if ask is not None:  # the same point, scaled into another schedule
@@ -87,22 +85,21 @@ def test_our_sampler_is_the_pipeline(name, steps, folders):
     theirs = pipe([PROMPTS[2], PROMPTS[0]], height=h, width=w, num_inference_steps=steps, guidance_scale=3.0, latents=z, output_type="latent", **extra).images
     cond = model.encode(torch.tensor([2, 0]))
     with torch.no_grad():
-        ours = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW[name])
+        ours = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW.get(name, "flow"))
         assert (ours - theirs).norm() < 1e-4 * theirs.norm()
         for ask in (Flow(), EDM(), VP()):
             if ask.config["name"] != model.schedule.config["name"]:
-                again = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW[name], ask)
+                again = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW.get(name, "flow"), ask)
                 # where the other schedule ends before pure noise, its first question is another one
                 assert (again - theirs).norm() < (0.1 if name == "sd3" or name == "sana" else 1e-3) * theirs.norm(), ask.config
     plain = pipe([PROMPTS[1]], height=h, width=w, num_inference_steps=steps, guidance_scale=1.0, latents=z[:1], output_type="latent", **extra).images
     with torch.no_grad():
-        ours = native(model, pipe.scheduler, z[:1], model.encode([1]), steps, 1.0, HOW[name])
+        ours = native(model, pipe.scheduler, z[:1], model.encode([1]), steps, 1.0, HOW.get(name, "flow"))
     assert (ours - plain).norm() < 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_is_the_pipelines(name, folders):
-    import numpy as np
     model = load(folders, name)
     pipe = pipeline(model, folders(name))
     z = torch.randn(1, *model.shape)
@@ -118,7 +115,7 @@ def test_decoding_is_the_pipelines(name, folders):
 def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
     import diffusers
-    scripts.warm(*tiny.MODULES)
+    scripts.load(*tiny.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4]
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")

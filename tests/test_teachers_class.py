@@ -453,7 +453,7 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     """From the command line: three iterations, pictures, export, resume; the student is loaded by diffusers."""
     import diffusers
-    scripts.warm(*tiny.MODULES)
+    scripts.load(*tiny.MODULES)
     cls = "UNet2DModel" if name == "edm" else "DiTTransformer2DModel"
     args = ["--teacher", folders(name), "--nfe", nfe, "--batch", 4, "--cfg", 1 if name == "edm" else 2, "--cache-prompts", tmp_path / "cache", "--lr", 1e-3, "--warmup", 0]
     args += ["--gan", "--data", pictures] * gan
@@ -475,7 +475,7 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method, name, flags", [("sana_sprint", "dit", ["--time", "dense"]), ("twinflow", "sit", []), ("sid", "edm", ["--gan", "--cfg", 1]), ("flowmap", "sit", ["--cfg", 2])])
 def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path):
-    scripts.warm(*tiny.MODULES)
+    scripts.load(*tiny.MODULES)
     args = ["--teacher", folders(name), "--batch", 8, "--cache-prompts", tmp_path / "cache", *flags] + ["--data", pictures] * (method != "flowmap")
     scripts.run(f"{method}.py", *args, "--smoke", "--out", tmp_path / "run")
     info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders(name))
@@ -484,6 +484,6 @@ def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path
 
 
 def test_guidance_without_a_null_label(folders, scripts, tmp_path):
-    scripts.warm(*tiny.MODULES)
+    scripts.load(*tiny.MODULES)
     p = scripts.run("dmd2.py", "--teacher", folders("edm"), "--cfg", 2, "--batch", 4, "--smoke", "--out", tmp_path / "run", code=2)
     assert p.err.count("\n") == 1 and "--cfg: expected 1" in p.err

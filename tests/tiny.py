@@ -95,8 +95,79 @@ def sana(folder):
     return save(pipe, folder)
 
 
+def t5(cls="T5", size=16):
+    import transformers
+    return getattr(transformers, f"{cls}EncoderModel")(getattr(transformers, f"{cls}Config")(vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def flux(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    torch.manual_seed(0)
+    net = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+                                 pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(2, 2, 4))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
+    pipe = FluxPipeline(transformer=net, scheduler=scheduler, vae=kl_vae(shift_factor=0.1, scaling_factor=1.5), text_encoder=clip(80, 24), tokenizer=words(folder / "words"),
+                        text_encoder_2=t5(), tokenizer_2=letters(folder, None))
+    return save(pipe, folder)
+
+
+def qwen(folder):
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(0)
+    net = QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+                                      axes_dims_rope=(2, 2, 4))
+    for block in net.transformer_blocks:  # attention that finds the prompt's few tokens among those of the template
+        block.attn.norm_added_k.weight.data *= 8
+    rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, rope_scaling=rope, rope_theta=1e6, vocab_size=110)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
+    tokens = dict(vision_start_token_id=0, vision_end_token_id=0, vision_token_id=0, image_token_id=0, video_token_id=0)
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens, **text)).eval()
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.1, -0.2, 0.3, 0.0],
+                                 latents_std=[1.5, 0.7, 1.0, 2.0]).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, base_shift=0.5, max_shift=0.9, shift_terminal=0.02)
+    pipe = QwenImagePipeline(transformer=net, scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=letters(folder, None, padding_side="right"))
+    return save(pipe, folder)
+
+
+def zimage(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+    torch.manual_seed(0)
+    net = ZImageTransformer2DModel(in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 2, 2],
+                                   axes_lens=[256, 32, 32])
+    text = Qwen3Model(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=110, head_dim=8)).eval()
+    tokens = letters(folder, None, padding_side="right", chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    pipe = ZImagePipeline(transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(shift_factor=0.1, scaling_factor=1.5), text_encoder=text,
+                          tokenizer=tokens)
+    return save(pipe, folder)
+
+
+def wan(folder, **kw):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    torch.manual_seed(0)
+
+    def net():
+        net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2,
+                                    rope_max_seq_len=32)
+        for block in net.blocks:  # attention that finds the prompt among the zeros behind it
+            block.attn2.norm_k.weight.data *= 8
+        return net
+
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], latents_mean=[0.1, -0.2, 0.3, 0.0],
+                           latents_std=[1.5, 0.7, 1.0, 2.0], scale_factor_spatial=4).eval()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(transformer=net(), transformer_2=net() if kw else None, scheduler=scheduler, vae=vae, text_encoder=t5("UMT5"), tokenizer=letters(folder, None), **kw)
+    return save(pipe, folder)
+
+
+def wan22(folder):
+    return wan(folder, boundary_ratio=0.875)
+
+
 def save(pipe, folder):
-    for name in ("unet", "transformer"):
+    for name in ("unet", "transformer", "transformer_2"):
         net = getattr(pipe, name, None)
         for p in net.parameters() if net is not None else ():  # layers that start at zero would hide mistakes
             if p.abs().sum() == 0:

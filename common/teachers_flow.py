@@ -1,0 +1,208 @@
+"""Adapters of newer flow transformers: FLUX.1 and Qwen-Image, which pack their latents, Z-Image, and Wan 2.1 and 2.2 for video. The second half of
+common/teachers.py, which imports this file at its end; import that one.
+
+What is odd about them and kept: FLUX and Qwen-Image turn their time into the dtype of the activations, so that under bf16 passes it has 256 values near 1,
+in their pipelines as here. What is left to the pipelines: their solvers and sigma tables. UniPC of Wan rounds times down to integers; Qwen-Image's scheduler
+stretches its table to end at 0.02 (shift_terminal), while `schedule.grid` has the shift alone.
+"""
+import inspect
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from common.models import Routed, pick
+from common.run import UserError
+from common.schedules import equal_snr, expand
+from common.teachers import Pipeline, flow
+
+
+def pack(x):
+    """[B, C, H, W] -> tokens [B, H W / 4, 4 C] of 2 x 2 latents each."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(y, h, w):
+    b, _, c = y.shape
+    return y.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+class Flux(Pipeline):
+    """FLUX.1. The dev model is distilled from guidance: the scale is an input of the network, `guidance` here, 3.5 as in a plain call of its pipeline. `guided`
+    is guidance on top of it, true_cfg_scale of the pipeline, by the empty prompt; w = 1 is the model as it is meant. schnell has no such input."""
+
+    adapter, pipeline, network = "flux", "FluxPipeline", "FluxTransformer2DModel"
+    without = ("feature_extractor", "image_encoder")
+    guidance = 3.5
+
+    def latent_shape(self, c, size):
+        side = 128 if size is None else size // self.vae_scale
+        return c.in_channels // 4, side, side
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler, shape[-1] * shape[-2] // 4)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, pooled, _ = pipe.encode_prompt(prompts or [""], None, device=pipe.device)
+        return dict(text=text, pooled=pooled)
+
+    def predict(self, x, t, cond):
+        h, w = x.shape[-2:]
+        ids = torch.zeros(h // 2, w // 2, 3, device=x.device)
+        ids[..., 1], ids[..., 2] = torch.arange(h // 2, device=x.device)[:, None], torch.arange(w // 2, device=x.device)
+        guidance = torch.full((len(x),), float(self.guidance), device=x.device) if self.net.config.guidance_embeds else None
+        out = self.net(pack(x), encoder_hidden_states=cond["text"].to(x.dtype), pooled_projections=cond["pooled"].to(x.dtype), timestep=t, guidance=guidance,
+                       img_ids=ids.view(-1, 3), txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x.device), return_dict=False)[0]
+        return unpack(out, h, w)
+
+    def embedders(self):
+        return [self.net.time_text_embed], self.net.inner_dim
+
+    def sites(self, depths=(0.5,)):
+        return pick([*self.net.transformer_blocks, *self.net.single_transformer_blocks], depths)
+
+    def config(self):
+        return super().config() | dict(guidance=self.guidance)
+
+
+def statistics(vae, shape):
+    """(shift, scale) of autoencoders with numbers for each channel; shape: of a sample."""
+    mean, std = (torch.tensor(v, device=vae.device).view(1, -1, *[1] * (len(shape) - 1)) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, 1 / std
+
+
+class QwenImage(Pipeline):
+    """Qwen-Image: packed latents, text with a mask, a video autoencoder for single pictures. Null: a blank, the negative prompt of the model's own examples."""
+
+    adapter, pipeline, network = "qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel"
+    latent_shape, make_schedule, embedders = Flux.latent_shape, Flux.make_schedule, Flux.embedders
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, mask = pipe.encode_prompt(prompts or [" "], device=pipe.device, max_sequence_length=512)
+        return dict(text=text, mask=torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask.long())
+
+    def predict(self, x, t, cond):
+        h, w = x.shape[-2:]
+        text, size = cond["text"].to(x.dtype), [[(1, h // 2, w // 2)]] * len(x)
+        old = dict(txt_seq_lens=[text.shape[1]] * len(x)) if "txt_seq_lens" in inspect.signature(self.net.forward).parameters else {}  # diffusers before 0.37
+        out = self.net(pack(x), encoder_hidden_states=text, encoder_hidden_states_mask=cond["mask"], timestep=t, img_shapes=size, return_dict=False, **old)[0]
+        return unpack(out, h, w)
+
+    def guided(self, x_t, alpha, sigma, cond, w):
+        """Guidance as its pipeline does it: afterwards the velocity is scaled, token by token, to the length of the conditional one. Not linear in w."""
+        if w in (0, 1):
+            return super().guided(x_t, alpha, sigma, cond, w)
+        c, u = (y.double() for y in self.pair(x_t, alpha, sigma, cond))
+        x = x_t.double() * expand(equal_snr(self.schedule, alpha, sigma)[3], x_t)
+        v, g = pack(x - c), pack(x - u - w * (c - u))  # velocities times sigma
+        g = g * (v.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)).nan_to_num(1.0)  # 0 / 0 at sigma = 0
+        return (x - unpack(g, *x_t.shape[-2:])).to(x_t.dtype)
+
+    @property
+    def vae_scale(self):
+        return 2 ** len(self.vae.config.temperal_downsample)
+
+    def latent_stats(self):
+        return statistics(self.vae, self.shape)
+
+    def from_vae(self, z):
+        return super().from_vae(z[:, :, None])[:, :, 0]
+
+    def to_vae(self, y):
+        return super().to_vae(y[:, :, None])[:, :, 0]
+
+
+class ZImage(Pipeline):
+    """Z-Image: the time of its network runs from 0, noise, to 1, and its output is x0 - eps. Prompts of any length without padding. guidance_scale of its
+    pipeline is w - 1: c + scale (c - u)."""
+
+    adapter, pipeline, network = "z-image", "ZImagePipeline", "ZImageTransformer2DModel"
+
+    def latent_shape(self, c, size):
+        side = (1024 if size is None else size) // self.vae_scale
+        return c.in_channels, side, side
+
+    make_schedule = Flux.make_schedule
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        each, _ = pipe.encode_prompt(list(prompts or [""]), device=pipe.device, do_classifier_free_guidance=False)  # a copy: the list is written to
+        return dict(text=pad_sequence(each, batch_first=True), length=torch.tensor([len(e) for e in each]))
+
+    def predict(self, x, t, cond):
+        text = [e[:n].to(x.dtype) for e, n in zip(cond["text"], cond["length"].tolist())]
+        out = self.net(list(x[:, :, None].unbind()), 1 - t, text, return_dict=False)[0]
+        return -torch.stack(list(out))[:, :, 0]
+
+    def embedders(self):
+        return [self.net.t_embedder], self.net.t_embedder.mlp[-1].out_features
+
+    def sites(self, depths=(0.5,)):
+        return pick(self.net.layers, depths)
+
+    def hidden(self, h):  # image tokens come first, then what pads them, then the text
+        return super().hidden(h[:, :self.shape[-2] * self.shape[-1] // 4])
+
+
+class Wan(Pipeline):
+    """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
+    noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
+
+    adapter, pipeline, network, video, at_once = "wan", "WanPipeline", "WanTransformer3DModel", True, 1
+    without = ("transformer_2",)
+
+    def __init__(self, net, vae, scheduler, size=None, frames=81):
+        object.__setattr__(self, "frames", frames)
+        super().__init__(net, vae, scheduler, size)
+
+    def latent_shape(self, c, size):
+        ratio, (h, w) = self.vae.config.scale_factor_temporal, (480, 832) if size is None else (size, size)
+        if self.frames < 1 or (self.frames - 1) % ratio:
+            raise UserError(f"--frames {self.frames}: expected a multiple of {ratio}, plus 1, for this teacher")
+        return c.in_channels, (self.frames - 1) // ratio + 1, h // self.vae_scale, w // self.vae_scale
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow(scheduler)
+
+    def whole(self, folder, index, dtype):
+        if index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]:
+            return self
+        s = float(index["boundary_ratio"])
+        edge = torch.nextafter(torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))  # the first expert has t = s as well
+        model = Routed([self, self.around(self.load_net(folder, dtype, "transformer_2"))], "level", [float(edge)])
+        model.folder = self.folder
+        return model
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        return dict(text=pipe.encode_prompt(prompts or [""], do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device)[0])
+
+    def predict(self, x, t, cond):
+        return self.net(x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
+
+    def embedders(self):
+        return [self.net.condition_embedder.time_embedder], self.net.condition_embedder.time_embedder.linear_2.out_features
+
+    def sites(self, depths=(0.5,)):
+        return pick(self.net.blocks, depths)
+
+    def hidden(self, h):  # [B, F h w, D]: a map of the frames one below the other
+        return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2])
+
+    @property
+    def vae_scale(self):
+        return self.vae.config.scale_factor_spatial
+
+    @property
+    def image_shape(self):
+        return 3, self.frames, self.shape[-2] * self.vae_scale, self.shape[-1] * self.vae_scale
+
+    def latent_stats(self):
+        return statistics(self.vae, self.shape)
+
+    def rows(self, x):
+        """First, middle and last frame, one below the other."""
+        video = self.decode(x)
+        return torch.cat([video[:, :, i] for i in dict.fromkeys((0, self.frames // 2, self.frames - 1))], 2)
