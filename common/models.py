@@ -650,6 +650,9 @@ def load_routed(folder, info, teacher=None):
 def stored(folder):
     """Parameters in the safetensors files of a diffusers folder, from the headers alone."""
     index, count = Path(folder) / f"{WEIGHTS}.index.json", 0
+    old = Path(folder) / "diffusion_pytorch_model.bin"  # older than safetensors (facebook/DiT): in fp32
+    if old.is_file() and not index.is_file() and not (Path(folder) / WEIGHTS).is_file():
+        return old.stat().st_size // 4
     names = set(read_json(index)["weight_map"].values()) if index.is_file() else [WEIGHTS]
     for path in [Path(folder) / name for name in names]:
         with safe_open(path, "pt") as f:

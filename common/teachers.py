@@ -171,7 +171,7 @@ class Pipeline(Model):
         student.folder = Path(folder)
         return student
 
-    def whole(self, folder, index, dtype):
+    def assembled(self, folder, index, dtype):
         """This model, or several as one where the pipeline has several networks. index: of model_index.json."""
         return self
 
@@ -448,7 +448,7 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
         model.attach(Path(folder), table, prompts)
         model.cache, model.vae_folder, model.captioned = cache, Path(folder) / "vae", ([path for path, _ in captions], first)
-        model = model.whole(folder, index, dtype)
+        model = model.assembled(folder, index, dtype)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     if size is not None and (size < 1 or size % (2 * model.vae_scale)):

@@ -166,7 +166,7 @@ class Wan(Pipeline):
     def make_schedule(self, scheduler, shape, c):
         return flow(scheduler)
 
-    def whole(self, folder, index, dtype):
+    def assembled(self, folder, index, dtype):
         if index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]:
             return self
         s = float(index["boundary_ratio"])

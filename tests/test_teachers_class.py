@@ -473,7 +473,7 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, name, flags", [("sana_sprint", "dit", []), ("twinflow", "sit", []), ("sid", "edm", ["--gan", "--cfg", 1]), ("flowmap", "sit", ["--cfg", 2])])
+@pytest.mark.parametrize("method, name, flags", [("sana_sprint", "dit", ["--time", "dense"]), ("twinflow", "sit", []), ("sid", "edm", ["--gan", "--cfg", 1]), ("flowmap", "sit", ["--cfg", 2])])
 def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path):
     scripts.load(*tiny.MODULES)
     args = ["--teacher", folders(name), "--batch", 8, "--cache-prompts", tmp_path / "cache", *flags] + ["--data", pictures] * (method != "flowmap")
