@@ -357,8 +357,9 @@ def test_resume(script, forks, tmp_path):
     assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
     same(whole, halves, 14)
     if script == "dmd2":
-        p = forks.run(f"{script}.py", *QUICK, *MORE[script], "--lora", 5, "--out", halves, "--iters", 20, "--resume", code=2)
-        assert "--resume" in p.err and "does not fit the networks of these flags" in p.err and p.err.count("\n") == 1
+        for change, says in (["--lora", 4, "--lora-targets", "inp"], "does not fit the networks of these flags"), (["--lora", 4, "--lora-alpha", 2], "expected a run .* alpha 2"):
+            p = forks.run(f"{script}.py", *QUICK, *MORE[script], "--lora-fake", 3, *change, "--out", halves, "--iters", 20, "--resume", code=2)
+            assert re.fullmatch(rf"dmd2.py: --resume .*{says}.*\n", p.err), p.err
 
 
 @each
