@@ -33,7 +33,7 @@ Differences from the paper:
     - fresh noise in (8), (9), as [C]; the paper's tutorial reuses it (biased). Groups go by place in the global batch, so any batch of at least four works.
     - teachers that are no linear flow: F = (x_t - xhat) / |t|, T = sigma / (alpha + sigma) at their noisy end, samples start at T z.
     - --lora trains adapters and, whole, the embeddings of (2), so that all networks are asked at their own t; [C] shows its LoRA one number, t - r / 2, and
-      asks the frozen teacher at t / 2 by that. [P] LoRA of Qwen-Image: --lora 64 --lr 1e-4.
+      so asks its frozen teacher at t / 2 where r = t (our reading). Its LoRA of Qwen-Image has --lora 64 --lr 1e-4.
     - the presets mnist and toy, and the exported average of the student (--ema), are ours; which weights the paper samples from is not said.
 """
 import math

@@ -125,7 +125,8 @@ class InceptionExtractor(Extractor):
 
 
 def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
-    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes and noise of its own seed, whatever the batch or world size.
+    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes and noise of its own seed, whatever the batch or
+    world size.
 
     sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
     device = next(model.parameters()).device

@@ -34,6 +34,8 @@ class Pairs:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for i in tqdm(missing[run.rank::run.world], desc="pairs", disable=not run.main):
+                if run.stopping:
+                    raise SystemExit(128 + run.stopping)  # the files so far are kept
                 parts = generate(sampler, teacher, min(n, (i + 1) * PART), self.seed, run.batch, first=i * PART)
                 with atomic(files[i]) as f:
                     save_file(dict(x=torch.cat([x.cpu() for _, _, x in parts])), f.name)

@@ -551,7 +551,8 @@ class Run:
         return sorted((self.out / "ckpt").glob("it-*.pt"))
 
     def header(self):
-        return dict(method=self.method, teacher=Path(self.args.teacher).name)
+        alphas = [f"{spec['alpha']:g}" for spec in (vars(self.args).get("lora"), vars(self.args).get("lora_fake")) if spec]  # no shape tells them apart
+        return dict(method=self.method, teacher=Path(self.args.teacher).name + (f", --lora-alpha {', '.join(alphas)}" if alphas else ""))
 
     def save(self, it, state):
         """After iteration it: state = {name: object with state_dict()}. Written to a temporary name, fsync'ed, renamed; the two newest are kept."""

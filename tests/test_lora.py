@@ -318,7 +318,8 @@ def test_readme_mnist(tmp_path):
 @pytest.mark.parametrize("name, nfe, flags", [
     ("sdxl", 4, "--lora 4 --lora-fake 2 --grad-checkpoint"),
     *(pytest.param(*p, marks=slow) for p in (
-        ("sana", 1, "--lora 4 --lora-alpha 3"), ("sd15", 1, "--lora 4"), ("sd15", 4, "--lora 4 --lora-fake 4"), ("sdxl", 1, "--lora 4 --lora-targets to_q to_k to_v conv1 conv2 time_emb_proj"),
+        ("sana", 1, "--lora 4 --lora-alpha 3"), ("sd15", 1, "--lora 4"), ("sd15", 4, "--lora 4 --lora-fake 4"),
+        ("sdxl", 1, "--lora 4 --lora-targets to_q to_k to_v conv1 conv2 time_emb_proj"),
         ("sd3", 1, "--lora 4"), ("sd3", 4, "--lora 4 --lora-fake 4"), ("sana", 4, "--lora 4 --lora-fake 4"),
         ("sd15", 1, ""), ("sdxl", 4, ""), ("sd3", 4, ""), ("sana", 4, "")))])
 def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):  # noqa: F811
@@ -357,8 +358,9 @@ def test_resume(script, forks, tmp_path):
     assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
     same(whole, halves, 14)
     if script == "dmd2":
-        p = forks.run(f"{script}.py", *QUICK, *MORE[script], "--lora", 5, "--out", halves, "--iters", 20, "--resume", code=2)
-        assert "--resume" in p.err and "does not fit the networks of these flags" in p.err and p.err.count("\n") == 1
+        for change, says in (["--lora-targets", "inp"], "does not fit the networks of these flags"), (["--lora-alpha", 2], "expected a run .*-alpha 2"):
+            p = forks.run(f"{script}.py", *QUICK, *MORE[script], "--lora", 4, "--lora-fake", 3, *change, "--out", halves, "--iters", 20, "--resume", code=2)
+            assert re.fullmatch(rf"dmd2.py: --resume .*{says}.*\n", p.err), p.err
 
 
 @each

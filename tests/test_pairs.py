@@ -14,7 +14,7 @@ from test_scripts import QUICK, close, processes, same
 
 def run_of(out, **args):
     args = SimpleNamespace(**dict(seed=0, teacher="toy-cond", cfg=2.0) | args)
-    return SimpleNamespace(out=out, args=args, world=1, rank=0, main=False, dtype=torch.float32, method="dmd2", batch=50, print=lambda *a: None)
+    return SimpleNamespace(out=out, args=args, world=1, rank=0, main=False, dtype=torch.float32, method="dmd2", batch=50, print=lambda *a: None, stopping=0)
 
 
 def test_pairs(tmp_path, monkeypatch):
@@ -39,18 +39,31 @@ def test_pairs(tmp_path, monkeypatch):
     for other in (dict(), dict(cfg=1.0), dict(seed=1)):
         pairs.Pairs(run_of(tmp_path, **other), teacher, 8, other.get("cfg", 2.0))
     assert len(list(tmp_path.iterdir())) == 4
+    stopped = run_of(tmp_path)
+    stopped.stopping = 15
+    files[2].unlink()
+    with pytest.raises(SystemExit, match="143"):
+        pairs.Pairs(stopped, teacher, 150, 2.0)
+    assert files[1].exists() and not files[2].exists()
     files[0].write_bytes(b"x")
     with pytest.raises(RunError, match="pairs not written or not readable"):
         pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
 
 
-def test_every_iteration_has_pairs_of_its_own(tmp_path):
+def test_regression(tmp_path):
+    """Every iteration has pairs of its own; what is learnt is the teacher's image of a noise."""
     teacher, seen = models.load_teacher("toy"), []
     student, run = teacher.copy(), run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1)
-    run.loop, run.draw, run.log, run.stopping = range, lambda it: Draw(0, it, 50), lambda *a: None, 0
+    run.loop, run.draw, run.log = range, lambda it: Draw(0, it, 50), lambda *a: None
     run.step = lambda opt, params, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
-    pairs.warm_up(run, teacher, student, lambda z, c: seen.append(z) or student(z, 0.0, 1.0, c), 500, 6, 1e-3)
+    one_step = lambda z, c: seen.append(z) or student(80 * z, 1.0, 80.0, c)
+    z, x, cond = pairs.Pairs(run, teacher, 500, 1.0).rows(torch.arange(500))
+    before = (one_step(z, cond) * x).mean().item()
+    seen.clear()
+    pairs.warm_up(run, teacher, student, one_step, 500, 6, 2e-3)
     assert len(torch.cat(seen).unique(dim=0)) > 200  # 300 draws of 500: 226 different ones expected
+    pairs.warm_up(run, teacher, student, one_step, 500, 100, 2e-3)
+    assert abs(before) < 0.05 and (one_step(z, cond) * x).mean() > 0.3 * (x * x).mean()
 
 
 @pytest.mark.parametrize("flags", ["--regression 0 5 1e-3", "--regression 5 0.5 1e-3", "--regression 5 5 nan", "--regression 5 5 inf", "--regression 5 5 1e-3 --nfe 2"])
