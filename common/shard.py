@@ -37,9 +37,7 @@ class Sharding:
         if "proto" in vars(module):  # a Model: a network of blocks, from which copies are made
             skeleton = copy.deepcopy(module.net, {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.net.parameters()})
             module.__dict__["proto"], module.sharding = module.around(skeleton), self  # proto is no part of the module
-        outside = module.embedders()[0] if "proto" in vars(module) else []  # diffusers' DiT calls that of its first block from outside the block
-        units = [unit for name, unit in module.named_modules() if UNIT.fullmatch(name) or unit in outside]
-        for unit in [*reversed(units), module]:  # the inner ones first
+        for unit in units(module):
             materialise(unit, self.device)
             unit.register_forward_hook(lambda m, args, out: unviewed(out) if torch.is_grad_enabled() else None)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
@@ -67,6 +65,12 @@ class Sharding:
             twin.extend(*model.extras)
             twin.load_state_dict(tensors)
         return twin
+
+
+def units(module):
+    """What is gathered at a time, the inner ones first, the module itself last."""
+    outside = module.embedders()[0] if "proto" in vars(module) else []  # diffusers' DiT calls that of its first block from outside the block
+    return [*reversed([part for name, part in module.named_modules() if UNIT.fullmatch(name) or part in outside]), module]
 
 
 def rest(module, args, out):

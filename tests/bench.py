@@ -55,6 +55,8 @@ def bare(model, kind, cond, sync):
         p.requires_grad_(mode == "forward+backward")
     x.requires_grad_(mode == "forward+backward to x")
     old, run_net = [p.grad for p in params], (model.run_to_sites if features else model.predict)
+    if model.sharding:  # what gathers the weights hangs on the model's own call
+        run_net = lambda x, t, cond: model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
     for p in params:
         p.grad = None
     sync()
@@ -158,7 +160,11 @@ def main():
     models.Model.forward, Run.loop = counted, timed_loop
     with tempfile.TemporaryDirectory() as out:
         sys.argv = [f"{script}.py", "--out", os.path.join(out, "run"), "--sample-every", "0", "--save-every", "0", "--eval-n", "0", *flags]
-        method.main()
+        try:
+            method.main()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 
+import random_teachers
 import tiny
 from cases import MORE, SHORT
-from common import metrics, models, teachers
+from common import metrics, models, shard, teachers
 from common.run import read_json
 from test_scripts import QUICK, close, one_line, processes, same
 
@@ -114,6 +115,20 @@ def test_pipeline(name, folder, scripts, tmp_path):
     net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "two" / "student")
     assert all(torch.equal(v, average[f"net.{k}"]) for k, v in net.state_dict().items())
     assert "resumed it-00000003.pt" in two(scripts, "dmd2", [*args, "--iters", 4, "--resume", "--dtype", "bf16"], tmp_path / "two").out
+
+
+def test_units():
+    """A full-size network is never whole: its largest unit is small (SD 1.5: a fifth, an upper block beside its transformers); every weight is in one."""
+    for name, e in random_teachers.TABLE.items():
+        cls = teachers.PIPELINES[e["pipeline"]]
+        model = cls(random_teachers.network(e, "meta"), types.SimpleNamespace(config=types.SimpleNamespace(**e["vae"])), e["scheduler"])
+        seen, shares = set(), []
+        for unit in shard.units(model):
+            own = {id(p): p.numel() for p in unit.parameters() if id(p) not in seen}
+            seen |= own.keys()
+            shares.append(sum(own.values()) / e["parameters"])
+        assert sum(shares) == pytest.approx(1) and max(shares) < 0.2 and len(shares) > 7, name
+    assert len(shard.units(models.load_teacher("mnist"))) > 8
 
 
 def test_processes_make_as_many_batches():
