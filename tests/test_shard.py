@@ -62,6 +62,7 @@ def test_checkpoints(scripts, tmp_path):
     close(tmp_path / "whole", tmp_path / "alone", 8)
 
 
+@slow  # 20 seconds of a core: two processes that import diffusers and draw pictures
 def test_mnist(scripts, tmp_path):
     """Blocks of a transformer, features for the GAN from the middle of it, activations recomputed; then the metric on both processes, 32 and 31 images."""
     args = ["--teacher", "mnist", "--batch", 4, "--iters", 3, "--log-every", 1, "--sample-every", 0, "--cooldown", 0, "--gan", "--ratio", 2, "--ema", 1000, "--eval-n", 63,
