@@ -136,6 +136,7 @@ class Pipeline(Model):
 
     part, network = "transformer", None  # subfolder and diffusers class of the network
     video, at_once = False, 4  # samples are videos; how many the VAE takes at a time
+    since = 0, 35  # version of diffusers
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
@@ -435,8 +436,8 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # truncated prompts are normal, loading bars say nothing
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    if not hasattr(diffusers, cls.pipeline):
-        raise UserError(f"--teacher {name}: {cls.pipeline}: expected a newer diffusers, found {diffusers.__version__}")
+    if tuple(map(int, diffusers.__version__.split(".")[:2])) < cls.since:
+        raise UserError(f"--teacher {name}: {cls.pipeline}: expected diffusers {'.'.join(map(str, cls.since))} or newer, found {diffusers.__version__}")
     table, first = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None, None
     if captions:
         first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))

@@ -5,8 +5,6 @@ What is odd about them and kept: FLUX and Qwen-Image turn their time into the dt
 in their pipelines as here. What is left to the pipelines: their solvers and sigma tables. UniPC of Wan rounds times down to integers; Qwen-Image's scheduler
 stretches its table to end at 0.02 (shift_terminal), while `schedule.grid` has the shift alone.
 """
-import inspect
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -76,6 +74,7 @@ class QwenImage(Pipeline):
     """Qwen-Image: packed latents, text with a mask, a video autoencoder for single pictures. Null: a blank, the negative prompt of the model's own examples."""
 
     adapter, pipeline, network = "qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel"
+    since = 0, 37  # older ones look at the padding
     latent_shape, make_schedule, embedders = Flux.latent_shape, Flux.make_schedule, Flux.embedders
 
     @classmethod
@@ -86,8 +85,7 @@ class QwenImage(Pipeline):
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
         text, size = cond["text"].to(x.dtype), [[(1, h // 2, w // 2)]] * len(x)
-        old = dict(txt_seq_lens=[text.shape[1]] * len(x)) if "txt_seq_lens" in inspect.signature(self.net.forward).parameters else {}  # diffusers before 0.37
-        out = self.net(pack(x), encoder_hidden_states=text, encoder_hidden_states_mask=cond["mask"], timestep=t, img_shapes=size, return_dict=False, **old)[0]
+        out = self.net(pack(x), encoder_hidden_states=text, encoder_hidden_states_mask=cond["mask"], timestep=t, img_shapes=size, return_dict=False)[0]
         return unpack(out, h, w)
 
     def guided(self, x_t, alpha, sigma, cond, w):
@@ -118,7 +116,7 @@ class ZImage(Pipeline):
     """Z-Image: the time of its network runs from 0, noise, to 1, and its output is x0 - eps. Prompts of any length without padding. guidance_scale of its
     pipeline is w - 1: c + scale (c - u)."""
 
-    adapter, pipeline, network = "z-image", "ZImagePipeline", "ZImageTransformer2DModel"
+    adapter, pipeline, network, since = "z-image", "ZImagePipeline", "ZImageTransformer2DModel", (0, 36)
 
     def latent_shape(self, c, size):
         side = (1024 if size is None else size) // self.vae_scale
@@ -151,7 +149,7 @@ class Wan(Pipeline):
     noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
 
     adapter, pipeline, network, video, at_once = "wan", "WanPipeline", "WanTransformer3DModel", True, 1
-    without = ("transformer_2",)
+    without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
 
     def __init__(self, net, vae, scheduler, size=None, frames=81):
         object.__setattr__(self, "frames", frames)

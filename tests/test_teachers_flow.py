@@ -162,13 +162,14 @@ def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
     student = model.copy().extend("r")
     x, cond = torch.randn(2, *model.shape), dict(model.encode([0, 1]), r=torch.rand(2))
     levels = torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5])
-    assert torch.equal(student(x, *levels, cond), model(x, *levels, cond))
+    assert torch.allclose(student(x, *levels, cond), model(x, *levels, cond), atol=1e-4)  # not bit for bit: weights of a mapped file lie elsewhere in memory
     for expert in student.experts:
         expert.extras["r"].layers[2].weight.data.normal_()
     assert (student(x, *levels, cond) - model(x, *levels, cond)).abs().amax((1, 2, 3, 4)).min() > 1e-3
     student.save(tmp_path / "s", {})
     again = models.load_model(tmp_path / "s", json.loads((tmp_path / "s" / "distill.json").read_text())["model"], model)
-    assert torch.equal(again(x, *levels, cond), student(x, *levels, cond))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
+    assert torch.allclose(again(x, *levels, cond), student(x, *levels, cond), atol=1e-4)
 
 
 def test_labels_of_prompts(folders):
@@ -208,9 +209,10 @@ def test_a_class_that_diffusers_does_not_have(folders, tmp_path):
 
 def test_older_diffusers(folders, monkeypatch):
     import diffusers
-    monkeypatch.setattr(teachers.ZImage, "pipeline", "ZImageOfTomorrow")
-    with pytest.raises(UserError, match=f"expected a newer diffusers, found {diffusers.__version__}"):
-        load(folders, "zimage")
+    monkeypatch.setattr(diffusers, "__version__", "0.36.1")
+    load(folders, "zimage")
+    with pytest.raises(UserError, match="QwenImagePipeline: expected diffusers 0.37 or newer, found 0.36.1"):
+        load(folders, "qwen")
 
 
 @pytest.mark.parametrize("name", NAMES[:4])
