@@ -755,3 +755,28 @@ def test_another_generator_is_no_resume(scripts, copied, tmp_path):
     save_file({k: v + 1e-3 for k, v in load_file(path).items()}, path)
     p = scripts.start("nct.py", *flags, "--iters", 2, "--resume", "--generator", copied)
     assert p.wait() == 2 and "--resume" in p.err and "another --control or --generator" in p.err and p.err.count("\n") == 1
+
+
+# ---- the toy, to the end ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(scripts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "dmd2-toy"
+    scripts.run("dmd2.py", "--teacher", "toy", "--sample-every", 0, "--out", out)
+    return out
+
+
+@pytest.mark.slow
+def test_toy(finished, scripts, tmp_path):
+    """Labels for a generator without labels: the one-step student of dmd2.py's toy preset, its noise drawn apart from the label."""
+    runs = {}
+    for name, flags in {"preset": [], "no boundary": ["--lambda0", 0, "--eta", 0, "--iters", 500], "one step": ["--N", 1]}.items():
+        p = scripts.run("nct.py", "--teacher", "toy", "--generator", finished, "--sample-every", 0, "--out", tmp_path / name, *flags)
+        runs[name] = read_json(tmp_path / name / "metrics.json") | read_json(tmp_path / name / "control.json") | dict(cpu=p.cpu)
+    r = runs["preset"]
+    assert r["error"] <= 0.05 and r["chance"] > 0.8 and r["cpu"] < 120, r
+    assert r["energy_distance"] < 2 * read_json(finished / "metrics.json")["energy_distance"], r
+    assert runs["no boundary"]["energy_distance"] is None or runs["no boundary"]["energy_distance"] > 1
+    assert runs["no boundary"]["error"] > 0.5
+    assert runs["one step"]["diversity"] < 0.7 * r["diversity"]
