@@ -24,7 +24,7 @@ slow = pytest.mark.slow
 def two(scripts, script, args, out):
     ps = processes(scripts, 2, f"{script}.py", *args, "--shard", "--out", out)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
-    assert "Warning" not in ps[0].err and ps[1].out == ""
+    assert "UserWarning" not in ps[0].err and ps[1].out == ""  # diffusers has a FutureWarning of its own
     return ps[0]
 
 
