@@ -1,14 +1,18 @@
 """What the networks of a dmd2 run take, worked out from parameter counts on the meta device: README's table of teachers.
 
-    python -m tests.memory
+    python tests/memory.py
 
 Counts of sd15, sdxl, sana, sd3 are those of tests/networks.json; the others are diffusers' default configurations, which are the published networks', and the
 two sizes of Wan by its model card. Bytes as in Run.budget: bf16 frozen teacher, 16 for each trained number, 4 for the average. No activations, no VAE.
 """
+import sys
+from pathlib import Path
+
 import torch
 
-from common import lora
-import random_teachers
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import random_teachers  # noqa: E402
+from common import lora  # noqa: E402
 
 OTHERS = {"flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)), "qwen-image": ("QwenImageTransformer2DModel", {}), "z-image": ("ZImageTransformer2DModel", {}),
           "wan2.1": ("WanTransformer3DModel", dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)), "wan2.1-14b": ("WanTransformer3DModel", {})}
