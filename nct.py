@@ -82,7 +82,8 @@ def parse_args(argv=None):
     for wrong, message in (
         (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the generator makes an image in one pass and so does its controlled form"),
         (args.data, f"--data {args.data}: this method never looks at images"),
-        (args.lr_fake is not None, "--lr-fake: this method has no second network"),
+        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: this method has no second network"),
+        (args.lora or args.shard, "--lora, --shard: nothing but the branch is trained here; leave them out"),
         (args.N < 1, f"--N: expected at least 1, found {args.N}"),
         (args.huber is not None and args.distance == "l2", "--huber: means something only with --distance huber"),
         (args.huber is not None and not 0 < args.huber < math.inf, f"--huber: expected a number > 0, found {args.huber}"),
@@ -210,7 +211,7 @@ def main():
         student.checkpoint_activations()
     G = run.train(student)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    ema = EMA(student, args.ema)
+    ema = EMA(student, args.ema, args.ema_cpu)
     multiplier = Multiplier(args, run.device, json.dumps([control.config(), adapters.weights_hash(generator)]))
     sampler = {}
     share = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in generator.parameters())

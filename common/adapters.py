@@ -243,6 +243,9 @@ class Controlled(nn.Module):
         self.branch.net.enable_gradient_checkpointing()
         self.generator.checkpoint_activations()
 
+    def whole(self):
+        return self
+
     def copy(self):
         return Controlled(self.generator, self.info, self.sample, self.control, twin(self.branch), self.blocks)
 

@@ -131,7 +131,8 @@ def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
     sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
     device = next(model.parameters()).device
     mine = torch.arange(first + rank, n, world)
-    for part in filter(len, mine.tensor_split(-(-(n - first) // world // batch))):  # as many on every rank: a sharded network answers when all ask
+    # several ranks: as many batches on each, since a sharded network answers when all ask
+    for part in mine.split(batch) if world == 1 else filter(len, mine.tensor_split(-(-(n - first) // world // batch))):
         noise = ImageNoise(seed, part.tolist(), device)
         labels = part % max(model.classes, 1)
         yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))

@@ -486,8 +486,8 @@ class Routed(nn.Module):
 
     x0, guided, pair = forward, Model.guided, Model.pair
 
-    def copy(self):
-        return Routed([e.copy() for e in self.experts], self.by, self.table)
+    def copy(self, adapters=None):
+        return Routed([e.copy(adapters) for e in self.experts], self.by, self.table)
 
     def whole(self):
         return Routed([e.whole() for e in self.experts], self.by, self.table)

@@ -379,7 +379,7 @@ def test_json_files(tmp_path):
 
 
 def stepper():
-    run = SimpleNamespace(bad={}, skipped=0)
+    run = SimpleNamespace(bad={}, skipped=0, args=SimpleNamespace(shard=False))
     return run, lambda opt, params, clip=1.0: Run.step(run, opt, params, clip)
 
 

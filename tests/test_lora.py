@@ -14,7 +14,7 @@ import eval as evaluation
 from common import lora, models, teachers
 from common.run import EMA, UserError
 from test_scripts import QUICK, SCRIPTS, close, processes, same
-from test_teachers import PROMPTS, folders, load  # noqa: F401  the fixture
+from test_teachers import folders, load  # noqa: F401  the fixture
 
 # How README loads students, as it stands there. Tests put tiny folders in the place of the names
 FULL = """
@@ -60,6 +60,7 @@ inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], tar
 weights = load_file("out/dmd2-mnist/student/pytorch_lora_weights.safetensors")
 set_peft_model_state_dict(net, {k.removeprefix("transformer."): v for k, v in weights.items()})
 """
+PROMPTS = ["a red heart", "dog", "pizza 7"]  # the first is what README asks for
 NAMES = ["sd15", "sdxl", "sd3", "sana", "mnist", "toy"]
 FLAT = dict(rank=4, alpha=4.0, targets=None, seed=0, flag="--lora")  # what --lora 4 is
 CONV = dict(FLAT, rank=2, alpha=5.0, targets=["conv1", "time_emb_proj", "to_v"])
@@ -298,7 +299,7 @@ def same_picture(name, nfe, teacher, student, folder, folders, code, sampler=Non
 
 @pytest.mark.parametrize("name, adapters", [("sdxl", 0), ("sdxl", 1), ("sd3", 0), ("sana", 1)])
 def test_readme(name, adapters, folders, tmp_path):  # noqa: F811
-    teacher = load(folders, name)
+    teacher = load(folders, name, PROMPTS)
     student = scramble(teacher.copy(dict(FLAT, alpha=3.0) if adapters else None), scale=0.2 if adapters else 0.02)
     student.save(tmp_path / "student", {})
     same_picture(name, 4, teacher, student, tmp_path / "student", folders, SNIPPETS[name, adapters])

@@ -31,6 +31,7 @@ class Affine(nn.Module):
     def __init__(self, gain=0.3, shift=0.1):
         super().__init__()
         self.gain, self.shift, self.calls = nn.Parameter(f64(gain)), nn.Parameter(f64(shift)), []
+        self.sharding = None
 
     def forward(self, x, alpha, sigma, cond, features=False):
         self.calls.append((x, float(alpha) if torch.as_tensor(alpha).ndim == 0 else None, torch.is_grad_enabled()))
@@ -422,7 +423,7 @@ class FlowToy(models.Toy):
 
     double = False
 
-    def copy(self):
+    def copy(self, adapters=None):
         twin = super().copy()
         return twin if not self.double else twin.apply(lambda m: nn.Module.double(m)) or twin
 
@@ -436,7 +437,7 @@ def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
         teacher.double = dtype == torch.float64
         teacher = (teacher.copy() if teacher.double else teacher).requires_grad_(False)
         draw = Draw.normal
-        monkeypatch.setattr(models, "load_teacher", lambda *a: teacher)
+        monkeypatch.setattr(models, "load_teacher", lambda *a, **kw: teacher)
         monkeypatch.setattr(Draw, "normal", lambda self, *shape: draw(self, *shape).to(dtype))
 
     common = ["--iters", 7, "--ratio", 3, "--cfg", 2, "--nfe", 1, "--shift", 1, "--lr", 1e-3, "--lr-fake", 2e-3, "--cooldown", 0]

@@ -610,7 +610,7 @@ def test_guidance_scales_are_drawn_per_sample(trace):
 def test_the_first_gradient_of_the_network_is_zero_where_student_and_teacher_agree(trace, monkeypatch):
     """r = 0 and F = F_pre: section 10.4, in the run. lv has a gradient all the same."""
     load = models.load_teacher
-    monkeypatch.setattr(models, "load_teacher", lambda *a: (lambda m: setattr(m, "exact", False) or m)(load(*a)))
+    monkeypatch.setattr(models, "load_teacher", lambda *a, **kw: (lambda m: setattr(m, "exact", False) or m)(load(*a, **kw)))
     steps = trace("--iters", 1, "--adv-weight", 0, "--adaptive-weight", "full")
     assert steps.logs[0]["gap"] == 0 and steps.logs[0]["tangent"] == 0
     n = sum(p.numel() for p in steps.made["ema"].live.parameters())

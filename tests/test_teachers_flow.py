@@ -315,7 +315,7 @@ def test_experts_over_two_processes(folders, scripts, tmp_path):
 @pytest.mark.parametrize("spoil, flags, says", [
     (lambda f: (f / "model_index.json").unlink(), [], "expected a teacher folder .teacher.json, or model_index.json of a diffusers pipeline., found: no teacher.json in it"),
     (lambda f: (f / "model_index.json").write_text(json.dumps(dict(_class_name="KandinskyPipeline"))), [],
-     "expected one of the pipelines .*FluxPipeline.*WanPipeline, found 'KandinskyPipeline'"),
+     "expected one of the pipelines .*FluxPipeline.*WanPipeline.*, found 'KandinskyPipeline'"),
     (lambda f: (f / "p.txt").write_text(""), ["--prompts", "{tmp}/p.txt"], "--prompts .*p.txt: expected one prompt per line, found an empty file"),
     (lambda f: (f / "p.txt").write_text("ok\n" + "a" * 10_000_000), ["--prompts", "{tmp}/p.txt"], "--prompts .*p.txt: line 2: expected a prompt of at most 4000 characters"),
     (lambda f: None, ["--frames", "5"], "--frames 5: expected a text-to-video teacher, found FluxPipeline"),
