@@ -119,16 +119,19 @@ class Model(nn.Module):
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is exactly 1 in the network's own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        bf16 = self.dtype == torch.bfloat16
-        # on CPUs the backward of torch's fused attention takes longer in bf16 than all the rest; without gradient it is the faster one
-        plain = sdpa_kernel(SDPBackend.MATH) if bf16 and x.device.type == "cpu" and torch.is_grad_enabled() else contextlib.nullcontext()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self.sharding is None), plain, self.extended(cond):
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=self.sharding is None)
+        with autocast, self.attention(), self.extended(cond):
             if features:
                 return self.run_to_sites(x, t, cond, *[features] * (features is not True))
             out = self.predict(x, t, cond)
         return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(x_t.dtype)  # float64 inside: eps / alpha amplifies rounding
 
     x0 = forward
+
+    def attention(self):
+        """Which attention torch takes. On CPUs the backward of its fused one needs longer in bf16 than all the rest of a network; forwards it is the faster one."""
+        plain = self.dtype == torch.bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled()
+        return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
     def run_to_sites(self, x, t, cond, depths=(0.5,)):
         found, sites = [], self.sites(depths)
@@ -250,7 +253,7 @@ class Model(nn.Module):
             extra = self.extra  # a later call of the network will have another one by the time of the backward
 
             def run(*args):
-                with self.extended(None, extra) if extra is not None else contextlib.nullcontext():
+                with self.attention(), self.extended(None, extra) if extra is not None else contextlib.nullcontext():
                     return block(*args)
 
             return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)

@@ -205,6 +205,8 @@ MISTAKES = {
         ("--clip-x0 static", "--clip-x0 static"),
     ],
     "nct": [
+        ("--lora 4", "--lora, --shard: nothing but the branch is trained"),
+        ("--lora-fake 4", "--lr-fake, --lora-fake: this method has no second network"),
         ("--generator {tmp}/nowhere", "--generator .*nowhere: expected the folder of a finished one-step run.*dmd2.py --teacher toy"),
         ("--generator {tmp}/pictures", "pictures: expected a student of this project"),
         ("--generator {assets}", "expected a student of this project, found a teacher"),

@@ -516,11 +516,13 @@ def test_a_scalar_with_a_factor():
     assert torch.equal(embed(torch.stack([s.double(), factor], 1)), factor.float()[:, None] * embed(s)) and embed(s).abs().min() > 0
 
 
-def test_extended_network_under_checkpointing_keeps_each_calls_condition():
-    """The blocks are run again in backward, after another call with another condition."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extended_network_under_checkpointing_keeps_each_calls_condition(dtype):
+    """The blocks are run again in backward, after another call with another condition; with the same attention."""
     grads, runs = [], []
     for checkpointing in (False, True):
         model = tiny().copy().extend("r")
+        model.dtype = dtype
         torch.manual_seed(1)
         for p in model.extras.parameters():
             p.data.normal_()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dmd2
+import test_lora
 from common import models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,10 @@ def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
     z = torch.randn(10, 1, 28, 28)
     ours = teacher.decode(dmd2.sample(teacher, z, teacher.encode(torch.arange(10)), 1, None))
     assert (ours.int() - scope["images"].int()).abs().max() <= 1 and ours.float().std() > 50  # one grey level: round-off at a border
+
+
+def test_lines_for_pipelines_are_those_that_test_lora_runs():
+    assert re.findall(r"```python\n(.*?)```", README, re.S)[1:] == [code.lstrip("\n") for code in (test_lora.FULL, test_lora.LORA, test_lora.FLOW)]
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

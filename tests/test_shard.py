@@ -42,7 +42,7 @@ def state(out, it):
     return torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"]
 
 
-@pytest.mark.parametrize("script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SHORT])
+@pytest.mark.parametrize("script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SHORT if s != "nct"])  # nct refuses it
 def test_toy(script, scripts, tmp_path):
     both(scripts, tmp_path, script, [*QUICK, *MORE[script], "--iters", 5, "--log-every", 1], 5)
 
