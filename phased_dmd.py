@@ -141,7 +141,6 @@ def step(model, x, t, to, cond):
     return x0 + to / t * (x - x0), x0
 
 
-@torch.no_grad()
 def rollout(student, times, j, cond, z):
     """x_j: the student's own sampler from noise z to times[j]."""
     x = z
@@ -187,6 +186,7 @@ def dm_loss(y, g):
 # ---- sampler ----------------------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
     """n deterministic Euler steps without guidance; the noise level picks the expert. z [B, *shape] unit noise. -> x [B, *shape]."""
     return rollout(student, step_times(nfe, step_shift), nfe, cond, z)
@@ -253,7 +253,8 @@ def main():
         # the student's sample: one rollout serves both turns
         full = args.critic_on == "full"
         j = end - 1 if full and not turn else draw.shared_int(begin, end)
-        x_j = rollout(student, times, j, cond, draw.normal(*shape))
+        with torch.no_grad():
+            x_j = rollout(student, times, j, cond, draw.normal(*shape))
         with torch.set_grad_enabled(turn):
             x_s, x0 = step(G if turn else student.experts[k], x_j, times[j], s, cond)  # (2)
 
@@ -269,7 +270,8 @@ def main():
                     torch._foreach_lerp_(list(critic.parameters()), list(student.experts[k].parameters()), 1 - args.ida)
             logs |= dict(dm=loss, grad_student=norm, dm_norm=w.mean(), real_gap=(x0 - r).square().mean(), fake_gap=(x0 - f).square().mean())
             if full:
-                x_s = rollout(student, times, end, cond, draw.normal(*shape))
+                with torch.no_grad():
+                    x_s = rollout(student, times, end, cond, draw.normal(*shape))
 
         x_s = x_s.detach()
         x_t, eps, t = noisy(x_s)
