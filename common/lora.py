@@ -39,6 +39,10 @@ def attach(net, spec):
             elif p is not None:
                 p.data = p.data.float()
         module._non_persistent_buffers_set.update(module._buffers)  # the teacher's as well: no checkpoint needs them
+    for module in net.modules():  # a part without adapters still says which weights it has: Wan's network asks for their dtype
+        weights = [t for m in module.modules() for t in vars(m).values() if id(t) in mine]
+        if weights and next(module.parameters(), None) is None:
+            module.parameters = lambda recurse=True, weights=weights: iter(weights)
     return net, base
 
 

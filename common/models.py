@@ -637,7 +637,8 @@ def load_routed(folder, info, teacher=None):
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
     if not isinstance(experts, list) or not experts or not all(isinstance(e, dict) and e.get("adapter") != "routed" for e in experts):
         raise UserError(f"{folder}: experts: expected a list of models, found {str(experts)[:80]}")
-    models = [load_model(folder / f"expert-{i}", e, teacher) for i, e in enumerate(experts)]
+    own = teacher.experts if isinstance(teacher, Routed) and len(teacher.experts) == len(experts) else [teacher] * len(experts)  # whose weights a LoRA needs
+    models = [load_model(folder / f"expert-{i}", e, t) for i, (e, t) in enumerate(zip(experts, own))]
     fine = isinstance(table, list) and all(number(v) for v in table)
     if by == "level":
         fine = fine and len(table) == len(models) - 1 and table == sorted(table, reverse=True)

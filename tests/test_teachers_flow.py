@@ -296,6 +296,29 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
         scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nfe", [1, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
+    """From the command line with adapters on student and critic; the LoRA file in the plain pipeline gives our network's answer."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
+    size = [f for k, v in SIZE[name].items() for f in (f"--{k}", v)]
+    p = scripts.run("dmd2.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3,
+                    "--batch", 4, *size, "--lr", 2e-2, "--lr-fake", 1e-3, "--warmup", 0, "--ratio", 2, "--lora", 4, "--lora-fake", 2, "--smoke", "--out", tmp_path / "run")
+    assert "of the teacher's, frozen" in p.out and "Traceback" not in p.err
+    home = tmp_path / "run" / "student"
+    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
+    student = models.load_model(home, json.loads((home / "distill.json").read_text())["model"], teacher)
+    z, t, cond = torch.randn(2, *teacher.shape), 0.9, teacher.encode([0, 2])
+    with torch.no_grad():
+        ours, before = student(z, 1 - t, t, cond), teacher(z, 1 - t, t, cond)
+        assert (ours - before).norm() > 1e-3 * before.norm()
+        if name != "wan22":  # its two LoRAs are in folders of their own
+            pipe = pipeline(teacher, folders(name))
+            pipe.load_lora_weights(home)
+            assert (teacher.around(pipe.transformer)(z, 1 - t, t, cond) - ours).norm() < 1e-4 * ours.norm()
+
+
 @pytest.mark.slow  # three times the import of diffusers
 def test_experts_over_two_processes(folders, scripts, tmp_path):
     """The one-step student of Wan 2.2 is its first expert alone, the critic's samples fall to both: DDP waits for no gradient of an expert that has none."""
