@@ -480,10 +480,11 @@ class Run:
 
     def step(self, opt, params, clip):
         """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor)."""
-        norm = torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True)
         norm = norm.full_tensor() if self.args.shard else norm
         bad = 1 - norm.isfinite().float()
-        opt.grad_scale, opt.found_inf = None, bad  # fused optimisers leave weights and moments alone where found_inf is 1
+        # fused optimisers divide by grad_scale on their way, and leave weights and moments alone where found_inf is 1
+        opt.grad_scale, opt.found_inf = (norm / clip).clamp(min=1).float(), bad
         opt.step()
         opt.zero_grad(set_to_none=True)
         self.bad[id(opt)] = (self.bad.get(id(opt), 0) + bad) * bad  # in a row, for each network: a healthy critic must not hide a broken student
