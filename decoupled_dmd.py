@@ -264,7 +264,7 @@ def main():
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     per_student = 2 + 2 * use_ca + use_dm * (1 if args.schedule == "shared" and use_ca else 2)
     passes = (args.nfe - 1) / 2 + 1 + 3 * use_critic + per_student / ratio
-    run.describe(student=student, critic=critic if use_critic else "not trained", teacher=teacher, steps=index, times=[round(float(t), 4) for t in times],
+    run.describe(student=student, critic=critic if use_critic else "not trained", teacher=teacher, images=images, steps=index, times=[round(float(t), 4) for t in times],
                  levels_of_CA=[f"{low}..{max(min(cap, high + 1), low + 1) - 1}" if args.schedule in ("hybrid", "constrained") else f"{low}..{high}" for cap in caps],
                  passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan)
 

@@ -258,7 +258,7 @@ def main():
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     per_student = 2 + (1 if args.cfg == 1 else 2) + 1
     passes = (args.nfe - 1) / 2 + 1 + 3 + per_student / args.ratio
-    run.describe(student=student, critic=critic, teacher=teacher, steps=index, times=[round(float(t), 4) for t in times],
+    run.describe(student=student, critic=critic, teacher=teacher, images=images, steps=index, times=[round(float(t), 4) for t in times],
                  passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan)
 
     # ==== same in every script: resume ====

@@ -1,7 +1,8 @@
 """Measures students, teachers and image folders. The last printed line is one JSON object; every result is also appended to out/eval.jsonl.
 
     python eval.py out/dmd2-mnist                                     # a run's student, as it was trained: steps, sampler and teacher of distill.json
-    python eval.py out/*-mnist --compare --teacher-nfe 1,16,50        # several students and their teacher: one table, one picture
+    python eval.py out/*-mnist --compare --sort fd                    # students and their teacher: one table, one picture, log curves; again: free
+    python eval.py out/*-mnist --compare --teacher-nfe 1,2,4,8,16,50 --heun    # with all baselines
     python eval.py --teacher mnist --nfe 1,2,4,8,16,50 --cfg 1,1.5,2  # a teacher alone, all combinations
     python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth     # FID of two folders; --teacher mnist: its protocol
     python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3    # FID against EDM's reference file
@@ -16,6 +17,7 @@ distance, smallest and largest share of a mode, share of points within 3 standar
 A run of nct.py: metrics of images whose conditions are those of other samples of its generator; `control`: does it obey (common/adapters.py, obedience).
 `passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
 The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
+--compare: common/compare.py says what its columns mean and what makes two runs one row.
 """
 import argparse
 import datetime
@@ -27,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import adapters, fid, metrics, models
-from common.run import ROOT, UserError, launch, processes, revision, save_grid
+from common import adapters, compare, fid, metrics, models
+from common.run import ROOT, UserError, launch, processes, revision
 from common.students import network_of, read_student, sampler_of
 
 
@@ -50,14 +52,14 @@ def parse_args(argv=None):
     what.add_argument("--teacher", help="toy, toy-cond, mnist or a teacher folder; with runs: instead of the teacher that distill.json names")
     what.add_argument("--nfe", help="list; steps of the student (default: as trained) or of a teacher alone (default 16)")
     what.add_argument("--cfg", help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training")
-    what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last")
+    what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's")
     what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
     what.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
     what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
     what.add_argument("--images", help="measure this folder instead of a model")
-    what.add_argument("--compare", action="store_true", help="measure the teacher too, rows first, and draw all rows with the same noise and labels")
-    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows of --compare, --grid and --best-of, default {metrics.TEACHER_NFE}")
+    what.add_argument("--compare", action="store_true", help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row")
+    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows. Default: {metrics.TEACHER_NFE}; --compare: 50 and those of the students")
     what.add_argument("--best-of", type=int, help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
                       "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features")
     what.add_argument("--verifier", choices=["classifier"], help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier")
@@ -76,6 +78,7 @@ def parse_args(argv=None):
     out.add_argument("--out", default=str(ROOT / "out" / "eval.jsonl"), help="file to which each result is appended as a line")
     out.add_argument("--save-images", help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each")
     out.add_argument("--grid", help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png")
+    compare.add_flags(p.add_argument_group("--compare"))
     out.add_argument("--latency", action="store_true", help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls")
 
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
@@ -102,6 +105,7 @@ def parse_args(argv=None):
     ):
         if wrong:
             raise UserError(message)
+    compare.check(args)
     return args
 
 
@@ -132,16 +136,17 @@ def text_of(args, info=None):
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
     facts = dict(name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg) | (dict(heun=True) if heun else {})
     return dict(model=teacher, teacher=teacher, facts=facts, measured=measured, folder=teacher.folder,
-                sampler=lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
+                sampler=lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
 
 
 def student_row(folder, student, sample, info, teacher, name, nfe):
     # a list of steps belongs to the number it was trained with; for another number the method's own rule makes the grid
     sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
     home = Path(folder).resolve()
-    label = (home.parent if home.name == "student" else home).name
-    row = dict(model=student, teacher=teacher, facts=dict(name=label, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
-               folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{label}, {nfe} step{'s' * (nfe > 1)}")
+    home = home.parent if home.name == "student" else home
+    row = dict(model=student, teacher=teacher, facts=dict(name=home.name, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
+               folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{home.name}, {nfe} step{'s' * (nfe > 1)}",
+               info=info, run=home)
     if info["method"] == "nct":  # its cost is that with a condition at hand; to measure it one is made of another sample
         row["cost"] = lambda m, z, c, noise: sample(m, z, c, nfe, noise, c=m.control.blank(len(z), z.device))
     return row
@@ -184,8 +189,9 @@ def make_rows(args, dtype):
             if len(teachers) > 1:
                 raise UserError(f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}")
             name, teacher = next(iter(teachers.items()))
-            cfgs = args.cfg or [loaded[0][3].get("cfg") or 1.0]
-            grid = [(n, w, args.heun) for n in args.teacher_nfe or [metrics.TEACHER_NFE] for w in cfgs]
+            cfgs = args.cfg or list(dict.fromkeys(one[3].get("cfg") or 1.0 for one in loaded[:None if args.compare else 1]))
+            steps = compare.teacher_steps(args, [row["facts"]["nfe"] for row in rows]) if args.compare else [(n, args.heun) for n in args.teacher_nfe or [metrics.TEACHER_NFE]]
+            grid = [(n, w, heun) for n, heun in steps for w in cfgs]
             best = [best_row(row, args.best_of, *g) for row in rows for g in grid] if args.best_of else []
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
@@ -220,8 +226,8 @@ def make_extractor(args, teacher, device, rank, world):
     return extractor
 
 
-def measure(row, args, folder, extractor, rank, world):
-    """Metrics of one row, over the seeds -> result. folder: for PNG files, or None."""
+def measure(row, args, folder, extractor, rank, world, take=None):
+    """Metrics of one row, over the seeds -> result. folder: for PNG files, or None. take(seed, indices, uint8 images or points): sees every batch."""
     from PIL import Image
     values, seeds = [], [args.seed + s for s in range(args.seeds)]
     for seed in seeds:
@@ -230,12 +236,14 @@ def measure(row, args, folder, extractor, rank, world):
             sub.mkdir(parents=True, exist_ok=True)
 
         def keep(index, images):
-            for i, image in zip(index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy()):
+            if take:
+                take(seed, index, images)
+            for i, image in zip(index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy() if sub else ()):
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(sub / f"{i:06d}.png")
 
         with tqdm(total=len(range(rank, args.n, world)), desc=f"{row['caption']}, seed {seed}", disable=rank > 0, mininterval=metrics.pace()) as bar:
             values.append(metrics.evaluate(row["sampler"], row["model"], row["teacher"], args.n, seed, args.batch, rank, world, extractor, bar.update,
-                                           keep if sub else None))
+                                           keep if sub or take else None))
     result = dict(values[0], distinct=min(v["distinct"] for v in values))
     del result["seed"]
     if len(seeds) > 1:
@@ -254,17 +262,6 @@ def measure_folder(files, args, extractor, rank, world):
     found = metrics.together(lambda: metrics.distances(extractor, features) if rank == 0 else None, world)[0]
     return dict(name=name, images=args.images, teacher=args.teacher, protocol=extractor.describe(len(files), f"images={name}"), **found, n=len(files),
                 distinct=len(ids.unique()))
-
-
-def draw(path, rows, args, device):
-    """Picture: same noise, same labels in every row."""
-    sheet = []
-    for row in rows:
-        model, n = row["model"].to(device), 4000 if row["teacher"].adapter == "toy" else 20
-        parts = metrics.generate(row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch)
-        sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
-    save_grid(path, sheet)
-    print(f"picture: {path}")
 
 
 def open_outputs(args):
@@ -308,20 +305,27 @@ def main(argv=None):
         say("note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do")
 
     measured, results = [row for row in rows if row["measured"]] or [None], []
+    book = compare.Book(args, rank, world) if args.compare else None
     for i, row in enumerate(measured):
         start, extractor = time.time(), extractor_of(row["teacher"] if row else teachers[0])
+        if book and (known := book.find(row, extractor, dtype)):
+            results.append(known)
+            continue
         if row is None:
             result = measure_folder(files, args, extractor, rank, world)
         else:
             row["model"].to(device)
             slug = f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}" if len(measured) > 1 else ""
-            result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world)
+            result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world,
+                             book.take if book else None)
             result["weights"] = metrics.sha256(row["folder"])
             if args.latency:  # on one process while the others wait
                 result["latency"] = metrics.together(lambda: metrics.latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
         result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
                        seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
+        if book:
+            book.add(row, result)
         if rank == 0:
             with open(args.out, "a") as f:
                 f.write(metrics.dumps(result) + "\n")
@@ -332,9 +336,12 @@ def main(argv=None):
         if "latency" in result:
             for b, t in result["latency"].items():
                 say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")
-    if args.grid and rank == 0:
-        draw(args.grid, rows, args, device)
-    say("\n" + metrics.table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
+    if rank == 0 and book:
+        compare.close(book, measured, results, say)
+    elif rank == 0 and args.grid:
+        metrics.draw(args.grid, rows, args, device)
+    if not book:
+        say("\n" + metrics.table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
     say(metrics.dumps(results[0] if len(results) == 1 else dict(results=results)))
 
 

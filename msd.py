@@ -244,7 +244,7 @@ def main():
     sampler, pieces = {}, plan(args.iters, args.students, args.tsm, args.adm)
     # one pass = one forward of the network; a backward counts two. The student's forward is shared by both turns. Without the GAN's part.
     passes = 1 + 3 + (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio
-    run.describe(students=f"{args.students}, one after the other", one_student=student.experts[0], critic=critic, teacher=teacher, steps=[N - 1],
+    run.describe(students=f"{args.students}, one after the other", one_student=student.experts[0], critic=critic, teacher=teacher, images=images, steps=[N - 1],
                  labels_of_the_students=[v.tolist() for v in own] if classes <= 100 else [len(v) for v in own],
                  plan=", ".join(f"{stage} {k}: {a}..{b - 1}" for a, b, k, stage in pieces),
                  passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * bool(args.adm) + ", 4 in tsm" * bool(args.tsm))

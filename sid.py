@@ -263,7 +263,7 @@ def main():
     # one pass = one forward of the network; a backward counts one for the weights and one for the input (measured). Without the discriminator's part.
     cost, roll = lambda k: 1 if k in (0, 1) else 2, (args.nfe - 1) / 2
     passes = roll + 1 + 3 * cost(k1) + (roll + 3 + (1 if args.detach else 2) * (cost(k4) + cost(k2) + cost(k3) * (k3 != k2))) / args.ratio
-    run.describe(student=student, critic=critic, teacher=teacher, form=form, steps=sampler["steps"], kappa=kappa, weight=args.weight, empty_conditions=args.drop,
+    run.describe(student=student, critic=critic, teacher=teacher, images=images, form=form, steps=sampler["steps"], kappa=kappa, weight=args.weight, empty_conditions=args.drop,
                  passes_per_iteration=f"{passes:.2f}" + " and those of the discriminator" * args.gan)
 
     # ==== same in every script: resume ====

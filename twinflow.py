@@ -275,7 +275,7 @@ def main():
     mode, grid = time_grid(args.nfe, **sampler)
     e2e, mul, anyr, adv = (n / sum(args.groups) for n in args.groups)  # one pass = one forward of the network on the whole batch; a backward counts two
     passes = 3 + args.order * (1 - adv) + (1 if args.image_free else adv) + 2 * (mul + anyr) * bool(k or args.image_free) + 2 * e2e * bool(args.rect_weight)
-    run.describe(student=student, target=f"decay {args.target_decay:g}" if args.target_decay else "the student itself", teacher=teacher,
+    run.describe(student=student, target=f"decay {args.target_decay:g}" if args.target_decay else "the student itself", teacher=teacher, images=images,
                  guidance=f"k = {k:.4g} by the {args.guide} network: effective scale {relation} = {args.cfg:g}", T=f"{T:.4f}", steps=f"{mode}: "
                  + ", ".join(f"{T * t:.4f}" for t in grid), groups=", ".join(f"{g} {share[g] * run.world:g}" for g in GROUPS), passes_per_iteration=f"{passes:.2f}")
 

@@ -1,9 +1,11 @@
 """Samples of a model, and what they are worth: used by the scripts at the end of a run and by eval.py. Distances themselves: common/fid.py, common/toy.py."""
 import copy
+import datetime
 import hashlib
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -382,6 +384,17 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
         save_grid(run.out / "samples" / f"{it:08d}.png", rows)
 
 
+def draw(path, rows, args, device):
+    """Picture: same noise, same labels in every row."""
+    sheet = []
+    for row in rows:
+        model, n = row["model"].to(device), 4000 if row["teacher"].adapter == "toy" else 20
+        parts = generate(row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch)
+        sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
+    save_grid(path, sheet)
+    print(f"picture: {path}")
+
+
 def report(run, teacher, student, sample, sampler, it, n):
     """Metrics of the student into metrics.json, and one line of eval.jsonl. Beside it, for scale, what was measured of its teacher (teacher.json)."""
     args = run.args
@@ -416,7 +429,11 @@ def export(run, teacher, student, sampler):
     if run.main:
         flags = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite")}
         student.save(run.out / "student", dict(method=run.method, teacher=run.args.teacher, nfe=run.args.nfe, cfg=run.args.cfg, sampler=sampler, flags=flags,
-                                               seed=run.args.seed, revision=revision(), torch=torch.__version__))
+                                               seed=run.args.seed, revision=revision(), torch=torch.__version__,
+                                               training=run.record | dict(seconds=round(run.seconds), iterations=run.args.iters, batch=run.args.batch,
+                                                                          command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), world=run.world,
+                                                                          dtype=str(run.dtype)[6:], threads=torch.get_num_threads(), hardware=hardware(run.device),
+                                                                          date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))))
         run.print(f"student: {run.out / 'student'}")
 
 

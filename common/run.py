@@ -445,8 +445,11 @@ class Run:
         flat /= self.world
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
-    def describe(self, **facts):
-        """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen)."""
+    def describe(self, images=None, **facts):
+        """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen). images: those that the losses look
+        at, if any. What a comparison of methods asks for is kept for the student's record."""
+        self.record = dict(images=len(images or ()), passes_per_iteration=facts.get("passes_per_iteration"), networks={})
+        facts |= dict(images=len(images)) if images else {}
         if self.args.cfg not in (None, 1) and "teacher" in facts:
             facts["teacher"].null(1)  # a teacher without a null label says so here
         self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
@@ -455,6 +458,7 @@ class Run:
             if isinstance(value, torch.nn.Module):
                 p = list(value.parameters())
                 trained = sum(q.numel() for q in p if q.requires_grad)
+                self.record["networks"] |= {name: trained} if trained else {}
                 mine = [(q.to_local() if self.args.shard and hasattr(q, "to_local") else q, q.requires_grad) for q in p if id(q) not in seen]
                 seen |= {id(q) for q in p}
                 parts[name] = sum(q.numel() * (q.element_size() + 12 * train) for q, train in mine)  # gradient and two moments, fp32
