@@ -31,7 +31,7 @@ KEPT, KEPT_BYTES = 2000, 2**26  # samples of a row that are kept: at most so man
 
 
 def add_flags(group):
-    group.add_argument("--sort", help="key of a column, the smallest first; -key: the largest first, e.g. fd, -recall, train_seconds")
+    group.add_argument("--sort", help="key of a column, e.g. fd or train_seconds, the smallest first; --sort=-recall: the largest first")
     group.add_argument("--cache", help="folder of what was measured; default `measured` beside --out")
     group.add_argument("--fresh", action="store_true", help="measure again what is there")
 
@@ -63,7 +63,14 @@ class Book:
     def __init__(self, args, rank, world):
         self.args, self.rank, self.world, self.known = args, rank, world, []
         self.home = Path(args.cache or Path(args.out).parent / "measured")
+        metrics.together(self.open if rank == 0 else lambda: None, world)
         self.start()
+
+    def open(self):
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--cache {self.home}: expected a folder that can be written, found: {e.strerror}") from None
 
     def start(self):
         self.parts = []  # of the row at hand: samples, batch by batch
@@ -99,7 +106,6 @@ class Book:
         row["samples"] = metrics.gather(torch.cat(self.parts), self.limit, self.rank, self.world)
         self.start()
         if self.rank == 0:
-            self.home.mkdir(parents=True, exist_ok=True)
             with atomic(row["files"][1]) as f:  # first: what find looks for is complete when the JSON file is there
                 np.savez_compressed(f, samples=row["samples"].numpy())
             write_json(row["files"][0], json.loads(metrics.dumps(result)))

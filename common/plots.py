@@ -55,10 +55,10 @@ def image_rows(path, rows, size=14, margin=10, gap=2):
     for r, (caption, second, images) in enumerate(rows):
         top = margin + r * row
         for i, text in enumerate((caption, second) if second else (caption,)):
-            pen.text((margin, top + row / 2 + (i - (second != "") / 2) * (size + 4)), text, fill=PALE if i else INK, font=font(size), anchor="lm")
+            pen.text((margin, top + (row - gap) / 2 + (i - (second != "") / 2) * (size + 4)), text, fill=PALE if i else INK, font=font(size), anchor="lm")
         for i, img in enumerate(images):
             a = img.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            sheet.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (left + i * (w + gap), top + (row - h) // 2))
+            sheet.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (left + i * (w + gap), top + (row - gap - h) // 2))
     save(path, sheet)
 
 
@@ -77,12 +77,13 @@ def scatter(path, panels, colours, rings=(), extent=1.6, side=200, size=14, marg
     place = lambda i: (margin + i % columns * (side + margin), margin + i // columns * (side + head + margin))
     sheet = Image.new("RGB", (columns * (side + margin) + margin, lines * (side + head + margin) + margin), "white")
     at = lambda p: (p + extent) / (2 * extent) * side * FINE
+    border = extent * (1 - 6 / side)
     for i, (_, _, points) in enumerate(panels):
         plot = Image.new("RGB", (side * FINE, side * FINE), "white")
         pen = ImageDraw.Draw(plot)
         for x, y, radius in rings:
             pen.ellipse([at(x - radius), at(-y - radius), at(x + radius), at(-y + radius)], outline=RING, width=FINE)
-        for x, y, colour in zip(*np.nan_to_num(points).clip(-extent, extent).T, colours):
+        for x, y, colour in zip(*np.nan_to_num(points).clip(-border, border).T, colours):
             pen.ellipse([at(x) - FINE, at(-y) - FINE, at(x) + FINE, at(-y) + FINE], fill=colour)
         pen.rectangle([0, 0, side * FINE - 1, side * FINE - 1], outline=RING, width=FINE)
         x, y = place(i)
@@ -176,6 +177,8 @@ def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=
             for k, t, y in drawn:
                 fine = np.isfinite(y)
                 t, y = t[fine], y[fine]
+                if not len(y):
+                    continue
                 y = running_mean(y, max(1, len(y) // 25)) if dark else y
                 colour = COLOURS[k % len(COLOURS)] if dark else tuple(255 - (255 - c) // 4 for c in COLOURS[k % len(COLOURS)])
                 line = list(zip(right(t), up(y)))

@@ -243,7 +243,18 @@ def test_compare(home, run, tmp_path):
     assert rows[2]["fd"] == rows[3]["fd"]
     lines = [line for line in run.text.splitlines() if line.startswith("|")]
     assert len(lines) == 6 and "fd" in lines[0] and "fid" not in lines[0]
-    assert Image.open(tmp_path / "compare.png").size == (20 * 58 + 2, 4 * 72 + 2)  # 20 digits of twice 28 pixels, four captioned rows
+    sheet = Image.open(tmp_path / "compare.png")
+    assert sheet.height == 20 + 4 * 58 - 2 and sheet.width > 20 * 58  # 20 digits of twice 28 pixels, captions at their left
+    assert {p.name for p in tmp_path.glob("compare*")} == {"compare.png", "compare.md", "compare.json"}  # no curves: that student has no log
+
+    run(home / "dmd2-digits", "--compare", "--n", 70, "--batch", 30, "--teacher-nfe", "3,1", "--cfg", "1.5,2")
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert [(r["method"], r["nfe"], r["cfg"]) for r in rows] == [("teacher", 3, 1.5), ("teacher", 3, 2), ("teacher", 1, 1.5), ("teacher", 1, 2), ("dmd2", 2, 1.5)]
+    assert [r["to_teacher"] == 0 for r in rows] == [True, True, False, False, False] and "fd" in rows[0]  # each guidance has its own target
+    sampler = lambda nfe: lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, 1.5)
+    a, b = (torch.cat([x for *_, x in metrics.generate(sampler(nfe), models.load_teacher(str(home / "teacher")), 70)]).clamp(-1, 1) for nfe in (3, 1))
+    assert rows[2]["to_teacher"] == pytest.approx(float((a - b).square().mean()), rel=0.02)  # grey levels are rounded
+
     run(home / "dmd2-toy", "--n", 8, "--grid", tmp_path / "g.png", "--latency", "--batch", 4)
     assert (tmp_path / "g.png").stat().st_size > 500
 
