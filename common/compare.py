@@ -233,8 +233,8 @@ def show(r, key):
 
 
 def markdown(lines):
-    """Columns that no row has are left out."""
-    columns = [k for k in HEADINGS if any(r.get(k) is not None for r in lines)]
+    """Metrics that no row has are left out: points have others than images."""
+    columns = [k for k in HEADINGS if k not in metrics.METRICS or any(r.get(k) is not None for r in lines)]
     cells = [[HEADINGS[k] for k in columns]] + [[show(r, k).replace("|", "\\|") for k in columns] for r in lines]
     width = [max(len(c[i]) for c in cells) for i in range(len(columns))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
@@ -249,7 +249,7 @@ def close(book, rows, results, say):
     args, grid, pairs = book.args, Path(book.args.grid), list(zip(rows, results))
     target = {}
     for row, result in sorted(pairs, key=lambda p: p[1]["nfe"]):
-        if result["method"] == "teacher" and not result.get("heun"):
+        if result["method"] == "teacher":  # the last has the most steps: rows of Heun's method have about half of Euler's
             target[result["cfg"]] = row["samples"], result["nfe"]
     grouped = groups(pairs)
     lines = [line(group, {w: samples for w, (samples, _) in target.items()}) for group in grouped]

@@ -98,6 +98,8 @@ def test_rows(toys, run, tmp_path):
     assert cells[5]["seeds"] == "0, 1" and cells[5]["training seconds"] == "8" and cells[4]["training seconds"] == "1,234"
     assert cells[4]["networks trained"] == cells[4]["command"] == cells[0]["seeds"] == cells[0]["lines of method code"] == "-" and "fd" not in cells[0]
     assert cells[3]["command"] == "`python eval.py --teacher toy --nfe 2 --cfg 1 --heun`"
+    assert table[0][:4] == ["name", "NFE", "passes per image", "seeds"] and table[0][-8:] == [
+        "to teacher", "images needed", "networks trained", "passes per iteration", "iterations", "training seconds", "lines of method code", "command"]
     assert "toy exact n=60 seed=0" in text and "teacher's 3 Euler steps" in text and text.rstrip() in run.text
     assert [p.name for p in (tmp_path / "compare-curves").iterdir()] == ["dmd2.png"]
     assert (tmp_path / "compare.png").stat().st_size > 1000
@@ -200,9 +202,10 @@ def test_measured_once(toys, run, tmp_path, monkeypatch):
     measured()
     assert (tmp_path / "compare.png").read_bytes() == picture and len((tmp_path / "eval.jsonl").read_text().splitlines()) == 3
     assert [measured(*f)[1] for f in (("--seed", 1), ("--nfe", 2), ("--cfg", 2), ("--dtype", "bf16"), ("--fresh",), ("--seeds", 2), ())] == [3, 2, 1, 3, 3, 6, 0]
-    (tmp_path / "dmd2").rename(tmp_path / "moved")  # another name is no other student
-    shutil.copytree(tmp_path / "moved", tmp_path / "dmd2")
-    assert measured()[1] == 0
+    assert {len(np.load(path)["samples"]) for path in (tmp_path / "measured").glob("*.npz")} == {40}  # of the first seed only
+    shutil.copytree(tmp_path / "dmd2", tmp_path / "copy")  # another name is no other student
+    seen.clear()
+    assert run(tmp_path / "copy", "--n", 40, "--teacher-nfe", 2)[1]["name"] == "copy" and not seen
     student(tmp_path / "old", 5, flags=None)  # the same name with other weights is
     now, count = measured()
     assert count == 1 and now[1]["energy_distance"] == first[1]["energy_distance"] and now[2]["energy_distance"] != first[2]["energy_distance"]
