@@ -142,7 +142,7 @@ def networks(info):
     """'4 x student, critic'; None if the run did not say."""
     trained = (info.get("training") or {}).get("networks")
     count = len(info["model"].get("experts", [0]))
-    name = lambda n: f"{count} x student" if n in ("student", "one_student") and count > 1 else n
+    name = lambda n: (f"{count} x " * (count > 1) + "student") if n in ("student", "one_student") else n
     return ", ".join(map(name, trained)) if trained else None
 
 

@@ -150,7 +150,7 @@ def test_command(info, nfe, expected):
 
 @pytest.mark.parametrize("trained,experts,expected", [
     (dict(student=1, critic=2), None, "student, critic"), (dict(one_student=1, critic=1), 4, "4 x student, critic"), (dict(student=1), 2, "2 x student"),
-    (dict(student=1), 1, "student"), (None, None, None)])
+    (dict(student=1), 1, "student"), (dict(one_student=1), 1, "student"), (None, None, None)])
 def test_networks(trained, experts, expected):
     info = dict(model=dict(experts=[{}] * experts) if experts else {}) | (dict(training=dict(networks=trained)) if trained else {})
     assert compare.networks(info) == expected
