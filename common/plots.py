@@ -128,12 +128,12 @@ def running_mean(y, window):
 
 
 def ticks(low, high, log):
-    """At most five round numbers within low..high."""
+    """Two to six round numbers within low..high; powers of ten of a logarithmic axis: at most five, perhaps one."""
     if log:
         powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
         return list(powers)[::max(1, -(-len(powers) // 4))]
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = next(m * step for m in (0.5, 1, 2, 5, 10) if (high - low) / (m * step) <= 4.5)
+    step = next(m * step for m in (0.5, 1, 2, 5, 10) if (high - low) / (m * step) <= 5)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -320,7 +320,7 @@ def test_running_mean(values, window):
 def test_ticks(low, span, log):
     low, span = (low % 10, span % 12 + 1.0) if log else (low, max(span, abs(low) * 1e-6))
     found = plots.ticks(low, low + span, log)
-    assert 1 <= len(found) <= 5 and all(low - 1e-6 * span - 1e-9 <= v <= low + span + 1e-6 * span + 1e-9 for v in found) and found == sorted(set(found))
+    assert 1 <= len(found) <= 6 and all(low - 1e-6 * span - 1e-9 <= v <= low + span + 1e-6 * span + 1e-9 for v in found) and found == sorted(set(found))
     assert log or len(found) >= 2
 
 
