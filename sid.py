@@ -27,8 +27,7 @@ Commands (results and times: README and docs/RESULTS.md):
     torchrun --nproc_per_node=8 sid.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - presets mnist and toy are ours, for minutes on a CPU: rates, betas, batch, average, mnist's --weight, and what the paper does not have:
-      warm-up, cooldown, --shift.
+    - presets mnist and toy are ours, for minutes on a CPU: rates, betas, batch, average, mnist's --weight; not in the paper: warm-up, cooldown, --shift.
     - steps with a non-finite gradient are skipped; the official code drops samples with NaN, sets bad gradients to 0 or 1e5, and clips values in SiDA.
     - (8), (9): the official code averages within each process, here over the whole batch, so that N processes are one; on one process both are the same.
       --gan-average process: the official SiDA; sample: a product for each sample, as in SiD-DiT. Features are those of this project's sites.
@@ -50,9 +49,8 @@ from common.schedules import SCHEDULES, eps_from_x0, expand, native_weight
 
 PAPER = dict(guidance="lsg", nfe=1, ratio=1, shift=1.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1e9)  # [C] Adam, critic and student in turn, no clipping
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [C] official code, ours = measured here. By form: FORMS
-    # mnist: ours; 1 / sigma instead of the flow's 1 - sigma because little noise alone shows the speckle in the background (docs/sid.md)
     "mnist": dict(PAPER, cfg=1.5, alpha=1.0, shift=0.3, weight="1_over_sigma", lr=5e-4, lr_fake=1e-3, betas=(0.5, 0.99), batch=64, iters=550, warmup=20,
-                  cooldown=0.5, ema=2000),
+                  cooldown=0.5, ema=2000),  # ours; 1 / sigma, not the flow's 1 - sigma: only little noise shows the speckle in the background
     "toy": dict(PAPER, cfg=1.0, alpha=1.0, lr=5e-4, lr_fake=5e-4, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0),  # ours
     # any other folder: CIFAR-10 [C: alpha 1.2 (1 in SiDA and for text), batch 256, lr 1e-5, 500M images, average over 0.5M images]
     "default": dict(PAPER, cfg=1.0, alpha=1.2, lr=1e-5, lr_fake=1e-5, batch=256, iters=2_000_000, warmup=0, cooldown=0.0, ema=500_000),
