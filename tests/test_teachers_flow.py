@@ -61,6 +61,9 @@ def test_our_sampler_is_the_pipeline(name, folders):
         with torch.no_grad():
             ours = native(model, pipe.scheduler, z, cond, steps, w, "flow")
         assert (ours - theirs).norm() < 1e-5 * theirs.norm(), (steps, w)
+        if (steps, w) == (5, 3.0):
+            with torch.no_grad():
+                test_teachers.through_other_schedules(model, theirs, pipe.scheduler, z, cond, steps, w, "flow")
         found[steps, w] = ours
     assert (found[2, 3.0] - ours).norm() > 0.02 * ours.norm()  # guidance does something
 
@@ -77,7 +80,7 @@ def test_the_same_estimate_in_another_schedule(name, folders):
                 for ask in (EDM(), VP(), TrigFlow()):
                     _, a2, s2, scale = equal_snr(ask, a, s)
                     there = model.guided((scale * (a * x0 + s * eps)).float(), a2, s2, cond, w)
-                    assert (there - here).norm() < 1e-4 * here.norm(), (s, w, ask.config)
+                    assert (there - here).norm() < 1e-5 * here.norm(), (s, w, ask.config)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +141,7 @@ def test_flux_reads_its_guidance(folders):
     model.guidance = 7.0
     theirs = call(model, pipe, [PROMPTS[1]], z, 2, 1.0, guidance_scale=7.0)
     ours = native(model.copy(), pipe.scheduler, z, cond, 2, 1.0, "flow").detach()
-    assert (ours - theirs).norm() < 1e-4 * theirs.norm() and (ours - plain).norm() > 1e-3 * plain.norm()
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm() and (ours - plain).norm() > 1e-3 * plain.norm()
 
 
 def test_wan_experts_and_their_boundary(folders):
@@ -187,7 +190,7 @@ def test_wan_with_one_time_per_token(folders):
     theirs = call(model, pipe, [PROMPTS[1]], z, 2, 3.0)
     with torch.no_grad():
         ours = native(model, pipe.scheduler, z, model.encode([1]), 2, 3.0, "flow")
-    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_frames(folders):
