@@ -207,7 +207,7 @@ def test_a_teacher_without_images(folders, tmp_path):  # noqa: F811
         load_images(None, load(folders, "sd15", None, tmp_path / "cache"))
     video = load(folders, "sd15", fill(tmp_path / "set", 1), tmp_path / "cache")
     video.shape = (4, 3, 8, 8)
-    with pytest.raises(UserError, match="expected a teacher of square images"):
+    with pytest.raises(UserError, match="expected a teacher of images, found one of videos"):
         load_images(str(tmp_path / "set"), video)
 
 

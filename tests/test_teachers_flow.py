@@ -36,7 +36,7 @@ def call(model, pipe, prompts, z, steps, w, kind="latent", **kw):
     if name in ("flux", "qwen-image"):
         kw |= dict(true_cfg_scale=w, negative_prompt=[dict(flux="").get(name, " ")] * n if w > 1 else None)
     else:
-        kw |= dict(guidance_scale=w - 1 if name == "z-image" else w) | (dict(num_frames=5) if name == "wan" else {})
+        kw |= dict(guidance_scale=w - 1 if name == "z-image" else w) | (dict(num_frames=model.frames) if name == "wan" else {})
     packed = name in ("flux", "qwen-image")
     out = pipe(prompts, height=h, width=width, num_inference_steps=steps, latents=pack(z) if packed else z, output_type=kind, **kw)
     out = out.frames if name == "wan" else out.images
@@ -269,11 +269,29 @@ def stochastic(model, pipe, steps):
     return dict(sigmas=sigmas)
 
 
+def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=False):
+    """The plain pipeline with the network, or the LoRA, of the student's folder gives our sampler's latents."""
+    import diffusers
+    pipe, z = pipeline(teacher, folders(name)), torch.randn(2, *teacher.shape)
+    if adapters:
+        pipe.load_lora_weights(home)
+    else:
+        for part, sub in (("transformer", "expert-0"), ("transformer_2", "expert-1")) if name == "wan22" else (("transformer", ""),):
+            setattr(pipe, part, getattr(diffusers, teacher.network).from_pretrained(home / sub))
+    torch.manual_seed(5)
+    theirs = call(teacher, pipe, [PROMPTS[0], PROMPTS[2]], z, nfe, 1.0, **stochastic(teacher, pipe, dmd2.step_indices(nfe)))
+    noise = lambda: unpack(torch.randn_like(pack(z)), *z.shape[-2:]) if name in PACKED else torch.randn_like(z)
+    torch.manual_seed(5)
+    ours = dmd2.sample(student, z, teacher.encode([0, 2]), nfe, noise, **sampler)
+    assert (ours - theirs).norm() < 1e-4 * ours.norm()
+    torch.manual_seed(5)
+    assert (ours - dmd2.sample(teacher, z, teacher.encode([0, 2]), nfe, noise)).norm() > 1e-3 * ours.norm()  # it has learnt something
+
+
 @pytest.mark.parametrize("name, nfe", [("flux", 1), ("wan22", 4)] + [pytest.param(n, k, marks=pytest.mark.slow) for n in NAMES for k in (1, 4)
                                                                       if (n, k) not in (("flux", 1), ("wan22", 4))])
 def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     """From the command line: three iterations, pictures, export, resume; the student in the plain pipeline of diffusers gives our sampler's latents."""
-    import diffusers
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     size = [f for k, v in SIZE[name].items() for f in (f"--{k}", v)]
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4, *size]
@@ -284,17 +302,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     info = json.loads((home / "distill.json").read_text())
     teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
     student = models.load_model(home, info["model"], teacher)
-    pipe, z = pipeline(teacher, folders(name)), torch.randn(2, *teacher.shape)
-    for part, sub in (("transformer", "expert-0"), ("transformer_2", "expert-1")) if name == "wan22" else (("transformer", ""),):
-        setattr(pipe, part, getattr(diffusers, teacher.network).from_pretrained(home / sub))
-    torch.manual_seed(5)
-    theirs = call(teacher, pipe, [PROMPTS[0], PROMPTS[2]], z, nfe, 1.0, **stochastic(teacher, pipe, dmd2.step_indices(nfe)))
-    noise = lambda: unpack(torch.randn_like(pack(z)), *z.shape[-2:]) if name in PACKED else torch.randn_like(z)
-    torch.manual_seed(5)
-    ours = dmd2.sample(student, z, teacher.encode([0, 2]), nfe, noise, **info["sampler"])
-    assert (ours - theirs).norm() < 1e-4 * ours.norm()
-    torch.manual_seed(5)
-    assert (ours - dmd2.sample(teacher, z, teacher.encode([0, 2]), nfe, noise)).norm() > 1e-3 * ours.norm()  # it has learnt something
+    same_latents(name, nfe, teacher, student, home, folders, info["sampler"])
     if nfe == 4:
         scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
 
