@@ -175,7 +175,7 @@ class Pipeline(Model):
             raise UserError(f"--guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}, which is not; --cfg is for all")
         if size is None:
             return
-        unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, size))}"
+        unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, dict.fromkeys(size)))}"
         most = getattr(c, "pos_embed_max_size", None) or math.inf
         if min(size) < 1 or any(n % unit for n in size):
             raise UserError(f"{flag}: expected a multiple of {unit} pixels for this teacher")

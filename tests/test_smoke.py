@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 import dmd2
 import test_lora
-import test_teachers_class
 import test_teachers_flow
 import tiny
 from common import models
@@ -30,7 +29,8 @@ RUNS = FAST + [pytest.param(*r, marks=pytest.mark.slow) for r in RUNS if r not i
 def place(tmp_path_factory):
     """Prompts, images with captions and everything that is encoded: once for all runs."""
     home = tmp_path_factory.mktemp("smoke")
-    (home / "prompts.txt").write_text("\n".join(PROMPTS * 3))
+    (home / "flow.txt").write_text("\n".join(PROMPTS))
+    (home / "readme.txt").write_text("\n".join(test_lora.PROMPTS))  # the first is that of README's lines
     fill(home / "captioned")
     return home
 
@@ -39,7 +39,8 @@ def place(tmp_path_factory):
 def test_dmd2(name, nfe, lora, gan, folders, pictures, place, scripts, tmp_path):  # noqa: F811
     scripts.load(*tiny.MODULES, "peft", "diffusers.loaders.peft")
     folder, size = folders(name), dict(SIZE.get(name, {})) | (dict(frames=1) if name.startswith("wan") and gan else {})  # pictures are all the real data it has
-    text = dict(prompts=str(place / "prompts.txt")) if name not in CLASSES else {}
+    flow = name in test_teachers_flow.NAMES
+    text = {} if name in CLASSES else dict(prompts=str(place / ("flow.txt" if flow else "readme.txt")))
     args = ["--teacher", folder, "--cache-prompts", place / "cache", "--nfe", nfe, "--cfg", 1 if name == "edm" else 3, "--batch", 4, "--warmup", 0, "--ratio", 1, *lora]
     args += [f for k, v in (size | text).items() for f in (f"--{k}", v)] + ["--lr", 2e-2 if lora else 1e-3, "--lr-fake", 1e-3]
     args += ["--gan", "--data", pictures if name in CLASSES else place / "captioned"] * gan
@@ -57,7 +58,7 @@ def test_dmd2(name, nfe, lora, gan, folders, pictures, place, scripts, tmp_path)
     student = models.load_model(home, info["model"], teacher)
     if name in CLASSES:
         in_diffusers(name, nfe, teacher, student, home, folder, info)
-    elif name in test_teachers_flow.NAMES:
+    elif flow:
         test_teachers_flow.same_latents(name, nfe, teacher, student, home, folders, info["sampler"], bool(lora))
     else:
         test_lora.same_picture(name, nfe, teacher, student, home, folders, test_lora.SNIPPETS[name, int(bool(lora))], info["sampler"])

@@ -173,7 +173,7 @@ def broken(folders, tmp_path, name="sd15"):
 
 @pytest.mark.parametrize("spoil, says", [
     (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), "not loaded"),
-    (lambda f: (f / "vae" / "config.json").unlink(), "not loaded"),
+    (lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json: No such file"),
     (lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(beta_schedule="linear"))), "not loaded: KeyError"),
     (lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(beta_schedule="squaredcos_cap_v2"))), "scheduler: expected beta_schedule"),
     (lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"x"), "not loaded"),
@@ -186,11 +186,61 @@ def test_broken_folder(spoil, says, folders, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_size(folders):
+@pytest.mark.parametrize("name", NAMES)
+def test_another_format(name, folders):
+    """--size 24x16, height and width, is what the pipeline makes of them."""
+    model = load(folders, name, size=[24, 16])
+    assert model.image_shape == (3, 24, 16) and model.decode(torch.zeros(1, *model.shape)).shape == (1, 3, 24, 16)
+    pipe, z = pipeline(model, folders(name)), torch.randn(1, *model.shape)
+    extra = dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
+    theirs = pipe(PROMPTS[:1], height=24, width=16, num_inference_steps=2, guidance_scale=3.0, latents=z, output_type="latent", **extra).images
+    with torch.no_grad():
+        ours = native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, HOW.get(name, "flow"))
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+        if name == "sdxl":  # whose network is told the size
+            model.__class__ = type("Turned", (teachers.SDXL,), dict(image_shape=(3, 16, 24)))
+            assert (native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, "ve") - theirs).norm() > 1e-4 * theirs.norm()
+
+
+def test_size(folders, monkeypatch):
+    """What cannot be is said before anything is loaded."""
     assert load(folders, "sd15", size=32).shape == (4, 16, 16)
-    for size in (30, 0, -4):
-        with pytest.raises(UserError, match=f"--size {size}: expected a multiple of 4 pixels"):
-            load(folders, "sd15", size=size)
+    monkeypatch.setattr(teachers.Pipeline, "load_net", None)
+    monkeypatch.setattr(teachers, "embed", None)
+    for name, size, says in (("sd15", 30, "30: expected a multiple of 4 pixels"), ("sd15", 0, "0: expected a multiple of 4"), ("sd15", -4, "-4: expected a multiple of 4"),
+                             ("sd15", [32, 30], "32x30: expected a multiple of 4"), ("sdxl", [6, 32], "6x32: expected a multiple of 4"), ("sana", 3, "3: expected a multiple of 2"),
+                             ("sd3", [16, 68], "16x68: expected at most 64 pixels along a side"), ("sd3", 6, "6: expected a multiple of 4")):
+        with pytest.raises(UserError, match=f"--size {says}") as e:
+            load(folders, name, size=size)
+        assert "\n" not in str(e.value)
+
+
+def test_configurations_of_older_versions(folders, tmp_path):
+    """A file that is silent about a value means the default of its class."""
+    from diffusers import AutoencoderKL
+    (tmp_path / "config.json").write_text(json.dumps(dict(latent_channels=16)))
+    c = teachers.config_of(AutoencoderKL, tmp_path)
+    assert c.latent_channels == 16 and c.scaling_factor == 0.18215 and teachers.Pipeline.scale(c) == 1
+    folder = broken(folders, tmp_path)
+    (folder / "vae" / "config.json").write_text(json.dumps(dict(block_out_channels=3)))
+    with pytest.raises(UserError, match="not loaded: TypeError"):
+        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
+
+
+@pytest.mark.parametrize("text, size", [("512", [512, 512]), ("480x832", [480, 832]), ("x", None), ("12x", None), ("-4", None), ("1x2x3", None), ("", None), ("9" * 5000, None), ("512X512", None)])
+def test_pixels(text, size, capsys):
+    if size:
+        assert dmd2.parse_args(["--size", text]).size == size
+        return
+    with pytest.raises(SystemExit) as e:
+        dmd2.parse_args(["--size", text])
+    assert e.value.code == 2 and "--size: expected " in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_flags_of_pipelines_with_other_teachers():
+    for flag, value in dict(prompts="p.txt", size=[32, 32], frames=5, guidance=3.5).items():
+        with pytest.raises(UserError, match=f"--{flag}: expected a teacher that is a pipeline of diffusers, found mnist"):
+            models.load_teacher("mnist", text={flag: value})
 
 
 def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):

@@ -108,9 +108,13 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-def test_prompts_for_a_teacher_of_labels(folders):
-    with pytest.raises(UserError, match="--prompts: .*takes labels"):
-        load(folders("dit"), prompts="prompts.txt")
+def test_flags_for_a_teacher_of_labels(folders):
+    for text, says in ((dict(prompts="prompts.txt"), "--prompts: .*takes labels"), (dict(size=[16, 32]), "--size 16x32: expected a square"), (dict(frames=5), "--frames 5: .*DiTPipeline"),
+                       (dict(guidance=2.0), "--guidance 2: expected a teacher that is told")):
+        with pytest.raises(UserError, match=says):
+            load(folders("dit"), **text)
+    with pytest.raises(UserError, match="--size: expected a teacher that is a pipeline"):
+        load(folders("edm"), size=[16, 16])
 
 
 # ---- SiT --------------------------------------------------------------------------------------------------------------------------------
