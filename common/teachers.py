@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from common.data import LONGEST, SHARD, read_captions
 from common.models import EXTRAS, HUB, Model, load_extras, pick, stored
 from common.run import ROOT, UserError, atomic, near, read_json
 
+warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.42 calls it dtype, 0.35 knows the old name only
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 
 

@@ -451,7 +451,7 @@ def test_experts_on_a_teacher_of_experts(script, flags, folders, scripts, tmp_pa
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     text = dict(prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", **SIZE["wan22"])
     scripts.run(f"{script}.py", "--teacher", folders("wan22"), "--prompts", text["prompts"], "--cache-prompts", text["cache"], "--size", 32, "--frames", 5, "--batch", 4, "--smoke",
-                "--ema", 0, "--lr", 1e-2, "--lr-fake", 1e-3, "--cfg", 1, "--warmup", 0, "--out", tmp_path / "run", *flags)
+                "--ema", 0, "--lr", 1e-2, "--lr-fake", 1e-3, "--cfg", 3, "--warmup", 0, "--ratio", 1, "--out", tmp_path / "run", *flags)
     home = tmp_path / "run" / "student"
     info, teacher = json.loads((home / "distill.json").read_text()), teachers.load_pipeline(str(folders("wan22")), say=lambda *a: None, **text)
     student = models.load_model(home, info["model"], teacher)
