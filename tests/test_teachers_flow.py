@@ -165,8 +165,8 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
             with pytest.raises(UserError, match="guidance: expected a number >= 0"):
                 models.load_model(tmp_path / name, dict(info, guidance=wrong), plain)
     assert eval_script.text_of(eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(guidance=6.0)))["guidance"] == 6.0
-    with pytest.raises(UserError, match="--guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*qwen"):
-        load(folders, "qwen", guidance=2.0)
+    with pytest.raises(UserError, match="--guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*sd3"):
+        load(folders, "sd3", guidance=2.0)
 
 
 def test_wan_experts_and_their_boundary(folders):
