@@ -125,7 +125,7 @@ def load_student(folder, args, teachers):
 def text_of(args, info=None):
     """Prompts, size, frames and guidance for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k, None) or trained.get(k) for k in ("prompts", "size", "frames", "guidance")}
+    given = {k: getattr(args, k, None) or trained.get(k) for k in ("prompts", "size", "frames")} | dict(guidance=trained.get("embedded_guidance"))
     return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
 
 

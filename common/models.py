@@ -696,7 +696,7 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lamb
         hint = "it is a student of this project; give its teacher" if (folder / "distill.json").is_file() else "no teacher.json in it"
         raise UserError(f"--teacher {name}: expected a teacher folder (teacher.json, or model_index.json of a diffusers pipeline), found: {hint}")
     if wrong := [k for k in ("prompts", "size", "frames", "guidance") if (text or {}).get(k) is not None]:
-        raise UserError(f"--{wrong[0]}: expected a teacher that is a pipeline of diffusers, found {name}, whose teacher.json says all")
+        raise UserError(f"--{wrong[0].replace('guidance', 'embedded-guidance')}: expected a teacher that is a pipeline of diffusers, found {name}, whose teacher.json says all")
     info = read_json(folder / "teacher.json", "--teacher")
     if not isinstance(info.get("model"), dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")

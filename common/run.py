@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
-        self.model.add_argument("--guidance", type=float, help="guidance scale that a guidance-distilled teacher is told as an input, FLUX.1-dev (3.5); --cfg is on top of it")
+        self.model.add_argument("--embedded-guidance", type=float, help="guidance scale that a guidance-distilled teacher is told as an input, FLUX.1-dev (3.5); --cfg is on top of it")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
         self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         for name in ("iters", "batch", "nfe", "log_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-        for name in ("lr", "lr_fake", "ema", "cfg", "guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
+        for name in ("lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
             if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
         for name, fine, expected in (("cooldown", 0 <= args.cooldown <= 1, "a share from 0 to 1"), ("clip", args.clip > 0, "a number > 0"),
@@ -390,7 +390,7 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, guidance=a.guidance, data=a.data, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, guidance=a.embedded_guidance, data=a.data, say=self.print, once=self.once)
 
     def loading(self, students=1, critics=0, averages=0, single=False):
         """What load_teacher needs beside device and dtype. The numbers, for the estimate of memory: networks of the teacher's size that the script makes.

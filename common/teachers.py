@@ -174,7 +174,7 @@ class Pipeline(Model):
         if frames is not None and (frames < 1 or (frames - 1) % vae.scale_factor_temporal):
             raise UserError(f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher")
         if guidance is not None and not getattr(c, "guidance_embeds", False):
-            raise UserError(f"--guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}, which is not; --cfg is for all")
+            raise UserError(f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}, which is not; --cfg is for all")
         if size is None:
             return
         unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, dict.fromkeys(size)))}"

@@ -240,7 +240,7 @@ def test_pixels(text, size, capsys):
 
 def test_flags_of_pipelines_with_other_teachers():
     for flag, value in dict(prompts="p.txt", size=[32, 32], frames=5, guidance=3.5).items():
-        with pytest.raises(UserError, match=f"--{flag}: expected a teacher that is a pipeline of diffusers, found mnist"):
+        with pytest.raises(UserError, match=f"--{flag.replace('guidance', 'embedded-guidance')}: expected a teacher that is a pipeline of diffusers, found mnist"):
             models.load_teacher("mnist", text={flag: value})
 
 

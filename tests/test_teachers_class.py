@@ -110,7 +110,7 @@ class Evil:
 
 def test_flags_for_a_teacher_of_labels(folders):
     for text, says in ((dict(prompts="prompts.txt"), "--prompts: .*takes labels"), (dict(size=[16, 32]), "--size 16x32: expected a square"), (dict(frames=5), "--frames 5: .*DiTPipeline"),
-                       (dict(guidance=2.0), "--guidance 2: expected a teacher that is told")):
+                       (dict(guidance=2.0), "--embedded-guidance 2: expected a teacher that is told")):
         with pytest.raises(UserError, match=says):
             load(folders("dit"), **text)
     with pytest.raises(UserError, match="--size: expected a teacher that is a pipeline"):

@@ -149,7 +149,7 @@ def test_flux_reads_its_guidance(folders):
 
 
 def test_flux_guidance_is_the_students(folders, tmp_path):
-    """--guidance goes to teacher and student, and comes back with the student, whole or LoRA, whatever the teacher is told then."""
+    """--embedded-guidance goes to teacher and student, and comes back with the student, whole or LoRA, whatever the teacher is told then."""
     teacher, plain = load(folders, "flux", guidance=6.0), load(folders, "flux")
     assert (teacher.guidance, plain.guidance) == (6.0, 3.5)
     x, cond = torch.randn(1, *plain.shape), plain.encode([1])
@@ -164,8 +164,8 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
         for wrong in (-1, "3.5", True, None, float("nan")):
             with pytest.raises(UserError, match="guidance: expected a number >= 0"):
                 models.load_model(tmp_path / name, dict(info, guidance=wrong), plain)
-    assert eval_script.text_of(eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(guidance=6.0)))["guidance"] == 6.0
-    with pytest.raises(UserError, match="--guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*sd3"):
+    assert eval_script.text_of(eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(embedded_guidance=6.0)))["guidance"] == 6.0
+    with pytest.raises(UserError, match="--embedded-guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*sd3"):
         load(folders, "sd3", guidance=2.0)
 
 
@@ -328,14 +328,14 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     size = [f for k, v in SIZE[name].items() for f in (f"--{k}", v)]
     args = ["--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3, "--batch", 4, *size]
-    args += ["--lr", 1e-3, "--lr-fake", 1e-3, "--warmup", 0, "--ratio", 2] + ["--guidance", 6] * (name == "flux")
+    args += ["--lr", 1e-3, "--lr-fake", 1e-3, "--warmup", 0, "--ratio", 2] + ["--embedded-guidance", 6] * (name == "flux")
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
     assert "brings no metric" in p.out and (tmp_path / "run" / "samples" / "00000003.png").exists() and "Traceback" not in p.err
     home = tmp_path / "run" / "student"
     info = json.loads((home / "distill.json").read_text())
     teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
     student = models.load_model(home, info["model"], teacher)
-    assert name != "flux" or student.guidance == info["flags"]["guidance"] == 6
+    assert name != "flux" or student.guidance == info["flags"]["embedded_guidance"] == 6
     same_latents(name, nfe, teacher, student, home, folders, info["sampler"])
     if nfe == 4:
         scripts.run("dmd2.py", *args, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0, "--out", tmp_path / "run")
