@@ -109,7 +109,7 @@ class Critic(nn.Module):
 
     def __init__(self, fake, h=None):
         super().__init__()
-        self.fake, (c, side) = fake, (1, 0) if h is None else (h.shape[1], h.shape[-1] * (h.ndim > 2))
+        self.fake, (c, side) = fake, (1, 0) if h is None else (h.shape[1], min(h.shape[2:], default=0))
         norm = lambda: [nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c), nn.SiLU()]  # 32 groups, fewer if they had under 4 channels: 1x1 maps would vanish
         layers = [] if side else [nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1)]
         while side > 4:

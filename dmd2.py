@@ -116,7 +116,7 @@ class Head(nn.Module):
         if h.ndim == 2:
             layers += [nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1)]
         else:
-            side = h.shape[-1]
+            side = min(h.shape[2:])
             while side > 4:
                 layers += [nn.Conv2d(c, c, 4, 2, 1), *norm()]
                 side = (side - 2) // 2 + 1

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from common import adapters, compare, fid, metrics, models
-from common.run import ROOT, UserError, launch, processes, revision
+from common.run import ROOT, UserError, launch, pixels, processes, revision
 from common.students import network_of, read_student, sampler_of
 
 
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's")
     what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
-    what.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+    what.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
     what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row")
@@ -127,9 +127,9 @@ def load_student(folder, args, teachers):
 
 
 def text_of(args, info=None):
-    """Prompts, size and frames for a pipeline: of the flags, else those that the student was trained with."""
+    """Prompts, size, frames and guidance for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size", "frames")}
+    given = {k: getattr(args, k, None) or trained.get(k) for k in ("prompts", "size", "frames")} | dict(guidance=trained.get("embedded_guidance"))
     return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
 
 

@@ -26,6 +26,8 @@ Commands (results and times: README and docs/RESULTS.md):
 Differences from the paper:
     - presets toy and mnist are ours: learning rates, Adam's betas, ratio, batch, weight average, warm-up and cooldown (in every phase). A finished
       expert is frozen as its average, so that later phases see what sampling uses.
+    - the experts of a teacher that has several itself (Wan 2.2) start from the one for their noise levels: with four steps, two phases and shift 5, from
+      the first and the second. A phase whose steps ask both is both.
     - experts are full networks; the paper's are --lora 64 --lora-alpha 8 --lr 5e-5, with a whole critic. It gives no iteration
       numbers, no guidance in training, and no word on whether its runs normalise.
     - critic and student share the rollout of an iteration; levels t come from a grid of 1,000; teachers of other schedules are asked at equal SNR.
@@ -117,6 +119,14 @@ def phase_starts(phases, phase_iters):
     return [sum(lengths[:k]) for k in range(phases)]
 
 
+def starts_as(teacher, times, ends):
+    """What each phase's expert starts as: the teacher; of a teacher of several experts (Wan 2.2) the one that all steps of the phase ask, if one does."""
+    if not isinstance(teacher, models.Routed):
+        return [teacher] * len(ends)
+    asked = [[teacher.at_level(t / (1 - t)) for t in times[a:b]] for a, b in zip([0, *ends], ends)]
+    return [those[0] if all(expert is those[0] for expert in those) else teacher for those in asked]
+
+
 def levels(grid, s, margin):
     """Range low, high for draw.integers: indices of the levels in (s, 1], `margin` of the grid away from both ends."""
     below, gap = int((grid <= s + 1e-9).sum()), round(margin * len(grid))
@@ -194,18 +204,20 @@ def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
 
 def main():
     args = parse_args()
-    networks = (args.phases, 1)  # students, critics: for the estimate of memory
+    networks = (args.phases, 1, 0, True)  # students, critics, further averages, each student one network: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("phased_dmd", args)
     teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
+    if args.ida < 1 and isinstance(teacher, models.Routed):
+        raise UserError(f"--ida {args.ida:g}: mixes the weights of critic and expert, and the critic of {args.teacher} has {len(teacher.experts)} experts itself")
     times, ends, starts = step_times(args.nfe, args.step_shift), phase_ends(args.nfe, args.phases), phase_starts(args.phases, args.phase_iters)
     grid = Flow(args.shift).grid(N)
     ranges = [levels(grid, times[b], args.margin) for b in ends]
     grid = grid.to(run.device)
     table = [float(times[b] / (1 - times[b])) for b in ends[:-1]]  # the step at s_k itself is the next expert's
-    student, critic = models.Routed([teacher.copy(args.lora) for _ in ends], "level", table), teacher.copy(args.lora_fake)
+    student, critic = models.Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table), teacher.copy(args.lora_fake)
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.checkpoint_activations()

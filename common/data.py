@@ -66,7 +66,8 @@ def load_npz(path):
 
 
 def read_image(path, channels, size):
-    """uint8 [C, size, size]: the central square, resized (Lanczos). ValueError if the file is no image that pillow accepts."""
+    """uint8 [C, h, w], the middle of the image, cut to the format and resized (Lanczos). size: h and w in one, or both. ValueError if the file is no image
+    that pillow accepts."""
     from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # a bomb is refused, not warned about
@@ -75,10 +76,12 @@ def read_image(path, channels, size):
                 img = img.convert("L" if channels == 1 else "RGB")
         except Exception as e:  # pillow's readers raise many kinds for a damaged file
             raise ValueError(f"{type(e).__name__}: {e}") from None
-    side = min(img.size)  # cropped before it is resized: a strip of 1 x 80,000,000 pixels must not be enlarged
-    left, top = (img.width - side) // 2, (img.height - side) // 2
-    a = np.array(img.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side)), dtype=np.uint8)
-    return torch.from_numpy(a.reshape(size, size, channels)).permute(2, 0, 1)
+    h, w = (size, size) if isinstance(size, int) else size
+    side = min(img.width / w, img.height / h)  # cropped before it is resized: a strip of 1 x 80,000,000 pixels must not be enlarged
+    width, height = max(round(side * w), 1), max(round(side * h), 1)
+    left, top = (img.width - width) // 2, (img.height - height) // 2
+    a = np.array(img.resize((w, h), Image.LANCZOS, box=(left, top, left + width, top + height)), dtype=np.uint8)
+    return torch.from_numpy(a.reshape(h, w, channels)).permute(2, 0, 1)
 
 
 def load_folder(folder, channels, size, say=print):
@@ -94,9 +97,25 @@ def load_folder(folder, channels, size, say=print):
 def class_folders(folder):
     """-> image files, their labels (int64), names of the classes."""
     folder = existing(folder)
-    classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")) or [folder]
-    found = [(path, label) for label, sub in enumerate(classes) for path in image_files(sub)]
+    inside = contained(folder)
+    classes = sorted(inside(d, "class") for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")) or [folder]
+    found = [(inside(path, "image"), label) for label, sub in enumerate(classes) for path in image_files(sub)]
     return [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.int64), [c.name for c in classes]
+
+
+def contained(folder):
+    """A function of (path, where): the path, if it lies in the folder also when its links are followed; else UserError. The folder may be somebody else's."""
+    home = folder.resolve()
+
+    def inside(path, where):
+        try:
+            if ".." not in path.relative_to(folder).parts and path.resolve().is_relative_to(home):
+                return path
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+            pass
+        raise UserError(f"--data {folder}: {where}: expected a file in this folder, found a way out of it: {str(path)[:100]!r}")
+
+    return inside
 
 
 def existing(folder):
@@ -111,7 +130,7 @@ def image_files(folder):
 
 
 def read_images(files, channels, size, say):
-    """-> list of uint8 [C, size, size], their numbers among `files`. Unreadable ones are named and left out."""
+    """-> list of uint8 [C, h, w], their numbers among `files`. Unreadable ones are named and left out."""
     images, kept = [], []
     for i, path in enumerate(files):
         try:
@@ -129,15 +148,7 @@ def read_captions(folder):
     """-> list of (image file, caption): lines of metadata.jsonl (file_name, text: the imagefolder format of Hugging Face), or each image with its same-name
     .txt. The folder may be somebody else's: nothing outside of it is read, whatever its names and links say."""
     folder = existing(folder)
-    home = folder.resolve()
-
-    def inside(path, where):
-        try:
-            if ".." not in path.relative_to(folder).parts and path.resolve().is_relative_to(home):
-                return path
-        except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
-            pass
-        raise UserError(f"--data {folder}: {where}: expected a file in this folder, found a way out of it: {str(path)[:100]!r}")
+    inside = contained(folder)
 
     def pieces(path, limit, read):
         """What f.read or f.readline gives until the end, none of it above limit bytes."""
@@ -215,8 +226,8 @@ def load_latents(data, teacher, say=print):
     from common.metrics import together
     dist = torch.distributed
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(teacher.shape) != 3 or teacher.shape[1] != teacher.shape[2]:
-        raise UserError(f"--data {data}: expected a teacher of square images, found samples {list(teacher.shape)}")
+    if len(teacher.shape) == 4 and teacher.shape[1] > 1:
+        raise UserError(f"--data {data}: expected a teacher of images, found one of videos, which are not read here; --frames 1 makes pictures of them")
     if hasattr(teacher, "prompts"):
         files, first = teacher.captioned
         labels, names = torch.arange(len(files)) + first, []
@@ -234,9 +245,10 @@ def load_latents(data, teacher, say=print):
         for i in [i for i in range(rank, len(paths), world) if not paths[i].is_file()]:
             latents, kept = [torch.zeros(0, *teacher.shape)], []
             for start in range(i * SHARD, min((i + 1) * SHARD, len(files)), 16):
-                images, part = read_images(files[start:min(start + 16, (i + 1) * SHARD)], 3, teacher.image_shape[-1], say)
+                images, part = read_images(files[start:min(start + 16, (i + 1) * SHARD)], 3, teacher.image_shape[-2:], say)
                 if images:
-                    latents.append(teacher.encode_images(torch.stack(images).to(teacher.device)).float().cpu())
+                    batch = torch.stack(images).to(teacher.device)
+                    latents.append(teacher.encode_images(batch[:, :, None] if len(teacher.shape) == 4 else batch).float().cpu())
                 kept += [start + k for k in part]
             with atomic(paths[i]) as f:
                 save_file(dict(latents=torch.cat(latents), kept=torch.tensor(kept, dtype=torch.int64)), f.name)

@@ -508,10 +508,17 @@ class Routed(nn.Module):
         return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
 
     def save(self, folder, info, name="distill.json"):
-        for i, expert in enumerate(self.experts):
-            (Path(folder) / f"expert-{i}").mkdir(parents=True, exist_ok=True)
-            expert.save_net(Path(folder) / f"expert-{i}")
+        self.save_net(Path(folder))
         write_json(Path(folder) / name, dict(info, model=self.config()))
+
+    def save_net(self, folder):
+        for i, expert in enumerate(self.experts):
+            (folder / f"expert-{i}").mkdir(parents=True, exist_ok=True)
+            expert.save_net(folder / f"expert-{i}")
+
+    def at_level(self, ratio):
+        """The expert for sigma / alpha = ratio; of experts by label none is, so all."""
+        return self.experts[self.route(1, 1.0, ratio, {})] if self.by == "level" else self
 
 
 ADAPTERS = {cls.adapter: cls for cls in (DiT, Toy)}
@@ -625,27 +632,36 @@ def load_weights(path, module, key=lambda name: name):
 
 
 def load_extras(folder, info, model):
-    """What `extend` added, if the folder's `info` says so."""
+    """What a student has beside its network's weights, if the folder's `info` says so: numbers it is told, conditions that `extend` added."""
+    for name in getattr(model, "settings", ()):
+        if name in info:
+            if isinstance(info[name], bool) or not isinstance(info[name], (int, float)) or not 0 <= info[name] < math.inf:
+                raise UserError(f"{folder}: {name}: expected a number >= 0, found {info[name]!r}")
+            setattr(model, name, info[name])
     if names := info.get("extras"):
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
             raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
         load_weights(Path(folder) / EXTRAS, model.extend(*names).extras)
 
 
-def load_routed(folder, info, teacher=None):
+def load_routed(folder, info, teacher=None, inner=True):
+    """inner: its experts may be such themselves, those of msd and phased_dmd on a teacher of several. teacher: of each expert its own, whose weights a LoRA needs."""
     experts, by, table = info.get("experts"), info.get("by"), info.get("table")
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-    if not isinstance(experts, list) or not experts or not all(isinstance(e, dict) and e.get("adapter") != "routed" for e in experts):
+    if not isinstance(experts, list) or not experts or not all(isinstance(e, dict) and (e.get("adapter") != "routed" or inner) for e in experts):
         raise UserError(f"{folder}: experts: expected a list of models, found {str(experts)[:80]}")
-    own = teacher.experts if isinstance(teacher, Routed) and len(teacher.experts) == len(experts) else [teacher] * len(experts)  # whose weights a LoRA needs
-    models = [load_model(folder / f"expert-{i}", e, t) for i, (e, t) in enumerate(zip(experts, own))]
     fine = isinstance(table, list) and all(number(v) for v in table)
     if by == "level":
-        fine = fine and len(table) == len(models) - 1 and table == sorted(table, reverse=True)
+        fine = fine and len(table) == len(experts) - 1 and table == sorted(table, reverse=True)
     else:
-        fine = fine and by == "label" and len(table) == models[0].classes and all(isinstance(v, int) and 0 <= v < len(models) for v in table)
+        fine = fine and by == "label" and all(isinstance(v, int) and 0 <= v < len(experts) for v in table)
+    if fine:
+        part = lambda i: teacher.at_level(table[i - 1] if i else math.inf) if by == "level" and isinstance(teacher, Routed) else teacher  # at its noisy end
+        one = lambda i, e: load_routed(folder / f"expert-{i}", e, teacher, False) if e.get("adapter") == "routed" else load_model(folder / f"expert-{i}", e, part(i))
+        models = [one(i, e) for i, e in enumerate(experts)]
+        fine = by == "level" or len(table) == models[0].classes
     if not fine or any((m.shape, m.classes) != (models[0].shape, models[0].classes) for m in models):
-        raise UserError(f"{folder}: expected by and table that route to {len(models)} experts of one shape, found {by!r}, {str(table)[:80]}")
+        raise UserError(f"{folder}: expected by and table that route to {len(experts)} experts of one shape, found {by!r}, {str(table)[:80]}")
     model = Routed(models, by, table)
     model.folder = folder
     return model
@@ -666,7 +682,7 @@ def stored(folder):
 
 def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lambda **sizes: None, place=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
-    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, say, once, data). budget: told the sizes before anything
+    text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, guidance, say, once, data). budget: told the sizes before anything
     big is loaded. place: puts the model on the device (Run.place)."""
     place = place or (lambda model: model.to(device))
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
@@ -679,6 +695,8 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lamb
     if not (folder / "teacher.json").is_file():
         hint = "it is a student of this project; give its teacher" if (folder / "distill.json").is_file() else "no teacher.json in it"
         raise UserError(f"--teacher {name}: expected a teacher folder (teacher.json, or model_index.json of a diffusers pipeline), found: {hint}")
+    if wrong := [k for k in ("prompts", "size", "frames", "guidance") if (text or {}).get(k) is not None]:
+        raise UserError(f"--{wrong[0].replace('guidance', 'embedded-guidance')}: expected a teacher that is a pipeline of diffusers, found {name}, whose teacher.json says all")
     info = read_json(folder / "teacher.json", "--teacher")
     if not isinstance(info.get("model"), dict):
         raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"model\", found {type(info.get('model')).__name__}")

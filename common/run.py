@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,9 +70,10 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist; sdxl, sd15, sana, sd3, ... (common/models.py, HUB); a name on the hub; a folder")
         self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
         self.model.add_argument("--cache-prompts", help="folder for their embeddings and for latents of --data, computed once; default out/prompts")
-        self.model.add_argument("--size", type=int, help="pixels along a side, if other than what the teacher was built for (pipelines)")
+        self.model.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
+        self.model.add_argument("--embedded-guidance", type=float, help="guidance scale that a guidance-distilled teacher is told as an input, FLUX.1-dev (3.5); --cfg is on top of it")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
         self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
@@ -119,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         for name in ("iters", "batch", "nfe", "log_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-        for name in ("lr", "lr_fake", "ema", "cfg", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
+        for name in ("lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
             if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
         for name, fine, expected in (("cooldown", 0 <= args.cooldown <= 1, "a share from 0 to 1"), ("clip", args.clip > 0, "a number > 0"),
@@ -142,6 +144,13 @@ class Parser(argparse.ArgumentParser):
         if args.resume and args.overwrite:
             raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
         return args
+
+
+def pixels(text):
+    """A --size: 512, or HEIGHTxWIDTH -> [height, width]."""
+    if not (m := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
+        raise argparse.ArgumentTypeError(f"expected pixels, as 512 or HEIGHTxWIDTH, found {text!r}")
+    return [int(m[1]), int(m[2] or m[1])]
 
 
 def size(n):
@@ -381,18 +390,20 @@ class Run:
     def text(self):
         """What load_teacher needs for a pipeline."""
         a = self.args
-        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, data=a.data, say=self.print, once=self.once)
+        return dict(prompts=a.prompts, cache=a.cache_prompts, size=a.size, frames=a.frames, guidance=a.embedded_guidance, data=a.data, say=self.print, once=self.once)
 
-    def loading(self, students=1, critics=0, averages=0):
-        """What load_teacher needs beside device and dtype. The numbers, for the estimate of memory: networks of the teacher's size that the script makes."""
-        return dict(text=self.text(), place=self.place, budget=lambda **sizes: self.budget(students, critics, averages, **sizes))
+    def loading(self, students=1, critics=0, averages=0, single=False):
+        """What load_teacher needs beside device and dtype. The numbers, for the estimate of memory: networks of the teacher's size that the script makes.
+        single: its students are one network each, also where the teacher is several experts."""
+        return dict(text=self.text(), place=self.place, budget=lambda **sizes: self.budget(students, critics, averages, **sizes, single=single))
 
     # -- memory
 
-    def budget(self, students, critics, averages, network, width, vae=0):
-        """Before anything big is loaded: what the networks will take, refused with advice if the device has less. network, vae: parameters; width: bytes of
-        one in frozen networks."""
+    def budget(self, students, critics, averages, network, width, vae=0, experts=1, single=False):
+        """Before anything big is loaded: what the networks will take, refused with advice if the device has less. network, vae: parameters, of all experts
+        together; width: bytes of one in frozen networks."""
         a, ways = self.args, self.world if self.args.shard else 1
+        students = students / experts if single else students
         full = lambda n, lora: 0 if lora else n * network * 16 / ways  # fp32 weights, gradients, two moments; adapters are small beside the network
         total, free = self.memory("memory, estimated", {
             "teacher": network * width / ways, "students": full(students, vars(a).get("lora")), "critics": full(critics, vars(a).get("lora_fake")),

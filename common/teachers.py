@@ -9,8 +9,10 @@ here, components of diffusers and transformers, safetensors.
 """
 import gc
 import hashlib
+import inspect
 import json
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from common.data import LONGEST, SHARD, read_captions
 from common.models import EXTRAS, HUB, Model, load_extras, pick, stored
 from common.run import ROOT, UserError, atomic, near, read_json
 
+warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.42 calls it dtype, 0.35 knows the old name only
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)  # what diffusers raises for missing, truncated or foreign files
 
 
@@ -137,11 +140,51 @@ class Pipeline(Model):
     part, network = "transformer", None  # subfolder and diffusers class of the network
     video, at_once = False, 4  # samples are videos; how many the VAE takes at a time
     since = 0, 35  # version of diffusers
+    square = False  # takes no other pictures
+    settings = ()  # what the network is told beside time and text: names of attributes; flags, and kept with a student
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
         shape = self.latent_shape(net.config, size)
         super().__init__(net, self.make_schedule(scheduler, shape, net.config), prediction, shape)
+
+    # -- what can be known from the configuration files alone
+
+    @classmethod
+    def networks(cls, index):
+        """Subfolders of the networks that this pipeline has. index: of model_index.json."""
+        return [cls.part]
+
+    @staticmethod
+    def scale(c):
+        """Pixels per latent, along one side; c: the VAE's configuration."""
+        return 2 ** (len(c.encoder_block_out_channels if hasattr(c, "encoder_block_out_channels") else c.block_out_channels) - 1)
+
+    @classmethod
+    def patch(cls, c):
+        """Latents that the network takes together, along one side; c: its configuration."""
+        p = getattr(c, "patch_size", 2)
+        return p[-1] if isinstance(p, (list, tuple)) else p
+
+    @classmethod
+    def check(cls, name, c, vae, size, frames, guidance):
+        """UserError if the flags ask for what this teacher cannot. c, vae: configurations; size: [height, width]."""
+        if frames is not None and not cls.video:
+            raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
+        if frames is not None and (frames < 1 or (frames - 1) % vae.scale_factor_temporal):
+            raise UserError(f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher")
+        if guidance is not None and not getattr(c, "guidance_embeds", False):
+            raise UserError(f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}, which is not; --cfg is for all")
+        if size is None:
+            return
+        unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, dict.fromkeys(size)))}"
+        most = getattr(c, "pos_embed_max_size", None) or math.inf
+        if min(size) < 1 or any(n % unit for n in size):
+            raise UserError(f"{flag}: expected a multiple of {unit} pixels for this teacher")
+        if max(size) > most * unit:
+            raise UserError(f"{flag}: expected at most {most * unit} pixels along a side for this teacher")
+        if cls.square and size[0] != size[1]:
+            raise UserError(f"{flag}: expected a square, the network of this teacher knows no other pictures")
 
     # -- loading
 
@@ -172,8 +215,8 @@ class Pipeline(Model):
         student.folder = Path(folder)
         return student
 
-    def assembled(self, folder, index, dtype):
-        """This model, or several as one where the pipeline has several networks. index: of model_index.json."""
+    def assembled(self, folder, index, dtype, nets):
+        """This model, or several as one where the pipeline has several networks, `nets`. index: of model_index.json."""
         return self
 
     def attach(self, folder, table, prompts):
@@ -194,16 +237,16 @@ class Pipeline(Model):
 
     # -- latents and pixels
 
+    built_for = None  # pixels that the pipeline makes by default, if its network's configuration does not say it
+
     def latent_shape(self, c, size):
-        """size: of the picture in pixels, or None for what the network was built for."""
-        side = c.sample_size if size is None else size // self.vae_scale
-        return c.in_channels, side, side
+        """size: [height, width] of the picture in pixels, or None for what the network was built for."""
+        size = size or self.built_for
+        return (c.in_channels, *((c.sample_size,) * 2 if size is None else (n // self.vae_scale for n in size)))
 
     @property
     def vae_scale(self):
-        """Pixels per latent, along one side."""
-        c = self.vae.config
-        return 2 ** (len(c.encoder_block_out_channels if hasattr(c, "encoder_block_out_channels") else c.block_out_channels) - 1)
+        return self.scale(self.vae.config)
 
     @property
     def image_shape(self):
@@ -417,15 +460,21 @@ def fetch(name):
         raise UserError(f"--teacher {name}: not downloaded from the hub ({str(e).splitlines()[0][:200]}); give a local folder") from None
 
 
-def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, say=print, once=lambda fn: fn(), data=None,
-                  budget=lambda **sizes: None, place=None):
-    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, if other than what the network was built for;
-    frames: of a video, likewise; data: folder of images, whose captions are encoded beside the prompts while the text encoders are here."""
+def config_of(kind, folder):
+    """The configuration in a folder of diffusers class `kind`, with the defaults of the class where the file, perhaps that of an older version, is silent."""
+    given = {k: p.default for k, p in inspect.signature(kind.__init__).parameters.items() if p.default is not p.empty}
+    return SimpleNamespace(**given | read_json(Path(folder) / "config.json", "--teacher"))
+
+
+def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=None, size=None, frames=None, guidance=None, say=print, once=lambda fn: fn(),
+                  data=None, budget=lambda **sizes: None, place=None):
+    """Frozen Model of a pipeline. prompts: list of str, or a file of them; size: of the picture in pixels, [height, width] or both in one, if other than what
+    the network was built for; frames: of a video, likewise; guidance: see Flux; data: folder of images, whose captions are encoded beside the prompts while
+    the text encoders are here."""
     folder = fetch(name)
     index = read_index(name, folder)
     cls = PIPELINES[index["_class_name"]]
-    if frames is not None and not cls.video:
-        raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
+    size = [size, size] if isinstance(size, int) else size
     if prompts is not None and cls.text is None:
         raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
     if cls.text is not None and not isinstance(prompts, list):
@@ -438,21 +487,27 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
         logging.disable_progress_bar()
     if tuple(map(int, diffusers.__version__.split(".")[:2])) < cls.since:
         raise UserError(f"--teacher {name}: {cls.pipeline}: expected diffusers {'.'.join(map(str, cls.since))} or newer, found {diffusers.__version__}")
+    try:
+        config, vae = (config_of(getattr(diffusers, index[part][1]), Path(folder) / part) for part in (cls.part, "vae"))
+        cls.check(name, config, vae, size, frames, guidance)
+    except FAULTS as e:
+        raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     table, first = embed(cls, folder, prompts, device, dtype, cache, say, once) if cls.text is not None else None, None
     if captions:
         first = table.append(embed(cls, folder, [text for _, text in captions], device, dtype, cache, say, once))
     scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json", "--teacher")
     try:
-        budget(network=stored(Path(folder) / cls.part), vae=stored(Path(folder) / "vae"), width=dtype.itemsize)
+        nets = cls.networks(index)
+        budget(network=sum(stored(Path(folder) / part) for part in nets), vae=stored(Path(folder) / "vae"), width=dtype.itemsize, experts=len(nets))
         net = cls.load_net(folder, dtype)
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=None if cls.pickles else True)
         model = cls(net, vae.eval().requires_grad_(False), scheduler, size, **({} if frames is None else dict(frames=frames)))
+        if guidance is not None:
+            model.guidance = guidance
         model.attach(Path(folder), table, prompts)
         model.cache, model.vae_folder, model.captioned = cache, Path(folder) / "vae", ([path for path, _ in captions], first)
-        model = model.assembled(folder, index, dtype)
+        model = model.assembled(folder, index, dtype, nets)
     except FAULTS as e:
         raise UserError(f"--teacher {name}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-    if size is not None and (size < 1 or size % (2 * model.vae_scale)):
-        raise UserError(f"--size {size}: expected a multiple of {2 * model.vae_scale} pixels for this teacher")
     model.dtype = dtype
     return (place or (lambda model: model.to(device)))(model.requires_grad_(False))

@@ -35,7 +35,7 @@ class ClassDiT(Pipeline, DiT):
     Guidance moves all channels, as in DiTPipeline; the original code moves the first three of four, for reproducibility of its paper."""
 
     adapter, pipeline = "dit-latent", "DiTPipeline"
-    text, pickles = None, True  # no prompts; .bin weights where there are no safetensors
+    text, pickles, square = None, True, True  # no prompts; .bin weights where there are no safetensors
     network, encode, null = staticmethod(DiT.network), DiT.encode, DiT.null
 
     def __init__(self, net, vae, scheduler, size=None):

@@ -9,7 +9,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from common.models import Routed, pick
-from common.run import UserError
 from common.schedules import equal_snr, expand
 from common.teachers import Pipeline, flow
 
@@ -26,16 +25,19 @@ def unpack(y, h, w):
 
 
 class Flux(Pipeline):
-    """FLUX.1. The dev model is distilled from guidance: the scale is an input of the network, `guidance` here, 3.5 as in a plain call of its pipeline. `guided`
-    is guidance on top of it, true_cfg_scale of the pipeline, by the empty prompt; w = 1 is the model as it is meant. schnell has no such input."""
+    """FLUX.1. The dev model is distilled from guidance: the scale is an input of the network, `guidance` here (--embedded-guidance), 3.5 as in a plain call of its
+    pipeline; a student is told the one it was trained with. `guided` is guidance on top of it, true_cfg_scale of the pipeline, by the empty prompt; w = 1 is the model as it is meant. schnell has no such input."""
 
     adapter, pipeline, network = "flux", "FluxPipeline", "FluxTransformer2DModel"
-    without = ("feature_extractor", "image_encoder")
+    without, settings = ("feature_extractor", "image_encoder"), ("guidance",)
     guidance = 3.5
 
     def latent_shape(self, c, size):
-        side = 128 if size is None else size // self.vae_scale
-        return c.in_channels // 4, side, side
+        return (c.in_channels // 4, *((128, 128) if size is None else (n // self.vae_scale for n in size)))
+
+    @classmethod
+    def patch(cls, c):
+        return 2  # packed
 
     def make_schedule(self, scheduler, shape, c):
         return flow(scheduler, shape[-1] * shape[-2] // 4)
@@ -98,9 +100,9 @@ class QwenImage(Pipeline):
         g = g * (v.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)).nan_to_num(1.0)  # 0 / 0 at sigma = 0
         return (x - unpack(g, *x_t.shape[-2:])).to(x_t.dtype)
 
-    @property
-    def vae_scale(self):
-        return 2 ** len(self.vae.config.temperal_downsample)
+    @staticmethod
+    def scale(c):
+        return 2 ** len(c.temperal_downsample)
 
     def latent_stats(self):
         return statistics(self.vae, self.shape)
@@ -118,11 +120,7 @@ class ZImage(Pipeline):
 
     adapter, pipeline, network, since = "z-image", "ZImagePipeline", "ZImageTransformer2DModel", (0, 36)
 
-    def latent_shape(self, c, size):
-        side = (1024 if size is None else size) // self.vae_scale
-        return c.in_channels, side, side
-
-    make_schedule = Flux.make_schedule
+    built_for, make_schedule = (1024, 1024), Flux.make_schedule
 
     @classmethod
     def text(cls, pipe, prompts):
@@ -150,26 +148,30 @@ class Wan(Pipeline):
 
     adapter, pipeline, network, video, at_once = "wan", "WanPipeline", "WanTransformer3DModel", True, 1
     without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
+    built_for = 480, 832
 
     def __init__(self, net, vae, scheduler, size=None, frames=81):
         object.__setattr__(self, "frames", frames)
         super().__init__(net, vae, scheduler, size)
 
     def latent_shape(self, c, size):
-        ratio, (h, w) = self.vae.config.scale_factor_temporal, (480, 832) if size is None else (size, size)
-        if self.frames < 1 or (self.frames - 1) % ratio:
-            raise UserError(f"--frames {self.frames}: expected a multiple of {ratio}, plus 1, for this teacher")
-        return c.in_channels, (self.frames - 1) // ratio + 1, h // self.vae_scale, w // self.vae_scale
+        channels, h, w = super().latent_shape(c, size)
+        return channels, (self.frames - 1) // self.vae.config.scale_factor_temporal + 1, h, w
 
     def make_schedule(self, scheduler, shape, c):
         return flow(scheduler)
 
-    def assembled(self, folder, index, dtype):
-        if index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]:
+    @classmethod
+    def networks(cls, index):
+        one = index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]
+        return [cls.part] if one else [cls.part, "transformer_2"]
+
+    def assembled(self, folder, index, dtype, nets):
+        if len(nets) == 1:
             return self
         s = float(index["boundary_ratio"])
         edge = torch.nextafter(torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))  # the first expert has t = s as well
-        model = Routed([self, self.around(self.load_net(folder, dtype, "transformer_2"))], "level", [float(edge)])
+        model = Routed([self, self.around(self.load_net(folder, dtype, nets[1]))], "level", [float(edge)])
         model.folder = self.folder
         return model
 
@@ -189,9 +191,9 @@ class Wan(Pipeline):
     def hidden(self, h):  # [B, F h w, D]: a map of the frames one below the other
         return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2])
 
-    @property
-    def vae_scale(self):
-        return self.vae.config.scale_factor_spatial
+    @staticmethod
+    def scale(c):
+        return c.scale_factor_spatial
 
     @property
     def image_shape(self):

@@ -2,8 +2,9 @@
 
     python tests/memory.py
 
-Counts of sd15, sdxl, sana, sd3 are those of tests/networks.json; the others are diffusers' default configurations, which are the published networks', and the
-two sizes of Wan by its model card. Bytes as in Run.budget: bf16 frozen teacher, 16 for each trained number, 4 for the average. No activations, no VAE.
+Counts of sd15, sdxl, sana, sd3 are those of tests/networks.json; the others are diffusers' default configurations, which are the published networks', the two
+sizes of Wan by its model card, DiT-XL/2 by its paper, OpenAI's ImageNet-64 network by diffusers' conversion script. Bytes as in Run.budget: bf16 frozen teacher
+(pixel teachers: fp32), 16 for each trained number, 4 for the average. No activations, no VAE. Everything here is an estimate; nothing was measured.
 """
 import sys
 from pathlib import Path
@@ -14,9 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import random_teachers  # noqa: E402
 from common import lora  # noqa: E402
 
+BLOCKS = "ResnetDownsampleBlock2D AttnDownBlock2D AttnDownBlock2D AttnDownBlock2D", "AttnUpBlock2D AttnUpBlock2D AttnUpBlock2D ResnetUpsampleBlock2D"
 OTHERS = {"flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)), "qwen-image": ("QwenImageTransformer2DModel", {}), "z-image": ("ZImageTransformer2DModel", {}),
-          "wan2.1": ("WanTransformer3DModel", dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)), "wan2.1-14b": ("WanTransformer3DModel", {})}
-RANK = 64
+          "wan2.1": ("WanTransformer3DModel", dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)), "wan2.1-14b": ("WanTransformer3DModel", {}),
+          "wan2.2": ("WanTransformer3DModel", {}), "dit-xl-256": ("DiTTransformer2DModel", dict(out_channels=8)),
+          "edm-imagenet64": ("UNet2DModel", dict(sample_size=64, layers_per_block=3, num_class_embeds=1000, block_out_channels=(192, 384, 576, 768), attention_head_dim=64,
+                                                 down_block_types=BLOCKS[0].split(), up_block_types=BLOCKS[1].split(), resnet_time_scale_shift="scale_shift",
+                                                 attn_norm_num_groups=32, upsample_type="resnet", downsample_type="resnet"))}
+EXPERTS, PIXELS = {"wan2.2": 2}, ("edm-imagenet64",)
+RANK, PROCESSES = 64, 8
 
 
 def network(name):
@@ -29,16 +36,21 @@ def network(name):
         return getattr(diffusers, cls)(**config)
 
 
+def row(name):
+    """-> parameters, and bytes of one process: all networks whole, with adapters, sharded."""
+    net, experts, width = network(name), EXPERTS.get(name, 1), 4 if name in PIXELS else 2
+    n, known = sum(p.numel() for p in net.parameters()), dict(net.named_modules())
+    a = sum(RANK * (known[k].weight.shape[0] + known[k].weight.flatten(1).shape[1]) for k in lora.choose(net, dict(rank=RANK, targets=None, flag="--lora")))
+    whole = n * (width + 2 * 16 + 4) * experts  # teacher; student and critic; average
+    return n * experts, whole, (n * width + a * (2 * 16 + 4)) * experts, whole / PROCESSES
+
+
 def main():
-    print("| teacher | parameters | whole: teacher, student, critic, average | the same over 8 processes (--shard) | --lora 64 --lora-fake 64 | adapters |\n|---|---|---|---|---|---|")
+    print(f"| `--teacher` | parameters | memory, all networks whole (estimated) | `--lora {RANK} --lora-fake {RANK}` (estimated) | whole, `--shard` over {PROCESSES} processes, each (estimated) |\n|---|---|---|---|---|")
     for name in [*random_teachers.TABLE, *OTHERS]:
-        net = network(name)
-        n, known = sum(p.numel() for p in net.parameters()), dict(net.named_modules())
-        layers = lora.choose(net, dict(rank=RANK, targets=None, flag="--lora"))
-        a = sum(RANK * (known[k].weight.shape[0] + known[k].weight.flatten(1).shape[1]) for k in layers)
-        whole, adapters = n * (2 + 2 * 16 + 4), n * 2 + a * (2 * 16 + 4)
-        gb = lambda b: f"{b / 2**30:.0f} GB"
-        print(f"| {name} | {n / 1e9:.2f}B | {gb(whole)} | {gb(whole / 8)} each | {gb(adapters)} | {a / 1e6:.0f}M |")
+        n, *memory = row(name)
+        count = f"{EXPERTS[name]} x {n / EXPERTS[name] / 1e9:.2f}B" if name in EXPERTS else f"{n / 1e9:.2f}B"
+        print(f"| `{name}` | {count} | {' | '.join(f'{b / 2**30:.0f} GB' for b in memory)} |")
 
 
 if __name__ == "__main__":

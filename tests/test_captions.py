@@ -149,6 +149,20 @@ def test_latents_and_captions(name, folders, tmp_path, monkeypatch):  # noqa: F8
     assert len(both["labels"]) == 6 and torch.isfinite(model.guided(torch.randn(6, *model.shape), 0.6, 0.8, both, 2.0)).all()
 
 
+def test_latents_of_another_format(folders, tmp_path):  # noqa: F811
+    """--size 16x24, and --frames 1 of a teacher of videos."""
+    home = fill(tmp_path / "set", 2)
+    for name, kw, shape in (("sd15", dict(size=[16, 24]), (4, 8, 12)), ("wan", dict(size=[16, 24], frames=1), (4, 1, 4, 6))):
+        model = load(folders, name, home, tmp_path / "cache", **kw)
+        assert model.shape == shape
+        latents, labels = load_images(str(home), model, lambda *a: None).batch(0, 2)
+        path, _ = read_captions(home)[int(labels[0]) - int(labels.min())]
+        image = read_image(path, 3, (16, 24))[None]
+        assert latents.shape == (2, *shape) and torch.allclose(latents[:1], model.encode_images(image[:, :, None] if name == "wan" else image), atol=1e-5)
+    with pytest.raises(UserError, match="found one of videos.*--frames 1"):
+        load_images(str(home), load(folders, "wan", home, tmp_path / "cache", size=16, frames=5))
+
+
 def test_second_start_reads_the_caches(folders, tmp_path, monkeypatch):  # noqa: F811
     home, lines = fill(tmp_path / "set"), []
     first = load_images(str(home), load(folders, "sd15", home, tmp_path / "cache", lines), lines.append)
@@ -207,7 +221,7 @@ def test_a_teacher_without_images(folders, tmp_path):  # noqa: F811
         load_images(None, load(folders, "sd15", None, tmp_path / "cache"))
     video = load(folders, "sd15", fill(tmp_path / "set", 1), tmp_path / "cache")
     video.shape = (4, 3, 8, 8)
-    with pytest.raises(UserError, match="expected a teacher of square images"):
+    with pytest.raises(UserError, match="expected a teacher of images, found one of videos"):
         load_images(str(tmp_path / "set"), video)
 
 

@@ -1,6 +1,7 @@
 """common/data.py and the parts of common/run.py that a loop stands on: order of images, random numbers, weight average, atomic files, guarded steps."""
 import json
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -200,6 +201,43 @@ def test_the_central_square_is_taken(tmp_path):
     assert (read_image(tmp_path / "x.png", 1, 5) > 235).all()  # the Lanczos kernel reaches over the border
     Image.fromarray(a.T.copy()).save(tmp_path / "x.png")
     assert (read_image(tmp_path / "x.png", 1, 20) > 195).all()
+
+
+def test_other_formats(tmp_path):
+    """The middle in the format that is asked for: of 40 x 10 pixels the 20 x 10 in the middle for one twice as wide as high, the 5 x 10 for the reverse."""
+    a = np.full((10, 40), 7, np.uint8)
+    a[:, 10:30] = np.where(np.arange(20) < 10, 60, 200)
+    Image.fromarray(a).save(tmp_path / "x.png")
+    wide, high = read_image(tmp_path / "x.png", 1, (10, 20)), read_image(tmp_path / "x.png", 3, (20, 10))
+    assert wide.shape == (1, 10, 20) and wide[0, 0].tolist() == [60] * 10 + [200] * 10
+    assert high.shape == (3, 20, 10) and high.min() > 40 and high[0, 9, :3].float().mean() < 80 < 180 < high[0, 9, -3:].float().mean()
+    Image.fromarray(a.T.copy()).save(tmp_path / "x.png")
+    assert torch.equal(read_image(tmp_path / "x.png", 1, (20, 10)), wide.transpose(1, 2))
+
+
+@pytest.mark.parametrize("link, says", [
+    (lambda home, out: (home / "a" / "z.png").symlink_to(out / "x.png"), "image: .*a way out of it: .*z.png"),
+    (lambda home, out: (home / "d").symlink_to(out), "class: .*a way out of it: .*/d"),
+    (lambda home, out: (home / "a" / "deep").symlink_to(out), None),  # not followed
+    (lambda home, out: (home / "a" / "loop.png").symlink_to(home / "a" / "loop.png"), "image: .*a way out"),
+    (lambda home, out: (home / "a" / "z.png").symlink_to(home / "b" / "0.png"), None),  # stays inside
+])
+def test_links_out_of_the_folder_are_not_followed(link, says, folder, tmp_path):
+    """The folder may be somebody else's: as with captions, nothing outside of it is read."""
+    picture(tmp_path / "outside" / "x.png")
+    link(folder, tmp_path / "outside")
+    if says is None:
+        data = load_folder(folder, 1, 8, lambda *a: None)
+        assert len(data) == 6 + (folder / "a" / "z.png").exists() and data.names == ["a", "b", "c"]
+        return
+    with pytest.raises(UserError, match=f"--data {re.escape(str(folder))}: {says}") as e:
+        load_folder(folder, 1, 8, lambda *a: None)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_may_itself_be_a_link(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert len(load_folder(tmp_path / "link", 1, 8, lambda *a: None)) == 6
 
 
 def test_no_readable_image(tmp_path):

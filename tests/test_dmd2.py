@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+import decoupled_dmd
 import dmd2
+import msd
 from common import metrics, models
 from common.run import Draw, ImageNoise, Run, UserError
 from common.schedules import EDM, VP, eps_from_x0, expand, native_weight
@@ -179,6 +181,17 @@ def test_head(shape, halvings):
     head(h)[0].sum().backward()
     assert h.grad[0].norm() > 1e-3 and h.grad[1:].norm() == 0  # a group of one number would be normalised to a constant
     assert head(torch.randn(3, *shape).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(16, 15, 26), (16, 26, 15), (16, 4, 30)])
+def test_heads_of_pictures_that_are_not_square(shape):
+    """Lying, standing, and frames one below the other: several logits of a sample, in the three scripts that have this head."""
+    h = torch.randn(2, *shape, requires_grad=True)
+    for head in (dmd2.Head(h), msd.Head(h), decoupled_dmd.Critic(nn.Identity(), h).head):
+        logits = head(h)
+        assert logits.shape[0] == 2 and logits.shape[1] >= 1 and logits.ndim == 2
+        (grad,) = torch.autograd.grad(logits[0].sum(), h)
+        assert grad[0].norm() > 1e-3 and grad[1].norm() == 0
 
 
 # ---- 10.8, 10.9: grids, backward simulation, sampler ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dmd2
+import memory
 import random_teachers
 import tiny
 from common import models, teachers
@@ -28,13 +29,13 @@ def estimate(run, monkeypatch):  # noqa: F811
     """estimate(free, flags, ...) -> bytes by part that budget prints, for a network of 1,000 parameters and a VAE of 100 in bf16."""
     said = {}
 
-    def ask(free, *flags, students=1, critics=1, averages=0):
+    def ask(free, *flags, students=1, critics=1, averages=0, **sizes):
         r = run(*flags)
         monkeypatch.setattr(r, "free_memory", lambda: free)
         memory = r.memory
         monkeypatch.setattr(r, "memory", lambda name, parts: said.update(parts) or memory(name, parts))
         try:
-            r.budget(students, critics, averages, network=1000, width=2, vae=100)
+            r.budget(students, critics, averages, network=1000, width=2, vae=100, **sizes)
         finally:
             r.lock.close()
         return dict(said)
@@ -49,6 +50,9 @@ def test_estimate(estimate):
     assert estimate(10**6, "--ema", "100") == base | dict(averages=4000)
     assert estimate(10**6, "--ema", "100", "--ema-cpu") == base
     assert estimate(10**6, students=3, critics=0, averages=1) == base | dict(students=48000, critics=0, averages=4000)
+    # a teacher of two experts, 500 parameters each: students are as large, but for a script whose students are one network each
+    assert estimate(10**6, students=2, experts=2) == base | dict(students=32000)
+    assert estimate(10**6, "--ema", "100", students=2, experts=2, single=True) == base | dict(averages=4000)
 
 
 def test_what_does_not_fit_is_refused_with_advice(estimate):
@@ -84,7 +88,21 @@ def test_a_pipeline_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = models.load_teacher(str(folder), text=dict(prompts=["a"], cache=tmp_path / "cache", say=lambda *a: None))
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert asked == dict(network=count(model), vae=count(model.vae), width=2)
+    assert asked == dict(network=count(model), vae=count(model.vae), width=2, experts=1)
+
+
+def test_both_experts_are_counted(tmp_path):
+    (tmp_path / "wan").mkdir()
+    folder, asked = tiny.wan22(tmp_path / "wan"), {}
+    text = dict(prompts=["a"], cache=tmp_path / "cache", size=16, frames=1, say=lambda *a: None)
+    model = models.load_teacher(str(folder), text=text, budget=lambda **sizes: asked.update(sizes))
+    assert asked["network"] == sum(p.numel() for p in model.parameters()) and asked["experts"] == len(model.experts) == 2
+
+
+def test_table_of_readme():
+    """Its columns, for a network of 2,567,463,684 parameters: 2 + 32 + 4 bytes for each whole, an eighth of that in eight processes."""
+    n, whole, adapters, shard = memory.row("sdxl")
+    assert (n, whole, shard) == (2_567_463_684, 38 * 2_567_463_684, 38 * 2_567_463_684 / 8) and 2 * n < adapters < 0.15 * whole
 
 
 def test_a_run_that_does_not_fit(scripts, tmp_path):

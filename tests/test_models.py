@@ -567,6 +567,26 @@ def test_routed_by_level():
     assert torch.equal(Routed([a], "level", [])(x, 1.0, 0.5, cond), a(x, 1.0, 0.5, cond))
 
 
+def test_experts_of_experts(tmp_path):
+    """msd's students of a teacher that has an expert for each noise level: by label, then by level. One deeper is not read."""
+    flat = experts(4)
+    for i, m in enumerate(flat):
+        m.labelled = True
+    two = Routed(flat[:2], "level", [1.0]), Routed(flat[2:], "level", [0.5])
+    model = Routed(two, "label", [0, 1] * 4)
+    x, cond = torch.randn(4, 2), flat[0].encode([0, 1, 2, 3])
+    model.save(tmp_path, {})
+    info = json.loads((tmp_path / "distill.json").read_text())["model"]
+    again = load_model(tmp_path, info)
+    for ratio, mine in ((2.0, (0, 2)), (0.7, (1, 2)), (0.1, (1, 3))):
+        want = torch.stack([flat[mine[i % 2]](x, 1.0, ratio, cond)[i] for i in range(4)])
+        assert torch.allclose(again(x, 1.0, ratio, cond), want, atol=1e-6)
+    assert two[0].at_level(float("inf")) is flat[0] and two[0].at_level(1.0) is flat[1] and model.at_level(1.0) is model
+    Routed([model], "level", []).save(tmp_path / "deep", {})
+    with pytest.raises(UserError, match="experts: expected a list of models"):
+        load_model(tmp_path / "deep", json.loads((tmp_path / "deep" / "distill.json").read_text())["model"])
+
+
 def test_routed_by_label(tmp_path):
     a, b = experts(2)
     for m in (a, b):

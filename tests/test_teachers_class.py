@@ -15,9 +15,9 @@ from common import models, teachers_class
 from common.data import load_images
 from common.metrics import teacher_sample
 from common.run import UserError
-from common.schedules import EDM, VP, Flow
+from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from test_data import picture
-from test_teachers import native
+from test_teachers import native, reaches, through_other_schedules
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,9 @@ def test_our_sampler_is_the_pipeline(steps, folders):
         for w in (4.0, 1.0):
             scheduler, theirs, images = run_pipeline(folders("dit"), labels, steps, w)
             ours = native(model, scheduler, z, model.encode(labels), steps, w, "vp")
-            assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm()
             assert (model.decode(ours) - images * 255).abs().max() <= 1
-            for ask in (Flow(), EDM()):
-                again = native(model, scheduler, z, model.encode(labels), steps, w, "vp", ask)
-                assert (again - theirs).norm() < 1e-3 * theirs.norm(), ask.config
+            through_other_schedules(model, theirs, scheduler, z, model.encode(labels), steps, w, "vp")
         other = native(model, scheduler, z, model.encode([1, 2]), steps, 1.0, "vp")
     assert (other - theirs).norm() > 1e-2 * theirs.norm()  # labels matter
     assert torch.equal(model.null(2)["labels"], torch.tensor([1000, 1000]))
@@ -110,9 +108,13 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-def test_prompts_for_a_teacher_of_labels(folders):
-    with pytest.raises(UserError, match="--prompts: .*takes labels"):
-        load(folders("dit"), prompts="prompts.txt")
+def test_flags_for_a_teacher_of_labels(folders):
+    for text, says in ((dict(prompts="prompts.txt"), "--prompts: .*takes labels"), (dict(size=[16, 32]), "--size 16x32: expected a square"), (dict(frames=5), "--frames 5: .*DiTPipeline"),
+                       (dict(guidance=2.0), "--embedded-guidance 2: expected a teacher that is told")):
+        with pytest.raises(UserError, match=says):
+            load(folders("dit"), **text)
+    with pytest.raises(UserError, match="--size: expected a teacher that is a pipeline"):
+        load(folders("edm"), size=[16, 16])
 
 
 # ---- SiT --------------------------------------------------------------------------------------------------------------------------------
@@ -338,6 +340,26 @@ def test_bad_config_of_edm(change, says, folders, tmp_path):
 
 
 # ---- all of them ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dit", "sit", "edm"])
+@torch.no_grad()
+def test_the_same_estimate_in_another_schedule(name, folders):
+    """All over the network's own levels, wherever the other schedule has them. DiT's own last level has sigma / alpha = 157, EDM ends at 80."""
+    model = load(folders(name, **{"null": True} if name == "edm" else {}))
+    x0, eps, cond, own = noise(0, 2, *model.shape), noise(1, 2, *model.shape), model.encode([0, 1]), model.schedule
+    other = [ask for ask in (EDM(), VP(), VP(1000, 1e-4, 0.02, "linear"), Flow(), TrigFlow()) if ask.config["name"] != own.config["name"]]
+    levels, asked = own.grid(1000)[[999, 990, 800, 500, 200, 50, 5]], 0
+    for t in levels:
+        a, s = own.alpha(t), own.sigma(t)
+        for w in (1.0, 3.0):
+            here = model.guided((a * x0 + s * eps).float(), a, s, cond, w)
+            for ask in [ask for ask in other if reaches(ask, a, s)]:
+                _, a2, s2, scale = equal_snr(ask, a, s)
+                there = model.guided((scale * (a * x0 + s * eps)).float(), a2, s2, cond, w)
+                assert (there - here).norm() < 1e-4 * here.norm(), (float(t), w, ask.config)
+                asked += 1
+    assert asked >= 2 * (len(levels) * len(other) - 8)
 
 
 @pytest.mark.parametrize("name", ["dit", "sit", "edm"])
