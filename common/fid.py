@@ -9,7 +9,6 @@ A user's mistake (a file, its shapes) raises UserError; a caller's mistake raise
 """
 import hashlib
 import io
-import os
 import warnings
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common.run import UserError
+from common.run import UserError, atomic
 
 INCEPTION_SHA256 = "6726825d"  # first 8 hex digits of the hash of pt_inception-2015-12-05-6726825d.pth
 
@@ -263,9 +262,8 @@ class Stats:
 
 def save_stats(path, mu, sigma, n, protocol):
     """Write mu [D] and sigma [D, D] as float64, n and the protocol string to .npz (EDM's layout plus two), whole or not at all. OSError."""
-    with open(f"{path}.tmp", "wb") as f:
+    with atomic(path) as f:
         np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol))
-    os.replace(f"{path}.tmp", path)
 
 
 def load_stats(path):

@@ -49,6 +49,7 @@ def serve():
             os.dup2(os.open(path, mode), fd)
         os.environ.update(job["env"])
         sys.argv, sys.path[0] = job["argv"], str(ROOT)
+        exec(os.environ.pop("BEFORE", ""), {})  # what a test does to the process before the script runs
         runpy.run_path(job["argv"][0], run_name="__main__")
         return
 
@@ -66,7 +67,7 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script, *flags, **env):
-        """-> Process. flags: anything; env: more environment variables."""
+        """-> Process. flags: anything; env: more environment variables; BEFORE: code that runs ahead of the script, to break something."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
         pid = self.ask(argv=[str(ROOT / script), *needs(script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})

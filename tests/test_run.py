@@ -166,7 +166,7 @@ def test_only_our_own_leftovers_are_removed(run, tmp_path):
         path.write_text("")
     run().resume({})
     left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert left == {"keep.tmp", "sub/keep.tmp", "samples/keep.png", ".lock"}
+    assert left == {"keep.tmp", "sub/keep.tmp", "samples/keep.png", ".lock", "run.jsonl"}
 
 
 def test_flags_of_a_preset_can_be_overridden():
