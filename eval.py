@@ -125,8 +125,8 @@ def load_student(folder, args, teachers):
 def text_of(args, info=None):
     """Prompts, size and frames for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k) or trained.get(k) for k in ("prompts", "size", "frames")}
-    return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
+    given = {k: getattr(args, k) or (trained[k] if isinstance(trained.get(k), kind) else None) for k, kind in dict(prompts=str, size=int, frames=int).items()}
+    return dict(given, cache=args.cache_prompts)  # never the student's: its folder may be somebody else's, and this one is written to
 
 
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):

@@ -266,6 +266,13 @@ def save_stats(path, mu, sigma, n, protocol):
         np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol))
 
 
+def no_bomb(archive, largest=2**28, ratio=100):
+    """ValueError if an open .npz says that it grows beyond what arrays of numbers do."""
+    sizes = [(part.file_size, part.compress_size) for part in archive.zip.infolist()]
+    if (total := sum(a for a, _ in sizes)) > largest and total > ratio * sum(b for _, b in sizes):
+        raise ValueError(f"would grow to {total} bytes")
+
+
 def load_stats(path):
     """-> dict(mu float64 [D], sigma float64 [D, D], n int or None, protocol str or None) on the CPU; EDM's and ADM's public .npz load.
 
@@ -274,6 +281,7 @@ def load_stats(path):
     bad = lambda found: UserError(f"{path}: expected .npz statistics with finite float arrays mu [D] and sigma [D, D], found {found}")
     try:
         with np.load(path, allow_pickle=False) as z:
+            no_bomb(z)
             d = {k: z[k] for k in ("mu", "sigma", "n", "protocol") if k in z.files}
         n, protocol = (int(d["n"]) if "n" in d else None), (str(d["protocol"]) if "protocol" in d else None)
     except OSError as e:

@@ -19,10 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cases import needs
+from cases import FULL, SEED, needs
 from test_scripts import ROOT, SCRIPTS, checkpoint, log, one_line, processes, same
 
-FULL, SEED = os.environ.get("DISTIL_FAULTS") == "full", int(os.environ.get("SEED", 0))
 N = 12
 FLAGS = ["--teacher", "toy", "--batch", 32, "--iters", N, "--log-every", 1, "--save-every", 2, "--sample-every", 0, "--eval-n", 0, "--cooldown", 0, "--ema", 500]
 slow = pytest.mark.slow
