@@ -210,7 +210,7 @@ def test_stopped(script, signum, scripts, undisturbed, tmp_path):
 
 def test_ctrl_c_before_and_after(scripts, tmp_path):
     """While packages are imported; twice, by somebody who does not want to wait; while the finished run is measured."""
-    at_import = "import os, sys\nsys.addaudithook(lambda event, args: event == 'import' and args[0] == 'common.metrics' and os.kill(os.getpid(), 2))"
+    at_import = "import os, signal, sys\nsignal.signal(2, signal.default_int_handler)\nsys.addaudithook(lambda event, args: event == 'import' and args[0] == 'common.metrics' and os.kill(os.getpid(), 2))"
     p = go(scripts, "dmd2", tmp_path / "a", BEFORE=at_import)
     assert p.wait() in (130, -signal.SIGINT) and p.err == "interrupted\n"
     p = go(scripts, "dmd2", tmp_path / "b", BEFORE=LINE.format(n=3, rank=0, do="os.kill(os.getpid(), 2); os.kill(os.getpid(), 2); import time; time.sleep(9)"))

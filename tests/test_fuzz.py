@@ -1,7 +1,7 @@
 """Random flags, random contents of JSON files, damaged weights and checkpoints: whatever comes, the program works or says in one line what is wrong.
 
-A small sample by default; DISTIL_FAULTS=full: 500 cases of each (the flags in two parts, those that are refused at once and those that make a run). The examples
-are the same every time, unless SEED=n is given.
+A small sample by default; DISTIL_FAULTS=full: 500 cases of each (the flags in two parts, those that are refused at once and those that make a run). The cases
+are the same every time, unless SEED=n is given; hypothesis makes the failing one as small as it can.
 """
 import contextlib
 import copy
@@ -14,6 +14,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cases import FULL, SEED, generator
@@ -29,9 +31,35 @@ from test_untrusted import parts
 TOY = ROOT / "assets" / "toy"
 
 
-def cases(n):
-    """Random generators of n cases (500 in full)."""
-    return [random.Random(f"{SEED} {i}") for i in range(500 if FULL else n)]
+def cases(n, body):
+    """What body(rng) gives in n random cases (500 in full)."""
+    outcomes = []
+
+    @seed(SEED)
+    @settings(max_examples=500 if FULL else n, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+    @given(st.randoms(use_true_random=False))
+    def case(rng):
+        outcomes.append(body(rng))
+
+    case()
+    return outcomes
+
+
+def chance(rng, percent):
+    return rng.randrange(100) < percent
+
+
+def attempt(body, *what):
+    """"fine", or "refused" in one line; anything else is shown with what led to it."""
+    try:
+        body()
+    except UserError as e:
+        one_line(e)
+        return "refused"
+    except Exception:
+        print(*what)
+        raise
+    return "fine"
 
 
 def one_line(e, limit=900):
@@ -50,9 +78,9 @@ NOT = ("help", "out", "generator", "compile", "prompts", "cache_prompts")
 
 
 @pytest.fixture(scope="module")
-def parsers(monkeypatch=pytest.MonkeyPatch()):
+def parsers():
     found = {}
-    with monkeypatch.context() as m:
+    with pytest.MonkeyPatch.context() as m:
         for script in SCRIPTS:
             m.setattr(Parser, "parse", lambda self, *a: found.update({script: self}) or (_ for _ in ()).throw(KeyError))
             with contextlib.suppress(KeyError):
@@ -76,7 +104,7 @@ def command(rng, parser, home):
     for action in rng.sample(known, rng.choice([1, 1, 2, 3, 5])):
         words.append(action.option_strings[0])
         n = 0 if action.nargs == 0 else action.nargs if isinstance(action.nargs, int) else rng.randint(1, 2) if action.nargs else 1
-        kind, likely = action.type or str, rng.random() < 0.8
+        kind, likely = action.type or str, chance(rng, 80)
         pool = WORDS.get(action.dest) or list(map(str, action.choices or ())) or (LIKELY if likely else VALUES)[kind]
         words += [(rng.choice(pool) if likely else rng.choice(VALUES[kind])).replace("{set}", str(home)) for _ in range(n)]
     return [w for w in words if "\0" not in w]
@@ -97,15 +125,14 @@ def refused(script, words):
 
 
 def test_flags_that_are_refused_at_once(parsers, pictures):
-    count = 0
-    for i, rng in enumerate(cases(200)):
-        script = SCRIPTS[i % len(SCRIPTS)]
-        words = command(rng, parsers[script], pictures)
+    def body(rng):
+        words = command(rng, parsers[script := rng.choice(SCRIPTS)], pictures)
         line = refused(script, words)
-        if line is not None:
-            count += 1
-            assert line.count("\n") == 1 and len(line) < 600 and "Traceback" not in line, (script, words, line)
-    assert count > (100 if FULL else 40)
+        assert line is None or line.count("\n") == 1 and len(line) < 600 and "Traceback" not in line, (script, words, line)
+        return "fine" if line is None else "refused"
+
+    outcomes = cases(200, body)
+    assert outcomes.count("refused") > len(outcomes) // 8
 
 
 @pytest.mark.parametrize("n", [8, pytest.param(40, marks=pytest.mark.slow)])
@@ -151,10 +178,10 @@ def mutate(rng, value):
         parent = value
         for k in path[:-1]:
             parent = parent[k]
-        what = rng.random()
-        if what < 0.7:
-            parent[path[-1]] = rng.choice([v for v in STRANGE if path[-1] != "depth" or not isinstance(v, int) or abs(v) < 10])  # a network of 2**40 layers is only slow
-        elif what < 0.9:
+        what = rng.randrange(10)
+        if what < 7:
+            parent[path[-1]] = rng.choice([v for v in STRANGE if path[-1] not in ("depth", "num_layers") or not isinstance(v, int) or abs(v) < 10])  # a network of 2**40 layers is only slow
+        elif what < 9:
             del parent[path[-1]]
         elif isinstance(parent, dict):
             parent[rng.choice(["x", "lora", "extras", "adapted", "experts", "by", "table"])] = rng.choice(STRANGE)
@@ -164,42 +191,41 @@ def mutate(rng, value):
 def text(rng, value):
     """As a file: rarely cut, or with a byte of something else in it."""
     data = json.dumps(mutate(rng, value)).encode()
-    if (what := rng.random()) < 0.1:
+    if (what := rng.randrange(10)) == 0:
         data = data[:rng.randint(0, len(data))]
-    elif what < 0.2:
+    elif what == 1:
         at = rng.randint(0, len(data) - 1)
         data = data[:at] + bytes([rng.randint(0, 255)]) + data[at + 1:]
     return data
 
 
-def tally(outcomes, n):
-    """Of n cases, some worked and more were refused."""
-    assert outcomes.count("refused") > n // 5 and outcomes.count("fine") > n // 50, (outcomes.count("refused"), outcomes.count("fine"))
+def tally(outcomes):
+    """Neither all worked nor all were refused: the cases mean something."""
+    fine, refused = outcomes.count("fine"), outcomes.count("refused")
+    print(f"{fine} worked, {refused} were refused")
+    assert refused > len(outcomes) // 8 and fine > len(outcomes) // 50, (fine, refused)
 
 
 def test_contents_of_a_teachers_folder(tmp_path):
     shutil.copytree(TOY, tmp_path / "t")
-    outcomes, good = [], {name: json.loads((TOY / name).read_text()) for name in ("teacher.json", "config.json")}
+    good = {name: json.loads((TOY / name).read_text()) for name in ("teacher.json", "config.json")}
     good["teacher.json"]["evaluation"] = dict(protocol="x", classifier="c.safetensors", reference="s.npz", images="i.npz", names=["0", "1"], measured=[dict(nfe=1, cfg=1.5, fd=2.0, protocol="x")])
-    for rng in cases(150):
+
+    def load():
+        teacher = models.load_teacher(str(tmp_path / "t"))
+        with torch.no_grad():
+            student = teacher.copy()
+            student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
+            teacher.guided(torch.zeros(2, 2), 0.5, 0.5, teacher.encode([0, 1]), 2.0)
+
+    def body(rng):
         for name, value in good.items():
             (tmp_path / "t" / name).write_text(json.dumps(value))
-        name = rng.choice(list(good))
-        (tmp_path / "t" / name).write_bytes(text(rng, good[name]))
-        try:
-            teacher = models.load_teacher(str(tmp_path / "t"))
-            with torch.no_grad():
-                student = teacher.copy()
-                student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
-                teacher.guided(torch.zeros(2, 2), 0.5, 0.5, teacher.encode([0, 1]), 2.0)
-            outcomes.append("fine")
-        except UserError as e:
-            one_line(e)
-            outcomes.append("refused")
-        except Exception:
-            print((tmp_path / "t" / name).read_bytes())
-            raise
-    tally(outcomes, len(outcomes))
+        path = tmp_path / "t" / rng.choice(list(good))
+        path.write_bytes(text(rng, good[path.name]))
+        return attempt(load, path.name, path.read_bytes())
+
+    tally(cases(150, body))
 
 
 @pytest.fixture(scope="module")
@@ -218,29 +244,27 @@ def students(tmp_path_factory):
 
 
 def test_contents_of_a_students_folder(students):
-    outcomes, made, teacher = [], [p.name for p in sorted(students.iterdir())], models.load_teacher("toy")
-    good = {name: json.loads((students / name / "distill.json").read_text()) for name in made}
-    for i, rng in enumerate(cases(150)):
-        name = made[i % len(made)]
-        folder, path = students / name, students / name / "distill.json"
-        path.write_bytes(text(rng, good[name]))
-        try:
+    names, teacher = [p.name for p in sorted(students.iterdir())], models.load_teacher("toy")
+    good = {name: json.loads((students / name / "distill.json").read_text()) for name in names}
+
+    def body(rng):
+        folder = students / rng.choice(names)
+        path = folder / "distill.json"
+        path.write_bytes(text(rng, good[folder.name]))
+
+        def load():
             home, info = read_student(folder)
             sample = sampler_of(home, info)
             student = network_of(folder, home, info, teacher, "toy")
-            noise = lambda: torch.zeros(2, 2)
             with torch.no_grad():
-                sample(student, torch.ones(2, 2), student.encode(torch.tensor([0, 1])), min(info["nfe"], 8), noise, **info["sampler"])
-            outcomes.append("fine")
-        except UserError as e:
-            one_line(e)
-            outcomes.append("refused")
-        except Exception:
-            print(name, path.read_bytes())
-            raise
+                sample(student, torch.ones(2, 2), student.encode(torch.tensor([0, 1])), min(info["nfe"], 8), lambda: torch.zeros(2, 2), **info["sampler"])
+
+        try:
+            return attempt(load, folder.name, path.read_bytes())
         finally:
-            path.write_text(json.dumps(good[name]))
-    tally(outcomes, len(outcomes))
+            path.write_text(json.dumps(good[folder.name]))
+
+    tally(cases(150, body))
 
 
 @pytest.mark.slow
@@ -250,24 +274,21 @@ def test_contents_of_a_transformers_folder(tmp_path):
     config = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
     DiTTransformer2DModel(**config).save_pretrained(tmp_path)
     model = dict(adapter="dit", schedule=dict(name="flow", shift=1.0), prediction="flow", shape=[1, 8, 8], classes=3, sigma_data=0.5)
-    good, outcomes = {"teacher.json": dict(model=model), "config.json": json.loads((tmp_path / "config.json").read_text())}, []
-    for rng in cases(60):
+    good = {"teacher.json": dict(model=model), "config.json": json.loads((tmp_path / "config.json").read_text())}
+
+    def load():
+        teacher = models.load_teacher(str(tmp_path))
+        with torch.no_grad():
+            teacher.guided(torch.zeros(2, 1, 8, 8), 0.5, 0.5, teacher.encode(torch.tensor([0, 1])), 2.0)
+
+    def body(rng):
         for name, value in good.items():
             (tmp_path / name).write_text(json.dumps(value))
-        name = rng.choice(list(good))
-        (tmp_path / name).write_bytes(text(rng, good[name]).replace(b'"num_layers": 1099511627776', b'"num_layers": 7'))
-        try:
-            teacher = models.load_teacher(str(tmp_path))
-            with torch.no_grad():
-                teacher.guided(torch.zeros(2, 1, 8, 8), 0.5, 0.5, teacher.encode(torch.tensor([0, 1])), 2.0)
-            outcomes.append("fine")
-        except UserError as e:
-            one_line(e)
-            outcomes.append("refused")
-        except Exception:
-            print(name, (tmp_path / name).read_bytes())
-            raise
-    tally(outcomes, len(outcomes))
+        path = tmp_path / rng.choice(list(good))
+        path.write_bytes(text(rng, good[path.name]))
+        return attempt(load, path.name, path.read_bytes())
+
+    tally(cases(60, body))
 
 
 # ---- damaged files --------------------------------------------------------------------------------------------------------------------------
@@ -276,10 +297,10 @@ def test_contents_of_a_transformers_folder(tmp_path):
 def damage(rng, data):
     """Cut, grown, or with flipped bits: anywhere, or where formats keep their tables (both ends)."""
     data = bytearray(data)
-    if rng.random() < 0.3:
-        return bytes(data[:rng.randint(0, len(data))]) if rng.random() < 0.8 else bytes(data) + rng.randbytes(rng.randint(1, 99))
+    if chance(rng, 30):
+        return bytes(data[:rng.randint(0, len(data))]) if chance(rng, 80) else bytes(data) + rng.randbytes(rng.randint(1, 99))
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
-        at = rng.randrange(len(data)) if rng.random() < 0.3 else min(rng.randrange(1500), len(data) - 1) * rng.choice([1, -1])
+        at = rng.randrange(len(data)) if chance(rng, 30) else min(rng.randrange(1500), len(data) - 1) * rng.choice([1, -1])
         data[at] ^= 1 << rng.randrange(8)
     return bytes(data)
 
@@ -287,19 +308,18 @@ def damage(rng, data):
 def test_damaged_weights(tmp_path):
     """safetensors have no checksum: a flipped bit of a number is a number. All else is refused."""
     shutil.copytree(TOY, tmp_path / "t")
-    path, good, outcomes = tmp_path / "t" / WEIGHTS, (TOY / WEIGHTS).read_bytes(), []
-    for rng in cases(150):
+    path, good = tmp_path / "t" / WEIGHTS, (TOY / WEIGHTS).read_bytes()
+
+    def load():
+        student = models.load_teacher(str(tmp_path / "t")).copy()
+        with torch.no_grad():
+            student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
+
+    def body(rng):
         path.write_bytes(damage(rng, good))
-        try:
-            student = models.load_teacher(str(tmp_path / "t")).copy()
-            with torch.no_grad():
-                student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
-            outcomes.append("fine")
-        except UserError as e:
-            one_line(e)
-            assert WEIGHTS in str(e)
-            outcomes.append("refused")
-    tally(outcomes, len(outcomes))
+        return attempt(load, path.read_bytes()[:1500])
+
+    tally(cases(150, body))
 
 
 def test_damaged_checkpoints(run, capsys):  # noqa: F811
@@ -312,18 +332,20 @@ def test_damaged_checkpoints(run, capsys):  # noqa: F811
         r.save(it - 1, state)
     old, new = r.checkpoints()
     r.lock.close()
-    good, outcomes = new.read_bytes(), []
-    for rng in cases(60):
+    good = new.read_bytes()
+
+    def body(rng):
         new.write_bytes(damage(rng, good))
         r, state = run("--resume"), parts()
         it = r.resume(state)
         r.lock.close()
         assert (state["student"].weight == it).all() and it in (1, 2)
-        outcomes.append("fine" if it == 2 else "refused")
         for left in old.parent.glob("*.unreadable"):
             left.unlink()
         assert it == 2 or "not readable" in capsys.readouterr().err
-    tally(outcomes, len(outcomes))
+        return "fine" if it == 2 else "refused"
+
+    tally(cases(60, body))
 
 
 def test_contents_of_checkpoints(run):  # noqa: F811
@@ -332,37 +354,35 @@ def test_contents_of_checkpoints(run):  # noqa: F811
     r.save(1, parts())
     (path,) = r.checkpoints()
     r.lock.close()
-    good, outcomes = torch.load(path, weights_only=True), []
+    good = torch.load(path, weights_only=True)
     strange = [v for v in STRANGE if not isinstance(v, int) or abs(v) < 10] + [torch.zeros(0), torch.ones(3, 2), torch.ones(2, dtype=torch.int64), torch.tensor(1.0)]
 
-    def spots(value, path=()):
-        yield path
+    def spots(value, at=()):
+        yield at
         for k, v in value.items() if isinstance(value, dict) else ():
-            yield from spots(v, (*path, k))
+            yield from spots(v, (*at, k))
 
-    for rng in cases(100):
+    def body(rng):
         payload = copy.deepcopy(good)
-        spot, parent = rng.choice([p for p in spots(payload) if p]), payload
-        for k in spot[:-1]:
+        at, parent, value = rng.choice([p for p in spots(payload) if p]), payload, "deleted"
+        for k in at[:-1]:
             parent = parent[k]
-        if rng.random() < 0.2:
-            del parent[spot[-1]]
+        if chance(rng, 20):
+            del parent[at[-1]]
         else:
-            parent[spot[-1]] = value = rng.choice(strange)
+            parent[at[-1]] = value = rng.choice(strange)
         torch.save(payload, path)
         r, state = run("--resume"), parts()
-        try:
+
+        def go_on():
             r.resume(state)
             state["student"](torch.ones(1, 3)).sum().backward()
             r.step(state["opt_g"], list(state["student"].parameters()), 1.0)
             state["ema"].update(8)
-            outcomes.append("fine")
-        except UserError as e:
-            one_line(e)
-            outcomes.append("refused")
-        except Exception:
-            print(spot, locals().get("value"))
-            raise
+
+        try:
+            return attempt(go_on, at, value)
         finally:
             r.lock.close()
-    tally(outcomes, len(outcomes))
+
+    tally(cases(100, body))
