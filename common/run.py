@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -295,6 +296,8 @@ class EMA:
         return dict(images=self.images, model=(self.live.state_dict() | average if self.host else self.twin.state_dict()) if self.halflife else {})
 
     def load_state_dict(self, state):
+        if not isinstance(state["images"], (int, float)) or not state["images"] >= 0:
+            raise ValueError(f"average: expected a number of images, found {str(state['images'])[:80]}")
         self.images = state["images"]
         if self.host:
             self.wait()
@@ -651,6 +654,9 @@ class Run:
         unreadable = []
         for path in reversed(self.checkpoints() if self.resume_wanted else []):
             try:
+                with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
+                    if (part := z.testzip()) is not None:
+                        raise zipfile.BadZipFile(part)
                 payload = torch.load(path, map_location="cpu", weights_only=True, mmap=self.args.shard)  # no pickled code is ever run
             except Exception as e:  # torch raises many kinds for a damaged file; the reason is shown and the older checkpoint tried
                 self.warn(f"{path}: not readable ({type(e).__name__}), trying the one before")

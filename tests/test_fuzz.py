@@ -337,8 +337,10 @@ def test_damaged_checkpoints(run, capsys):  # noqa: F811
     def body(rng):
         new.write_bytes(damage(rng, good))
         r, state = run("--resume"), parts()
-        it = r.resume(state)
-        r.lock.close()
+        try:
+            it = r.resume(state)
+        finally:
+            r.lock.close()
         assert (state["student"].weight == it).all() and it in (1, 2)
         for left in old.parent.glob("*.unreadable"):
             left.unlink()

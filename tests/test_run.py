@@ -159,6 +159,21 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_does_not_count(run):
     assert torch.load(again.checkpoints()[-1], weights_only=True)["it"] == 4
 
 
+def test_a_flipped_bit_of_a_checkpoint_is_found(run, capsys):
+    """In the middle of a tensor: torch itself reads it without a word."""
+    r, net = run(), torch.nn.Linear(50, 50)
+    for it in range(2):
+        r.save(it, dict(net=net))
+    newest = r.checkpoints()[-1]
+    data = bytearray(newest.read_bytes())
+    data[data.find(net.weight.detach().numpy().tobytes()) + 5000] ^= 1
+    newest.write_bytes(data)
+    assert torch.load(newest, weights_only=True)["it"] == 2
+    r.lock.close()
+    again = run("--resume")
+    assert again.resume(dict(net=net)) == 1 and "it-00000002.pt: not readable (BadZipFile)" in capsys.readouterr().err
+
+
 def test_only_our_own_leftovers_are_removed(run, tmp_path):
     for name in ("keep.tmp", "sub/keep.tmp", "samples/keep.png", "ckpt/it-00000001.pt.tmp"):
         path = tmp_path / "out" / name

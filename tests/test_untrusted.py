@@ -14,12 +14,11 @@ import pytest
 import torch
 from PIL import EpsImagePlugin
 
-import dmd2
 import eval as evaluation_script
 from common import data, fid, metrics, models, pairs, teachers, teachers_class
 from common.metrics import Extractor
 from common.models import EXTRAS, WEIGHTS
-from common.run import EMA, ROOT, Run, RunError, UserError, outside
+from common.run import EMA, ROOT, RunError, UserError, outside
 from test_run import run  # noqa: F401  the fixture
 
 TOY, MNIST = ROOT / "assets" / "toy", ROOT / "assets" / "mnist"
@@ -123,7 +122,15 @@ def checkpoint(tmp, run):
     r.save(0, dict(net=net))
     path = r.checkpoints()[0]
     r.lock.close()
-    return path, lambda: run("--resume").resume(dict(net=net))
+
+    def load():
+        r = run("--resume")
+        try:
+            r.resume(dict(net=net))
+        finally:
+            r.lock.close()
+
+    return path, load
 
 
 def embeddings(tmp, run):
