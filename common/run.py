@@ -428,8 +428,9 @@ class Run:
                 versions[name] = metadata.version(name)
         line = dict(first=first, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), method=self.method, command=sys.argv,
                     flags=vars(self.args), processes=self.world, device=str(self.device), revision=self.revision, versions=versions)
-        with open(self.out / "run.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+        before = path.read_text() if (path := self.out / "run.jsonl").exists() else ""
+        with atomic(path) as f:
+            f.write((before + json.dumps(line) + "\n").encode())
 
     def on_signal(self, signum, frame):
         if self.stopping and signum == signal.SIGINT:
