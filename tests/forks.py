@@ -3,11 +3,13 @@
 A server process imports torch once; every script is a fork of it that runs `python SCRIPT FLAGS` from the first line (runpy, __main__), with its own
 exit code, output, signals and locks. Modules of this repository are imported by the fork, so a missing import still shows.
 """
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from cases import needs
@@ -50,8 +52,29 @@ def serve():
         os.environ.update(job["env"])
         sys.argv, sys.path[0] = job["argv"], str(ROOT)
         exec(os.environ.pop("BEFORE", ""), {})  # what a test does to the process before the script runs
-        runpy.run_path(job["argv"][0], run_name="__main__")
-        return
+        end(lambda: runpy.run_path(job["argv"][0], run_name="__main__"))
+
+
+def end(run):
+    """Ends this process as Python would, but for tearing down all of torch's modules, which takes longer than many a script."""
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if code and not isinstance(e.code, int):
+            print(e.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        code = 130
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 255)
 
 
 class Server:
