@@ -702,6 +702,8 @@ class Run:
             os.truncate(log, min(log_bytes, log.stat().st_size))
         for path in unreadable:
             path.rename(f"{path}.unreadable")
+        for old in self.checkpoints()[:-2]:  # death came after a new one was there and before the oldest was gone
+            old.unlink()
 
     def finish(self, it, state):
         """Last checkpoint, after iteration it. A run that a signal ended leaves here: exit code 143 (SIGTERM) or 130 (Ctrl-C)."""

@@ -160,6 +160,16 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_does_not_count(run):
     assert torch.load(again.checkpoints()[-1], weights_only=True)["it"] == 4
 
 
+def test_a_death_before_the_oldest_checkpoint_was_removed(run):
+    r, net = run(), torch.nn.Linear(2, 2)
+    for it in range(3):
+        r.save(it, dict(net=net))
+    (r.out / "ckpt" / "it-00000001.pt").write_bytes(r.checkpoints()[0].read_bytes())
+    r.lock.close()
+    assert run("--resume").resume(dict(net=net)) == 3
+    assert [p.name for p in r.checkpoints()] == ["it-00000002.pt", "it-00000003.pt"]
+
+
 def test_a_flipped_bit_of_a_checkpoint_is_found(run, capsys):
     """In the middle of a tensor: torch itself reads it without a word."""
     r, net = run(), torch.nn.Linear(50, 50)
