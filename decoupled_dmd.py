@@ -183,7 +183,7 @@ def gradients(x, ca, dm, cond, teacher, fake, w, normaliser="own", floor=1e-8):
     """g_ca, g_dm, N_ca [B], N_dm [B], without graph. x: student output [B, *shape]; ca, dm: its noisy copies (x_t, alpha [B], sigma [B]); None: that
     term is left out, its g is 0; the same object: one copy for both, asked once."""
     size = lambda r: (x - r).abs().flatten(1).mean(1)  # one number per sample
-    one = lambda n: n.view(-1, *[1] * (x.ndim - 1))
+    one = lambda n: n.where(n != 0, math.inf).view(-1, *[1] * (x.ndim - 1))  # 0 / 0 is 0, but a nan stays and is counted
     with torch.no_grad():
         parts = ([(*ca, cond), (*ca, cond | teacher.null(len(x)))] if ca else []) + ([(*dm, cond)] if dm and dm is not ca else [])  # the teacher answers all in one pass
         x_t, alpha, sigma = (torch.cat([p[i] for p in parts]) for i in range(3))
@@ -194,8 +194,8 @@ def gradients(x, ca, dm, cond, teacher, fake, w, normaliser="own", floor=1e-8):
         n_ca, n_dm = size(c_ca).clamp(min=floor), size(c_dm).clamp(min=floor)  # (6)
         if normaliser != "own":
             n_ca = n_dm = size(u + w * (c_dm - u) if ca else c_dm) if normaliser == "guided" else torch.ones_like(n_dm)
-        g_ca = ((w - 1) * (u - c_ca) / one(n_ca)).nan_to_num()  # (4); 0 / 0 is 0
-        g_dm = ((f - c_dm) / one(n_dm)).nan_to_num()  # (5)
+        g_ca = (w - 1) * (u - c_ca) / one(n_ca)  # (4)
+        g_dm = (f - c_dm) / one(n_dm)  # (5)
     return g_ca, g_dm, n_ca, n_dm
 
 

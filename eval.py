@@ -129,8 +129,11 @@ def load_student(folder, args, teachers):
 def text_of(args, info=None):
     """Prompts, size, frames and guidance for a pipeline: of the flags, else those that the student was trained with."""
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    given = {k: getattr(args, k, None) or trained.get(k) for k in ("prompts", "size", "frames")} | dict(guidance=trained.get("embedded_guidance"))
-    return dict(given, cache=args.cache_prompts or trained.get("cache_prompts"))
+    kinds = dict(prompts=str, size=(int, list), frames=int, embedded_guidance=(int, float))
+    old = {k: trained[k] if isinstance(trained.get(k), kind) else None for k, kind in kinds.items()}
+    size = args.size or (None if isinstance(old["size"], list) and list(map(type, old["size"])) != [int, int] else old["size"])
+    return dict(prompts=args.prompts or old["prompts"], size=size, frames=args.frames or old["frames"], guidance=old["embedded_guidance"],
+                cache=args.cache_prompts)  # never the student's cache: its folder may be somebody else's, and this one is written to
 
 
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
@@ -322,7 +325,8 @@ def main(argv=None):
             if args.latency:  # on one process while the others wait
                 result["latency"] = metrics.together(lambda: metrics.latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
         result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
-                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(),
+                       date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
         if book:
             book.add(row, result)

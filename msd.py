@@ -178,7 +178,7 @@ def dm_gradient(x, x_t, alpha, sigma, cond, real, fake, cfg):
         r = real.guided(x_t, alpha, sigma, cond, cfg)  # (4)
         f = fake(x_t, alpha, sigma, cond)
         w = (x - r).abs().flatten(1).mean(1)  # one number per sample
-        g = ((f - r) / w.view(-1, *[1] * (x.ndim - 1))).nan_to_num()  # (5); 0 / 0 is 0
+        g = (f - r) / w.where(w != 0, math.inf).view(-1, *[1] * (x.ndim - 1))  # (5); 0 / 0 is 0, but a nan stays and is counted
     return g, r, f, w
 
 

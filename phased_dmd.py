@@ -185,7 +185,7 @@ def dm_gradient(x0, x_t, t, s, cond, real, fake, cfg, normaliser):
         f = fake(x_t, 1 - t, t, cond)
         w = (x0 - r).abs().flatten(1).mean(1)  # one number per sample
         d = (1 - s) * t**2 / (1 - t) ** 2 if normaliser == "paper" else w
-        g = ((f - r) / expand(d, x0).to(x0.dtype)).nan_to_num()  # (7); 0 / 0 is 0, and t = 1 has d = inf
+        g = (f - r) / expand(d.where(d != 0, torch.inf), x0).to(x0.dtype)  # (7); 0 / 0 is 0, and t = 1 has d = inf; a nan stays and is counted
     return g, r, f, w
 
 

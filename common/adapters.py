@@ -301,7 +301,8 @@ def load_controlled(folder, info, teacher=None):
     home, own = read_student(folder / "generator")
     generator = models.load_model(home, own["model"], teacher).requires_grad_(False)
     given = info.get("control")
-    if not isinstance(given, dict) or not isinstance(given.get("factor"), int) or not isinstance(given.get("name"), str):
+    if not isinstance(given, dict) or not isinstance(given.get("factor"), int) or not isinstance(given.get("name"), str) \
+            or not isinstance(given.get("folder") or "", str):
         raise UserError(f"{folder / 'distill.json'}: model.control: expected an object with name and factor, found {given!r}")
     if not (info.get("blocks") is None or isinstance(info["blocks"], int)):
         raise UserError(f"{folder / 'distill.json'}: model.blocks: expected a number or null, found {info['blocks']!r}")

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common import fid
 from common.run import ROOT, UserError, atomic, mix
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -54,8 +55,9 @@ def load_npz(path):
     """Images from an .npz with arrays `images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N]."""
     try:
         with np.load(path, allow_pickle=False) as f:
+            fid.no_bomb(f)
             images, labels = f["images"], f["labels"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path}: expected an .npz with arrays images and labels ({type(e).__name__})") from None
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not len(images) or labels.dtype.kind not in "iu" or labels.min() < 0:

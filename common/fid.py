@@ -9,7 +9,6 @@ A user's mistake (a file, its shapes) raises UserError; a caller's mistake raise
 """
 import hashlib
 import io
-import os
 import warnings
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common.run import UserError
+from common.run import UserError, atomic
 
 INCEPTION_SHA256 = "6726825d"  # first 8 hex digits of the hash of pt_inception-2015-12-05-6726825d.pth
 
@@ -263,9 +262,15 @@ class Stats:
 
 def save_stats(path, mu, sigma, n, protocol):
     """Write mu [D] and sigma [D, D] as float64, n and the protocol string to .npz (EDM's layout plus two), whole or not at all. OSError."""
-    with open(f"{path}.tmp", "wb") as f:
+    with atomic(path) as f:
         np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol))
-    os.replace(f"{path}.tmp", path)
+
+
+def no_bomb(archive, largest=2**28, ratio=100):
+    """ValueError if an open .npz says that it grows beyond what arrays of numbers do."""
+    sizes = [(part.file_size, part.compress_size) for part in archive.zip.infolist()]
+    if (total := sum(a for a, _ in sizes)) > largest and total > ratio * sum(b for _, b in sizes):
+        raise ValueError(f"would grow to {total} bytes")
 
 
 def load_stats(path):
@@ -276,6 +281,7 @@ def load_stats(path):
     bad = lambda found: UserError(f"{path}: expected .npz statistics with finite float arrays mu [D] and sigma [D, D], found {found}")
     try:
         with np.load(path, allow_pickle=False) as z:
+            no_bomb(z)
             d = {k: z[k] for k in ("mu", "sigma", "n", "protocol") if k in z.files}
         n, protocol = (int(d["n"]) if "n" in d else None), (str(d["protocol"]) if "protocol" in d else None)
     except OSError as e:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import fid
 from common.data import SUFFIXES, load_images
-from common.run import ImageNoise, UserError, revision, save_grid, write_json
+from common.run import ImageNoise, UserError, atomic, save_grid, write_json
 from common.toy import energy_distance, mode_shares, sliced_wasserstein
 
 DISTANCES = ("fid", "fd", "kid", "energy_distance", "sliced_wasserstein")  # lower is better
@@ -278,7 +278,7 @@ def read(path, channels):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as img:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as img:  # others run programs (EPS) or are rare
                 a = np.array(img.convert("L" if channels == 1 else "RGB"))
         except Exception as e:  # pillow's readers raise many kinds for a damaged file; leaving it out would change n without a word
             raise UserError(f"{path}: not readable as an image ({type(e).__name__})") from None
@@ -407,14 +407,23 @@ def report(run, teacher, student, sample, sampler, it, n):
     result = evaluate(model_sampler, student, teacher, n, args.seed, rank=run.rank, world=run.world)
     result = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg, train_seconds=round(run.seconds), **result)
     if run.main:
-        with open(run.out / "eval.jsonl", "a") as f:
-            f.write(dumps(result) + "\n")
+        before = [line for line in path.read_text().splitlines() if earlier(line, it)] if (path := run.out / "eval.jsonl").exists() else []
+        with atomic(path) as f:
+            f.write("\n".join([*before, dumps(result), ""]).encode())
         write_json(run.out / "metrics.json", json.loads(dumps(result)))  # strict JSON: a diverged run has nan
         for row in teacher.evaluation.get("measured", []):
             run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
         run.print(summary(result))
         for part in result.get("experts", []):
             run.print(summary(dict(result, **{k: None for k in METRICS}) | part | dict(method=f"  expert {part['expert']}", protocol=f"labels {part['labels']}, n={part['n']}")))
+
+
+def earlier(line, it):
+    """Is this line of eval.jsonl of an iteration before `it`? Others are of iterations that a resume has undone, or half a line."""
+    try:
+        return json.loads(line)["it"] < it
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def summary(r):
@@ -427,9 +436,10 @@ def export(run, teacher, student, sampler):
     """student/: weights in diffusers format and distill.json, all that inference needs."""
     student = student.whole()
     if run.main:
+        (run.out / "student" / "distill.json").unlink(missing_ok=True)  # written last: no half-written student looks finished
         flags = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite")}
         student.save(run.out / "student", dict(method=run.method, teacher=run.args.teacher, nfe=run.args.nfe, cfg=run.args.cfg, sampler=sampler, flags=flags,
-                                               seed=run.args.seed, revision=revision(), torch=torch.__version__,
+                                               seed=run.args.seed, revision=run.revision, torch=torch.__version__,
                                                training=run.record | dict(seconds=round(run.seconds), iterations=run.args.iters, batch=run.args.batch,
                                                                           command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), world=run.world,
                                                                           dtype=str(run.dtype)[6:], threads=torch.get_num_threads(), hardware=hardware(run.device),

@@ -680,6 +680,33 @@ def stored(folder):
     return count
 
 
+def inside(name):
+    """Is this the name of a file in the folder that holds the JSON which names it? The folder may be somebody else's."""
+    return isinstance(name, str) and bool(name) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+
+
+def evaluation(path, found):
+    """What teacher.json says under "evaluation", checked before anything is trained."""
+    from common.metrics import summary
+
+    def prints(row):
+        try:
+            return bool(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
+        except (TypeError, ValueError, KeyError):
+            return False
+
+    kinds = dict(protocol=("text", lambda v: isinstance(v, str)), names=("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(n, str) for n in v)),
+                 measured=("a list of results", lambda v: isinstance(v, list) and all(map(prints, v))),
+                 **dict.fromkeys(("classifier", "reference", "images"), ("a file in this folder", inside)))
+    if not isinstance(found, dict):
+        raise UserError(f"--teacher {path}: expected an object under \"evaluation\", found {type(found).__name__}")
+    for key, value in found.items():
+        expected, fine = kinds.get(key, ("", lambda v: True))
+        if not fine(value):
+            raise UserError(f"--teacher {path}: evaluation.{key}: expected {expected}, found {str(value)[:80]!r}")
+    return found
+
+
 def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lambda **sizes: None, place=None):
     """--teacher NAME or a folder -> frozen Model. `.evaluation` says how its samples are measured (files relative to `.folder`).
     text: for pipelines, arguments of common.teachers.load_pipeline (prompts, cache, size, frames, guidance, say, once, data). budget: told the sizes before anything
@@ -706,9 +733,7 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lamb
     else:
         teacher = load_model(folder, info["model"])
     budget(network=sum(p.numel() for p in teacher.parameters()), width=4)
-    teacher.evaluation = info.get("evaluation", {})
-    if not isinstance(teacher.evaluation, dict):
-        raise UserError(f"--teacher {folder / 'teacher.json'}: expected an object under \"evaluation\", found {type(teacher.evaluation).__name__}")
+    teacher.evaluation = evaluation(folder / "teacher.json", info.get("evaluation", {}))
     if teacher.adapter == "toy":
         teacher.exact, teacher.labelled = True, name == "toy-cond"
     teacher.dtype = dtype

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from common.metrics import generate, teacher_sample
-from common.run import ImageNoise, RunError, UserError, atomic, mix
+from common.run import ImageNoise, RunError, UserError, atomic, mix, reason
 
 STEPS, PART = 50, 64  # steps of the teacher; pairs in one file
 
@@ -42,8 +42,10 @@ class Pairs:
             if run.world > 1:
                 dist.barrier()
             self.parts = [load_file(file)["x"] for file in files]
-        except (OSError, SafetensorError) as e:
-            raise RunError(f"{folder}: pairs not written or not readable: {str(e).splitlines()[0]}") from None
+            if any(part.shape != (min(PART, n - i * PART), *teacher.shape) for i, part in enumerate(self.parts)):
+                raise OSError("their shapes are others; delete the folder to make them again")
+        except (OSError, SafetensorError, KeyError) as e:
+            raise RunError(f"{folder}: pairs not written or not readable: {reason(e)}") from None
 
     def rows(self, index):
         """index: int64 [B] -> noise [B, *shape], image [B, *shape], cond."""

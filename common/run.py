@@ -9,6 +9,7 @@ import datetime
 import difflib
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -16,12 +17,15 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,23 +42,46 @@ class RunError(Exception):
 
 def launch(main):
     """Calls a script's main() and turns faults into one line and an exit code: 2 user error, 1 fault, 130 Ctrl-C, 143 SIGTERM (after saving)."""
-    code = 0
+    code, line = 0, None
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         main()
     except (UserError, RunError) as e:
-        code = 2 if isinstance(e, UserError) else 1
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}", file=sys.stderr)
-    except torch.OutOfMemoryError as e:
-        code = 1
-        print(f"{Path(sys.argv[0]).name}: out of device memory: lower --batch or add --grad-checkpoint ({str(e).split('.')[0]})", file=sys.stderr)
+        code, line = 2 if isinstance(e, UserError) else 1, str(e) if int(os.environ.get("RANK", 0)) == 0 else None
     except KeyboardInterrupt:
-        code = 130
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        code, line = 130, "interrupted"
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as e:
+        code, line = 1, outside(e)
+        if line is None:
+            raise
     finally:
+        if line is not None:
+            print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code)
+
+
+OUTSIDE = (  # words in the messages of torch, and what they mean
+    (("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
+     "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --grad-checkpoint, --lora RANK or --shard"),
+    (("deterministic implementation", "Deterministic behavior was enabled"), "--deterministic: an operation of this run has no deterministic form here; leave it out"),
+    (("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"), "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume"),
+)
+
+
+def outside(e):
+    """One line for a fault that is no mistake of the code: memory, disk, another process. None: it may be one."""
+    if isinstance(e, MemoryError):
+        return OUTSIDE[0][1]
+    meaning = [f"{text} ({reason(e)[:200]})" for words, text in OUTSIDE if any(w in str(e) for w in words)]
+    return meaning[0] if meaning else f"file not written or not read: {reason(e)}" if isinstance(e, (OSError, SafetensorError)) else None
+
+
+def reason(e):
+    """First line of an exception's message; its kind if it has none."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 # ---- flags ------------------------------------------------------------------------------------------------------------------------------
@@ -73,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         self.model.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
         self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
         self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
-        self.model.add_argument("--embedded-guidance", type=float, help="guidance scale that a guidance-distilled teacher is told as an input, FLUX.1-dev (3.5); --cfg is on top of it")
+        self.model.add_argument("--embedded-guidance", type=float, help="guidance scale that FLUX.1-dev, distilled from guidance, is told as an input (3.5); --cfg is on top of it")
         self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
         self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
         self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
@@ -97,6 +124,7 @@ class Parser(argparse.ArgumentParser):
         self.run.add_argument("--seed", type=int, default=0, help="of all random numbers; noise and labels depend on (seed, iteration, sample), not on the processes")
         self.run.add_argument("--device", default="auto", help="auto, cpu or cuda")
         self.run.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; weights stay fp32. auto: bf16 on CUDA")
+        self.run.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in every run on the same machine, at some cost in time; CPUs do it anyway")
         self.run.add_argument("--shard", action="store_true", help="spread weights, gradients and optimiser over the processes (torch's fully_shard) instead of DDP")
         self.run.add_argument("--compile", action="store_true", help="torch.compile the networks")
         self.run.add_argument("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
@@ -118,12 +146,18 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if args.smoke:
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)
+        for name, given in vars(args).items():
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(value, float) and value != value or isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+                    raise UserError(f"--{name.replace('_', '-')}: expected a number of ordinary size, found {value}")
         for name in ("iters", "batch", "nfe", "log_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
         for name in ("lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
             if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
+        if 0 < args.eval_n < max(8, world := int(os.environ.get("WORLD_SIZE", 1))):  # k = 3 neighbours and a covariance need some
+            raise UserError(f"--eval-n {args.eval_n}: expected 0 or at least {max(8, world)} samples")
         for name, fine, expected in (("cooldown", 0 <= args.cooldown <= 1, "a share from 0 to 1"), ("clip", args.clip > 0, "a number > 0"),
                                      ("betas", all(0 <= b < 1 for b in args.betas), "two numbers from 0 to below 1")):
             if not fine:
@@ -271,6 +305,8 @@ class EMA:
         return dict(images=self.images, model=(self.live.state_dict() | average if self.host else self.twin.state_dict()) if self.halflife else {})
 
     def load_state_dict(self, state):
+        if not isinstance(state["images"], (int, float)) or not state["images"] >= 0:
+            raise ValueError(f"average: expected a number of images, found {str(state['images'])[:80]}")
         self.images = state["images"]
         if self.host:
             self.wait()
@@ -314,6 +350,10 @@ class Run:
             raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
         if args.shard and world == 1:
             raise UserError("--shard: expected several processes to spread the weights over (torchrun --nproc_per_node=N), found one")
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
         self.rank, self.world, self.device, self.dtype = processes(args)
         self.main, self.batch = self.rank == 0, args.batch // self.world
         device = self.device  # not self: a run that holds itself would keep its lock
@@ -322,10 +362,13 @@ class Run:
             from common.shard import Sharding  # a second's import
             self.place = Sharding(self.device)
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
-        self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.time(), 0.0, False, {}, 0, 0
+        self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.monotonic(), 0.0, False, {}, 0, 0
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
-        self.resume_wanted = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.resume_wanted = args.resume or self.restarted
         self.once(self.open_folder)
+        if self.restarted and args.overwrite and (self.out / ".lock").read_text():
+            self.resume_wanted = False  # the first attempt ended before it discarded the run that was here
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self.on_signal)
 
@@ -349,26 +392,54 @@ class Run:
         try:
             for sub in ("ckpt", "samples"):
                 (self.out / sub).mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "a")
+            self.lock = open(self.out / ".lock", "a+")
         except OSError as e:
             raise UserError(f"--out {self.out}: expected a folder that can be written, found: {e.strerror}") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--out {self.out}: another run is writing here; choose another folder or wait for it") from None
-        for litter in [p for pattern in ("metrics.json.tmp", "ckpt/*.tmp", "samples/*.tmp", "student/*.tmp") for p in self.out.glob(pattern)]:
+        for litter in [p for pattern in ("*.json*.tmp", "pairs-*/*.tmp", "ckpt/*.tmp", "samples/*.tmp", "student/**/*.tmp") for p in self.out.glob(pattern)]:
             litter.unlink()  # left by a run that was killed while writing
-        if not self.resume_wanted:
-            if (old := self.checkpoints()) and not self.args.overwrite:
-                raise UserError(f"--out {self.out}: holds a run at iteration {int(old[-1].stem[3:])}; add --resume, --overwrite or another --out")
-        elif not self.checkpoints() and self.args.resume:
+        self.lock.seek(0)
+        if self.restarted and "holds a run" in (left := self.lock.read()):
+            raise UserError(left)
+        refusal = ""
+        if not self.resume_wanted and (old := self.checkpoints()):
+            refusal = f"--out {self.out}: holds a run at iteration {int(old[-1].stem[3:])}; add --resume, --overwrite or another --out"
+        if not self.restarted:
+            self.mark("to be discarded" if refusal and self.args.overwrite else refusal)
+        if refusal and not self.args.overwrite:
+            raise UserError(refusal)
+        if self.args.resume and not self.checkpoints():
             raise UserError(f"--resume: no checkpoint in {self.out / 'ckpt'}")
+
+    def mark(self, text):
+        """What torchrun's next attempts must know of this one, since to them every checkpoint looks like one of their own."""
+        if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+            return
+        self.lock.truncate(0)
+        self.lock.write(text)
+        self.lock.flush()
 
     def clear(self):
         """Removes what an earlier run left. Called when nothing can be wrong with the flags any more, so that a typo beside --overwrite costs nothing."""
-        results = ("ckpt/it-*", "samples/[0-9]*.png", "metrics.json", "student/*.safetensors", "student/*.json") if self.args.overwrite else ()
-        for path in [p for pattern in ("log.jsonl", "eval.jsonl", *results) for p in self.out.glob(pattern)]:
+        results = ("ckpt/it-*", "samples/[0-9]*.png", "metrics.json", "control.json", "path.json", "student/**/*.json", "student/**/*.safetensors") if self.args.overwrite else ()
+        for path in [p for pattern in ("log.jsonl", "eval.jsonl", "run.jsonl", *results) for p in self.out.glob(pattern)]:
             path.unlink()
+        self.mark("")
+
+    def note_start(self, first):
+        """A line of run.jsonl for each start: all that it takes to do it again."""
+        self.revision, versions = revision(), dict(python=sys.version.split()[0])
+        for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
+        line = dict(first=first, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), method=self.method, command=sys.argv,
+                    flags=vars(self.args), processes=self.world, device=str(self.device), revision=self.revision, versions=versions)
+        before = path.read_text() if (path := self.out / "run.jsonl").exists() else ""
+        with atomic(path) as f:
+            f.write((before + json.dumps(line) + "\n").encode())
 
     def on_signal(self, signum, frame):
         if self.stopping and signum == signal.SIGINT:
@@ -385,7 +456,7 @@ class Run:
 
     @property
     def seconds(self):
-        return self.past_seconds + time.time() - self.start
+        return self.past_seconds + time.monotonic() - self.start  # a clock that is set does not touch it
 
     def text(self):
         """What load_teacher needs for a pipeline."""
@@ -545,7 +616,8 @@ class Run:
         rate = (images - last[0]) / max(now - last[1], 1e-9) if last else float("nan")
         self.last_log = (images, now)
         clock = dict(seconds=round(now, 2), images_per_s=None if rate != rate else round(rate, 1), peak_mb=round(self.peak_mb()))
-        line = dict(it=it, images=images, skipped=skipped, **{k: float(f"{float(v):.6g}") for k, v in zip(values, flat)}, time=clock)
+        number = lambda v: float(f"{float(v):.6g}") if math.isfinite(v) else None  # JSON has no nan
+        line = dict(it=it, images=images, skipped=skipped, **{k: number(v) for k, v in zip(values, flat)}, time=clock)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
         shown = {k: f"{float(v):.3g}" for k, v in list(zip(values, flat))[:2]}
@@ -564,7 +636,7 @@ class Run:
     # -- checkpoints: everything a resume needs. Random numbers need no state (Draw), data order is a function of the iteration.
 
     def checkpoints(self):
-        return sorted((self.out / "ckpt").glob("it-*.pt"))
+        return sorted(p for p in (self.out / "ckpt").glob("it-*.pt") if p.stem[3:].isdigit())
 
     def header(self):
         alphas = [f"{spec['alpha']:g}" for spec in (vars(self.args).get("lora"), vars(self.args).get("lora_fake")) if spec]  # no shape tells them apart
@@ -577,17 +649,15 @@ class Run:
             from common.shard import gather
             state = gather(state, self.main)
         if self.main:
-            log = self.out / "log.jsonl"
-            with open(log, "a") as f:
-                os.fsync(f.fileno())
-            payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, skipped=int(self.skipped),
-                           state=state)
-            path = self.out / "ckpt" / f"it-{it + 1:08d}.pt"
+            log, path = self.out / "log.jsonl", self.out / "ckpt" / f"it-{it + 1:08d}.pt"
             try:
+                with open(log, "a") as f:
+                    os.fsync(f.fileno())
+                payload = dict(header=self.header(), it=it + 1, seconds=self.seconds, log_bytes=log.stat().st_size, skipped=int(self.skipped), state=state)
                 with atomic(path) as f:
                     torch.save(payload, f)
             except (OSError, RuntimeError) as e:  # RuntimeError: how torch.save reports a full disk
-                self.warn(f"checkpoint at iteration {it + 1} not written ({str(e).splitlines()[0]}); the previous one is intact")
+                self.warn(f"checkpoint at iteration {it + 1} not written ({reason(e)}); the previous one is intact")
             else:
                 for old in self.checkpoints()[:-2]:
                     old.unlink()
@@ -600,6 +670,9 @@ class Run:
         unreadable = []
         for path in reversed(self.checkpoints() if self.resume_wanted else []):
             try:
+                with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
+                    if (part := z.testzip()) is not None:
+                        raise zipfile.BadZipFile(part)
                 payload = torch.load(path, map_location="cpu", weights_only=True, mmap=self.args.shard)  # no pickled code is ever run
             except Exception as e:  # torch raises many kinds for a damaged file; the reason is shown and the older checkpoint tried
                 self.warn(f"{path}: not readable ({type(e).__name__}), trying the one before")
@@ -607,19 +680,27 @@ class Run:
                 continue
             found, expected = payload.get("header") if isinstance(payload, dict) else None, self.header()
             if found != expected:
-                raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {found}")
+                raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {str(found)[:200]}")
             try:
+                counters = it, skipped, log_bytes, seconds = [payload[k] for k in ("it", "skipped", "log_bytes", "seconds")]
+                if not all(isinstance(v, int) for v in counters[:3]) or not all(0 <= v < float("inf") for v in counters):
+                    raise ValueError(f"expected counters >= 0, found {str(counters)[:100]}")
                 for name, part in state.items():
                     part.load_state_dict(self.own(part, payload["state"][name]))
-            except (KeyError, RuntimeError, ValueError) as e:
-                raise UserError(f"--resume {path}: does not fit the networks of these flags: {str(e).splitlines()[0]}") from None
-            self.past_seconds, self.skipped, self.saved = payload["seconds"], payload["skipped"], payload["it"]
-            self.once(lambda: self.rewind(payload["log_bytes"], unreadable))
+                    for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():  # which torch does not compare
+                        if not all(v.shape in (p.shape, ()) for v in moments.values()) or not {"step", "exp_avg", "exp_avg_sq"} <= set(moments):
+                            raise ValueError(f"{name}: expected moments of shape {list(p.shape)}, found others")
+            except torch.OutOfMemoryError:
+                raise
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
+                raise UserError(f"--resume {path}: does not fit the networks of these flags: {reason(e)}") from None
+            self.past_seconds, self.skipped, self.saved = seconds, skipped, it
+            self.once(lambda: (self.rewind(log_bytes, unreadable), self.note_start(it)))
             self.print(f"resumed {path.name}")
-            return payload["it"]
+            return it
         if self.args.resume:
             raise UserError(f"--resume: no readable checkpoint in {self.out / 'ckpt'}")
-        self.once(self.clear)
+        self.once(lambda: (self.clear(), self.note_start(0)))
         return 0
 
     def own(self, part, state):
@@ -636,6 +717,8 @@ class Run:
             os.truncate(log, min(log_bytes, log.stat().st_size))
         for path in unreadable:
             path.rename(f"{path}.unreadable")
+        for old in self.checkpoints()[:-2]:  # death came after a new one was there and before the oldest was gone
+            old.unlink()
 
     def finish(self, it, state):
         """Last checkpoint, after iteration it. A run that a signal ended leaves here: exit code 143 (SIGTERM) or 130 (Ctrl-C)."""
@@ -649,7 +732,7 @@ class Run:
 @contextlib.contextmanager
 def atomic(path):
     """A binary file that appears under its name complete or not at all: temporary name, fsync, rename, fsync of the folder."""
-    tmp = Path(f"{path}.tmp")
+    tmp = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may be writing the same file of a cache
     try:
         with open(tmp, "wb") as f:
             yield f

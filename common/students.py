@@ -1,10 +1,11 @@
 """Finished students of any method, found by what their folder says: eval.py measures them, nct.py builds on them."""
+import functools
 import importlib
 import inspect
 from pathlib import Path
 
 from common import models
-from common.run import UserError, near, read_json
+from common.run import UserError, near, read_json, reason
 
 METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
 
@@ -40,7 +41,15 @@ def sampler_of(home, info):
         inspect.signature(sample).bind(None, None, None, 1, None, **info["sampler"])
     except TypeError as e:
         raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
-    return sample
+
+    @functools.wraps(sample)
+    def checked(*args, **given):
+        try:
+            return sample(*args, **given)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:  # values of another kind than the method's own
+            raise UserError(f"{where}: sampler: {info['method']}.sample cannot do it with {str(given)[:100]}: {type(e).__name__}: {reason(e)[:100]}") from e
+
+    return checked
 
 
 def network_of(folder, home, info, teacher, name):

@@ -174,7 +174,7 @@ class Pipeline(Model):
         if frames is not None and (frames < 1 or (frames - 1) % vae.scale_factor_temporal):
             raise UserError(f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher")
         if guidance is not None and not getattr(c, "guidance_embeds", False):
-            raise UserError(f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}, which is not; --cfg is for all")
+            raise UserError(f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}; --cfg is for all")
         if size is None:
             return
         unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, dict.fromkeys(size)))}"
@@ -438,11 +438,16 @@ PIPELINES = {cls.pipeline: cls for cls in (SD15, SDXL, SD3, Sana, Flux, QwenImag
 def read_index(name, folder):
     """model_index.json, checked: a supported pipeline, components of diffusers and transformers only."""
     index = read_json(Path(folder) / "model_index.json", "--teacher")
-    if index.get("_class_name") not in PIPELINES:
+    if index.get("_class_name") not in list(PIPELINES):  # a list, since the value may be unhashable
         raise UserError(f"--teacher {name}: expected one of the pipelines {', '.join(PIPELINES)}, found {index.get('_class_name')!r}"
                         f"{near(index.get('_class_name'), PIPELINES)}")
     for part, value in index.items():
-        if not part.startswith("_") and isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in ("diffusers", "transformers")):
+        if part.startswith("_") or value == [None, None] or not (isinstance(value, list) or isinstance(value, (str, dict)) and len(value) == 2 and part != "id2label"):
+            continue  # diffusers takes anything of length two for a library and a class of it
+        library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        # a class of transformers called Auto... looks for code in the folder, and older versions of diffusers run <part>/<library>.py
+        code = library == "transformers" and str(kind).startswith("Auto") or (Path(folder) / part / f"{library}.py").exists()
+        if library not in ("diffusers", "transformers") or not isinstance(kind, str) or code:
             raise UserError(f"--teacher {name}: {part}: expected a component of diffusers or transformers, found {value}; code of a folder is never run")
     return index
 

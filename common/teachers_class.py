@@ -199,6 +199,8 @@ def load_sit(folder, info, dtype=torch.float32, cache=None):
     for name, value, kind in (("weights", weights, str), ("vae", vae or "", str), ("heads", heads or 0, int)):
         if not isinstance(value, kind):
             raise UserError(f"--teacher {folder / 'teacher.json'}: {name}: expected {dict(str='a name', int='a number')[kind.__name__]}, found {value!r}")
+    if not models.inside(weights) or not models.inside(vae or "vae"):
+        raise UserError(f"--teacher {folder / 'teacher.json'}: weights, vae: expected names in this folder, found {weights!r}, {vae!r}")
     if convention not in (None, "sit", "repa"):
         raise UserError(f"--teacher {folder / 'teacher.json'}: convention: expected sit or repa, found {convention!r}")
     net, repa = sit_network(folder / weights, heads)

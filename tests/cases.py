@@ -1,9 +1,13 @@
 """What the tests over all scripts try with each of them: a second set of flags, mistakes of the user, runs on the toy."""
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
+
+FULL = os.environ.get("DISTIL_FAULTS") == "full"  # tests/test_faults.py, tests/test_untrusted.py, tests/test_fuzz.py: all cases instead of a sample
+SEED = int(os.environ.get("SEED", 0))  # of the sample
 
 
 @functools.cache

@@ -3,11 +3,13 @@
 A server process imports torch once; every script is a fork of it that runs `python SCRIPT FLAGS` from the first line (runpy, __main__), with its own
 exit code, output, signals and locks. Modules of this repository are imported by the fork, so a missing import still shows.
 """
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from cases import needs
@@ -49,8 +51,30 @@ def serve():
             os.dup2(os.open(path, mode), fd)
         os.environ.update(job["env"])
         sys.argv, sys.path[0] = job["argv"], str(ROOT)
-        runpy.run_path(job["argv"][0], run_name="__main__")
-        return
+        exec(os.environ.pop("BEFORE", ""), {})  # what a test does to the process before the script runs
+        end(lambda: runpy.run_path(job["argv"][0], run_name="__main__"))
+
+
+def end(run):
+    """Ends this process as Python would, but for tearing down all of torch's modules, which takes longer than many a script."""
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if code and not isinstance(e.code, int):
+            print(e.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        code = 130
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 255)
 
 
 class Server:
@@ -66,7 +90,7 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script, *flags, **env):
-        """-> Process. flags: anything; env: more environment variables."""
+        """-> Process. flags: anything; env: more environment variables; BEFORE: code that runs ahead of the script, to break something."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
         pid = self.ask(argv=[str(ROOT / script), *needs(script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dmd2
+from common import metrics
 from common import run as module
 from common.run import EMA, Draw, Run, RunError, atomic, near, read_json, write_json
 
@@ -159,6 +160,31 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_does_not_count(run):
     assert torch.load(again.checkpoints()[-1], weights_only=True)["it"] == 4
 
 
+def test_a_death_before_the_oldest_checkpoint_was_removed(run):
+    r, net = run(), torch.nn.Linear(2, 2)
+    for it in range(3):
+        r.save(it, dict(net=net))
+    (r.out / "ckpt" / "it-00000001.pt").write_bytes(r.checkpoints()[0].read_bytes())
+    r.lock.close()
+    assert run("--resume").resume(dict(net=net)) == 3
+    assert [p.name for p in r.checkpoints()] == ["it-00000002.pt", "it-00000003.pt"]
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found(run, capsys):
+    """In the middle of a tensor: torch itself reads it without a word."""
+    r, net = run(), torch.nn.Linear(50, 50)
+    for it in range(2):
+        r.save(it, dict(net=net))
+    newest = r.checkpoints()[-1]
+    data = bytearray(newest.read_bytes())
+    data[data.find(net.weight.detach().numpy().tobytes()) + 5000] ^= 1
+    newest.write_bytes(data)
+    assert torch.load(newest, weights_only=True)["it"] == 2
+    r.lock.close()
+    again = run("--resume")
+    assert again.resume(dict(net=net)) == 1 and "it-00000002.pt: not readable (BadZipFile)" in capsys.readouterr().err
+
+
 def test_only_our_own_leftovers_are_removed(run, tmp_path):
     for name in ("keep.tmp", "sub/keep.tmp", "samples/keep.png", "ckpt/it-00000001.pt.tmp"):
         path = tmp_path / "out" / name
@@ -166,7 +192,7 @@ def test_only_our_own_leftovers_are_removed(run, tmp_path):
         path.write_text("")
     run().resume({})
     left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert left == {"keep.tmp", "sub/keep.tmp", "samples/keep.png", ".lock"}
+    assert left == {"keep.tmp", "sub/keep.tmp", "samples/keep.png", ".lock", "run.jsonl"}
 
 
 def test_flags_of_a_preset_can_be_overridden():
@@ -187,3 +213,49 @@ def test_rates_of_a_stage(run):
     assert [rate(it) for it in range(8)] == pytest.approx([1, 2, 2, 2, 2, 1.5, 1, 0.5])
     assert [rate(it, span=(0, 4)) for it in range(4)] == pytest.approx([1, 2, 2, 1]) and [rate(it, span=(4, 8)) for it in range(4, 8)] == pytest.approx([1, 2, 2, 1])
     assert [rate(it, span=(0, 8)) for it in range(8)] == [rate(it) for it in range(8)]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """Two runs that share a cache: each writes a file of its own, the last one stays, and nothing else does."""
+    with atomic(tmp_path / "a") as one, atomic(tmp_path / "a") as two:
+        one.write(b"1" * 10)
+        two.write(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1" * 10 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(run, tmp_path):
+    r = run()
+    r.save(0, dict(net=torch.nn.Linear(1, 1)))
+    r.lock.close()
+    old = ("student/expert-3/diffusion_pytorch_model.safetensors", "student/generator/distill.json", "student/distill.json", "control.json", "path.json", "eval.jsonl", "run.jsonl")
+    for name in (*old, "mine.json"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    again = run("--overwrite")
+    assert (tmp_path / "out" / old[0]).exists()  # until nothing can be wrong with the flags any more
+    again.resume({})
+    left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert left == {"mine.json", ".lock", "run.jsonl"} and again.checkpoints() == []
+
+
+def test_evaluations_that_a_resume_has_undone_are_replaced(run, monkeypatch):
+    r, teacher = run(), types.SimpleNamespace(adapter="toy", evaluation={})
+    (r.out / "eval.jsonl").write_text("".join(json.dumps(dict(it=it)) + "\n" for it in (2, 6, 8)) + '{"it": 9, "half')
+    monkeypatch.setattr(metrics, "evaluate", lambda *a, **k: dict(protocol="x", n=8))
+    metrics.report(r, teacher, None, None, {}, 6, 8)
+    assert [json.loads(line)["it"] for line in (r.out / "eval.jsonl").read_text().splitlines()] == [2, 6]
+
+
+def test_a_student_that_is_half_written_does_not_look_finished(run):
+    r = run()
+    r.note_start(0)
+    (r.out / "student").mkdir()
+    (r.out / "student" / "distill.json").write_text("{}")
+
+    def save(*a):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        metrics.export(r, None, types.SimpleNamespace(whole=lambda: types.SimpleNamespace(save=save)), {})
+    assert not (r.out / "student" / "distill.json").exists()
