@@ -362,7 +362,7 @@ class Run:
             from common.shard import Sharding  # a second's import
             self.place = Sharding(self.device)
         self.out = Path(args.out or ROOT / "out" / f"{method}-{Path(args.teacher).name}")
-        self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved = time.monotonic(), 0.0, False, {}, 0, 0
+        self.start, self.past_seconds, self.stopping, self.bad, self.skipped, self.saved, self.record = time.monotonic(), 0.0, False, {}, 0, 0, {}
         # torchrun --max-restarts starts a failed worker again with the same flags: it goes on from the last checkpoint
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.resume_wanted = args.resume or self.restarted

@@ -26,7 +26,8 @@ def unpack(y, h, w):
 
 class Flux(Pipeline):
     """FLUX.1. The dev model is distilled from guidance: the scale is an input of the network, `guidance` here (--embedded-guidance), 3.5 as in a plain call of its
-    pipeline; a student is told the one it was trained with. `guided` is guidance on top of it, true_cfg_scale of the pipeline, by the empty prompt; w = 1 is the model as it is meant. schnell has no such input."""
+    pipeline; a student is told the one it was trained with. `guided` is guidance on top of it, true_cfg_scale of the pipeline, by the empty prompt; w = 1 is the model as it is
+    meant. schnell has no such input."""
 
     adapter, pipeline, network = "flux", "FluxPipeline", "FluxTransformer2DModel"
     without, settings = ("feature_extractor", "image_encoder"), ("guidance",)
