@@ -688,7 +688,7 @@ class Run:
                 for name, part in state.items():
                     part.load_state_dict(self.own(part, payload["state"][name]))
                     for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():  # which torch does not compare
-                        if not all(v.shape in (p.shape, ()) for v in moments.values()) or not {"step", "exp_avg", "exp_avg_sq"} <= set(moments):
+                        if any(v.shape != (() if k == "step" else p.shape) for k, v in moments.items()) or not {"step", "exp_avg", "exp_avg_sq"} <= set(moments):
                             raise ValueError(f"{name}: expected moments of shape {list(p.shape)}, found others")
             except torch.OutOfMemoryError:
                 raise

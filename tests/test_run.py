@@ -166,6 +166,7 @@ def test_a_death_before_the_oldest_checkpoint_was_removed(run):
         r.save(it, dict(net=net))
     (r.out / "ckpt" / "it-00000001.pt").write_bytes(r.checkpoints()[0].read_bytes())
     r.lock.close()
+    (r.out / "ckpt" / "it-copy.pt").write_bytes(b"")  # somebody else's
     assert run("--resume").resume(dict(net=net)) == 3
     assert [p.name for p in r.checkpoints()] == ["it-00000002.pt", "it-00000003.pt"]
 
