@@ -51,8 +51,8 @@ from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import TrigFlow, expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
-    "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), adv_weight=0.1, adaptive_weight="clamped", H=100, time="dense",
-                  rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=64, iters=600, warmup=20, cooldown=0.5, ema=2000, clip=10.0, weight_decay=0.0),
+    "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), p_adv=(-3.5, 1.0), adv_weight=2.0, adaptive_weight="clamped", H=50, anchor=0.2, time="dense",
+                  rho=None, lr=3e-4, lr_fake=2e-3, betas=(0.5, 0.99), batch=64, iters=700, warmup=20, cooldown=0.5, ema=2000, clip=200.0, weight_decay=0.0),
     "toy": dict(cfg=1.0, cfg_train=None, nfe=1, p_scm=(-0.4, 1.4), adv_weight=0.5, adaptive_weight="off", H=200, time="native",
                 rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=256, iters=800, warmup=100, cooldown=0.5, ema=0, clip=10.0, weight_decay=0.0),
     # lr, batch, iterations, weights of (13), times, w [P]; H, clip, warm-up [C]. The optimiser there is CAME; AdamW without decay stands for it
@@ -72,6 +72,7 @@ def parse_args(argv=None):
     p.method.add_argument("--p-scm", type=float, nargs=2, help="P_mean and P_std of (1)")
     p.method.add_argument("--p-adv", type=float, nargs=2, default=(-0.6, 1.0), help="mean and deviation of the heads' noise levels, (10)")
     p.method.add_argument("--H", type=int, help="iterations until r of (6) is 1")
+    p.method.add_argument("--anchor", type=float, default=0.0, help="least t of (1) and (9); cleaner draws are put there with r = 0: at it the student is the teacher")
     p.method.add_argument("--adaptive-weight", choices=["off", "clamped", "full"], help="lv of (8); clamped: bounded below, at -ln(numbers per sample) - 2")
     p.method.add_argument("--prior", action="store_true", help="factor 1 / (sd tan t) on the square of (8), as in the official code")
     p.method.add_argument("--adv-weight", type=float, help="adv_weight of (13); 0: sCM alone")
@@ -86,7 +87,8 @@ def parse_args(argv=None):
     for flag, fine, expected in (
         ("cfg", min(args.cfg_train) <= args.cfg <= max(args.cfg_train), f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}"),
         ("p_scm", pair(args.p_scm), "a mean and a deviation >= 0"), ("p_adv", pair(args.p_adv), "a mean and a deviation >= 0"),
-        ("max_time", 0 <= args.max_time <= 1, "a probability"), ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
+        ("anchor", 0 <= args.anchor < 1.5, "a time from 0 to below 1.5"), ("max_time", 0 <= args.max_time <= 1, "a probability"),
+        ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
         ("H", args.H >= 0, "a number >= 0"), ("lora_fake", not args.lora_fake, "none"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
         ("adv_weight", args.adv_weight or not args.misaligned and args.d_levels == "same", "a number > 0 beside --misaligned and --d-levels"),
     ):
@@ -177,7 +179,7 @@ def student_derivative(student, u, t, cond, rho, dx):
 def tangent(f, dx, u, t, j, r):
     """-> g of (7) and the norm [B] of g of (6). f: the student's F without graph, at the same u, t, cond as j."""
     cos, sin = expand(t.cos(), u), expand(t.sin(), u)
-    g = -cos**2 * (SD * f - dx) - r * (cos * sin * SD * u + SD * j)  # (6)
+    g = -cos**2 * (SD * f - dx) - expand(r, u) * (cos * sin * SD * u + SD * j)  # (6)
     norm = g.flatten(1).norm(dim=1)
     return (g / (expand(norm, g) + 0.1)).to(u.dtype), norm  # (7)
 
@@ -253,6 +255,7 @@ def main():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
+    start = max(low, args.anchor)
     floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv
     if args.grad_checkpoint:
         student.checkpoint_activations()
@@ -284,7 +287,7 @@ def main():
             return y, other, cond, cond | dict(guidance=0.1 * w), w
 
         def fake(y, given):
-            t = torch.where(draw.uniform() < args.max_time, high, proposal(draw.normal(), *args.p_scm, low, high))
+            t = torch.where(draw.uniform() < args.max_time, high, proposal(draw.normal(), *args.p_scm, start, high))
             return clean(S, noisy(y, t, draw.like(y)), t, given, rho)  # (9)
 
         levels = lambda: proposal(draw.normal(), *args.p_adv, low, high)
@@ -292,13 +295,13 @@ def main():
 
         # the student
         y, _, cond, given, w = batch(2 * it)
-        t = proposal(draw.normal(), *args.p_scm, low, min(high, math.pi / 2 - 1e-4))
+        t = proposal(draw.normal(), *args.p_scm, start, min(high, math.pi / 2 - 1e-4))
         u = noisy(y, t, draw.like(y))
         dx = teacher_derivative(teacher, u, t, cond, rho, w if guide else None)
         j = student_derivative(student, u, t, given, rho, dx)
         f = velocity(S, u, t, given, rho)
-        g, norm = tangent(f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)))
-        lv = log_var(t).mean(1) if args.adaptive_weight != "off" else None
+        g, norm = tangent(f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)) * (t > args.anchor))
+        lv = log_var(t).mean(1) - math.log(math.prod(shape)) if args.adaptive_weight != "off" else None
         loss = loss_scm = scm_loss(f, g, lv, floor, 1 / (SD * t.tan()) if args.prior else None)
         logs = dict(scm=loss_scm, tangent=norm.mean(), jvp=j.flatten(1).norm(dim=1).mean(), gap=(SD * f - dx).square().mean(), lv=0.0 if lv is None else lv.mean())
         if args.adv_weight:
