@@ -28,14 +28,14 @@ Commands:
     torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - mnist and toy: the presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]; where the student converges it grows without bound and drives the student
-      away (seen in 2-D), so it is off on the toy and clamped on mnist; the default preset has the paper's (full).
+    - mnist and toy: presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]: unbounded where the student converges, which drives it away (seen in 2-D), so
+      it is off on the toy, clamped on mnist; full, as in the paper, by default. lv is a small network of t (paper: a layer on the network's embedding) and
+      starts at -ln D, D numbers a sample, where (7) leads it (paper: 0): on its way there the weight of sCM beside the GAN would change D times.
+    - --anchor (mnist 0.2; elsewhere 0, as in the paper): near t = 0 the mnist teacher does not see all noise. Samplers jump over these times, (5) does not.
     - the paper trains the teacher on with a dense time embedding and QK norm first: python -m common.pretrain --start TEACHER. --time dense does without
       training: the network is shown times of 0..1, its new time embedders are fitted to the old ones at 0..1000, and fast waves, which JVPs magnify, are gone.
-    - lv is a small network of t of its own (paper: a linear layer on the network's embedding); heads have GroupNorm (code: batch norm over 8 samples) and
-      3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
-    - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025).
-    - left out: the ControlNet variant, since no teacher here has one.
+    - heads have GroupNorm (code: batch norm over 8 samples) and 3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
+    - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025). No ControlNet.
     - switches for the official code: --prior, --d-levels own, --misaligned. Its P_mean is 0.2, the paper's 0; the paper gives no H, it is the code's.
 """
 import math
@@ -86,9 +86,8 @@ def parse_args(argv=None):
     pair = lambda v: math.isfinite(v[0]) and 0 <= v[1] < math.inf
     for flag, fine, expected in (
         ("cfg", min(args.cfg_train) <= args.cfg <= max(args.cfg_train), f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}"),
-        ("p_scm", pair(args.p_scm), "a mean and a deviation >= 0"), ("p_adv", pair(args.p_adv), "a mean and a deviation >= 0"),
-        ("anchor", 0 <= args.anchor < 1.5, "a time from 0 to below 1.5"), ("max_time", 0 <= args.max_time <= 1, "a probability"),
-        ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
+        *((name, pair(getattr(args, name)), "a mean and a deviation >= 0") for name in ("p_scm", "p_adv")), ("anchor", 0 <= args.anchor < 1.5, "a time in [0, 1.5)"),
+        ("max_time", 0 <= args.max_time <= 1, "a probability"), ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
         ("H", args.H >= 0, "a number >= 0"), ("lora_fake", not args.lora_fake, "none"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
         ("adv_weight", args.adv_weight or not args.misaligned and args.d_levels == "same", "a number > 0 beside --misaligned and --d-levels"),
     ):
@@ -100,7 +99,7 @@ def parse_args(argv=None):
 # ---- networks ---------------------------------------------------------------------------------------------------------------------------
 #   teacher     frozen                                             F_pre, and the features of (10)
 #   student     trained, starts as the teacher                     F; told w when there are several
-#   log_var     trained with the student, starts at 0              its mean output is lv of (8)
+#   log_var     trained with the student, starts at 0              its mean output is lv of (8), but for lv0
 #   heads       trained by (12), default initialisation            l_k of (10)
 # All are called bare, also with several processes, since a JVP goes around DDP's hooks; `run.average_gradients` is the one all-reduce.
 
@@ -146,8 +145,7 @@ def time_range(schedule, rho):
 
 
 def clean(model, u, t, cond, rho):
-    trig = TrigFlow(rho)
-    return model(rho * u, trig.alpha(t), trig.sigma(t), cond) / rho  # (2)
+    return model(rho * u, TrigFlow(rho).alpha(t), TrigFlow(rho).sigma(t), cond) / rho  # (2)
 
 
 def velocity(model, u, t, cond, rho):
@@ -255,8 +253,7 @@ def main():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
-    start = max(low, args.anchor)
-    floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv
+    start, lv0 = max(low, args.anchor), -math.log(math.prod(shape))  # lv0: where |g| = 1 leads lv; lv is clamped 2 below
     if args.grad_checkpoint:
         student.checkpoint_activations()
     S = torch.compile(student) if args.compile else student  # in all passes but (5)
@@ -301,8 +298,8 @@ def main():
         j = student_derivative(student, u, t, given, rho, dx)
         f = velocity(S, u, t, given, rho)
         g, norm = tangent(f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)) * (t > args.anchor))
-        lv = log_var(t).mean(1) - math.log(math.prod(shape)) if args.adaptive_weight != "off" else None
-        loss = loss_scm = scm_loss(f, g, lv, floor, 1 / (SD * t.tan()) if args.prior else None)
+        lv = lv0 + log_var(t).mean(1) if args.adaptive_weight != "off" else None
+        loss = loss_scm = scm_loss(f, g, lv, lv0 - 2 if args.adaptive_weight == "clamped" else None, 1 / (SD * t.tan()) if args.prior else None)
         logs = dict(scm=loss_scm, tangent=norm.mean(), jvp=j.flatten(1).norm(dim=1).mean(), gap=(SD * f - dx).square().mean(), lv=0.0 if lv is None else lv.mean())
         if args.adv_weight:
             heads.requires_grad_(False)
