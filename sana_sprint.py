@@ -28,14 +28,14 @@ Commands:
     torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - mnist and toy: the presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]; where the student converges it grows without bound and drives the student
-      away (seen in 2-D), so it is off on the toy and clamped on mnist; the default preset has the paper's (full).
+    - mnist and toy: presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]: unbounded where the student converges, which drives it away (seen in 2-D), so
+      it is off on the toy, clamped on mnist; full, as in the paper, by default. lv is a small network of t (paper: a layer on the network's embedding) and
+      starts at -ln D, D numbers a sample, where (7) leads it (paper: 0): on its way there the weight of sCM beside the GAN would change D times.
+    - --anchor (mnist 0.2; elsewhere 0, as in the paper): near t = 0 the mnist teacher does not see all noise. Samplers jump over these times, (5) does not.
     - the paper trains the teacher on with a dense time embedding and QK norm first: python -m common.pretrain --start TEACHER. --time dense does without
       training: the network is shown times of 0..1, its new time embedders are fitted to the old ones at 0..1000, and fast waves, which JVPs magnify, are gone.
-    - lv is a small network of t of its own (paper: a linear layer on the network's embedding); heads have GroupNorm (code: batch norm over 8 samples) and
-      3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
-    - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025).
-    - left out: the ControlNet variant, since no teacher here has one.
+    - heads have GroupNorm (code: batch norm over 8 samples) and 3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
+    - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025). No ControlNet.
     - switches for the official code: --prior, --d-levels own, --misaligned. Its P_mean is 0.2, the paper's 0; the paper gives no H, it is the code's.
 """
 import math
@@ -51,8 +51,8 @@ from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import TrigFlow, expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
-    "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), adv_weight=0.1, adaptive_weight="clamped", H=100, time="dense",
-                  rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=64, iters=600, warmup=20, cooldown=0.5, ema=2000, clip=10.0, weight_decay=0.0),
+    "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), p_adv=(-3.5, 1.0), adv_weight=2.0, adaptive_weight="clamped", H=50, anchor=0.2, time="dense",
+                  rho=None, lr=3e-4, lr_fake=2e-3, betas=(0.5, 0.99), batch=64, iters=600, warmup=20, cooldown=0.5, ema=2000, clip=200.0, weight_decay=0.0),
     "toy": dict(cfg=1.0, cfg_train=None, nfe=1, p_scm=(-0.4, 1.4), adv_weight=0.5, adaptive_weight="off", H=200, time="native",
                 rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=256, iters=800, warmup=100, cooldown=0.5, ema=0, clip=10.0, weight_decay=0.0),
     # lr, batch, iterations, weights of (13), times, w [P]; H, clip, warm-up [C]. The optimiser there is CAME; AdamW without decay stands for it
@@ -72,6 +72,7 @@ def parse_args(argv=None):
     p.method.add_argument("--p-scm", type=float, nargs=2, help="P_mean and P_std of (1)")
     p.method.add_argument("--p-adv", type=float, nargs=2, default=(-0.6, 1.0), help="mean and deviation of the heads' noise levels, (10)")
     p.method.add_argument("--H", type=int, help="iterations until r of (6) is 1")
+    p.method.add_argument("--anchor", type=float, default=0.0, help="least t of (1) and (9); cleaner draws are put there with r = 0: at it the student is the teacher")
     p.method.add_argument("--adaptive-weight", choices=["off", "clamped", "full"], help="lv of (8); clamped: bounded below, at -ln(numbers per sample) - 2")
     p.method.add_argument("--prior", action="store_true", help="factor 1 / (sd tan t) on the square of (8), as in the official code")
     p.method.add_argument("--adv-weight", type=float, help="adv_weight of (13); 0: sCM alone")
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     pair = lambda v: math.isfinite(v[0]) and 0 <= v[1] < math.inf
     for flag, fine, expected in (
         ("cfg", min(args.cfg_train) <= args.cfg <= max(args.cfg_train), f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}"),
-        ("p_scm", pair(args.p_scm), "a mean and a deviation >= 0"), ("p_adv", pair(args.p_adv), "a mean and a deviation >= 0"),
+        *((name, pair(getattr(args, name)), "a mean and a deviation >= 0") for name in ("p_scm", "p_adv")), ("anchor", 0 <= args.anchor < 1.5, "a time in [0, 1.5)"),
         ("max_time", 0 <= args.max_time <= 1, "a probability"), ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
         ("H", args.H >= 0, "a number >= 0"), ("lora_fake", not args.lora_fake, "none"), ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
         ("adv_weight", args.adv_weight or not args.misaligned and args.d_levels == "same", "a number > 0 beside --misaligned and --d-levels"),
@@ -98,7 +99,7 @@ def parse_args(argv=None):
 # ---- networks ---------------------------------------------------------------------------------------------------------------------------
 #   teacher     frozen                                             F_pre, and the features of (10)
 #   student     trained, starts as the teacher                     F; told w when there are several
-#   log_var     trained with the student, starts at 0              its mean output is lv of (8)
+#   log_var     trained with the student, starts at 0              its mean output is lv of (8), but for lv0
 #   heads       trained by (12), default initialisation            l_k of (10)
 # All are called bare, also with several processes, since a JVP goes around DDP's hooks; `run.average_gradients` is the one all-reduce.
 
@@ -144,8 +145,7 @@ def time_range(schedule, rho):
 
 
 def clean(model, u, t, cond, rho):
-    trig = TrigFlow(rho)
-    return model(rho * u, trig.alpha(t), trig.sigma(t), cond) / rho  # (2)
+    return model(rho * u, TrigFlow(rho).alpha(t), TrigFlow(rho).sigma(t), cond) / rho  # (2)
 
 
 def velocity(model, u, t, cond, rho):
@@ -177,7 +177,7 @@ def student_derivative(student, u, t, cond, rho, dx):
 def tangent(f, dx, u, t, j, r):
     """-> g of (7) and the norm [B] of g of (6). f: the student's F without graph, at the same u, t, cond as j."""
     cos, sin = expand(t.cos(), u), expand(t.sin(), u)
-    g = -cos**2 * (SD * f - dx) - r * (cos * sin * SD * u + SD * j)  # (6)
+    g = -cos**2 * (SD * f - dx) - expand(r, u) * (cos * sin * SD * u + SD * j)  # (6)
     norm = g.flatten(1).norm(dim=1)
     return (g / (expand(norm, g) + 0.1)).to(u.dtype), norm  # (7)
 
@@ -253,7 +253,7 @@ def main():
         features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
-    floor = -math.log(math.prod(shape)) - 2 if args.adaptive_weight == "clamped" else None  # 2 below where |g| = 1 leads lv
+    start, lv0 = max(low, args.anchor), -math.log(math.prod(shape))  # lv0: where |g| = 1 leads lv; lv is clamped 2 below
     if args.grad_checkpoint:
         student.checkpoint_activations()
     S = torch.compile(student) if args.compile else student  # in all passes but (5)
@@ -284,7 +284,7 @@ def main():
             return y, other, cond, cond | dict(guidance=0.1 * w), w
 
         def fake(y, given):
-            t = torch.where(draw.uniform() < args.max_time, high, proposal(draw.normal(), *args.p_scm, low, high))
+            t = torch.where(draw.uniform() < args.max_time, high, proposal(draw.normal(), *args.p_scm, start, high))
             return clean(S, noisy(y, t, draw.like(y)), t, given, rho)  # (9)
 
         levels = lambda: proposal(draw.normal(), *args.p_adv, low, high)
@@ -292,14 +292,14 @@ def main():
 
         # the student
         y, _, cond, given, w = batch(2 * it)
-        t = proposal(draw.normal(), *args.p_scm, low, min(high, math.pi / 2 - 1e-4))
+        t = proposal(draw.normal(), *args.p_scm, start, min(high, math.pi / 2 - 1e-4))
         u = noisy(y, t, draw.like(y))
         dx = teacher_derivative(teacher, u, t, cond, rho, w if guide else None)
         j = student_derivative(student, u, t, given, rho, dx)
         f = velocity(S, u, t, given, rho)
-        g, norm = tangent(f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)))
-        lv = log_var(t).mean(1) if args.adaptive_weight != "off" else None
-        loss = loss_scm = scm_loss(f, g, lv, floor, 1 / (SD * t.tan()) if args.prior else None)
+        g, norm = tangent(f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)) * (t > args.anchor))
+        lv = lv0 + log_var(t).mean(1) if args.adaptive_weight != "off" else None
+        loss = loss_scm = scm_loss(f, g, lv, lv0 - 2 if args.adaptive_weight == "clamped" else None, 1 / (SD * t.tan()) if args.prior else None)
         logs = dict(scm=loss_scm, tangent=norm.mean(), jvp=j.flatten(1).norm(dim=1).mean(), gap=(SD * f - dx).square().mean(), lv=0.0 if lv is None else lv.mean())
         if args.adv_weight:
             heads.requires_grad_(False)

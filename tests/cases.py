@@ -138,6 +138,7 @@ MISTAKES = {
         ("--p-scm nan 1", "--p-scm"),
         ("--p-adv 0 -1", "--p-adv"),
         ("--max-time 1.5", "--max-time"),
+        ("--anchor 1.6", "--anchor"),
         ("--adv-weight -1", "--adv-weight"),
         ("--adv-weight 0 --misaligned", "--adv-weight.*--misaligned"),
         ("--adv-weight 0 --d-levels own", "--adv-weight.*--d-levels"),

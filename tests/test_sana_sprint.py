@@ -285,6 +285,12 @@ def test_normalisation():
     assert torch.allclose(g1 * (n1 + 0.1).view(-1, 1, 1, 1) - raw, -0.25 * SD * (expand(t.cos() * t.sin(), u) * u + j))
 
 
+def test_r_of_every_sample_its_own():
+    u, t, f, dx, j = normal(4, 3, 2, 2), times(4), *(normal(4, 3, 2, 2, seed=s) for s in (1, 2, 3))
+    mixed, zero, one = (ss.tangent(f, dx, u, t, j, r)[0] for r in (torch.tensor([0.0, 1.0, 0.0, 1.0]), 0.0, 1.0))
+    assert torch.equal(mixed[::2], zero[::2]) and torch.equal(mixed[1::2], one[1::2]) and not torch.equal(zero, one)
+
+
 def test_adaptive_weight():
     omega, a = torch.tensor([2.7], dtype=torch.float64), 0.3
     f = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
@@ -507,7 +513,7 @@ class Trace(list):
 
     def __init__(self, monkeypatch, tmp_path, *flags):
         super().__init__()
-        self.made, self.times, self.fakes, self.rates, self.logs, self.batches, self.training = {}, [], [], [], [], [], []
+        self.made, self.times, self.fakes, self.rates, self.r, self.logs, self.batches, self.training = {}, [], [], [], [], [], [], []
         step, log = Run.step, Run.log
         self.keep(monkeypatch, ss, "EMA", "ema")
         self.keep(monkeypatch, models, "load_teacher", "teacher")
@@ -515,7 +521,7 @@ class Trace(list):
         monkeypatch.setattr(Run, "log", lambda run, it, values: self.logs.append({k: float(torch.as_tensor(v).detach()) for k, v in values.items()}) or log(run, it, values))
         self.spy(monkeypatch, "teacher_derivative", lambda m, u, t, c, rho, w: self.times.append((t, w)))
         self.spy(monkeypatch, "clean", lambda m, u, t, c, rho: self.fakes.append(t))
-        self.spy(monkeypatch, "tangent", lambda f, dx, u, t, j, r: self.rates.append(r))
+        self.spy(monkeypatch, "tangent", lambda f, dx, u, t, j, r: self.rates.append(float(r.max())) or self.r.append(r))
         self.spy(monkeypatch, "heads_loss", lambda fake, real: self.batches.append((len(fake), len(real))))
         self.spy(monkeypatch, "logits", lambda heads, maps: self.training.append(heads.training))
         for name in ("export", "pictures", "report"):
@@ -599,6 +605,42 @@ def test_a_one_step_fake_does_not_know_its_image():
 
 def test_warm_up_of_the_tangent(trace):
     assert trace("--iters", 6, "--H", 4).rates == [0, 0.25, 0.5, 0.75, 1, 1] and trace("--iters", 2, "--H", 0).rates == [0, 1]
+
+
+def test_the_anchor(trace):
+    """--anchor: no cleaner times than it in (1) and (9); at it the student is held to the teacher alone."""
+    steps = trace("--iters", 4, "--H", 2, "--anchor", 0.4, "--batch", 64, "--max-time", 0)
+    held = [t == 0.4 for t, _ in steps.times]
+    assert all(t.min() == 0.4 for t, _ in steps.times) and min(t.min() for i, t in enumerate(steps.fakes) if i % 5 >= 3) == 0.4
+    assert all(0.05 < h.double().mean() < 0.7 for h in held)
+    assert [set(r[h].tolist()) for r, h in zip(steps.r, held)] == [{0}] * 4 and [set(r[~h].tolist()) for r, h in zip(steps.r, held)] == [{0}, {0.5}, {1}, {1}]
+    free = trace("--iters", 1, "--H", 0, "--batch", 64)
+    assert free.times[0][0].min() < 0.1 and free.r[0].shape == (64,)
+
+
+def test_lv_starts_where_it_goes(trace):
+    """At -ln D, D numbers per sample: the mean square of a normalised tangent. From 0 it needs hundreds of iterations, in which sCM is D times weaker beside the GAN."""
+    for mode in ("full", "clamped"):
+        assert trace("--iters", 1, "--adaptive-weight", mode).logs[0]["lv"] == pytest.approx(-math.log(2), abs=1e-6)
+    assert trace("--iters", 1, "--adaptive-weight", "off").logs[0]["lv"] == 0
+
+
+def test_why_mnist_has_an_anchor():
+    """Near t = 0 the mnist teacher sees too little of the noise in an empty background, from 0.2 on all of it: its ODE, followed to the end, leaves grain."""
+    teacher, rho = models.load_teacher("mnist"), 0.617
+    y, eps, cond = torch.full((20, 1, 28, 28), -1 / rho), torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)), teacher.encode(torch.arange(20) % 10)
+    y[:, :, 6:22, 13:15] = 1 / rho  # a stroke
+    far = torch.zeros(28, 28, dtype=torch.bool)
+    far[:, :7] = far[:, 21:] = True
+
+    def seen(t):
+        t = torch.full((20,), t, dtype=torch.float64)
+        f = ss.velocity(teacher, ss.noisy(y, t, eps), t, cond, rho)[:, 0, far]
+        e = eps[:, 0, far]
+        return float((f * e).mean() / e.square().mean() / t[0].cos())
+
+    with torch.no_grad():
+        assert seen(0.01) < 0.4 and seen(0.02) < 0.6 and seen(ss.PRESETS["mnist"]["anchor"]) == pytest.approx(1, abs=0.03)
 
 
 def test_guidance_scales_are_drawn_per_sample(trace):
