@@ -5,15 +5,23 @@
     python tests/bench.py --teacher sdxl --random-weights      # a full-size network without any download: sd15, sdxl, sana, sd3; bf16, --grad-checkpoint
     torchrun --nproc_per_node=8 tests/bench.py --teacher sdxl --random-weights --batch 32 --gan --shard
     python tests/bench.py --teacher sdxl --random-weights --tiny --device cpu     # the same code in seconds
+    python -m tests.bench dmd2 --vs HEAD~3 --pairs 5           # this tree against a revision, in turns; last line: ratios of each pair and their median
+    python -m tests.bench dmd2 --profile trace.json            # instead: torch's profiler over a few iterations; a table, and a trace for chrome://tracing
 
 The script's own main() runs for --iters iterations. Every network pass in it is recorded by kind (forward; forward + backward; forward + backward
-to the input only; each with its batch size and whether it stopped at the feature sites). Between iterations the same kinds are run bare, i.e. only
-the network on tensors of that size, so that both see the same machine at the same time. overhead = time of the loop / sum of its bare passes.
+to the input only; forward with a derivative in forward mode, "jvp", in fp32; those of nct with the branch; each with its batch size and whether it
+stopped at the feature sites). Between iterations the same kinds are run bare, i.e. only the network on tensors of that size, so that both see the
+same machine at the same time. overhead = time of the loop / sum of its bare passes. passes: in forwards of the
+batch size, as counted: a backward to the weights 2, to the input alone 1, a jvp 2 in all; what stops at the feature sites counts whole, and those of
+nct's branch are not counted (null).
 """
 import importlib
 import json
+import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +29,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -28,14 +38,18 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import random_teachers
 
-from common import data, models
+from common import adapters, data, models
 from common.run import Run
 
+ROOT = Path(__file__).resolve().parent.parent
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
+COST = {"forward": 1, "forward+backward": 3, "forward+backward to x": 2, "jvp": 2}  # in forwards
 
 
 def kind_of(model, x_t, features):
-    if not torch.is_grad_enabled():
+    if forward_ad._current_level >= 0:
+        mode = "jvp"
+    elif not torch.is_grad_enabled():
         mode = "forward"
     elif any(p.requires_grad for p in model.net.parameters()):
         mode = "forward+backward"
@@ -47,8 +61,17 @@ def kind_of(model, x_t, features):
 def bare(model, kind, cond, sync):
     """Seconds of one pass of this kind on random tensors: the network and nothing else."""
     mode, batch, features = kind
+    if isinstance(model, adapters.Controlled):
+        return bare_controlled(model, mode, batch, cond, sync)
     x, t = torch.randn(batch, *model.shape, device=sync.device), torch.rand(batch, device=sync.device).clamp(0.01)
     cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
+    if mode == "jvp":  # fused attention has no derivative in forward mode
+        sync()
+        start = time.perf_counter()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            torch.func.jvp(lambda x, t: model.predict(x, t, cond), (x, t), (torch.ones_like(x), torch.ones_like(t)))
+        sync()
+        return time.perf_counter() - start
     params = list(model.net.parameters())
     trainable = [p.requires_grad for p in params]
     for p in params:
@@ -73,6 +96,26 @@ def bare(model, kind, cond, sync):
     return seconds
 
 
+def bare_controlled(model, mode, batch, cond, sync):
+    """nct: a pass of the frozen generator with the trained branch."""
+    x, params = torch.randn(batch, *model.generator.shape, device=sync.device), list(model.parameters())
+    cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
+    c, old = cond.pop("c"), [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    sync()
+    start = time.perf_counter()
+    with torch.set_grad_enabled(mode != "forward"):
+        out = model(x, c, cond)
+        if mode != "forward":
+            out.float().sum().backward()
+    sync()
+    seconds = time.perf_counter() - start
+    for p, grad in zip(params, old):
+        p.grad = grad
+    return seconds
+
+
 def flops(model, kind, cond, sync):
     """FLOPs of one such pass as torch counts them: products of matrices, convolutions, attention, also those that --grad-checkpoint repeats."""
     with FlopCounterMode(display=False) as counter:
@@ -91,18 +134,70 @@ def random_weights(flags):
     return ["--dtype", "bf16", "--grad-checkpoint", "--batch", "4", *[f for f in flags if f not in ("--random-weights", "--tiny")]]
 
 
+def take(argv, flag, default=None):
+    """Removes `flag VALUE` -> the value."""
+    if flag not in argv:
+        return default
+    at = argv.index(flag)
+    if at + 1 == len(argv):
+        raise SystemExit(f"{flag}: expected a value")
+    value = argv[at + 1]
+    del argv[at:at + 2]
+    return value
+
+
+def versus(script, rev, pairs, argv):
+    """This tree and revision `rev`, in turns (which comes first alternates), by this bench; other load on the machine hits both."""
+    def once(root):
+        done = subprocess.run([sys.executable, "tests/bench.py", script, *argv], cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"bench of {script} in {root} failed:\n{done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with tempfile.TemporaryDirectory() as folder:
+        old, found = os.path.join(folder, "tree"), []
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=ROOT, check=True)
+        try:
+            for name in ("bench.py", "random_teachers.py", "networks.json"):
+                shutil.copy(ROOT / "tests" / name, os.path.join(old, "tests", name))
+            for i in range(pairs):
+                a, b = (once(ROOT), once(old)) if i % 2 == 0 else reversed([once(old), once(ROOT)])
+                found.append((a, b))
+                print(f"pair {i + 1}: here {a['s_per_iteration']:.4f} s, {rev} {b['s_per_iteration']:.4f} s, ratio {a['s_per_iteration'] / b['s_per_iteration']:.3f}", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
+    ratios = sorted(round(a["s_per_iteration"] / b["s_per_iteration"], 3) for a, b in found)
+    print(json.dumps(dict(script=script, vs=rev, seconds_ratio=statistics.median(ratios), seconds_ratios=ratios, overhead=[a["overhead"] for a, _ in found],
+                          overhead_vs=[b["overhead"] for _, b in found], peak_mb=found[-1][0]["peak_mb"], peak_mb_vs=found[-1][1]["peak_mb"], flags=argv)))
+
+
 def main():
     argv = sys.argv[1:]
     script = argv.pop(0) if argv and not argv[0].startswith("-") else "dmd2"
+    rev, pairs, trace = take(argv, "--vs"), int(take(argv, "--pairs", 3)), take(argv, "--profile")
+    if rev:
+        return versus(script, rev, pairs, argv)
     flags = random_weights(argv) if "--random-weights" in argv else argv
-    iters = int(flags.pop(flags.index("--iters") + 1)) if "--iters" in flags else 36
-    flags = [f for f in flags if f != "--iters"]
+    iters = int(take(flags, "--iters", SKIP + 8 if trace else 36))
     method = importlib.import_module(script)
     counts, cond_seen, example = Counter(), {}, {}
     loop_seconds, bare_seconds, per_iter, peak, work = [], defaultdict(list), [], [0], {}
-    forward, loop = models.Model.forward, Run.loop
+    forward, loop, controlled, inside = models.Model.forward, Run.loop, adapters.Controlled.forward, [0]
+
+    def counted_branch(self, z, c, cond):
+        kind = ("forward, with branch" if not torch.is_grad_enabled() else "forward+backward, with branch"), len(z), False
+        counts[kind] += 1
+        example.setdefault(kind, self)
+        cond_seen.setdefault(kind, {k: v.detach() for k, v in cond.items()} | dict(c=c.detach()))
+        inside[0] += 1
+        try:
+            return controlled(self, z, c, cond)
+        finally:
+            inside[0] -= 1
 
     def counted(self, x_t, alpha, sigma, cond, features=False):
+        if inside[0]:  # a part of what was counted already
+            return forward(self, x_t, alpha, sigma, cond, features)
         kind = kind_of(self, x_t, features)
         counts[kind] += 1
         example.setdefault(kind, self)
@@ -113,8 +208,14 @@ def main():
         sync = (lambda: torch.cuda.synchronize()) if self.device.type == "cuda" else (lambda: None)
         self.bar = tqdm(disable=True)
         wait = type("Sync", (), {"__call__": staticmethod(sync), "device": self.device})()
+        profiler = torch.profiler.profile(record_shapes=True) if trace else None
         for it in range(iters):
             counts.clear()
+            if trace and it == SKIP:
+                profiler.start()
+            if trace:
+                yield it
+                continue
             wait()
             start = time.perf_counter()
             yield it
@@ -130,6 +231,13 @@ def main():
                     bare_seconds[kind].append(s)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+        if trace:
+            wait()
+            profiler.stop()
+            print(profiler.key_averages().table(sort_by="self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total", row_limit=25))
+            profiler.export_chrome_trace(trace)
+            print(f"{trace}: {iters - SKIP} iterations, for chrome://tracing or https://ui.perfetto.dev")
+            raise SystemExit(0)
         report(self, loop_seconds, bare_seconds, per_iter)
         raise SystemExit(0)
 
@@ -146,18 +254,20 @@ def main():
         done = sum(work[kind] * n for kinds in per_iter for kind, n in kinds.items()) / len(per_iter)  # of one process
         ceiling = random_teachers.matmul_ceiling(run.device, run.dtype)
         print(f"{script} on {run.args.teacher}, {run.device}, {torch.get_num_threads()} threads, batch {run.args.batch}, {len(loop_seconds)} iterations")
+        passes = 0
         for kind in sorted(typical):
             mode, batch, features = kind
             n = sum(kinds.get(kind, 0) for kinds in per_iter) / len(per_iter)
+            passes += n * batch / run.args.batch * COST.get(mode, math.nan)
             print(f"  {mode + (', to the feature sites' if features else ''):44s} batch {batch:5d}  {typical[kind] * 1e3:8.1f} ms  x {n:.2f} per iteration")
         result = dict(script=script, teacher=run.args.teacher, device=str(run.device), threads=torch.get_num_threads(), batch=run.args.batch,
                       s_per_iteration=round(measured, 5), bare_passes_s=round(floor, 5), overhead=round(measured / floor, 3),
-                      images_per_s=float(f"{run.args.batch / measured:.4g}"), peak_mb=round(peak[0]), processes=run.world,
+                      passes=None if math.isnan(passes) else round(passes, 2), images_per_s=float(f"{run.args.batch / measured:.4g}"), peak_mb=round(peak[0]), processes=run.world,
                       tflop_per_iteration=float(f"{done / 1e12:.4g}"), tflop_per_s=float(f"{done / measured / 1e12:.4g}"),
                       of_matmul_ceiling=float(f"{done / measured / ceiling:.3g}"), iterations=len(loop_seconds), torch=torch.__version__)
         print(json.dumps(result), flush=True)
 
-    models.Model.forward, Run.loop = counted, timed_loop
+    models.Model.forward, Run.loop, adapters.Controlled.forward = counted, timed_loop, counted_branch
     with tempfile.TemporaryDirectory() as out:
         sys.argv = [f"{script}.py", "--out", os.path.join(out, "run"), "--sample-every", "0", "--save-every", "0", "--eval-n", "0", *flags]
         try:
