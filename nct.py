@@ -29,8 +29,8 @@ Ablations of the paper: --con-weight 0 (the condition is ignored), --lambda0 0 -
 Differences from the paper, whose code is not public and which gives no N, path, k, d, xi, eta, lambda_0 or length of training:
     - all of these are ours. w = N by default, which divides (4) by the step, so that N does not change the balance with (5); the paper shows no weight.
     - lambda starts at --lambda0 and is bounded: where xi is below what the branch can reach it would grow until the condition is lost.
-    - the branch beside a transformer is a copy of its first --blocks blocks whose outputs are added to those of the frozen ones. Its tokens are theirs plus
-      the hint, which is not zero at first; the output layers are.
+    - the branch beside a transformer is a copy of its last --blocks blocks whose outputs are added to those of the frozen ones. Its tokens are theirs plus
+      the hint, which is not zero at first; the output layers are. ControlNets copy the first blocks; here that lost diversity (docs/nct.md, 4).
     - image prompts (IP-Adapter) are not here.
 """
 import hashlib
@@ -61,7 +61,7 @@ PRESETS["toy-cond"] = PRESETS["toy"]
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.model.add_argument("--generator", help="finished one-step student, folder of a run; or of a one-step pipeline. Default out/dmd2-<teacher>; its teacher is found there")
-    p.model.add_argument("--blocks", type=int, help="transformer blocks that the branch copies; default half of them")
+    p.model.add_argument("--blocks", type=int, help="transformer blocks, from the end, that the branch copies; default half of them")
     p.method.add_argument("--control", help="h in (2): edges, canny, sr, half, inpaint, depth; class, for a generator without labels (common/controls.py)")
     p.method.add_argument("--factor", type=int, default=4, help="of --control sr")
     p.method.add_argument("--control-model", help="folder of a depth estimator of transformers, for --control depth")
