@@ -55,7 +55,8 @@ def hooked(*handles):
 
 
 class TransformerBranch(nn.Module):
-    """Copies of the first blocks run on their own tokens, hint added; each adds to the output of its model through a linear layer of zeros."""
+    """Copies of the last blocks run on their own tokens, hint added; each adds to the output of its model through a linear layer of zeros. The last and not
+    the first: there the tokens say what the generator is about to make, which the branch must compare with the condition (docs/nct.md, 4)."""
 
     def __init__(self, net, control, scale, blocks=None):
         super().__init__()
@@ -63,7 +64,8 @@ class TransformerBranch(nn.Module):
         if not 1 <= (blocks := (total + 1) // 2 if blocks is None else blocks) <= total:
             raise UserError(f"--blocks {blocks}: expected a number from 1 to {total}, the generator's blocks")
         width = net.config.num_attention_heads * net.config.attention_head_dim
-        self.blocks = twin(net.transformer_blocks[:blocks])
+        self.first, self.behind = total - blocks, blocks / total  # behind: share of the frozen network that gradients pass through
+        self.blocks = twin(net.transformer_blocks[self.first:])
         for name, p in self.blocks[-1].named_parameters():
             p.requires_grad_(not ("to_add_out" in name or "ff_context" in name))  # joint attention: text tokens that nobody reads any more
         self.hint = hint(control, width, scale, net.config.patch_size, tokens=True)
@@ -84,7 +86,7 @@ class TransformerBranch(nn.Module):
             more = self.outs[i](now["h"])
             return (out[0], out[1] + more) if joint else out + more
 
-        hook = lambda i: net.transformer_blocks[i].register_forward_hook(lambda m, args, kwargs, out: after(i, args, kwargs, out), with_kwargs=True)
+        hook = lambda i: net.transformer_blocks[self.first + i].register_forward_hook(lambda m, args, kwargs, out: after(i, args, kwargs, out), with_kwargs=True)
         return hooked(*map(hook, range(len(self.blocks))))
 
 

@@ -354,12 +354,12 @@ def test_the_transformer_written_out():
         hooked = net(x, **kw)[0]
     with torch.no_grad():
         h = net.pos_embed(x)
-        a = h + branch.hint(c).transpose(1, 2)
         for i, block in enumerate(net.transformer_blocks):
+            a = h + branch.hint(c).transpose(1, 2) if i == 4 else a if i > 4 else None
             h = call(block, h)
-            if i < 2:
-                a = call(branch.blocks[i], a)
-                h = h + branch.outs[i](a)
+            if i >= 4:
+                a = call(branch.blocks[i - 4], a)
+                h = h + branch.outs[i - 4](a)
         seen = []
         handle = net.norm_out.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
         with branch.attached(net, c):
