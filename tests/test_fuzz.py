@@ -72,7 +72,7 @@ VALUES = {int: ["0", "1", "2", "3", "7", "-1", "40", "1.5", "x", "1" + "0" * 30]
           str: ["x", "", "-", "../x", "a\0b", "1,2"]}
 LIKELY = {int: ["1", "2", "3"], float: ["0.5", "1", "2"], str: ["x"]}
 WORDS = dict(teacher=["toy", "toy-cond", "toyy", "", "/"], batch=["8", "16", "0", "7"], iters=["1", "2", "0"], eval_n=["0", "8", "16", "1"], steps=["999", "999,499", "0.5", "1,0.5", "a"],
-             data=["{set}", "{set}/none"], device=["cpu", "auto", "tpu"], lora_targets=["hidden.0", "inp", "none"], small=["width=16", "depth=2", "wide=1", "depth=x"],
+             size=["28", "16x16", "0", "16x", "x", "9999999"], data=["{set}", "{set}/none"], device=["cpu", "auto", "tpu"], lora_targets=["hidden.0", "inp", "none"], small=["width=16", "depth=2", "wide=1", "depth=x"],
              control=["class", "edges"], nfe=["1", "2", "4", "0"], students=["1", "2", "9"])
 NOT = ("help", "out", "generator", "compile", "prompts", "cache_prompts")
 

@@ -220,8 +220,8 @@ def test_sit_names_files_of_its_folder(changes, tmp_path):
 def test_a_student_does_not_say_where_we_write(tmp_path):
     """distill.json holds the flags of a training; eval.py takes its prompts and sizes, but writes embeddings only where its own user says."""
     args = evaluation_script.parse_args([str(tmp_path)])
-    text = evaluation_script.text_of(args, dict(flags=dict(cache_prompts=str(tmp_path / "elsewhere"), prompts=5, size="x", frames=[1])))
-    assert text == dict(prompts=None, size=None, frames=None, cache=None)
+    text = evaluation_script.text_of(args, dict(flags=dict(cache_prompts=str(tmp_path / "elsewhere"), prompts=5, size="x", frames=[1], embedded_guidance="y")))
+    assert text == dict(prompts=None, size=None, frames=None, guidance=None, cache=None)
     assert evaluation_script.text_of(args, dict(flags=dict(prompts="p.txt", size=64)))["prompts"] == "p.txt"
 
 
