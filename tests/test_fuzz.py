@@ -105,8 +105,8 @@ def command(rng, parser, home):
         words.append(action.option_strings[0])
         n = 0 if action.nargs == 0 else action.nargs if isinstance(action.nargs, int) else rng.randint(1, 2) if action.nargs else 1
         kind, likely = action.type or str, chance(rng, 80)
-        pool = WORDS.get(action.dest) or list(map(str, action.choices or ())) or (LIKELY if likely else VALUES)[kind]
-        words += [(rng.choice(pool) if likely else rng.choice(VALUES[kind])).replace("{set}", str(home)) for _ in range(n)]
+        pool = WORDS.get(action.dest) or list(map(str, action.choices or ())) or (LIKELY if likely else VALUES).get(kind, LIKELY[str])
+        words += [(rng.choice(pool) if likely else rng.choice(VALUES.get(kind, VALUES[str]))).replace("{set}", str(home)) for _ in range(n)]
     return [w for w in words if "\0" not in w]
 
 
