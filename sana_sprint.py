@@ -52,7 +52,7 @@ from common.schedules import TrigFlow, expand
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
     "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), p_adv=(-3.5, 1.0), adv_weight=2.0, adaptive_weight="clamped", H=50, anchor=0.2, time="dense",
-                  rho=None, lr=3e-4, lr_fake=2e-3, betas=(0.5, 0.99), batch=64, iters=600, warmup=20, cooldown=0.5, ema=2000, clip=200.0, weight_decay=0.0),
+                  rho=None, lr=3e-4, lr_fake=2e-3, betas=(0.5, 0.99), batch=64, iters=1200, warmup=20, cooldown=0.5, ema=2000, clip=200.0, weight_decay=0.0),
     "toy": dict(cfg=1.0, cfg_train=None, nfe=1, p_scm=(-0.4, 1.4), adv_weight=0.5, adaptive_weight="off", H=200, time="native",
                 rho=None, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), batch=256, iters=800, warmup=100, cooldown=0.5, ema=0, clip=10.0, weight_decay=0.0),
     # lr, batch, iterations, weights of (13), times, w [P]; H, clip, warm-up [C]. The optimiser there is CAME; AdamW without decay stands for it
