@@ -31,7 +31,8 @@ Differences from the paper, whose code is not public and which gives no N, path,
     - lambda starts at --lambda0 and is bounded: where xi is below what the branch can reach it would grow until the condition is lost.
     - the branch beside a transformer is a copy of its last --blocks blocks whose outputs are added to those of the frozen ones. Its tokens are theirs plus
       the hint, which is not zero at first; the output layers are. ControlNets copy the first blocks; here that lost diversity (docs/nct.md, 4).
-    - image prompts (IP-Adapter) are not here.
+    - the branch of an image prompt (--control image, UNets that read a prompt) is an IP-Adapter whose values are zero at first; what the paper
+      starts its own from is not given.
 """
 import hashlib
 import json
@@ -62,9 +63,9 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     p.model.add_argument("--generator", help="finished one-step student, folder of a run; or of a one-step pipeline. Default out/dmd2-<teacher>; its teacher is found there")
     p.model.add_argument("--blocks", type=int, help="transformer blocks, from the end, that the branch copies; default half of them")
-    p.method.add_argument("--control", help="h in (2): edges, canny, sr, half, inpaint, depth; class, for a generator without labels (common/controls.py)")
+    p.method.add_argument("--control", help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (common/controls.py)")
     p.method.add_argument("--factor", type=int, default=4, help="of --control sr")
-    p.method.add_argument("--control-model", help="folder of a depth estimator of transformers, for --control depth")
+    p.method.add_argument("--control-model", help="folder of transformers: depth estimator for --control depth, CLIP vision encoder with projection for image")
     p.method.add_argument("--N", type=int, help="steps from z to eps in (1)")
     p.method.add_argument("--path", choices=["trig", "linear"], default="trig", help="sigma in (1): sin(pi t / 2) or t; alpha follows")
     p.method.add_argument("--distance", choices=["l2", "huber"], default="l2", help="d in (3)")

@@ -160,6 +160,59 @@ class ControlNet(nn.Module):
         return hooked(net.register_forward_pre_hook(before, with_kwargs=True))
 
 
+class IPAdapter(nn.Module):
+    """The layers of diffusers for a condition that is a vector, in `UNet2DConditionModel`: a few tokens made of it, which every cross-attention reads through
+    keys and values of its own, beside the prompt. Values are zero at first; keys those of the text, as the tokens are normed. Attributes are named like the
+    tensors of an IP-Adapter's file, where cross-attentions have odd numbers (`key`)."""
+
+    FILE, TOKENS = "ip_adapter.safetensors", 4  # diffusers reads four
+
+    def __init__(self, net, control, scale, blocks=None):
+        super().__init__()
+        from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+        from diffusers.models.embeddings import ImageProjection
+        found = [name.removesuffix(".processor") for name in getattr(net, "attn_processors", {}) if not name.endswith("attn1.processor")]
+        width = getattr(net.config, "cross_attention_dim", None)
+        if type(net).__name__ != "UNet2DConditionModel" or not isinstance(width, int) or not found or not all(n.endswith("attn2") for n in found) or net.encoder_hid_proj:
+            raise UserError(f"--control image: expected a generator of class UNet2DConditionModel that reads a prompt by cross-attention, found {type(net).__name__}"
+                            + (" without, or with other layers there" if type(net).__name__ == "UNet2DConditionModel" else ""))
+        if blocks is not None:
+            raise UserError("--blocks: expected a transformer, found UNet2DConditionModel, all of whose cross-attentions read the image")
+        self.names = found
+        self.image_proj = ImageProjection(image_embed_dim=control.embedding, cross_attention_dim=width, num_image_text_embeds=self.TOKENS)
+        self.ip_adapter = nn.ModuleDict()
+        for i, name in enumerate(found):
+            attn = net.get_submodule(name)
+            self.ip_adapter[str(2 * i + 1)] = layer = IPAdapterAttnProcessor2_0(attn.to_k.out_features, width, num_tokens=(self.TOKENS,))
+            layer.to_k_ip[0].weight.data.copy_(attn.to_k.weight)
+            zero(layer.to_v_ip)
+
+    @staticmethod
+    def key(name):
+        """Name in the file of the tensor `name`."""
+        return name.replace("image_embeds", "proj").replace("_ip.0.", "_ip.")
+
+    def attached(self, net, c):
+        tokens, attns = [self.image_proj(c)], [net.get_submodule(name) for name in self.names]
+        before = [attn.processor for attn in attns]
+
+        def reader(layer):  # a function and no module: the frozen network's own tensors stay as they are
+            return lambda attn, h, encoder_hidden_states=None, attention_mask=None, temb=None: layer(attn, h, (encoder_hidden_states, tokens), attention_mask, temb)
+
+        for attn, layer in zip(attns, self.ip_adapter.values(), strict=True):
+            attn.processor = reader(layer)
+
+        @contextlib.contextmanager
+        def there():
+            try:
+                yield
+            finally:
+                for attn, processor in zip(attns, before):
+                    attn.processor = processor
+
+        return there()
+
+
 class MLPBranch(nn.Module):
     """For the toy: a copy of the hidden layers, which adds to each hidden activation."""
 
@@ -189,7 +242,7 @@ class MLPBranch(nn.Module):
 
 def make_branch(net, control, scale=1, blocks=None):
     kinds = dict(UNet2DConditionModel=ControlNet, UNet2DModel=UNetBranch, MLP=MLPBranch)
-    cls = kinds.get(type(net).__name__, TransformerBranch if hasattr(net, "transformer_blocks") else None)
+    cls = IPAdapter if control.embedding else kinds.get(type(net).__name__, TransformerBranch if hasattr(net, "transformer_blocks") else None)
     if cls is None:
         raise UserError(f"--generator: expected a UNet or transformer of diffusers, found {type(net).__name__}")
     return cls(net, control, scale, blocks).eval()
@@ -241,7 +294,7 @@ class Controlled(nn.Module):
 
     def checkpoint_activations(self):
         if not isinstance(self.branch, ControlNet):  # the hooks of the others would be gone when a block runs again
-            raise UserError("--grad-checkpoint: expected a generator of class UNet2DConditionModel, the only one whose branch can do it")
+            raise UserError("--grad-checkpoint: expected a generator of class UNet2DConditionModel and a --control that is a picture: only its ControlNet can do it")
         self.branch.net.enable_gradient_checkpointing()
         self.generator.checkpoint_activations()
 
@@ -255,12 +308,14 @@ class Controlled(nn.Module):
         return dict(adapter="controlled", control=self.control.config(), blocks=self.blocks)
 
     def save(self, folder, info, name="distill.json"):
-        """The branch (a ControlNet as diffusers saves it), in generator/ the generator, and `name` last."""
+        """The branch (ControlNet or IP-Adapter as diffusers knows them), in generator/ the generator, and `name` last."""
         folder = Path(folder)
         (folder / "generator").mkdir(parents=True, exist_ok=True)
         self.generator.save(folder / "generator", {k: v for k, v in self.info.items() if k != "model"})
         if isinstance(self.branch, ControlNet):
             self.branch.net.save_pretrained(folder, safe_serialization=True)
+        elif isinstance(self.branch, IPAdapter):
+            models.save_weights(folder / IPAdapter.FILE, {IPAdapter.key(k): v for k, v in self.branch.state_dict().items()})
         else:
             models.save_weights(folder / models.WEIGHTS, self.branch.state_dict())
         write_json(folder / name, dict(info, model=self.config()))
@@ -312,6 +367,8 @@ def load_controlled(folder, info, teacher=None):
     model = make(generator, own, sampler_of(home, own), control, info.get("blocks"))
     if isinstance(model.branch, ControlNet):
         models.load_weights(folder / models.WEIGHTS, model.branch.net)
+    elif isinstance(model.branch, IPAdapter):
+        models.load_weights(folder / IPAdapter.FILE, model.branch, IPAdapter.key)
     else:
         models.load_weights(folder / models.WEIGHTS, model.branch)
     model.folder = folder
@@ -365,6 +422,8 @@ def rows(model, seed=0, n=20):
     name = model.control.name
     if model.control.classes:
         return [(f"{name}: {c.tolist()}", model.decode(source)), (f"obeyed: {model.control(x, r).tolist()}", model.decode(x)), ("the same noise, free", model.decode(model.f(z, cond)))]
+    if model.control.embedding:
+        return [("condition: the look of", model.decode(source)), ("output, other noise", model.decode(x)), ("the same noise, free", model.decode(model.f(z, cond)))]
     show = lambda c: model.control.picture(c)
     return [(f"condition, {name}", show(c)), ("its source", model.decode(source)), ("output, other noise", model.decode(x)), (f"{name} of the output", show(model.control(x, r))),
             ("the same noise, free", model.decode(model.f(z, cond)))]

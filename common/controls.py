@@ -1,7 +1,7 @@
 """Controls: functions that turn an image into a condition. nct.py teaches a finished generator to obey one, eval.py asks whether it does.
 
 A control is one function (u, r, how) -> map [n, C', H, W] in [0, 1]. u: images [n, C, H, W] in [0, 1]; r: uniform numbers [n, 4], for controls with
-chance; how: the `Control`, whose fields are the flags. To add one, write it and name it in MAPS. It must be (nearly) a function of the image: a
+chance; how: the `Control`, whose fields are the flags. `image` gives a vector [n, D] instead. To add one, write it and name it in MAPS. It must be (nearly) a function of the image: a
 condition that fits every image a little is best ignored, says the boundary loss. No gradient passes through it.
 """
 from pathlib import Path
@@ -69,22 +69,32 @@ def depth(u, r, how):
     return (d - low) / (high - low).clamp(min=1e-6)
 
 
-MAPS = {f.__name__: f for f in (edges, canny, sr, half, inpaint, depth)}
+def image(u, r, how):
+    """What the image shows: its embedding by the CLIP encoder in --control-model [n, D]. As CLIP's preprocessing has it: resized, then the square in the middle."""
+    (size, _), mean, std = how.estimator_input
+    shape = [n * size // min(u.shape[2:]) for n in u.shape[2:]]
+    top, left = ((n - size) // 2 for n in shape)
+    x = F.interpolate(u.expand(-1, 3, -1, -1), shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)[..., top:top + size, left:left + size]
+    return how.estimator((x - mean.to(x)) / std.to(x)).image_embeds.to(u.dtype)
+
+
+MAPS = {f.__name__: f for f in (edges, canny, sr, half, inpaint, depth, image)}
 MASKED = ("half", "inpaint")  # the last channel is a mask
 
 
 class Control:
     """h: samples of a model -> conditions. name: of MAPS, or "class": the label, of a generator that takes none (toy: the nearest mode; images: what the
-    classifier of the teacher's folder sees). classes: number of values of "class", else 0; channels: of a map, else 0; shape: of an image."""
+    classifier of the teacher's folder sees). classes: number of values of "class", else 0; channels: of a map, else 0; embedding: length of a vector, else 0;
+    shape: of an image."""
 
     def __init__(self, name, model, teacher=None, factor=4, folder=None):
-        self.name, self.model, self.factor, self.folder, self.classes, self.channels = name, model, factor, folder, 0, 0
+        self.name, self.model, self.factor, self.folder, self.classes, self.channels, self.embedding = name, model, factor, folder, 0, 0, 0
         toy = model.adapter == "toy"
         known = ["class"] if toy else [*MAPS, "class"]
         if name not in known:
             raise UserError(f"--control {name}: expected {' or '.join(known)} for this generator{near(name, known)}")
-        if (folder is not None) != (name == "depth"):
-            raise UserError(f"--control {name}: expected the folder of a depth estimator as --control-model with depth, and only there, found {folder}")
+        if (folder is not None) != (name in ("depth", "image")):
+            raise UserError(f"--control {name}: expected a folder as --control-model with depth (an estimator) or image (a CLIP encoder), and only there, found {folder}")
         self.shape = None if toy else getattr(model, "image_shape", model.shape)
         if name == "class":
             if model.classes and not toy or getattr(model, "labelled", False):
@@ -99,6 +109,10 @@ class Control:
             raise UserError(f"--factor {factor}: expected a number from 2 that divides the {self.shape[1]} x {self.shape[2]} pixels of an image")
         if name == "depth":
             self.load_estimator(folder)
+        if name == "image":
+            self.load_encoder(folder)
+            self.embedding = self.estimator.config.projection_dim
+            return
         self.channels = self.map(torch.zeros(2, *self.shape), torch.zeros(2, 4)).shape[1]
 
     def load_estimator(self, folder):
@@ -116,16 +130,37 @@ class Control:
         pixels = (size.get("height", 384), size.get("width", 384))
         self.estimator_input = pixels, *(torch.tensor(info.get(k, v)).view(3, 1, 1) for k, v in (("image_mean", [0.485, 0.456, 0.406]), ("image_std", [0.229, 0.224, 0.225])))
 
+    def load_encoder(self, folder):
+        info = read_json(Path(folder) / "config.json", "--control-model")
+        if info.get("model_type") not in ("clip_vision_model", "clip"):
+            raise UserError(f"--control-model {folder}: expected a CLIP vision encoder of transformers, found model_type {info.get('model_type')!r}")
+        from transformers import CLIPVisionModelWithProjection
+        try:
+            self.estimator, loaded = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        except Exception as e:  # as above
+            raise UserError(f"--control-model {folder}: expected a CLIP vision encoder with projection: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        if loaded["missing_keys"]:  # transformers would make them up
+            raise UserError(f"--control-model {folder}: expected all weights of a CLIP vision encoder with projection, {sorted(loaded['missing_keys'])[0]} is missing")
+        self.estimator.eval().requires_grad_(False)
+        path = Path(folder) / "preprocessor_config.json"
+        given = read_json(path, "--control-model") if path.exists() else {}
+        clip = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+        for k, v in clip.items():
+            found = given.get(k, v)
+            if not (isinstance(found, list) and len(found) == 3 and all(isinstance(n, (int, float)) for n in found)):
+                raise UserError(f"{path}: {k}: expected three numbers, found {found!r}")
+        self.estimator_input = (self.estimator.config.image_size,) * 2, *(torch.tensor(given.get(k, v), dtype=torch.float32).view(3, 1, 1) for k, v in clip.items())
+
     def config(self):
         return dict(name=self.name, factor=self.factor) | (dict(folder=str(self.folder)) if self.folder else {})
 
     def map(self, u, r):
         c = MAPS[self.name](u, r, self)
-        return c.expand(-1, 3, -1, -1) if c.shape[1] == 1 and u.shape[1] == 3 else c  # a picture, as pipelines want it
+        return c.expand(-1, 3, -1, -1) if c.ndim == 4 and c.shape[1] == 1 and u.shape[1] == 3 else c  # a picture, as pipelines want it
 
     @torch.no_grad()
     def __call__(self, x, r):
-        """Samples [n, *shape] and r [n, 4] -> int64 [n] or float32 [n, channels, H, W]."""
+        """Samples [n, *shape] and r [n, 4] -> int64 [n], float32 [n, channels, H, W] or [n, embedding]."""
         if self.model.adapter == "toy":
             return torch.cdist(x.double(), self.model.mixture.means.to(x.device)).argmin(1)
         images = self.model.decode(x)  # clips to the valid range
@@ -136,9 +171,11 @@ class Control:
         return self.map(images.float() / 255, r)
 
     def error(self, a, b):
-        """Distance of conditions [n]: mean absolute difference, of known pixels only; class: 0 or 1."""
+        """Distance of conditions [n]: mean absolute difference, of known pixels only; class: 0 or 1; image: 1 - cosine."""
         if self.classes:
             return (a != b).double()
+        if self.embedding:
+            return 1 - F.cosine_similarity(a, b)
         if self.name in MASKED:
             return (a - b)[:, :-1].abs().flatten(1).sum(1) / ((1 - b[:, -1:]).flatten(1).sum(1) * (a.shape[1] - 1)).clamp(min=1)
         return (a - b).abs().flatten(1).mean(1)
@@ -151,4 +188,6 @@ class Control:
 
     def blank(self, n, device):
         """A condition for n samples that nobody looks at."""
-        return torch.zeros(n, dtype=torch.int64, device=device) if self.classes else torch.zeros(n, self.channels, *self.shape[1:], device=device)
+        if self.classes:
+            return torch.zeros(n, dtype=torch.int64, device=device)
+        return torch.zeros(n, *(self.embedding,) if self.embedding else (self.channels, *self.shape[1:]), device=device)

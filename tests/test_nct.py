@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_control_is_refused():
 
 
 def a_control(classes=0, channels=2):
-    return SimpleNamespace(classes=classes, channels=channels, shape=(1, 28, 28))
+    return SimpleNamespace(classes=classes, channels=channels, embedding=0, shape=(1, 28, 28))
 
 
 def noise_up(branch, seed=0):
@@ -380,6 +380,48 @@ def test_the_control_net_needs_the_size_of_the_latent():
         net(torch.randn(3, 3, 16, 16), *inputs[1:], **kw)
 
 
+def prompt_unet():
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+                               down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
+    return net.requires_grad_(False), (torch.randn(3, 4, 8, 8), torch.tensor([5.0, 70.0, 900.0])), dict(encoder_hidden_states=torch.randn(3, 7, 16), return_dict=False)
+
+
+def test_an_image_prompt_starts_without_effect():
+    """Difference 0.0; then only the values have a gradient; then, when they have moved, everything has. The frozen network is as it was afterwards."""
+    net, inputs, kw = prompt_unet()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    branch = adapters.make_branch(net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2)
+    c = torch.randn(3, 12)
+
+    def controlled(c):
+        with branch.attached(net, c):
+            return net(*inputs, **kw)[0]
+
+    plain, out = net(*inputs, **kw)[0], controlled(c)
+    assert torch.equal(out, plain)
+    out.square().sum().backward()
+    moved = {n for n, p in branch.named_parameters() if p.grad.any()}
+    assert moved == {n for n, p in branch.named_parameters() if "to_v_ip" in n} and len(moved) == 4
+    branch.zero_grad()
+    noise_up(branch)
+    out = controlled(c)
+    assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(controlled(c.flip(0)), out, atol=1e-5)
+    assert torch.allclose(controlled(torch.cat([c[:1], c[:1], c[:1]]))[0], out[0], atol=1e-5)  # each sample has its own image
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in branch.parameters())
+    assert torch.equal(net(*inputs, **kw)[0], plain) and net.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("make, found", [(pixel_unet, "UNet2DConditionModel without"), (unet, "UNet2DModel"), (dit, "Transformer2DModel|DiT")])
+def test_image_prompts_need_a_prompt(make, found):
+    with pytest.raises(UserError, match=f"--control image: expected a generator of class UNet2DConditionModel .*found ({found})"):
+        adapters.make_branch(make()[0], SimpleNamespace(classes=0, channels=0, embedding=12))
+    with pytest.raises(UserError, match="--blocks"):
+        adapters.make_branch(prompt_unet()[0], SimpleNamespace(classes=0, channels=0, embedding=12), 1, 2)
+
+
 def test_branches_that_cannot_be():
     net = dit()[0]
     for blocks in (0, 7):
@@ -492,6 +534,55 @@ def test_depth(tmp_path):
     c = h(pictures(), None)
     assert h.channels == 1 and c.shape == (5, 1, 28, 28) and (c.amin((1, 2, 3)) == 0).all() and torch.allclose(c.amax((1, 2, 3)), torch.ones(5))
     assert torch.equal(c, h(pictures(), None)) and h.config()["folder"] == str(tmp_path / "dpt")
+
+
+def encoder(folder, **kw):
+    """A CLIP vision encoder of a few random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    torch.manual_seed(0)
+    net = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8,
+                                                         projection_dim=12))
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn_like(p)  # as transformers makes them they see little
+    net.save_pretrained(folder)
+    return net.eval()
+
+
+def test_image_embeddings(tmp_path):
+    """Those of transformers' own preprocessing, also of pictures that are no square; 1 - cosine; and folders that hold no encoder."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPTextConfig
+    net = encoder(tmp_path / "clip")
+    h = control("image", folder=str(tmp_path / "clip"))
+    x = pictures()
+    c = h(x, None)
+    assert h.embedding == 12 and h.channels == 0 and c.shape == (5, 12) == h.blank(5, "cpu").shape and not c.requires_grad
+    processor = CLIPImageProcessor(size=24, crop_size=24)
+    theirs = lambda u: net(processor([Image.fromarray(p.numpy()).convert("RGB") for p in u], return_tensors="pt").pixel_values).image_embeds
+    with torch.no_grad():
+        assert (h.error(c, theirs(h.model.decode(x)[:, 0])) < 1e-3).all() and h.error(c, c.roll(1, 0)).min() > 0.01
+        wide = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+        square = Image.fromarray((wide[0] * 255).round().byte().permute(1, 2, 0).numpy())
+        assert h.error(MAPS["image"](wide[:1], None, h), net(processor([square], return_tensors="pt").pixel_values).image_embeds) < 1e-3
+    assert h.error(torch.tensor([[1.0, 0]] * 3), torch.tensor([[2.0, 0], [0, 3], [-1, 0]])).tolist() == pytest.approx([0, 1, 2])
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    other = control("image", folder=str(tmp_path / "clip"))
+    assert torch.equal(other.estimator_input[1].flatten(), torch.full((3,), 0.5)) and not torch.allclose(other(x, None), c, atol=1e-3)
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5, "a", 1])))
+    with pytest.raises(UserError, match="image_mean: expected three numbers"):
+        control("image", folder=str(tmp_path / "clip"))
+    with pytest.raises(UserError, match="--control image: expected a folder as --control-model"):
+        control("image")
+    with pytest.raises(UserError, match="--control-model .*nowhere"):
+        control("image", folder=str(tmp_path / "nowhere"))
+    CLIPTextConfig().save_pretrained(tmp_path / "text")
+    with pytest.raises(UserError, match="expected a CLIP vision encoder of transformers, found model_type 'clip_text_model'"):
+        control("image", folder=str(tmp_path / "text"))
+    from safetensors.torch import load_file, save_file
+    path = tmp_path / "clip" / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "visual_projection" not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="expected all weights .*visual_projection.weight is missing"):
+        control("image", folder=str(tmp_path / "clip"))
 
 
 # ---- generators -------------------------------------------------------------------------------------------------------------------------------
@@ -618,6 +709,54 @@ def test_stable_diffusion(student, scripts, pipelines, tmp_path):
     with torch.no_grad():
         free = ours.f(z, teacher.encode(torch.tensor([0, 1])))
     assert not torch.allclose(x, free, rtol=1e-2, atol=1e-2 * float(free.std()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_image_prompts(name, scripts, pipelines, tmp_path):
+    """A trained run's IP-Adapter in diffusers' own pipeline makes the picture of our sampler, from the embedding and from the picture itself."""
+    from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+    from PIL import Image
+    folder, run, clip = pipelines(name), tmp_path / "run", encoder(tmp_path / "clip")
+    flags = ["--generator", folder, *pipelines.flags, "--control", "image", "--control-model", tmp_path / "clip", "--lr", 1e-2, "--warmup", 0, "--out", run]
+    p = scripts.run("nct.py", *flags, "--smoke")
+    assert "control image: error" in p.out and (run / "samples" / "control.png").exists()
+    info = read_json(run / "student" / "distill.json")
+    teacher = models.load_teacher(str(folder), text=pipelines.text)
+    ours = models.load_model(run / "student", info["model"], teacher)
+    assert any(layer.to_v_ip[0].weight.any() for layer in ours.branch.ip_adapter.values())
+    with torch.no_grad():
+        for layer in ours.branch.ip_adapter.values():
+            layer.to_v_ip[0].weight += 0.2 * torch.randn_like(layer.to_v_ip[0].weight)  # a step or two is hardly seen
+    ours.save(tmp_path / "s", {k: v for k, v in info.items() if k != "model"})
+    again = models.load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "s" / "generator")
+    pipe = DiffusionPipeline.from_pretrained(folder, unet=unet, image_encoder=clip, feature_extractor=None, **dict(safety_checker=None) if name == "sd15" else {})
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    pipe.load_ip_adapter(str(tmp_path / "s"), subfolder="", weight_name="ip_adapter.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    z, cond = torch.randn(2, *teacher.shape), teacher.encode(torch.tensor([0, 1]))
+    with torch.no_grad():
+        free = ours.f(z, cond)
+    c = ours.control(ours.f(torch.randn(2, *teacher.shape), cond), None)
+    x = nct.sample(ours, z, cond, c=c)
+    close = lambda a, b, r=1e-3: torch.allclose(a, b, rtol=r, atol=r * float(b.std()))
+    assert torch.equal(nct.sample(again, z, cond, c=c), x) and not close(x, free, 1e-2)
+    call = lambda i, **kw: pipe([teacher.prompts[j] for j in i], latents=z[i], num_inference_steps=1, guidance_scale=1.0, height=16, width=16, output_type="latent", **kw).images
+    assert close(x, call([0, 1], ip_adapter_image_embeds=[c[:, None]]))
+    picture = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = ours.control.map(picture.float() / 255, None)
+    shown = call([1], ip_adapter_image=Image.fromarray(picture[0].permute(1, 2, 0).numpy()))
+    assert close(nct.sample(ours, z[1:], {k: v[1:] for k, v in cond.items()}, c=seen), shown, 1e-2)
+    p = scripts.start("nct.py", *flags, "--smoke", "--grad-checkpoint")
+    assert p.wait() == 2 and "--grad-checkpoint: expected a generator of class" in p.err and p.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_image_prompts_are_for_unets(scripts, pipelines, tmp_path):
+    encoder(tmp_path / "clip")
+    p = scripts.start("nct.py", "--generator", pipelines("sd3"), *pipelines.flags, "--control", "image", "--control-model", tmp_path / "clip", "--smoke", "--out", tmp_path / "run")
+    assert p.wait() == 2 and "--control image: expected a generator of class UNet2DConditionModel" in p.err and p.err.count("\n") == 1
 
 
 @pytest.mark.slow
