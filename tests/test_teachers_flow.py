@@ -478,11 +478,26 @@ METHODS = dict(sid=[], decoupled_dmd=["--nfe", 4, "--cfg", 3], phased_dmd=[], ms
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd3", "wan22"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "wan22"])
 @pytest.mark.parametrize("script", METHODS)
 def test_every_method_without_images(script, name, folders, scripts, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    size = [f for k, v in SIZE.get(name, {}).items() for f in (f"--{k}", v)]
-    p = scripts.run(f"{script}.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--batch", 4, "--smoke",
-                    "--out", tmp_path / "run", *size, *METHODS[script])
-    assert "Traceback" not in p.err and (tmp_path / "run" / "student" / "distill.json").exists() and (tmp_path / "run" / "samples" / "00000003.png").exists()
+    """Run, export, reload: the student read back is the teacher's network, trained."""
+    prompts, size = tmp_path / "prompts.txt", SIZE.get(name, {})
+    prompts.write_text("\n".join(PROMPTS))
+    p = scripts.run(f"{script}.py", "--teacher", folders(name), "--prompts", prompts, "--cache-prompts", tmp_path / "cache", "--batch", 4, "--lr", 1e-3, "--warmup", 0, "--smoke",
+                    "--out", tmp_path / "run", *[f for k, v in size.items() for f in (f"--{k}", v)], *METHODS[script])
+    home = tmp_path / "run" / "student"
+    assert "Traceback" not in p.err and (tmp_path / "run" / "samples" / "00000003.png").exists()
+    teacher = models.load_teacher(str(folders(name)), text=dict(prompts=str(prompts), cache=tmp_path / "cache", say=lambda *a: None, **size))
+    info = students.read_student(home)[1]
+    student, leaves = models.load_model(home, info["model"], teacher), lambda net: [dict(m.named_parameters()) for m in net.modules() if isinstance(m, models.Model)]
+    both = lambda after, before: [k for k in before if k in after and after[k].shape == before[k].shape]
+    far = []  # of each student's network from the nearest of the teacher's
+    for after in leaves(student):
+        assert all(len(both(after, before)) > 0.9 * len(before) for before in leaves(teacher))
+        far.append(min(max((after[k] - before[k]).abs().max() for k in both(after, before)) for before in leaves(teacher)))
+    assert max(far) > 1e-4, far  # of msd's students not all have had a turn after three iterations
+    noise = lambda: torch.randn(2, *teacher.shape)
+    with torch.no_grad():
+        x = students.sampler_of(home, info)(student, noise(), teacher.encode(torch.tensor([0, 1])), info["nfe"], noise, **info["sampler"])
+    assert x.shape == (2, *teacher.shape) and x.isfinite().all()
