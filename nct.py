@@ -47,8 +47,8 @@ from common.controls import Control
 from common.run import EMA, ROOT, Parser, Run, UserError, launch, save_grid, write_json
 from common.schedules import expand
 
-PRESETS = {  # the flags of a teacher; every one can be overridden. The paper gives none of them: ours. toy, mnist: measured (docs/nct.md). lambda starts low,
-    # so that control comes first, and grows, since xi is out of reach: then the outputs get sharp
+PRESETS = {  # the flags of a teacher; every one can be overridden. Ours but for rate, betas, batch and average of the last two [P]. toy, mnist: measured
+    # (docs/nct.md). lambda starts low, so that control comes first, and grows, since xi is out of reach: then the outputs get sharp
     "mnist": dict(cfg=None, nfe=1, control="edges", N=32, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, clip=10.0, batch=32, iters=3500, warmup=30, cooldown=0.5,
                   ema=2000, lambda0=2.0, eta=0.2, xi=0.003),
     "toy": dict(cfg=None, nfe=1, control="class", N=16, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, batch=256, iters=2000, warmup=0, cooldown=0.5,
@@ -56,6 +56,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. The paper gi
     "default": dict(cfg=None, nfe=1, control="edges", N=32, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, batch=128, iters=20000, warmup=500, cooldown=0.0,
                     ema=900000, lambda0=1.0, eta=1.0, xi=3e-3),  # average 0.9999 per step
 }
+PRESETS["image"] = dict(PRESETS["default"], lr=1e-4, drop=0.05)  # a folder with --control image: rate and empty prompts of the paper's IP-Adapter [P]
 PRESETS["toy-cond"] = PRESETS["toy"]
 
 
@@ -66,6 +67,7 @@ def parse_args(argv=None):
     p.method.add_argument("--control", help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (common/controls.py)")
     p.method.add_argument("--factor", type=int, default=4, help="of --control sr")
     p.method.add_argument("--control-model", help="folder of transformers: depth estimator for --control depth, CLIP vision encoder with projection for image")
+    p.method.add_argument("--drop", type=float, default=0.0, help="share of empty prompts; 0.05 with --control image")
     p.method.add_argument("--N", type=int, help="steps from z to eps in (1)")
     p.method.add_argument("--path", choices=["trig", "linear"], default="trig", help="sigma in (1): sin(pi t / 2) or t; alpha follows")
     p.method.add_argument("--distance", choices=["l2", "huber"], default="l2", help="d in (3)")
@@ -76,15 +78,16 @@ def parse_args(argv=None):
     p.method.add_argument("--xi", type=float, help="what L_bound may be")
     p.method.add_argument("--lambda-max", type=float, default=1e3, help="bound of lambda")
     p.set_defaults(teacher=None)
-    given = p.parse_known_args(argv)[0].generator
-    found = students.teacher_of(given) if given else None
+    given = p.parse_known_args(argv)[0]
+    found = students.teacher_of(given.generator) if given.generator else None
     p.set_defaults(teacher=found or "mnist")
-    args = p.parse(PRESETS, argv)
+    args = p.parse(dict(PRESETS, default=PRESETS["image" if given.control == "image" else "default"]), argv)
     for wrong, message in (
         (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the generator makes an image in one pass and so does its controlled form"),
         (args.data, f"--data {args.data}: this method never looks at images"),
         (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: this method has no second network"),
         (args.lora or args.shard, "--lora, --shard: nothing but the branch is trained here; leave them out"),
+        (not 0 <= args.drop <= 1, f"--drop: expected a share from 0 to 1, found {args.drop}"),
         (args.N < 1, f"--N: expected at least 1, found {args.N}"),
         (args.huber is not None and args.distance == "l2", "--huber: means something only with --distance huber"),
         (args.huber is not None and not 0 < args.huber < math.inf, f"--huber: expected a number > 0, found {args.huber}"),
@@ -231,6 +234,8 @@ def main():
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
         cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
+        if args.drop:
+            cond = teacher.emptied(cond, draw.uniform() < args.drop)
         z, eps, r = draw.normal(*shape), draw.normal(*shape), draw.normal(4)
         x, c = pairs(student.f, control, z, torch.special.ndtr(r), cond)
         con, bound = losses(G, student, z, eps, draw.integers(0, args.N), x, c, cond, args)

@@ -286,8 +286,7 @@ def main():
             x_real = teacher.encode_images(pixels.to(run.device))
         cond = teacher.encode(labels if args.gan else draw.integers(0, max(teacher.classes, 1)))
         if args.drop:  # before the student is asked, which makes these images without condition too
-            empty, null = draw.uniform() < args.drop, teacher.null(run.batch)
-            cond = {key: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[key], v) if key in null else v for key, v in cond.items()}
+            cond = teacher.emptied(cond, draw.uniform() < args.drop)
         with torch.no_grad():
             x = student(*inputs(cond))
         (alpha, sigma), eps = draw_levels(draw, schedule, args, student=False), draw.like(x)

@@ -80,6 +80,10 @@ def image(u, r, how):
 
 MAPS = {f.__name__: f for f in (edges, canny, sr, half, inpaint, depth, image)}
 MASKED = ("half", "inpaint")  # the last channel is a mask
+ESTIMATORS = {  # controls with a network: its class in transformers, what it is, mean and deviation of its input where its folder does not say
+    "depth": ("AutoModelForDepthEstimation", "a depth estimator", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "image": ("CLIPVisionModelWithProjection", "a CLIP vision encoder with projection", [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+}
 
 
 class Control:
@@ -93,7 +97,7 @@ class Control:
         known = ["class"] if toy else [*MAPS, "class"]
         if name not in known:
             raise UserError(f"--control {name}: expected {' or '.join(known)} for this generator{near(name, known)}")
-        if (folder is not None) != (name in ("depth", "image")):
+        if (folder is not None) != (name in ESTIMATORS):
             raise UserError(f"--control {name}: expected a folder as --control-model with depth (an estimator) or image (a CLIP encoder), and only there, found {folder}")
         self.shape = None if toy else getattr(model, "image_shape", model.shape)
         if name == "class":
@@ -107,49 +111,37 @@ class Control:
             return
         if name == "sr" and (factor < 2 or any(n % factor for n in self.shape[1:])):
             raise UserError(f"--factor {factor}: expected a number from 2 that divides the {self.shape[1]} x {self.shape[2]} pixels of an image")
-        if name == "depth":
+        if name in ESTIMATORS:
             self.load_estimator(folder)
         if name == "image":
-            self.load_encoder(folder)
             self.embedding = self.estimator.config.projection_dim
             return
         self.channels = self.map(torch.zeros(2, *self.shape), torch.zeros(2, 4)).shape[1]
 
     def load_estimator(self, folder):
+        """The network of --control-model, frozen, and what its preprocessing asks for: size in pixels, mean, deviation."""
+        import transformers
+        cls, what, mean, std = ESTIMATORS[self.name]
         if not Path(folder).is_dir():
-            raise UserError(f"--control-model {folder}: expected a folder of transformers with a depth estimator, found none")
-        from transformers import AutoModelForDepthEstimation
+            raise UserError(f"--control-model {folder}: expected a folder of transformers with {what}, found none")
+        if self.name == "image" and (kind := read_json(Path(folder) / "config.json", "--control-model").get("model_type")) not in ("clip_vision_model", "clip"):
+            raise UserError(f"--control-model {folder}: expected {what} of transformers, found model_type {kind!r}")
         try:
-            self.estimator = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False).eval()
+            self.estimator, loaded = getattr(transformers, cls).from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         except Exception as e:  # transformers raises many kinds for folders of other things
-            raise UserError(f"--control-model {folder}: expected a depth estimator of transformers: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-        path = Path(folder) / "preprocessor_config.json"
-        info = read_json(path, "--control-model") if path.exists() else {}
-        size = info.get("size") if isinstance(info.get("size"), dict) else {}
-        self.estimator.requires_grad_(False)
-        pixels = (size.get("height", 384), size.get("width", 384))
-        self.estimator_input = pixels, *(torch.tensor(info.get(k, v)).view(3, 1, 1) for k, v in (("image_mean", [0.485, 0.456, 0.406]), ("image_std", [0.229, 0.224, 0.225])))
-
-    def load_encoder(self, folder):
-        info = read_json(Path(folder) / "config.json", "--control-model")
-        if info.get("model_type") not in ("clip_vision_model", "clip"):
-            raise UserError(f"--control-model {folder}: expected a CLIP vision encoder of transformers, found model_type {info.get('model_type')!r}")
-        from transformers import CLIPVisionModelWithProjection
-        try:
-            self.estimator, loaded = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-        except Exception as e:  # as above
-            raise UserError(f"--control-model {folder}: expected a CLIP vision encoder with projection: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-        if loaded["missing_keys"]:  # transformers would make them up
-            raise UserError(f"--control-model {folder}: expected all weights of a CLIP vision encoder with projection, {sorted(loaded['missing_keys'])[0]} is missing")
+            raise UserError(f"--control-model {folder}: expected {what} of transformers: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        if self.name == "image" and loaded["missing_keys"]:  # made up by transformers; depth estimators lack some that they do not use
+            raise UserError(f"--control-model {folder}: expected all weights of {what}, {sorted(loaded['missing_keys'])[0]} is missing")
         self.estimator.eval().requires_grad_(False)
         path = Path(folder) / "preprocessor_config.json"
         given = read_json(path, "--control-model") if path.exists() else {}
-        clip = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-        for k, v in clip.items():
-            found = given.get(k, v)
+        normal = [given.get(k, v) for k, v in (("image_mean", mean), ("image_std", std))]
+        for name, found in zip(("image_mean", "image_std"), normal):
             if not (isinstance(found, list) and len(found) == 3 and all(isinstance(n, (int, float)) for n in found)):
-                raise UserError(f"{path}: {k}: expected three numbers, found {found!r}")
-        self.estimator_input = (self.estimator.config.image_size,) * 2, *(torch.tensor(given.get(k, v), dtype=torch.float32).view(3, 1, 1) for k, v in clip.items())
+                raise UserError(f"{path}: {name}: expected three numbers, found {found!r}")
+        size = given.get("size") if isinstance(given.get("size"), dict) else {}
+        pixels = (self.estimator.config.image_size,) * 2 if self.name == "image" else (size.get("height", 384), size.get("width", 384))
+        self.estimator_input = pixels, *(torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in normal)
 
     def config(self):
         return dict(name=self.name, factor=self.factor) | (dict(folder=str(self.folder)) if self.folder else {})

@@ -95,6 +95,11 @@ class Model(nn.Module):
         """cond of n unconditional samples."""
         raise NotImplementedError
 
+    def emptied(self, cond, empty):
+        """cond of n samples, the unconditional one where `empty` [n] is true."""
+        null = self.null(len(empty))
+        return {k: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[k], v) if k in null else v for k, v in cond.items()}
+
     def fits(self):
         """(shape, classes) that the network's own configuration asks for."""
         raise NotImplementedError

@@ -393,6 +393,7 @@ def test_an_image_prompt_starts_without_effect():
     net, inputs, kw = prompt_unet()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     branch = adapters.make_branch(net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2)
+    assert all(torch.equal(layer.to_k_ip[0].weight, net.get_submodule(n).to_k.weight) for n, layer in zip(branch.names, branch.ip_adapter.values(), strict=True))
     c = torch.randn(3, 12)
 
     def controlled(c):
@@ -408,7 +409,8 @@ def test_an_image_prompt_starts_without_effect():
     noise_up(branch)
     out = controlled(c)
     assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(controlled(c.flip(0)), out, atol=1e-5)
-    assert torch.allclose(controlled(torch.cat([c[:1], c[:1], c[:1]]))[0], out[0], atol=1e-5)  # each sample has its own image
+    alike = controlled(c[:1].expand(3, -1))  # each sample has its own image
+    assert torch.allclose(alike[0], out[0], atol=1e-5) and not torch.allclose(alike[1:], out[1:], atol=1e-4)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in branch.parameters())
     assert torch.equal(net(*inputs, **kw)[0], plain) and net.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -536,7 +538,7 @@ def test_depth(tmp_path):
     assert torch.equal(c, h(pictures(), None)) and h.config()["folder"] == str(tmp_path / "dpt")
 
 
-def encoder(folder, **kw):
+def encoder(folder):
     """A CLIP vision encoder of a few random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     torch.manual_seed(0)
@@ -546,6 +548,15 @@ def encoder(folder, **kw):
         p.data += 0.2 * torch.randn_like(p)  # as transformers makes them they see little
     net.save_pretrained(folder)
     return net.eval()
+
+
+def test_image_prompts_have_the_papers_rate_and_empty_prompts():
+    get = lambda *flags: (lambda a: (a.lr, a.drop))(nct.parse_args(["--teacher", "sd15", *flags]))
+    assert get("--control", "image") == (1e-4, 0.05) and get("--control", "edges") == (1e-5, 0.0) == get() and get("--control", "image", "--drop", "0.5", "--lr", "1") == (1.0, 0.5)
+    with pytest.raises(UserError, match="--drop: expected a share from 0 to 1"):
+        nct.parse_args(["--teacher", "sd15", "--drop", "1.5"])
+    teacher = models.load_teacher("mnist")
+    assert teacher.emptied(dict(labels=torch.tensor([3, 4, 5])), torch.tensor([True, False, True]))["labels"].tolist() == [10, 4, 10]
 
 
 def test_image_embeddings(tmp_path):
@@ -576,7 +587,7 @@ def test_image_embeddings(tmp_path):
     with pytest.raises(UserError, match="--control-model .*nowhere"):
         control("image", folder=str(tmp_path / "nowhere"))
     CLIPTextConfig().save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match="expected a CLIP vision encoder of transformers, found model_type 'clip_text_model'"):
+    with pytest.raises(UserError, match="expected a CLIP vision encoder with projection of transformers, found model_type 'clip_text_model'"):
         control("image", folder=str(tmp_path / "text"))
     from safetensors.torch import load_file, save_file
     path = tmp_path / "clip" / "model.safetensors"
@@ -749,6 +760,9 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     seen = ours.control.map(picture.float() / 255, None)
     shown = call([1], ip_adapter_image=Image.fromarray(picture[0].permute(1, 2, 0).numpy()))
     assert close(nct.sample(ours, z[1:], {k: v[1:] for k, v in cond.items()}, c=seen), shown, 1e-2)
+    scripts.run("nct.py", *flags, "--smoke", "--drop", 1, "--out", tmp_path / "empty")
+    con = [json.loads((d / "log.jsonl").read_text().splitlines()[0])["con"] for d in (run, tmp_path / "empty")]
+    assert con[0] != con[1] and min(con) > 0  # the branch has no effect yet, so it is the prompts that differ
     p = scripts.start("nct.py", *flags, "--smoke", "--grad-checkpoint", "--out", tmp_path / "other")
     assert p.wait() == 2 and "--grad-checkpoint: expected a generator of class" in p.err and p.err.count("\n") == 1
 
