@@ -5,6 +5,7 @@ the last checkpoint). Nothing in this file knows a method.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import difflib
 import fcntl
@@ -341,6 +342,13 @@ def processes(args):
     return rank, world, device, torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
 
 
+def keep_heap():
+    """glibc returns freed memory to the system and takes it back page by page, every iteration anew: without that a run on a CPU is some per cent faster."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc only
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the top of the heap before it is cut
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+
+
 class Run:
     """Processes, device, folder, log and checkpoints of one run. Attributes: rank, world, main (rank 0), device, dtype, out, batch (local), seconds."""
 
@@ -355,6 +363,7 @@ class Run:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
         self.rank, self.world, self.device, self.dtype = processes(args)
+        keep_heap()
         self.main, self.batch = self.rank == 0, args.batch // self.world
         device = self.device  # not self: a run that holds itself would keep its lock
         self.place = lambda module: module.to(device)  # what is trained goes through here, or through Model.copy and Model.extend

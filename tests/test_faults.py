@@ -412,7 +412,8 @@ def test_a_lost_process(script, scripts, tmp_path):
     p = torchrun(scripts, tmp_path, script, "--out", out, deaths=deaths)
     assert p.wait() == 0, p.err
     equal(whole, out)
-    assert len(lines(out / "run.jsonl")) == 1 + sum(it > 1 for _, it in deaths)  # before the first checkpoint, a start from the beginning
+    # before the first checkpoint, after iteration 1, a start from the beginning; process 0 may still write it when the other one died in that iteration
+    assert 1 + sum(it > 1 for _, it in deaths) <= len(lines(out / "run.jsonl")) <= 1 + sum(it > 1 - rank for rank, it in deaths)
     ours = [line for line in p.err.splitlines() if not re.match(r"[EWI]\d{4} ", line)]  # without those of torchrun's agent
     said = [re.sub(".*\r", "", line) for line in ours if f"{script}.py: " in line]
     assert said and all("another process of this run is gone" in line for line in said) and not any("Traceback" in line for line in ours), p.err
