@@ -266,7 +266,7 @@ def main():
         raise UserError(f"--coef euler: lambda' is infinite at the noise end of {args.teacher}, where alpha is 0; use --t-max 0.99 or --coef exp")
     if args.clip_x0 != "none" and len(shape) < 3:
         raise UserError(f"--clip-x0 {args.clip_x0}: expected a teacher of pixels, found samples of shape {list(shape)}")
-    edge = boundary_rows(args.batch, args.boundary_frac)[run.rank * run.batch:(run.rank + 1) * run.batch].to(run.device)
+    edges = boundary_rows(args.batch, args.boundary_frac).to(run.device).split(run.batch)
     frac = int(args.boundary_frac * args.batch) / args.batch
     student = teacher.copy(args.lora)
     torch.manual_seed(args.seed)  # the new input starts equal on all processes
@@ -294,18 +294,19 @@ def main():
         run.set_rates(it, (opt_g, args.lr))
         cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
         eps = draw.normal(*shape)
+        edge = edges[run.slot[0]]
         u_t, u_s = (args.t_max * torch.where(edge, 1.0, u) for u in pairs(draw.uniform(), args.delta, it, args.horizon_warmup))
         target, k, gap = bootstrap(student, teacher, eps, u_t, u_s, edge, cond, top, args)
         each = errors(signal(G, eps, u_s, cond, top), target, k, args.weight, args.k_min)
         loss, bs, bc = total(each, edge, args.beta, frac)
         loss.backward()
         norm = run.step(opt_g, list(student.parameters()), args.clip)
-        ema.update(args.batch)
+        ema.update(run.stepped)
 
         logs = dict(loss=loss, grad_student=norm, boundary=bc.mean(), increment=(gap.flatten(1).abs().mean(1) * ~edge).mean() / (1 - frac))
         quarter = (u_s / args.t_max * 4).long().clamp(max=3)
         logs |= {f"bootstrap_{q}": (bs * (quarter == q)).mean() for q in range(4)}  # parts of L_BS from s in [q / 4, (q + 1) / 4): they add up to it
-        if watch and it % args.fidelity_every == 0:
+        if watch and run.last and it % args.fidelity_every == 0:
             logs |= {f"distance_{u}": d for u, d in watch(ema.model).items()}
 
         # ==== same in every script: log, pictures, checkpoint ====

@@ -279,7 +279,7 @@ def main():
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
         if args.gan:
-            pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
+            pixels, labels = images.batch(it, args.batch, args.seed, *run.slot)
             x_real, cond_real = teacher.encode_images(pixels.to(run.device)), teacher.encode(labels)
         noisy = lambda x, t: (renoise(x, schedule.alpha(t), schedule.sigma(t), draw.like(x)), schedule.alpha(t), schedule.sigma(t))
         turn = it % ratio == 0  # of the student; iteration 0 is one
@@ -308,7 +308,7 @@ def main():
                 loss, logs["gen"] = loss + args.gan_weight * loss_gen, loss_gen  # (13)
             loss.backward()
             logs |= dict(grad_student=run.step(opt_g, list(student.parameters()), args.clip))
-            ema.update(args.batch)
+            ema.update(run.stepped)
             critic.requires_grad_(True)
 
         if use_critic:

@@ -275,7 +275,7 @@ def main():
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
         if images:
-            pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
+            pixels, labels = images.batch(it, args.batch, args.seed, *run.slot)
             x_real = teacher.encode_images(pixels.to(run.device))
             cond_real = teacher.encode(labels)
         noisy = lambda x, i: (renoise(x, schedule.alpha(grid[i]), schedule.sigma(grid[i]), draw.like(x)), schedule.alpha(grid[i]), schedule.sigma(grid[i]))
@@ -304,7 +304,7 @@ def main():
                 logs |= dict(gen=loss_gen)
             loss.backward()
             norm = run.step(opt_g, list(student.parameters()), args.clip)
-            ema.update(args.batch)
+            ema.update(run.stepped)
             critic.requires_grad_(True)
             logs = dict(dm=loss_dm, grad_student=norm, dm_norm=w.mean(), real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean()) | logs
 

@@ -85,6 +85,7 @@ def parse_args(argv=None):
         (args.correction == 1 and args.form != "jvp", f"--form {args.form}: --correction 1 leaves no sample to the prediction"),
         (args.correction == 0 and args.ratio != 1, f"--ratio {args.ratio}: --correction 0 has no auxiliary network to train"),
         (args.ratio < 1, f"--ratio: expected at least 1, found {args.ratio}"),
+        (args.ratio > 1 < args.accumulate, f"--ratio {args.ratio}: with --accumulate the auxiliary network makes one step per iteration"),
         (not args.balance >= 0, f"--balance: expected a number >= 0, found {args.balance}"),
         (not (args.k >= 0 and args.eps > 0), f"--k and --eps: expected k >= 0 and eps > 0, found {args.k} and {args.eps}"),
         (not math.isfinite(args.r_mean), f"--r-mean: expected a number, found {args.r_mean}"),
@@ -260,9 +261,8 @@ def main():
     share, (low, high) = args.correction, args.cfg_range
     least = max(math.ceil(1 / s) for s in (share, 1 - share) if s > 0)
     if run.batch < least:
-        raise UserError(f"--batch {args.batch}: expected at least {least} samples per process, so that each has some of both parts, found {run.batch}")
-    corrected = roles(args.batch, share)[run.rank * run.batch:(run.rank + 1) * run.batch].to(run.device)
-    P, C = (~corrected).nonzero()[:, 0], corrected.nonzero()[:, 0]  # rows of the prediction, of the correction
+        raise UserError(f"--batch {args.batch}: expected at least {least} samples per process (and part of --accumulate), so that each has some of both parts, found {run.batch}")
+    parts = [(role, (~role).nonzero()[:, 0], role.nonzero()[:, 0]) for role in roles(args.batch, share).to(run.device).split(run.batch)]
     student, critic = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     torch.manual_seed(args.seed)  # new inputs start equal on all processes
     student.extend("duration", *["guidance"] * (low < high))
@@ -278,7 +278,7 @@ def main():
     asked = 1 if low == high == 1 else 2  # one pass = one forward of the network; a backward counts two, a forward-mode derivative two with its forward
     passes = 3 + (1 - share) * (dict(jvp=2, fd=3, discrete=1)[args.form] + asked) + (share > 0) * (share * (1 + asked) + 4 * args.ratio)
     run.describe(student=student, critic=critic, teacher=teacher, steps="1, from pure noise", guidance=f"{low:g} to {high:g}, sampled at {args.cfg:g}",
-                 prediction=f"{len(P)} of {run.batch} samples, {args.form}", passes_per_iteration=f"{passes:.2f}")
+                 prediction=f"{args.batch - int(share * args.batch + 1e-9)} of {args.batch} samples, {args.form}", passes_per_iteration=f"{passes:.2f}")
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
@@ -287,6 +287,7 @@ def main():
     # ==== end ====
 
     for it in run.loop(first, args.iters):
+        corrected, P, C = parts[run.slot[0]]  # rows of the prediction, of the correction
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         labels = lambda: teacher.encode(draw.integers(0, max(teacher.classes, 1)))
@@ -311,7 +312,7 @@ def main():
         student_loss(F, G).backward()
         run.average_gradients(student.parameters())
         norm = run.step(opt_g, list(student.parameters()), args.clip)
-        ema.update(args.batch)
+        ema.update(run.stepped)
         logs = {name: per_sample(D).mean() for name, D in (("prediction", D_G), ("correction", D_N)) if len(D)}
         logs |= dict(grad_student=norm) | ({"lambda": lam} if len(C) else {})
 

@@ -260,7 +260,7 @@ def main():
 
     for it in run.loop(first, args.iters):
         start, end, k, stage = place(it)
-        if it == start:  # a new student or stage: all that was trained becomes its average, and what is trained now starts afresh
+        if it == start and run.part == 0:  # a new student or stage: all that was trained becomes its average, and what is trained now starts afresh
             before = place(it - 1)[2:] if it else (None, None)
             student.experts = nn.ModuleList(ema.model.experts[0 if before[1] == "tsm" else i].copy() for i in range(args.students))
             ema.load_state_dict(dict(images=0, model=student.state_dict()))
@@ -271,7 +271,7 @@ def main():
             opt_g, opt_c = adam(student, args.lr), adam(critic, args.lr_fake)
             state |= dict(opt_g=opt_g, opt_c=opt_c)
         net, fake = student.experts[k], critic.fake
-        if it in (first, start):
+        if it in (first, start) and run.part == 0:
             for m in (net, fake) * args.grad_checkpoint:
                 m.checkpoint_activations()
             G, C = run.train(net), run.train(critic if stage == "adm" else fake)  # before, the head has no gradient to wait for
@@ -283,7 +283,7 @@ def main():
         turn = stage != "tsm" and it % args.ratio == 0  # of the student; iteration 0 is one
         logs = dict(student=k, stage=STAGES.index(stage))
         if stage != "dm":
-            pixels, labels = (images if stage == "tsm" else parts[k]).batch(it, args.batch, args.seed, run.rank, run.world)
+            pixels, labels = (images if stage == "tsm" else parts[k]).batch(it, args.batch, args.seed, *run.slot)
             x_real, cond_real = teacher.encode_images(pixels.to(run.device)), teacher.encode(labels)
 
         if stage == "tsm":
@@ -291,7 +291,7 @@ def main():
             loss = tsm_loss(G(x_t, alpha, sigma, cond_real), teacher(x_t, alpha, sigma, cond_real), teacher.weight(alpha, sigma))
             loss.backward()
             logs = dict(tsm=loss, grad_student=run.step(opt_g, list(net.parameters()), args.clip)) | logs
-            ema.update(args.batch)
+            ema.update(run.stepped)
         else:  # the student's sample: one forward pass serves both turns
             cond = teacher.encode(mine[draw.integers(0, len(mine))])
             with torch.set_grad_enabled(turn):
@@ -308,7 +308,7 @@ def main():
                 logs |= dict(gen=loss_gen)
             loss.backward()
             norm = run.step(opt_g, list(net.parameters()), args.clip)
-            ema.update(args.batch)
+            ema.update(run.stepped)
             critic.requires_grad_(True)
             logs = dict(dm=loss_dm, grad_student=norm, dm_norm=w.mean(), real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean()) | logs
 

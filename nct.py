@@ -114,12 +114,15 @@ class Multiplier:
     or control is refused."""
 
     def __init__(self, args, device, what):
-        self.value = torch.tensor(float(args.lambda0), device=device)
+        self.value, self.seen = torch.tensor(float(args.lambda0), device=device), []
         self.eta, self.xi, self.top, self.of = args.eta, args.xi, args.lambda_max, torch.tensor(int(hashlib.sha256(what.encode()).hexdigest()[:6], 16) / 2**24)
 
-    def update(self, bound, world=1):
-        """bound: L_bound of this process, 0-d."""
-        bound = bound.detach().float()
+    def update(self, bound, world=1, parts=1):
+        """bound: L_bound of this process's part of the batch, 0-d. Nothing happens before all parts were given."""
+        self.seen.append(bound.detach().float())
+        if len(self.seen) < parts:
+            return
+        bound, self.seen = torch.stack(self.seen).mean(), []
         if world > 1:
             dist.all_reduce(bound := bound.clone())
             bound = bound / world
@@ -242,10 +245,10 @@ def main():
         loss = total(con, bound, args.con_weight, multiplier.value)
         loss.backward()
         norm = run.step(opt_g, list(student.parameters()), args.clip)
-        multiplier.update(bound.mean(), run.world)
-        ema.update(args.batch)
+        multiplier.update(bound.mean(), run.world, args.accumulate)
+        ema.update(run.stepped)
 
-        logs = dict(con=con.mean(), bound=bound.mean(), multiplier=multiplier.value, loss=loss, grad_student=norm)
+        logs = dict(con=con.mean(), bound=bound.mean(), multiplier=multiplier.value if run.last else None, loss=loss, grad_student=norm)
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

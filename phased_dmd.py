@@ -244,11 +244,11 @@ def main():
 
     for it in run.loop(first, args.iters):
         k = sum(it >= i for i in starts) - 1  # phase, a function of the iteration
-        if it == starts[k]:  # a phase begins
+        if begins := it == starts[k] and run.part == 0:  # a phase
             student.load_state_dict(ema.model.state_dict())  # finished experts stay as they are sampled
             critic.load_state_dict((teacher.copy(args.lora_fake) if args.lora_fake else teacher).state_dict())
             opt_c.state.clear()
-        if G is None or it == starts[k]:
+        if G is None or begins:
             G = run.train(student.experts[k])  # the only expert that is called with gradient in this phase
         begin, end, s = [0, *ends][k], ends[k], times[ends[k]]
         draw = run.draw(it)
@@ -276,8 +276,8 @@ def main():
             loss = dm_loss(x_s if args.space == "xs" else x0, g)
             loss.backward()
             norm = run.step(opt_g, list(student.experts[k].parameters()), args.clip)
-            ema.update(args.batch)
-            if args.ida < 1:
+            ema.update(run.stepped)
+            if args.ida < 1 and run.last:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(critic.parameters()), list(student.experts[k].parameters()), 1 - args.ida)
             logs |= dict(dm=loss, grad_student=norm, dm_norm=w.mean(), real_gap=(x0 - r).square().mean(), fake_gap=(x0 - f).square().mean())

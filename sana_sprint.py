@@ -310,7 +310,7 @@ def main():
         loss.backward()
         run.average_gradients(params_g)
         logs |= dict(grad_student=run.step(opt_g, params_g, args.clip))
-        ema.update(args.batch)
+        ema.update(run.stepped)
 
         # the heads
         if args.adv_weight:

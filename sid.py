@@ -282,7 +282,7 @@ def main():
                                schedule.sigma(levels[k]), cond)
         # the critic's turn comes first: as long as it equals the teacher, (5) has no gradient
         if args.gan:
-            pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
+            pixels, labels = images.batch(it, args.batch, args.seed, *run.slot)
             x_real = teacher.encode_images(pixels.to(run.device))
         cond = teacher.encode(labels if args.gan else draw.integers(0, max(teacher.classes, 1)))
         if args.drop:  # before the student is asked, which makes these images without condition too
@@ -323,7 +323,7 @@ def main():
             loss.backward()
             logs = dict(gap=(f_phi - f_psi).square().mean(), sid=loss_sid, weight=w.mean(), real_gap=(x - f_phi).square().mean(),
                         grad_student=run.step(opt_g, list(student.parameters()), args.clip)) | logs
-            ema.update(args.batch)
+            ema.update(run.stepped)
             critic.requires_grad_(True)
 
         # ==== same in every script: log, pictures, checkpoint ====

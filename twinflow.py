@@ -106,8 +106,8 @@ class Target(torch.nn.Module):
         self.register_buffer("now", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, student):
-        if self.decay:
+    def update(self, student, due=True):
+        if self.decay and due:
             torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - self.now.item())
             self.now += 0.5 * (1 - self.now) * (self.decay - self.now)
 
@@ -258,8 +258,8 @@ def main():
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf
     k, relation = strength(args.cfg, args.guide, args.image_free)
-    rows, share = partition(args.batch, args.groups, run.rank, run.world, run.device)
-    base, inner = torch.cat([rows[g] for g in ("e2e", "mul", "any")]), torch.cat([rows["mul"], rows["any"]])
+    places = [partition(args.batch, args.groups, run.rank * args.accumulate + i, run.slot[1], run.device) for i in range(args.accumulate)]
+    share = places[0][1]
     mean = lambda a, g: a[rows[g]].flatten(1).mean(1).sum() / max(share[g], 1e-9)  # averaged over processes: the mean over the global batch
     kept = [g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))]  # the base loss of order 0 is flow matching, for these only
     images = None if args.image_free else data.load_images(args.data, teacher, run.print)
@@ -277,7 +277,7 @@ def main():
     passes = 3 + args.order * (1 - adv) + (1 if args.image_free else adv) + 2 * (mul + anyr) * bool(k or args.image_free) + 2 * e2e * bool(args.rect_weight)
     run.describe(student=student, target=f"decay {args.target_decay:g}" if args.target_decay else "the student itself", teacher=teacher, images=images,
                  guidance=f"k = {k:.4g} by the {args.guide} network: effective scale {relation} = {args.cfg:g}", T=f"{T:.4f}", steps=f"{mode}: "
-                 + ", ".join(f"{T * t:.4f}" for t in grid), groups=", ".join(f"{g} {share[g] * run.world:g}" for g in GROUPS), passes_per_iteration=f"{passes:.2f}")
+                 + ", ".join(f"{T * t:.4f}" for t in grid), groups=", ".join(f"{g} {share[g] * run.slot[1]:g}" for g in GROUPS), passes_per_iteration=f"{passes:.2f}")
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(target=target)
@@ -286,12 +286,14 @@ def main():
     # ==== end ====
 
     for it in run.loop(first, args.iters):
+        rows = places[run.part][0]
+        base, inner = torch.cat([rows[g] for g in ("e2e", "mul", "any")]), torch.cat([rows["mul"], rows["any"]])
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
         t, r = times(draw.uniform(), draw.uniform(), rows, T)
         z0 = draw.normal(*shape)
         if images:
-            pixels, labels = images.batch(it, args.batch, args.seed, run.rank, run.world)
+            pixels, labels = images.batch(it, args.batch, args.seed, *run.slot)
             x, cond = teacher.encode_images(pixels.to(run.device)).clone(), teacher.encode(labels)
             x[rows["adv"]] = one_step(student, z0[rows["adv"]], pick(cond, rows["adv"]), T)  # x' of (8)
         else:
@@ -301,7 +303,7 @@ def main():
         x_t, v = mix(x, z, t), z - x
         t[rows["adv"]], r[rows["adv"]] = -t[rows["adv"]], -r[rows["adv"]]
         F = velocity(G, x_t, t, r, cond)
-        target.update(student)  # before the targets are asked for, so the first iteration's F^- is the student
+        target.update(student, run.part == 0)  # before the targets are asked for, so the first iteration's F^- is the student
 
         goal = v.clone()  # that of adv is v as it is: (8); e2e, at t = T, has no guidance of its own
         if k or args.image_free:
@@ -322,7 +324,7 @@ def main():
             logs |= dict(rect=rect, twin_gap=g.square().flatten(1).mean(1).sum() / share["e2e"])
         loss.backward()
         norm = run.step(opt_g, list(student.parameters()), args.clip)
-        ema.update(args.batch)
+        ema.update(run.stepped)
         logs = dict(loss=loss, grad=norm) | logs | dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
 
         # ==== same in every script: log, pictures, checkpoint ====

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -111,6 +112,7 @@ class Parser(argparse.ArgumentParser):
                                 "metadata.jsonl); default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
+        self.optim.add_argument("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of an iteration over N parts of its batch: less memory, the same step")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
         self.optim.add_argument("--lr-fake", type=float, help="learning rate of the second network, where there is one")
         self.optim.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
@@ -151,7 +153,7 @@ class Parser(argparse.ArgumentParser):
             for value in given if isinstance(given, (list, tuple)) else [given]:
                 if isinstance(value, float) and value != value or isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
                     raise UserError(f"--{name.replace('_', '-')}: expected a number of ordinary size, found {value}")
-        for name in ("iters", "batch", "nfe", "log_every"):
+        for name in ("iters", "batch", "accumulate", "nfe", "log_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
         for name in ("lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
@@ -278,9 +280,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images):
-        """To be called after a student update only: on other iterations the average would drift towards a student that did not move."""
+        """To be called after a student update only: on other iterations the average would drift towards a student that did not move. images: of this update
+        (Run.stepped); 0 changes nothing."""
         self.images += images
-        if self.halflife:
+        if self.halflife and images:
             beta = 0.5 ** (images / max(min(self.halflife, 0.05 * self.images), 1e-8))
             if self.host:
                 self.fetch(1 - beta)
@@ -350,12 +353,15 @@ def keep_heap():
 
 
 class Run:
-    """Processes, device, folder, log and checkpoints of one run. Attributes: rank, world, main (rank 0), device, dtype, out, batch (local), seconds."""
+    """Processes, device, folder, log and checkpoints of one run. Attributes: rank, world, main (rank 0), device, dtype, out, batch (local), seconds.
+
+    --accumulate N: the loop runs N times with the same number of the iteration, on one part of the batch after the other. Backward passes sum gradients, and
+    what happens once per iteration waits for the last part: `step`, the average (`stepped` is 0 before), the all-reduce, the log, `due`."""
 
     def __init__(self, method, args):
         self.method, self.args = method, args
-        if args.batch % (world := int(os.environ.get("WORLD_SIZE", 1))):  # before the processes look for each other
-            raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes, found {world} processes")
+        if args.batch % ((world := int(os.environ.get("WORLD_SIZE", 1))) * args.accumulate):  # before the processes look for each other
+            raise UserError(f"--batch {args.batch}: expected a multiple of the number of processes times --accumulate, found {world} x {args.accumulate}")
         if args.shard and world == 1:
             raise UserError("--shard: expected several processes to spread the weights over (torchrun --nproc_per_node=N), found one")
         if args.deterministic:
@@ -364,7 +370,8 @@ class Run:
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
         self.rank, self.world, self.device, self.dtype = processes(args)
         keep_heap()
-        self.main, self.batch = self.rank == 0, args.batch // self.world
+        self.main, self.batch = self.rank == 0, args.batch // (self.world * args.accumulate)
+        self.part, self.wrapped, self.values = 0, weakref.WeakSet(), []  # which part of an iteration's batch; DDP's modules; what the parts have logged
         device = self.device  # not self: a run that holds itself would keep its lock
         self.place = lambda module: module.to(device)  # what is trained goes through here, or through Model.copy and Model.extend
         if args.shard:
@@ -380,6 +387,20 @@ class Run:
             self.resume_wanted = False  # the first attempt ended before it discarded the run that was here
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self.on_signal)
+
+    @property
+    def slot(self):
+        """Which part of the global batch is at hand, and how many there are: each process has --accumulate of them."""
+        return self.rank * self.args.accumulate + self.part, self.world * self.args.accumulate
+
+    @property
+    def last(self):
+        return self.part == self.args.accumulate - 1
+
+    @property
+    def stepped(self):
+        """Images of the step that this part ends with; 0 where gradients are still being summed."""
+        return self.args.batch * self.last
 
     def once(self, fn):
         """fn() on rank 0; a UserError or RunError there is raised on every rank, so that none waits for a process that has ended."""
@@ -522,14 +543,16 @@ class Run:
         idle = any(hasattr(m, "experts") for m in model.modules())  # models.Routed: an iteration may have no sample for one of its experts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; 2.6 knows only the old name
-            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                                             find_unused_parameters=idle)
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                              find_unused_parameters=idle)
+        self.wrapped.add(model)
+        return model
 
     def average_gradients(self, params):
         """Gradients become their means over the processes, by one all-reduce. For networks that `train` did not wrap: forward-mode derivatives go around
         DDP's hooks. To be called between backward and `step`, on all processes, which must have gradients for the same parameters."""
         grads = [p.grad for p in params if p.grad is not None]
-        if self.world == 1 or not grads or self.args.shard:  # sharded gradients are means already
+        if self.world == 1 or not grads or not self.last or self.args.shard:  # sharded gradients are means already
             return
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
@@ -543,7 +566,8 @@ class Run:
         facts |= dict(images=len(images)) if images else {}
         if self.args.cfg not in (None, 1) and "teacher" in facts:
             facts["teacher"].null(1)  # a teacher without a null label says so here
-        self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples")
+        self.print(f"{self.method}: teacher {self.args.teacher}, device {self.device}, {str(self.dtype)[6:]} passes, {self.world} process(es) x {self.batch} samples"
+                   + f" x {self.args.accumulate} parts" * (self.args.accumulate > 1))
         parts, seen = {}, set()  # weights that networks share count once
         for name, value in facts.items():
             if isinstance(value, torch.nn.Module):
@@ -561,8 +585,8 @@ class Run:
 
     def draw(self, it):
         """Random numbers of iteration it. The global generator (dropout and the like) is re-seeded too, so that a resume needs no RNG state."""
-        torch.manual_seed(mix(self.args.seed, it, 4, self.rank))
-        return Draw(self.args.seed, it, self.args.batch, self.rank, self.world, self.device)
+        torch.manual_seed(mix(self.args.seed, it, 4, self.slot[0]))
+        return Draw(self.args.seed, it, self.args.batch, *self.slot, self.device)
 
     def set_rates(self, it, *pairs, span=None):
         """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr).
@@ -574,12 +598,15 @@ class Run:
                 group["lr"] = lr * decay
 
     def step(self, opt, params, clip):
-        """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor)."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True)
+        """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor); None
+        where gradients are still being summed over parts of the batch."""
+        if not self.last:
+            return None
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True) / self.args.accumulate  # the sum is now a mean
         norm = norm.full_tensor() if self.args.shard else norm
         bad = 1 - norm.isfinite().float()
         # fused optimisers divide by grad_scale on their way, and leave weights and moments alone where found_inf is 1
-        opt.grad_scale, opt.found_inf = (norm / clip).clamp(min=1).float(), bad
+        opt.grad_scale, opt.found_inf = ((norm / clip).clamp(min=1) * self.args.accumulate).float(), bad
         opt.step()
         opt.zero_grad(set_to_none=True)
         self.bad[id(opt)] = (self.bad.get(id(opt), 0) + bad) * bad  # in a row, for each network: a healthy critic must not hide a broken student
@@ -594,7 +621,10 @@ class Run:
         self.bar = tqdm(range(first, last), initial=first, total=last, disable=not self.main, mininterval=10 if quiet else 0.2,
                         maxinterval=30 if quiet else 10, desc=self.method, unit="it", smoothing=0.05)
         for it in self.bar:
-            yield it
+            for self.part in range(self.args.accumulate):
+                for model in self.wrapped:
+                    model.require_backward_grad_sync = self.last  # as DDP's no_sync
+                yield it
             if self.agree_to_stop():
                 break
         self.bar.close()
@@ -610,7 +640,11 @@ class Run:
     def log(self, it, values):
         """One line of log.jsonl: values (floats or 0-d tensors) averaged over processes. Wall-clock numbers sit under `time`, apart from what is
         reproducible. The only place of the loop where the host waits for the device."""
-        values = {k: v.detach().float().reshape(()).cpu() if torch.is_tensor(v) else torch.tensor(float(v)) for k, v in values.items()}
+        self.values.append({k: v.detach().float().reshape(()).cpu() if torch.is_tensor(v) else torch.tensor(float(v)) for k, v in values.items() if v is not None})
+        if not self.last:
+            return
+        values = {k: torch.stack([part[k] for part in self.values if k in part]).mean() for k in self.values[-1]}
+        self.values = []
         flat = torch.stack(list(values.values()))
         if self.world > 1:
             dist.all_reduce(flat)
@@ -640,7 +674,7 @@ class Run:
 
     def due(self, it, every):
         """True after iteration it (counted from 0) if a multiple of `every` iterations is complete; every = 0: never."""
-        return bool(every) and (it + 1) % every == 0
+        return bool(every) and self.last and (it + 1) % every == 0
 
     # -- checkpoints: everything a resume needs. Random numbers need no state (Draw), data order is a function of the iteration.
 

@@ -106,6 +106,32 @@ def test_clipping_is_by_global_norm(run):
     assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_gradients_are_summed_over_parts_of_the_batch(run):
+    """SGD, which sees the size of a gradient: the step is that of the mean, clipped, and only the last part makes it."""
+    r, net = run("--accumulate", "4"), torch.nn.Linear(2, 1, bias=False)
+    start, opt = net.weight.detach().clone(), torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [4.0, 5.0]])  # its mean: (2, 2), of norm sqrt(8)
+    for clip, expected in ((10.0, torch.tensor([[2.0, 2.0]])), (2.0**0.5, torch.tensor([[1.0, 1.0]]))):
+        seen, norms = [], []
+        for it in r.loop(0, 1):
+            seen.append((it, r.slot, r.stepped, r.due(it, 1), torch.equal(net.weight, start)))
+            net(x[r.part]).sum().backward()
+            norms.append(r.step(opt, list(net.parameters()), clip))
+            r.log(it, dict(part=r.part, norm=norms[-1], first=1.0 if r.part == 0 else None))
+        assert seen == [(0, (i, 4), r.args.batch * (i == 3), i == 3, True) for i in range(4)]
+        assert norms[:3] == [None] * 3 and norms[3].item() == pytest.approx(8**0.5)
+        assert torch.allclose(start - net.weight, expected, atol=1e-5) and net.weight.grad is None
+        start = net.weight.detach().clone()
+    line = json.loads((r.out / "log.jsonl").read_text().splitlines()[-1])
+    assert line["part"] == 1.5 and line["norm"] == pytest.approx(8**0.5, rel=1e-4) and "first" not in line
+    ema = EMA(box := Box(1, 1), 100)
+    with torch.no_grad():
+        box.weight += 1
+    before = ema.model.weight.clone()
+    ema.update(0)
+    assert torch.equal(ema.model.weight, before) and ema.images == 0
+
+
 def test_gradients_are_averaged_by_one_all_reduce(run, monkeypatch):
     """What two processes really compute: test_two_processes_equal_one of the scripts that use it."""
     r, net, calls = run(), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1)), []

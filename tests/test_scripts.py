@@ -176,14 +176,41 @@ def processes(scripts, n, *args, **env):
     return [scripts.start(*args, RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env) for r in range(n)]
 
 
-def close(one, two, it):
+def close(one, two, it, only=""):
     """Norm-wise, network by network: Adam turns rounding of a tiny gradient into a visible change of that one weight."""
     a, b = (torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"] for out in (one, two))
     for name in [k for k in a if not k.startswith(("opt", "ema"))]:
         x, y = (torch.cat([v.flatten().double() for v in s[name].values()]) for s in (a, b))
-        assert (x - y).norm() <= 1e-5 * x.norm(), name
+        assert (x - y).norm() <= (1e-5 if only in name else 0.03) * x.norm(), name
     for x, y in zip(log(one), log(two), strict=True):  # `std` of a batch is no mean over processes
-        assert x.keys() == y.keys() and all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std")
+        assert x.keys() == y.keys() and (only or all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std"))
+
+
+FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}  # its turn comes first; the next turn asks for what it has just become, and
+
+
+@variants
+def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):  # of --accumulate only the last part knows that: compared after one iteration
+    """--accumulate 4: the same steps, to rounding; averages, logs, checkpoints once per iteration."""
+    whole, parts, first = tmp_path / "whole", tmp_path / "parts", FIRST.get(f"{script}-more" if flags else script) or FIRST.get(script, "")
+    # numbers that are means over a part: lambda of flowmap's (9), the weights of sid's discriminator
+    more = [*flags, *dict(flowmap=["--ratio", 1, "--correction", 0], sid=["--gan-average", "sample"] * bool(flags)).get(script, [])]
+    iters = 1 if first else 5
+    args = [f"{script}.py", *QUICK, *more, "--iters", iters, "--log-every", 1, "--out"]
+    scripts.run(*args, whole)
+    assert "x 8 samples x 4 parts" in scripts.run(*args, parts, "--accumulate", 4).out
+    close(whole, parts, iters, first)
+
+
+@pytest.mark.parametrize("script", ["dmd2", "msd", pytest.param("sana_sprint", marks=pytest.mark.slow)])
+def test_parts_of_a_batch_on_two_processes(script, scripts, tmp_path):
+    """Their gradients are averaged once, with the last part."""
+    args = [f"{script}.py", *QUICK, *MORE[script], "--iters", 1 if script in FIRST else 5, "--log-every", 1, "--out"]
+    scripts.run(*args, tmp_path / "whole")
+    ps = processes(scripts, 2, *args, tmp_path / "parts", "--accumulate", 4)
+    assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
+    assert "2 process(es) x 4 samples x 4 parts" in ps[0].out
+    close(tmp_path / "whole", tmp_path / "parts", 1 if script in FIRST else 5, FIRST.get(script, ""))
 
 
 @variants
@@ -268,7 +295,7 @@ def test_mistakes(script, scripts, tmp_path):
         one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path, assets=ROOT / "assets" / "toy").split()), expected, script)
     # the batch is divided before processes look for each other, and only the first one speaks
     ps = processes(scripts, 2, f"{script}.py", *QUICK, "--batch", 33, "--out", tmp_path / "odd")
-    one_line(ps[0], "--batch 33: expected a multiple of the number of processes, found 2", script)
+    one_line(ps[0], "--batch 33: expected a multiple of the number of processes times --accumulate, found 2 x 1", script)
     assert ps[1].wait() == 2 and ps[1].err == ""
 
 
