@@ -10,9 +10,9 @@
 
 The script's own main() runs for --iters iterations. Every network pass in it is recorded by kind (forward; forward + backward; forward + backward
 to the input only; forward with a derivative in forward mode, "jvp", in fp32; those of nct with the branch; each with its batch size and whether it
-stopped at the feature sites). Between iterations the same kinds are run bare, i.e. only the network on tensors of that size, so that both see the
+stopped at the feature sites; sana_sprint's heads). Between iterations the same kinds are run bare, i.e. only the network on tensors of that size, so that both see the
 same machine at the same time. overhead = time of the loop / sum of its bare passes. passes: in forwards of the
-batch size, as counted: a backward to the weights 2, to the input alone 1, a jvp 2 in all; what stops at the feature sites counts whole, and those of
+batch size, as counted: a backward to the weights 2, to the input alone 1, a jvp 2 in all; what stops at the feature sites counts whole, heads not at all, and those of
 nct's branch are not counted (null).
 """
 import importlib
@@ -55,7 +55,7 @@ def kind_of(model, x_t, features):
         mode = "forward+backward"
     else:
         mode = "forward+backward to x" if x_t.requires_grad else "forward"
-    return mode, len(x_t), bool(features)
+    return mode, len(x_t), features if isinstance(features, (bool, tuple)) else tuple(features)
 
 
 def bare(model, kind, cond, sync):
@@ -63,6 +63,8 @@ def bare(model, kind, cond, sync):
     mode, batch, features = kind
     if isinstance(model, adapters.Controlled):
         return bare_controlled(model, mode, batch, cond, sync)
+    if isinstance(model, torch.nn.ModuleList):
+        return bare_heads(model, mode, cond, sync)
     x, t = torch.randn(batch, *model.shape, device=sync.device), torch.rand(batch, device=sync.device).clamp(0.01)
     cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
     if mode == "jvp":  # fused attention has no derivative in forward mode
@@ -77,7 +79,7 @@ def bare(model, kind, cond, sync):
     for p in params:
         p.requires_grad_(mode == "forward+backward")
     x.requires_grad_(mode == "forward+backward to x")
-    old, run_net = [p.grad for p in params], (model.run_to_sites if features else model.predict)
+    old, run_net = [p.grad for p in params], ((lambda *a: model.run_to_sites(*a, *[features] * (features is not True))) if features else model.predict)
     if model.sharding:  # what gathers the weights hangs on the model's own call
         run_net = lambda x, t, cond: model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
     for p in params:
@@ -113,6 +115,25 @@ def bare_controlled(model, mode, batch, cond, sync):
     seconds = time.perf_counter() - start
     for p, grad in zip(params, old):
         p.grad = grad
+    return seconds
+
+
+def bare_heads(heads, mode, maps, sync):
+    """sana_sprint's discriminator on maps of features."""
+    maps = {k: torch.randn_like(v).requires_grad_(mode.endswith("to x")) for k, v in maps.items()}
+    params = list(heads.parameters())
+    trainable, old = [p.requires_grad for p in params], [p.grad for p in params]
+    for p in params:
+        p.requires_grad_(not mode.endswith("to x"))
+        p.grad = None
+    sync()
+    start = time.perf_counter()
+    sum(head(h).float().sum() for head, h in zip(heads, maps.values(), strict=True)).backward()
+    sync()
+    seconds = time.perf_counter() - start
+    for p, grad, need in zip(params, old, trainable):
+        p.grad = grad
+        p.requires_grad_(need)
     return seconds
 
 
@@ -184,6 +205,14 @@ def main():
     loop_seconds, bare_seconds, per_iter, peak, work = [], defaultdict(list), [], [0], {}
     forward, loop, controlled, inside = models.Model.forward, Run.loop, adapters.Controlled.forward, [0]
 
+    def counted_heads(heads, features):
+        mode = "heads, forward+backward" + " to x" * (not any(p.requires_grad for p in heads.parameters()))
+        kind = mode, len(features[0]), False
+        counts[kind] += 1
+        example.setdefault(kind, heads)
+        cond_seen.setdefault(kind, {i: h.detach() for i, h in enumerate(features)})
+        return logits(heads, features)
+
     def counted_branch(self, z, c, cond):
         kind = ("forward, with branch" if not torch.is_grad_enabled() else "forward+backward, with branch"), len(z), False
         counts[kind] += 1
@@ -246,7 +275,7 @@ def main():
         # iterations of one pattern (a student turn, a critic turn) are compared with their own passes, medians of each: other load on the machine drops out
         groups = defaultdict(list)
         for seconds, kinds in zip(loop_seconds, per_iter):
-            groups[tuple(sorted(kinds.items()))].append(seconds)
+            groups[tuple(sorted(kinds.items(), key=repr))].append(seconds)
         measured = sum(statistics.median(s) * len(s) for s in groups.values()) / len(loop_seconds)
         floor = sum(sum(typical[kind] * n for kind, n in pattern) * len(s) for pattern, s in groups.items()) / len(loop_seconds)
         if not run.main:
@@ -255,10 +284,10 @@ def main():
         ceiling = random_teachers.matmul_ceiling(run.device, run.dtype)
         print(f"{script} on {run.args.teacher}, {run.device}, {torch.get_num_threads()} threads, batch {run.args.batch}, {len(loop_seconds)} iterations")
         passes = 0
-        for kind in sorted(typical):
+        for kind in sorted(typical, key=repr):
             mode, batch, features = kind
             n = sum(kinds.get(kind, 0) for kinds in per_iter) / len(per_iter)
-            passes += n * batch / run.args.batch * COST.get(mode, math.nan)
+            passes += n * batch / run.args.batch * (0 if mode.startswith("heads") else COST.get(mode, math.nan))
             print(f"  {mode + (', to the feature sites' if features else ''):44s} batch {batch:5d}  {typical[kind] * 1e3:8.1f} ms  x {n:.2f} per iteration")
         result = dict(script=script, teacher=run.args.teacher, device=str(run.device), threads=torch.get_num_threads(), batch=run.args.batch,
                       s_per_iteration=round(measured, 5), bare_passes_s=round(floor, 5), overhead=round(measured / floor, 3),
@@ -268,6 +297,8 @@ def main():
         print(json.dumps(result), flush=True)
 
     models.Model.forward, Run.loop, adapters.Controlled.forward = counted, timed_loop, counted_branch
+    if logits := getattr(method, "logits", None):
+        method.logits = counted_heads
     with tempfile.TemporaryDirectory() as out:
         sys.argv = [f"{script}.py", "--out", os.path.join(out, "run"), "--sample-every", "0", "--save-every", "0", "--eval-n", "0", *flags]
         try:
