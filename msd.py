@@ -234,11 +234,12 @@ def main():
     one = teacher.resized(args.small, args.seed) if args.small else teacher
     student = models.Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
     ema = EMA(student, args.ema, args.ema_cpu)
-    with torch.no_grad():
-        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
+    h = torch.no_grad()(teacher.forward)(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
     head = lambda: run.place(Head(h)) if args.adm else None
     mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
     critic = Critic(teacher.copy(args.lora_fake), head(), mark(0, 0, 0, "dm"))
+    recompute = lambda *nets: [net.checkpoint_activations() for net in nets * args.grad_checkpoint]
+    recompute(student.experts[0], critic.fake)  # who cannot do it says so here
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     opt_g, opt_c = adam(student, args.lr), adam(critic, args.lr_fake)
     sampler, pieces = {}, plan(args.iters, args.students, args.tsm, args.adm)
@@ -272,8 +273,7 @@ def main():
             state |= dict(opt_g=opt_g, opt_c=opt_c)
         net, fake = student.experts[k], critic.fake
         if it in (first, start) and run.part == 0:
-            for m in (net, fake) * args.grad_checkpoint:
-                m.checkpoint_activations()
+            recompute(net, fake)
             G, C = run.train(net), run.train(critic if stage == "adm" else fake)  # before, the head has no gradient to wait for
             mine = own[k].to(run.device)
         draw = run.draw(it)

@@ -723,7 +723,7 @@ class Run:
                 continue
             found, expected = payload.get("header") if isinstance(payload, dict) else None, self.header()
             if found != expected:
-                raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {str(found)[:200]}")
+                raise UserError(f"--resume {self.out}: expected a run of {expected['method']} on {expected['teacher']}, found {' '.join(str(found).split())[:200]}")
             try:
                 counters = it, skipped, log_bytes, seconds = [payload[k] for k in ("it", "skipped", "log_bytes", "seconds")]
                 if not all(isinstance(v, int) for v in counters[:3]) or not all(0 <= v < float("inf") for v in counters):

@@ -22,13 +22,15 @@ from cases import FULL, SEED, generator
 from common import adapters, models
 from common.controls import Control
 from common.models import WEIGHTS, Routed
-from common.run import ROOT, Parser, UserError
+from common.run import ROOT, Parser, UserError, write_json
 from common.students import network_of, read_student, sampler_of
 from test_run import run  # noqa: F401  the fixture
 from test_scripts import SCRIPTS
 from test_untrusted import parts
 
 TOY = ROOT / "assets" / "toy"
+TINY_DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
+TINY_MODEL = dict(adapter="dit", schedule=dict(name="flow", shift=1.0), prediction="flow", shape=[1, 8, 8], classes=3, sigma_data=0.5)
 
 
 def cases(n, body):
@@ -228,6 +230,18 @@ def test_contents_of_a_teachers_folder(tmp_path):
     tally(cases(150, body))
 
 
+def test_null_where_a_network_of_diffusers_wants_a_number(tmp_path):
+    """It would be built and fail in its first pass (found by the case above)."""
+    from diffusers import DiTTransformer2DModel
+    DiTTransformer2DModel(**TINY_DIT).save_pretrained(tmp_path)
+    write_json(tmp_path / "teacher.json", dict(model=TINY_MODEL))
+    config = json.loads((tmp_path / "config.json").read_text())
+    models.load_teacher(str(tmp_path))
+    write_json(tmp_path / "config.json", config | dict(norm_eps=None))
+    with pytest.raises(UserError, match="config.json: norm_eps: expected float, found null"):
+        models.load_teacher(str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def students(tmp_path_factory):
     """Students of the toy in every format: whole, several experts, adapters, new conditions, with a control."""
@@ -271,10 +285,8 @@ def test_contents_of_a_students_folder(students):
 def test_contents_of_a_transformers_folder(tmp_path):
     """The same for a network of diffusers."""
     from diffusers import DiTTransformer2DModel
-    config = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
-    DiTTransformer2DModel(**config).save_pretrained(tmp_path)
-    model = dict(adapter="dit", schedule=dict(name="flow", shift=1.0), prediction="flow", shape=[1, 8, 8], classes=3, sigma_data=0.5)
-    good = {"teacher.json": dict(model=model), "config.json": json.loads((tmp_path / "config.json").read_text())}
+    DiTTransformer2DModel(**TINY_DIT).save_pretrained(tmp_path)
+    good = {"teacher.json": dict(model=TINY_MODEL), "config.json": json.loads((tmp_path / "config.json").read_text())}
 
     def load():
         teacher = models.load_teacher(str(tmp_path))

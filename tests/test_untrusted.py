@@ -386,7 +386,7 @@ def parts():
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("it"), lambda c: c.update(it=-1), lambda c: c.update(it="2"), lambda c: c.update(it=torch.ones(2)), lambda c: c.update(seconds="long"),
     lambda c: c.update(seconds=float("nan")), lambda c: c.update(log_bytes=-5), lambda c: c.pop("skipped"), lambda c: c.update(state=[]), lambda c: c.update(state=None),
-    lambda c: c.update(header=torch.zeros(5)), lambda c: c["state"].update(opt_g=dict(state=3, param_groups=4)), lambda c: c["state"].update(ema=5),
+    lambda c: c.update(header=torch.zeros(5)), lambda c: c.update(header=torch.ones(3, 2)), lambda c: c["state"].update(opt_g=dict(state=3, param_groups=4)), lambda c: c["state"].update(ema=5),
     lambda c: c["state"]["ema"].pop("images"), lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg=torch.zeros(5, 5)),
     lambda c: c["state"]["opt_g"]["state"][0].pop("exp_avg_sq"), lambda c: c["state"]["opt_g"]["state"][1].update(step=torch.ones(2)), lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg="x"),
     lambda c: c["state"]["student"].update(weight=torch.zeros(2, 3).bool().tolist()),
