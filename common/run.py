@@ -67,7 +67,7 @@ def launch(main):
 
 OUTSIDE = (  # words in the messages of torch, and what they mean
     (("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
-     "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --grad-checkpoint, --lora RANK or --shard"),
+     "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --accumulate N, --grad-checkpoint, --lora RANK or --shard"),
     (("deterministic implementation", "Deterministic behavior was enabled"), "--deterministic: an operation of this run has no deterministic form here; leave it out"),
     (("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"), "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume"),
 )
