@@ -581,9 +581,9 @@ def load_model(folder, info, teacher=None):
                     **{k: info[k] for k in getattr(cls, "fields", ()) if k in info})
     except Exception as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
         raise UserError(f"{folder}: configuration not usable: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-    for key, p in inspect.signature(type(net).__init__).parameters.items():
-        if isinstance(p.annotation, type) and config.get(key, p.default) is None:  # diffusers builds such a network, which then fails in its first pass
-            raise UserError(f"{folder / 'config.json'}: {key}: expected {p.annotation.__name__}, found null")
+    for key, p in inspect.signature(type(net).__init__).parameters.items():  # diffusers builds what then fails in its first pass
+        if p.annotation in (int, float) and not isinstance(value := config.get(key, p.default), (int, float)):
+            raise UserError(f"{folder / 'config.json'}: {key}: expected {p.annotation.__name__}, found {str(value)[:80]!r}")
     if (model.shape, model.classes) != model.fits():
         raise UserError(f"{folder}: shape and classes: expected {model.fits()}, as in config.json, found {(model.shape, model.classes)}")
     if not 0 < model.sigma_data < float("inf"):

@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)
         for name, given in vars(args).items():
             for value in given if isinstance(given, (list, tuple)) else [given]:
-                if isinstance(value, float) and value != value or isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+                if isinstance(value, float) and value != value or isinstance(value, int) and abs(value) >= (2**63 if name == "seed" else 2**31):
                     raise UserError(f"--{name.replace('_', '-')}: expected a number of ordinary size, found {value}")
         for name in ("iters", "batch", "accumulate", "nfe", "log_every"):
             if getattr(args, name) < 1:

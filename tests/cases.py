@@ -53,6 +53,7 @@ MISTAKES = {
         ("--steps 999,499", "--steps 999,499.*--nfe 1"),
         ("--ratio 0", "--ratio"),
         ("--alternate --ratio 1", "--alternate"),
+        ("--seed 1000000000000000000000", "--seed: expected a number of ordinary size"),
         ("--accumulate 0", "--accumulate: expected at least 1"),
         ("--accumulate 3 --batch 32", "--batch 32: expected a multiple of the number of processes times --accumulate, found 1 x 3"),
         ("--t-range 0.9 0.1", "--t-range"),
