@@ -417,7 +417,7 @@ def test_json_files(tmp_path):
 
 
 def stepper():
-    run = SimpleNamespace(bad={}, skipped=0, args=SimpleNamespace(shard=False))
+    run = SimpleNamespace(bad={}, skipped=0, last=True, args=SimpleNamespace(shard=False, accumulate=1))
     return run, lambda opt, params, clip=1.0: Run.step(run, opt, params, clip)
 
 
