@@ -83,7 +83,7 @@ def parse_args(argv=None):
         (args.shift <= 0, f"--shift: expected a number > 0, found {args.shift}"), (args.lora and args.small, "--lora: needs the teacher's network, --small has another"),
         (not min(args.tsm_lr, args.adm_lr) >= 0, f"--tsm-lr, --adm-lr: expected numbers >= 0, found {args.tsm_lr}, {args.adm_lr}"),
         (args.data and not (args.adm or args.tsm), f"--data {args.data}: this run would not look at images; add --adm (or --small, for --tsm)"),
-        (args.iters - round(args.tsm * args.iters) < args.students, f"--iters {args.iters}: expected one for each of {args.students} students, beside --tsm"),
+        (args.iters - round(min(max(args.tsm, 0), 1) * args.iters) < args.students, f"--iters {args.iters}: expected one for each of {args.students} students, beside --tsm"),
     ):
         if wrong:
             raise UserError(message)

@@ -127,6 +127,7 @@ MISTAKES = {
         ("--tsm 0.5", "--tsm: .*add --small"),
         ("--tsm 1 --small width=16", "--tsm"),
         ("--grad-checkpoint", "--grad-checkpoint: expected a network of diffusers"),
+        ("--tsm inf --small width=16", "--adm, --tsm: expected shares"),
         ("--small wide=16", "--small wide=16: wide: expected a key .*did you mean width"),
         ("--small depth=x", "--small depth=x: no network can be built"),
         ("--small classes=9", "--small classes=9: expected a network for samples"),
