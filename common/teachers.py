@@ -483,7 +483,8 @@ def load_pipeline(name, device="cpu", dtype=torch.float32, prompts=None, cache=N
     if prompts is not None and cls.text is None:
         raise UserError(f"--prompts: expected a teacher that takes text, found {name}, which takes labels")
     if cls.text is not None and not isinstance(prompts, list):
-        prompts = read_prompts(prompts or ROOT / "assets" / "prompts.txt")
+        own = Path(folder) / "prompts.txt"
+        prompts = read_prompts(prompts or (own if own.is_file() else ROOT / "assets" / "prompts.txt"))
     captions = read_captions(data) if data and cls.text is not None else []
     import diffusers
     import transformers
