@@ -189,7 +189,7 @@ def close(one, two, it, only=""):
 FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}  # its turn comes first; the next turn asks for what it has just become, and
 
 
-@variants
+@pytest.mark.parametrize("script, flags", [pytest.param(s, v, marks=[pytest.mark.slow] * bool(v), id=f"{s}{'-more' if v else ''}") for s, v in VARIANTS])
 def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):  # of --accumulate only the last part knows that: compared after one iteration
     """--accumulate 4: the same steps, to rounding; averages, logs, checkpoints once per iteration."""
     whole, parts, first = tmp_path / "whole", tmp_path / "parts", FIRST.get(f"{script}-more" if flags else script) or FIRST.get(script, "")
