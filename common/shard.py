@@ -13,6 +13,8 @@ import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from common.run import UserError
+
 try:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 except ImportError:  # early builds of torch 2.6
@@ -25,6 +27,8 @@ class Sharding:
     """place(module) -> the module, spread over the processes. All of them must hold the same weights beforehand."""
 
     def __init__(self, device):
+        if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise UserError(f"--shard: expected a newer torch for CPUs (2.13 does it), found {torch.__version__}")
         self.device, self.mesh = device, init_device_mesh(device.type, (dist.get_world_size(),))
 
     def __call__(self, module):

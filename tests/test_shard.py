@@ -11,7 +11,7 @@ import random_teachers
 import tiny
 from cases import MORE, SHORT
 from common import metrics, models, shard, teachers
-from common.run import read_json
+from common.run import UserError, read_json
 from test_scripts import QUICK, close, one_line, processes, same
 
 MORE = MORE | {
@@ -21,7 +21,16 @@ MORE = MORE | {
 slow = pytest.mark.slow
 
 
+def test_a_torch_that_cannot_shard_on_cpus(monkeypatch):
+    """2.6: a traceback on one process and the others waiting for it."""
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(UserError, match="--shard: expected a newer torch for CPUs"):
+        shard.Sharding(torch.device("cpu"))
+
+
 def two(scripts, script, args, out):
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} cannot shard on CPUs")
     ps = processes(scripts, 2, f"{script}.py", *args, "--shard", "--out", out)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
     assert "UserWarning" not in ps[0].err and ps[1].out == ""  # diffusers has a FutureWarning of its own

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            (base / name).mkdir()
+            (base / name).mkdir(exist_ok=True)  # a builder that skips leaves it
             made[name] = getattr(tiny, name)(base / name)
         return made[name]
 
