@@ -234,7 +234,8 @@ def main():
     one = teacher.resized(args.small, args.seed) if args.small else teacher
     student = models.Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
     ema = EMA(student, args.ema, args.ema_cpu)
-    h = torch.no_grad()(teacher.forward)(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
+    with torch.no_grad():
+        h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
     head = lambda: run.place(Head(h)) if args.adm else None
     mark = lambda start, end, k, stage: torch.tensor([start, k, STAGES.index(stage), *table], device=run.device)
     critic = Critic(teacher.copy(args.lora_fake), head(), mark(0, 0, 0, "dm"))
@@ -274,8 +275,7 @@ def main():
         net, fake = student.experts[k], critic.fake
         if it in (first, start) and run.part == 0:
             recompute(net, fake)
-            G, C = run.train(net), run.train(critic if stage == "adm" else fake)  # before, the head has no gradient to wait for
-            mine = own[k].to(run.device)
+            G, C, mine = run.train(net), run.train(critic if stage == "adm" else fake), own[k].to(run.device)  # before adm, the head has no gradient to wait for
         draw = run.draw(it)
         lr, lr_fake = dict(tsm=(args.tsm_lr, 0), dm=(args.lr, args.lr_fake), adm=(args.adm_lr * args.lr, args.adm_lr * args.lr_fake))[stage]
         run.set_rates(it, (opt_g, lr), (opt_c, lr_fake), span=(start, end))

@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
                                 "metadata.jsonl); default: the teacher's own")
         self.optim.add_argument("--iters", type=int, help="iterations of the loop")
         self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
-        self.optim.add_argument("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of an iteration over N parts of its batch: less memory, the same step")
+        self.optim.add_argument("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of an iteration over N parts of its batch: less memory, the same step (README says where not quite)")
         self.optim.add_argument("--lr", type=float, help="learning rate of the student")
         self.optim.add_argument("--lr-fake", type=float, help="learning rate of the second network, where there is one")
         self.optim.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
@@ -369,7 +369,8 @@ class Run:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
         self.rank, self.world, self.device, self.dtype = processes(args)
-        keep_heap()
+        if self.device.type == "cpu":
+            keep_heap()
         self.main, self.batch = self.rank == 0, args.batch // (self.world * args.accumulate)
         self.part, self.wrapped, self.values = 0, weakref.WeakSet(), []  # which part of an iteration's batch; DDP's modules; what the parts have logged
         device = self.device  # not self: a run that holds itself would keep its lock
@@ -638,7 +639,7 @@ class Run:
         return bool(self.stopping)
 
     def log(self, it, values):
-        """One line of log.jsonl: values (floats or 0-d tensors) averaged over processes. Wall-clock numbers sit under `time`, apart from what is
+        """One line of log.jsonl: values (floats, 0-d tensors, None where this part has none) averaged over parts and processes. Wall-clock numbers sit under `time`, apart from what is
         reproducible. The only place of the loop where the host waits for the device."""
         self.values.append({k: v.detach().float().reshape(()).cpu() if torch.is_tensor(v) else torch.tensor(float(v)) for k, v in values.items() if v is not None})
         if not self.last:

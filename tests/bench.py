@@ -61,80 +61,57 @@ def kind_of(model, x_t, features):
 def bare(model, kind, cond, sync):
     """Seconds of one pass of this kind on random tensors: the network and nothing else."""
     mode, batch, features = kind
-    if isinstance(model, adapters.Controlled):
-        return bare_controlled(model, mode, batch, cond, sync)
-    if isinstance(model, torch.nn.ModuleList):
-        return bare_heads(model, mode, cond, sync)
+    run = (branch if isinstance(model, adapters.Controlled) else heads if isinstance(model, torch.nn.ModuleList) else network)(model, mode, batch, features, cond, sync)
+    params = [] if mode == "jvp" else list((model.net if isinstance(model, models.Model) else model).parameters())
+    before = [(p, p.requires_grad, p.grad) for p in params]
+    for p in params:
+        p.requires_grad_(mode != "forward" and not mode.endswith("to x"))
+        p.grad = None
+    sync()
+    start = time.perf_counter()
+    with torch.set_grad_enabled("backward" in mode):
+        out = run()
+        if "backward" in mode:
+            out.backward()
+    sync()
+    seconds = time.perf_counter() - start
+    for p, need, grad in before:
+        p.grad = grad
+        p.requires_grad_(need)
+    return seconds
+
+
+def network(model, mode, batch, features, cond, sync):
+    """A Model's pass -> function that makes it."""
     x, t = torch.randn(batch, *model.shape, device=sync.device), torch.rand(batch, device=sync.device).clamp(0.01)
     cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
-    if mode == "jvp":  # fused attention has no derivative in forward mode
-        sync()
-        start = time.perf_counter()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            torch.func.jvp(lambda x, t: model.predict(x, t, cond), (x, t), (torch.ones_like(x), torch.ones_like(t)))
-        sync()
-        return time.perf_counter() - start
-    params = list(model.net.parameters())
-    trainable = [p.requires_grad for p in params]
-    for p in params:
-        p.requires_grad_(mode == "forward+backward")
-    x.requires_grad_(mode == "forward+backward to x")
-    old, run_net = [p.grad for p in params], ((lambda *a: model.run_to_sites(*a, *[features] * (features is not True))) if features else model.predict)
-    if model.sharding:  # what gathers the weights hangs on the model's own call
-        run_net = lambda x, t, cond: model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
-    for p in params:
-        p.grad = None
-    sync()
-    start = time.perf_counter()
-    with torch.set_grad_enabled(mode != "forward"), torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        out = run_net(x, t, cond)
-        if mode != "forward":
-            (out[-1] if features else out).float().sum().backward()
-    sync()
-    seconds = time.perf_counter() - start
-    for p, grad, need in zip(params, old, trainable):
-        p.grad = grad
-        p.requires_grad_(need)
-    return seconds
+    x.requires_grad_(mode.endswith("to x"))
+
+    def run():
+        if mode == "jvp":  # fused attention has no derivative in forward mode
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.func.jvp(lambda x, t: model.predict(x, t, cond), (x, t), (torch.ones_like(x), torch.ones_like(t)))[1]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            if model.sharding:  # what gathers the weights hangs on the model's own call
+                out = model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
+            else:
+                out = model.run_to_sites(x, t, cond, *[features] * (features is not True)) if features else model.predict(x, t, cond)
+            return (out[-1] if features else out).float().sum()
+
+    return run
 
 
-def bare_controlled(model, mode, batch, cond, sync):
+def branch(model, mode, batch, features, cond, sync):
     """nct: a pass of the frozen generator with the trained branch."""
-    x, params = torch.randn(batch, *model.generator.shape, device=sync.device), list(model.parameters())
-    cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
-    c, old = cond.pop("c"), [p.grad for p in params]
-    for p in params:
-        p.grad = None
-    sync()
-    start = time.perf_counter()
-    with torch.set_grad_enabled(mode != "forward"):
-        out = model(x, c, cond)
-        if mode != "forward":
-            out.float().sum().backward()
-    sync()
-    seconds = time.perf_counter() - start
-    for p, grad in zip(params, old):
-        p.grad = grad
-    return seconds
+    x, cond = torch.randn(batch, *model.generator.shape, device=sync.device), {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
+    c = cond.pop("c")
+    return lambda: model(x, c, cond).float().sum()
 
 
-def bare_heads(heads, mode, maps, sync):
+def heads(model, mode, batch, features, maps, sync):
     """sana_sprint's discriminator on maps of features."""
-    maps = {k: torch.randn_like(v).requires_grad_(mode.endswith("to x")) for k, v in maps.items()}
-    params = list(heads.parameters())
-    trainable, old = [p.requires_grad for p in params], [p.grad for p in params]
-    for p in params:
-        p.requires_grad_(not mode.endswith("to x"))
-        p.grad = None
-    sync()
-    start = time.perf_counter()
-    sum(head(h).float().sum() for head, h in zip(heads, maps.values(), strict=True)).backward()
-    sync()
-    seconds = time.perf_counter() - start
-    for p, grad, need in zip(params, old, trainable):
-        p.grad = grad
-        p.requires_grad_(need)
-    return seconds
+    maps = [torch.randn_like(v).requires_grad_(mode.endswith("to x")) for v in maps.values()]
+    return lambda: sum(head(h).float().sum() for head, h in zip(model, maps, strict=True))
 
 
 def flops(model, kind, cond, sync):
@@ -205,13 +182,13 @@ def main():
     loop_seconds, bare_seconds, per_iter, peak, work = [], defaultdict(list), [], [0], {}
     forward, loop, controlled, inside = models.Model.forward, Run.loop, adapters.Controlled.forward, [0]
 
-    def counted_heads(heads, features):
-        mode = "heads, forward+backward" + " to x" * (not any(p.requires_grad for p in heads.parameters()))
+    def counted_heads(net, features):
+        mode = "heads, forward+backward" + " to x" * (not any(p.requires_grad for p in net.parameters()))
         kind = mode, len(features[0]), False
         counts[kind] += 1
-        example.setdefault(kind, heads)
+        example.setdefault(kind, net)
         cond_seen.setdefault(kind, {i: h.detach() for i, h in enumerate(features)})
-        return logits(heads, features)
+        return logits(net, features)
 
     def counted_branch(self, z, c, cond):
         kind = ("forward, with branch" if not torch.is_grad_enabled() else "forward+backward, with branch"), len(z), False

@@ -1,4 +1,5 @@
 """common/run.py without a script around it: random numbers, average, optimiser step, files."""
+import ctypes
 import json
 import resource
 import signal
@@ -104,6 +105,19 @@ def test_clipping_is_by_global_norm(run):
     norm = r.step(opt, list(net.parameters()), 0.5)
     after = torch.cat([p.detach().flatten() for p in net.parameters()])
     assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_freed_memory_is_kept():
+    """Blocks of 64 MB, which glibc maps and unmaps by default: 16,384 pages each time."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("glibc only")
+    module.keep_heap()
+    counts = []
+    for _ in range(6):
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+    assert max(counts[3:]) < 100, counts  # the heap has grown by then
 
 
 def test_gradients_are_summed_over_parts_of_the_batch(run):

@@ -186,11 +186,12 @@ def close(one, two, it, only=""):
         assert x.keys() == y.keys() and (only or all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std"))
 
 
-FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}  # its turn comes first; the next turn asks for what it has just become, and
+# whose turn comes first, where the turn after it asks for what it has just become: of all parts only the last one sees that, so one iteration is compared
+FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}
 
 
 @pytest.mark.parametrize("script, flags", [pytest.param(s, v, marks=[pytest.mark.slow] * bool(v), id=f"{s}{'-more' if v else ''}") for s, v in VARIANTS])
-def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):  # of --accumulate only the last part knows that: compared after one iteration
+def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):
     """--accumulate 4: the same steps, to rounding; averages, logs, checkpoints once per iteration."""
     whole, parts, first = tmp_path / "whole", tmp_path / "parts", FIRST.get(f"{script}-more" if flags else script) or FIRST.get(script, "")
     # numbers that are means over a part: lambda of flowmap's (9), the weights of sid's discriminator
