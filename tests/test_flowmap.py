@@ -545,4 +545,4 @@ def test_presets(teacher):
     args = flowmap.parse_args(["--teacher", teacher])
     assert args.nfe == 1 and (args.correction, args.k, args.form, args.interval_correction, args.r_mean) == (0.25, 1.0, "jvp", (0.0, 0.7), 0.8)
     assert args.cfg_range == ((1.0, 3.0) if teacher == "some/folder" else (args.cfg, args.cfg))
-    assert math.isfinite(args.lr) and args.lr_fake == args.lr
+    assert math.isfinite(args.lr) and args.lr_fake == (2 if teacher == "mnist" else 1) * args.lr
