@@ -266,7 +266,7 @@ def main():
     passes = (args.nfe - 1) / 2 + 1 + 3 * use_critic + per_student / ratio
     run.describe(student=student, critic=critic if use_critic else "not trained", teacher=teacher, images=images, steps=index, times=[round(float(t), 4) for t in times],
                  levels_of_CA=[f"{low}..{max(min(cap, high + 1), low + 1) - 1}" if args.schedule in ("hybrid", "constrained") else f"{low}..{high}" for cap in caps],
-                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan)
+                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan, graph=dict(student=1 + args.gan))
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)

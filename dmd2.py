@@ -259,7 +259,7 @@ def main():
     per_student = 2 + (1 if args.cfg == 1 else 2) + 1
     passes = (args.nfe - 1) / 2 + 1 + 3 + per_student / args.ratio
     run.describe(student=student, critic=critic, teacher=teacher, images=images, steps=index, times=[round(float(t), 4) for t in times],
-                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan)
+                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * args.gan, graph=dict(student=1 + args.gan))
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)

@@ -249,7 +249,7 @@ def main():
     run.describe(students=f"{args.students}, one after the other", one_student=student.experts[0], critic=critic, teacher=teacher, images=images, steps=[N - 1],
                  labels_of_the_students=[v.tolist() for v in own] if classes <= 100 else [len(v) for v in own],
                  plan=", ".join(f"{stage} {k}: {a}..{b - 1}" for a, b, k, stage in pieces),
-                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * bool(args.adm) + ", 4 in tsm" * bool(args.tsm))
+                 passes_per_iteration=f"{passes:.2f}" + " and those of the GAN head" * bool(args.adm) + ", 4 in tsm" * bool(args.tsm), graph=dict(one_student=1 + bool(args.adm)))
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)

@@ -223,7 +223,7 @@ def main():
     sampler = {}
     share = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in generator.parameters())
     run.describe(student=student, generator=generator, teacher=teacher, steps="1, from pure noise", control=f"{control.config()}",
-                 consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}",
+                 consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}", graph=dict(student=2),
                  boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
                  passes_per_iteration=f"{4 + 2 * getattr(student.branch, 'behind', 1) + 7 * share:.2f}")  # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
 

@@ -265,7 +265,7 @@ def main():
     guide = args.cfg_train != [1.0]
     passes = 1 + guide + 3.4 + 3 + (5 + 3 + args.misaligned if args.adv_weight else 0)  # forward 1, backward 2, one to the input alone 1, JVP 3.4 (measured)
     run.describe(student=student, heads=heads, teacher=teacher, images=images, steps=[round(t, 4) for t in times], rho=rho, times_from=f"{low:.4f} to {high:.4f}",
-                 guidance=args.cfg_train, passes_per_iteration=f"{passes:.1f}")
+                 guidance=args.cfg_train, passes_per_iteration=f"{passes:.1f}", graph=dict(student=2, teacher=1) if args.adv_weight else None)
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)

@@ -265,7 +265,8 @@ def main():
     cost, roll = lambda k: 1 if k in (0, 1) else 2, (args.nfe - 1) / 2
     passes = roll + 1 + 3 * cost(k1) + (roll + 3 + (1 if args.detach else 2) * (cost(k4) + cost(k2) + cost(k3) * (k3 != k2))) / args.ratio
     run.describe(student=student, critic=critic, teacher=teacher, images=images, form=form, steps=sampler["steps"], kappa=kappa, weight=args.weight, empty_conditions=args.drop,
-                 passes_per_iteration=f"{passes:.2f}" + " and those of the discriminator" * args.gan)
+                 passes_per_iteration=f"{passes:.2f}" + " and those of the discriminator" * args.gan,
+                 graph=dict(student=cost(k1) + args.gan) if args.detach else dict(student=1, critic=cost(k2) + cost(k3) * (k3 != k2), teacher=cost(k4)))
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)

@@ -288,6 +288,10 @@ class Controlled(nn.Module):
         with self.branch.attached(self.generator.net, c):
             return self.run(z, cond)
 
+    def rehearsal(self, z, cond):
+        cond = {k: v.expand(len(z), *v.shape[1:]) for k, v in cond.items()}
+        return self(z, self.condition(z, torch.zeros(len(z), 4, device=z.device), cond), cond)
+
     def condition(self, z, r, cond):
         """Of another sample of the generator: independent of any noise that it will be used with. r: normal numbers, at least 4 a sample (2 on the toy)."""
         return self.control(self.f(z, cond), torch.special.ndtr(r.flatten(1)[:, :4]))

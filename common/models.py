@@ -134,6 +134,11 @@ class Model(nn.Module):
 
     x0 = forward
 
+    def rehearsal(self, x, cond):
+        """A pass on x [n, *shape], for what it costs; cond: of one sample."""
+        given = {k: v.expand(len(x), *v.shape[1:]) for k, v in cond.items()} | {name: torch.zeros(len(x), device=x.device) for name in self.extras}
+        return self(x, 0.5, 0.5, given)
+
     def attention(self):
         """Which attention torch takes. On CPUs the backward of its fused one needs longer in bf16 than all the rest of a network; forwards it is the faster one."""
         plain = self.dtype == torch.bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled()

@@ -522,6 +522,29 @@ class Run:
         self.print(f"  {name:22s} {', '.join(f'{k} {size(v)}' for k, v in parts.items() if v)}: {size(total)}, {size(free)} free; activations come on top")
         return total, free
 
+    def rehearse(self, graph, facts):
+        """Makes the largest backward of the script once, on zeros, and prints the peak of memory to expect: that of the rehearsal and what the optimisers will
+        add. What does not fit ends here and not in the first step. graph: networks that this backward goes through, {name: how many batches}, first the one that
+        is trained; the others are asked about its output. The teacher is asked without gradient while the graph is alive."""
+        n, cond, nets = self.batch, facts["teacher"].encode([0]), [value for value in facts.values() if isinstance(value, torch.nn.Module)]
+        x, outs = torch.zeros(n, *facts["teacher"].shape, device=self.device), []
+        ask = lambda name, k, x: getattr(facts[name], "fake", facts[name]).rehearsal(x.repeat(math.ceil(k), *[1] * (x.ndim - 1))[:round(k * n)], cond)
+        for name, k in graph.items():
+            outs.append(ask(name, k, outs[0][:n] if outs else x))
+        with torch.no_grad():
+            ask("teacher", 1 if self.args.cfg in (None, 1) else 2, x)
+        sum(out.sum() for out in outs).backward()
+        trained = {p for net in nets for p in net.parameters() if p.requires_grad}
+        coming = sum((p.to_local() if hasattr(p, "to_local") else p).numel() * (8 if p.grad is not None else 12) for p in trained)  # two moments, and the gradient
+        for p in trained:
+            p.grad = None
+        here, margin = self.peak_mb() * 2**20, 1.08 if self.device.type == "cpu" else 1.0  # on CPUs gaps in the heap, measured: docs/RESULTS.md
+        if coming > self.free_memory():
+            raise UserError(f"--teacher {self.args.teacher}: gradients and optimisers need {size(coming)} more, found {size(self.free_memory())} free on {self.device}; "
+                            f"try --lora RANK, --shard on more processes")
+        self.print(f"  {'memory, peak':22s} {(here + coming) * margin / 2**20:.0f} MB expected: {size(here)} in a rehearsal of the largest backward, {size(coming)} to come"
+                   + ", gaps" * (margin > 1))
+
     def free_memory(self):
         """Bytes that this process can still have: of the GPU, or its share of the machine's available memory."""
         if self.device.type == "cuda":
@@ -560,9 +583,9 @@ class Run:
         flat /= self.world
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
-    def describe(self, images=None, **facts):
+    def describe(self, images=None, graph=None, **facts):
         """Prints everything derived from the flags before the first step. Models appear as parameters (trained / frozen). images: those that the losses look
-        at, if any. What a comparison of methods asks for is kept for the student's record."""
+        at, if any. graph: of `rehearse`. What a comparison of methods asks for is kept for the student's record."""
         self.record = dict(images=len(images or ()), passes_per_iteration=facts.get("passes_per_iteration"), networks={})
         facts |= dict(images=len(images)) if images else {}
         if self.args.cfg not in (None, 1) and "teacher" in facts:
@@ -582,6 +605,7 @@ class Run:
                 value = f"{sum(q.numel() for q in p) / 1e6:.2f}M parameters, {'trained' if trained else 'frozen'}" + f", on {base / 1e6:.2f}M of the teacher's, frozen" * (base > 0)
             self.print(f"  {name.replace('_', ' '):22s} {value}")
         self.memory("memory, networks", parts)
+        self.rehearse(graph or dict(student=1), facts)
         self.print(f"  {'folder':22s} {self.out}")
 
     def draw(self, it):

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 tests/bench.py --teacher sdxl --random-weights --batch 32 --gan --shard
     python tests/bench.py --teacher sdxl --random-weights --tiny --device cpu     # the same code in seconds
     python -m tests.bench dmd2 --vs HEAD~3 --pairs 5           # this tree against a revision, in turns; last line: ratios of each pair and their median
+    OMP_NUM_THREADS=1 python -m tests.bench dmd2 --processor-time    # on a machine that others use too: seconds of the processor, not of the wall
     python -m tests.bench dmd2 --profile trace.json            # instead: torch's profiler over a few iterations; a table, and a trace for chrome://tracing
 
 The script's own main() runs for --iters iterations. Every network pass in it is recorded by kind (forward; forward + backward; forward + backward
@@ -43,6 +44,7 @@ from common.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
+CLOCK = [time.perf_counter]  # or time.process_time
 COST = {"forward": 1, "forward+backward": 3, "forward+backward to x": 2, "jvp": 2}  # in forwards
 
 
@@ -68,13 +70,13 @@ def bare(model, kind, cond, sync):
         p.requires_grad_(mode != "forward" and not mode.endswith("to x"))
         p.grad = None
     sync()
-    start = time.perf_counter()
+    start = CLOCK[0]()
     with torch.set_grad_enabled("backward" in mode):
         out = run()
         if "backward" in mode:
             out.backward()
     sync()
-    seconds = time.perf_counter() - start
+    seconds = CLOCK[0]() - start
     for p, need, grad in before:
         p.grad = grad
         p.requires_grad_(need)
@@ -172,9 +174,12 @@ def versus(script, rev, pairs, argv):
 def main():
     argv = sys.argv[1:]
     script = argv.pop(0) if argv and not argv[0].startswith("-") else "dmd2"
+    if busy := "--processor-time" in argv:
+        argv.remove("--processor-time")
+        CLOCK[0] = time.process_time
     rev, pairs, trace = take(argv, "--vs"), int(take(argv, "--pairs", 3)), take(argv, "--profile")
     if rev:
-        return versus(script, rev, pairs, argv)
+        return versus(script, rev, pairs, argv + ["--processor-time"] * busy)
     flags = random_weights(argv) if "--random-weights" in argv else argv
     iters = int(take(flags, "--iters", SKIP + 8 if trace else 36))
     method = importlib.import_module(script)
@@ -223,10 +228,10 @@ def main():
                 yield it
                 continue
             wait()
-            start = time.perf_counter()
+            start = CLOCK[0]()
             yield it
             wait()
-            seconds, kinds = time.perf_counter() - start, dict(counts)
+            seconds, kinds = CLOCK[0]() - start, dict(counts)
             peak[0] = max(peak[0], self.peak_mb())  # of the loop, not of the bare passes
             work.update({kind: flops(example[kind], kind, cond_seen[kind], wait) for kind in kinds if kind not in work})
             passes = {kind: bare(example[kind], kind, cond_seen[kind], wait) for kind in kinds}

@@ -114,6 +114,40 @@ def test_a_run_that_does_not_fit(scripts, tmp_path):
     assert p.wait() == 2 and re.fullmatch(r"dmd2\.py: --teacher toy: its networks need [^\n]*\n", p.err) and "memory, estimated" in p.out
 
 
+# ---- the rehearsal ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
+    """One pass of the largest backward: rows asked of each network, with and without gradient, nothing left behind, and what does not fit refused."""
+    r, (student, other, teacher) = run("--batch", "6"), [models.load_teacher("mnist").requires_grad_(i == 0) for i in range(3)]
+    r.args.cfg, asked, call = 2.0, [], models.Model.forward
+
+    def forward(self, x, *args, **kwargs):
+        asked.append((next((k for k, v in dict(student=student, other=other).items() if v is self), "teacher"), len(x), torch.is_grad_enabled(), x.requires_grad))
+        return call(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(models.Model, "forward", forward)
+    r.rehearse(dict(student=1.5, other=2), dict(student=student, other=other, teacher=teacher, steps=4))
+    assert asked == [("student", 9, True, False), ("other", 12, True, True), ("teacher", 12, False, False)]
+    assert all(p.grad is None for m in (student, other) for p in m.parameters())
+    assert re.search(r"memory, peak +\d+ MB expected: .* in a rehearsal of the largest backward, 24.9 MB to come", capsys.readouterr().out)  # 8 x 3.26M
+    monkeypatch.setattr(r, "free_memory", lambda: 24 * 2**20)
+    with pytest.raises(UserError, match="--teacher toy: gradients and optimisers need 24.9 MB more, found 24.0 MB free on cpu; try --lora RANK"):
+        r.rehearse(dict(student=1), dict(student=student, teacher=teacher))
+
+
+@pytest.mark.slow  # ten processes of half a minute
+@pytest.mark.parametrize("flags", ["dmd2", "dmd2 --batch 256", "dmd2 --batch 256 --accumulate 4", "dmd2 --dtype bf16 --batch 128", "sid", "boot --batch 256", "sana_sprint",
+                                   "twinflow", "flowmap --batch 128", "phased_dmd"])
+def test_peak_is_the_expected_one(flags, scripts, tmp_path):
+    """Resident memory on a CPU, within a tenth."""
+    script, *flags = flags.split()
+    p = scripts.run(f"{script}.py", "--teacher", "mnist", *flags, "--iters", 8, "--log-every", 1, "--sample-every", 0, "--save-every", 0, "--eval-n", 0, "--out", tmp_path / "run")
+    expected = float(re.search(r"memory, peak +(\d+) MB expected", p.out)[1])
+    peak = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["time"]["peak_mb"]
+    assert expected == pytest.approx(peak, rel=0.1), (expected, peak)
+
+
 # ---- the average on the host -------------------------------------------------------------------------------------------------------------------
 
 
@@ -204,3 +238,13 @@ def test_bench(name):
     assert 0 < result["of_matmul_ceiling"] < 1 and result["tflop_per_s"] == pytest.approx(result["tflop_per_iteration"] / result["s_per_iteration"], rel=1e-2)
     for fact in ("memory, estimated", "forward+backward to x, to the feature sites"):
         assert fact in p.stdout
+
+
+@pytest.mark.slow  # 24 iterations of 16 images on mnist each
+@pytest.mark.parametrize("script", ["dmd2", "sid", "decoupled_dmd", "phased_dmd", "twinflow", "flowmap", "boot", "msd"])
+def test_passes_are_those_that_the_script_counts(script):
+    """What it prints is what is run: no pass beside those of the algorithm. 18 iterations: whole turns of every ratio; phased_dmd draws how many steps it rolls out. (sana_sprint and nct count parts that the
+    bench does not: heads, the branch.)"""
+    p = subprocess.run([sys.executable, "tests/bench.py", script, "--teacher", "mnist", "--batch", "16", "--iters", "24"], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    assert json.loads(p.stdout.splitlines()[-1])["passes"] == pytest.approx(float(re.search(r"passes per iteration +([\d.]+)", p.stdout)[1]), abs=0.5 if script == "phased_dmd" else 0.006)

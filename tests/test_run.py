@@ -1,6 +1,7 @@
 """common/run.py without a script around it: random numbers, average, optimiser step, files."""
 import ctypes
 import json
+import resource
 import signal
 import subprocess
 import sys
