@@ -43,8 +43,7 @@ from common import data, metrics, models, pairs
 from common.run import EMA, Parser, Run, UserError, launch
 from common.schedules import expand
 
-PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, ours = measured here, docs/RESULTS.md
-    # mnist, toy: ours, except ratio 5 and the GAN weights of the toy, which are the paper's
+PRESETS = {  # the flags of a teacher; all can be overridden. Sources: [P] paper, [C] official code, ours (docs/RESULTS.md): mnist, emoji, toy but its ratio and GAN weights [P]
     "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000,
                   gan_weight=0.03, cls_weight=0.1),
     "toy": dict(cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.5, ema=0,
@@ -60,7 +59,8 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "edm-imagenet64": dict(cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=200000, warmup=500, cooldown=0.0, ema=0,
                            gan_weight=3e-3, cls_weight=1e-2),
 }
-PRESETS |= {"toy-cond": PRESETS["toy"], "default": PRESETS["edm-imagenet64"]}
+PRESETS |= {"toy-cond": PRESETS["toy"], "default": PRESETS["edm-imagenet64"],
+            "emoji": dict(PRESETS["mnist"], cfg=3.5, nfe=4, lr=1e-4, lr_fake=1e-4, shift=1.0, batch=32, iters=600)}
 PRESETS |= dict.fromkeys(("dit-xl-256", "dit-xl-512", "sit-xl-256"), dict(PRESETS["edm-imagenet64"], cfg=1.5))  # ImageNet latents: not the paper's
 PRESETS |= {name: PRESETS["sdxl"] | dict(cfg=w) for w, names in ((8.0, "sd3 sd3.5 sana sana-0.6b"), (1.0, "flux"), (4.0, "qwen-image"), (6.0, "z-image"),
                                                                  (5.0, "wan2.1 wan2.1-14b wan2.2")) for name in names.split()}
