@@ -402,3 +402,21 @@ def test_standardised_latents_decode_to_the_same_images():
         z = training.encode(vae, images[::7])
         assert torch.allclose(vae.decode(after.mode()).sample, picture, atol=1e-4) and torch.allclose(after.std * std, before.std, rtol=1e-4)
     assert z.mean((0, 2, 3)).abs().max() < 1e-4 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-4
+
+
+# ---- what is shipped --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_teacher_draws_what_it_is_told(tmp_path):
+    """In plain diffusers, seen by the shipped classifier; our loader finds the same folder by its name."""
+    from diffusers import StableDiffusionPipeline
+    teacher, prompts = models.load_teacher("emoji", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "woman farmer with medium dark skin"]
+    pipe = StableDiffusionPipeline.from_pretrained(teacher.folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert teacher.folder == run.ROOT / "assets" / "emoji" and teacher.prompts[0] == "red heart" and teacher.dtype == torch.float32
+    images = pipe(prompts, num_inference_steps=12, guidance_scale=3.5, generator=torch.Generator().manual_seed(0), output_type="np").images
+    extractor = metrics.Extractor(teacher)
+    _, logits = extractor.net(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2))
+    assert [extractor.teacher.evaluation["kinds"][i] for i in logits.argmax(1)] == ["heart", "animal-mammal", "country-flag", "person-role"]
+    sizes = [f.stat().st_size for part in ("unet", "vae", "text_encoder") for f in (teacher.folder / part).glob("*.safetensors")]
+    assert sum(sizes) <= 12e6

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import dmd2
 import eval as evaluation
 from common import lora, models, teachers
-from common.run import EMA, UserError
+from common.run import EMA, ROOT, UserError
 from test_scripts import QUICK, close, processes, same
 from test_scripts import SCRIPTS as ALL
 from test_teachers import folders, load  # noqa: F401  the fixture
@@ -279,6 +279,7 @@ def for_sana(code):
 
 SNIPPETS = {("sdxl", 0): FULL, ("sdxl", 1): LORA, ("sd15", 0): for_sd15(FULL), ("sd15", 1): for_sd15(LORA), ("sd3", 0): FLOW, ("sd3", 1): for_sd3(FLOW_LORA),
             ("sana", 0): for_sana(FLOW), ("sana", 1): FLOW_LORA}
+SNIPPETS |= {("emoji", i): SNIPPETS["sd15", i] for i in (0, 1)}
 slow = pytest.mark.slow
 
 
@@ -323,9 +324,11 @@ def test_readme_mnist(tmp_path):
         ("sana", 1, "--lora 4 --lora-alpha 3"), ("sd15", 1, "--lora 4"), ("sd15", 4, "--lora 4 --lora-fake 4"),
         ("sdxl", 1, "--lora 4 --lora-targets to_q to_k to_v conv1 conv2 time_emb_proj"),
         ("sd3", 1, "--lora 4"), ("sd3", 4, "--lora 4 --lora-fake 4"), ("sana", 4, "--lora 4 --lora-fake 4"),
-        ("sd15", 1, ""), ("sdxl", 4, ""), ("sd3", 4, ""), ("sana", 4, "")))])
+        ("sd15", 1, ""), ("sdxl", 4, ""), ("sd3", 4, ""), ("sana", 4, ""),
+        ("emoji", 4, ""), ("emoji", 1, "--lora 8"), ("emoji", 4, "--lora 8 --lora-fake 8")))])
 def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):  # noqa: F811
-    """From the command line to plain diffusers; eval.py's loader gives the same student."""
+    """From the command line to plain diffusers; eval.py's loader gives the same student. emoji is the teacher that is shipped."""
+    folders = (lambda name: ROOT / "assets" / "emoji") if name == "emoji" else folders
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     out = tmp_path / "run"
     p = forks.run("dmd2.py", "--teacher", folders(name), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache", "--nfe", nfe, "--cfg", 3,
