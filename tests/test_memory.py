@@ -136,9 +136,8 @@ def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
         r.rehearse(dict(student=1), dict(student=student, teacher=teacher))
 
 
-@pytest.mark.slow  # ten processes of half a minute
-@pytest.mark.parametrize("flags", ["dmd2", "dmd2 --batch 256", "dmd2 --batch 256 --accumulate 4", "dmd2 --dtype bf16 --batch 128", "sid", "boot --batch 256", "sana_sprint",
-                                   "twinflow", "flowmap --batch 128", "phased_dmd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["dmd2", "dmd2 --batch 256 --accumulate 2", "dmd2 --dtype bf16 --batch 128", "sid", "sana_sprint"])
 def test_peak_is_the_expected_one(flags, scripts, tmp_path):
     """Resident memory on a CPU, within a tenth."""
     script, *flags = flags.split()
