@@ -497,6 +497,7 @@ def test_one_call_has_gradient(trace, monkeypatch):
     seen, forward = [], models.Toy.forward
     def patch():
         monkeypatch.setattr(models.Toy, "forward", lambda self, *a, **k: seen.append(torch.is_grad_enabled()) or forward(self, *a, **k))
+        monkeypatch.setattr("common.run.Run.rehearse", lambda *a: None)
     steps = trace("--iters", 6, "--phase-iters", 3, "--ratio", 3, patch=patch)
     assert sum(seen) == sum(s["role"] == "critic" for s in steps) + 2
 
