@@ -137,7 +137,7 @@ def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["dmd2", "dmd2 --batch 256 --accumulate 2", "dmd2 --dtype bf16 --batch 128", "sid", "sana_sprint"])
+@pytest.mark.parametrize("flags", ["dmd2", "dmd2 --dtype bf16 --batch 128", "sid", "sana_sprint", "twinflow"])
 def test_peak_is_the_expected_one(flags, scripts, tmp_path):
     """Resident memory on a CPU, within a tenth."""
     script, *flags = flags.split()
