@@ -166,7 +166,7 @@ def best_row(row, n, nfe, cfg, heun):
         for i in range(n):
             z = noise() if i else z
             logits = extractors[0](m.decode(preview(m.experts[1], z, cond, noise)))[1]
-            wanted = extractors[0].classes(cond["labels"].cpu()) if hasattr(teacher, "prompts") else cond["labels"].cpu()
+            wanted = extractors[0].classes(cond["labels"].cpu())
             if (wanted < 0).any():
                 raise UserError(f"--best-of: expected prompts of the teacher's own, whose class the classifier knows, found {teacher.prompts[cond['labels'][wanted < 0][0]]!r}")
             now = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]

@@ -528,7 +528,7 @@ class Run:
         is trained; the others are asked about its output. The teacher is asked without gradient while the graph is alive."""
         n, cond, nets = self.batch, facts["teacher"].encode([0]), [value for value in facts.values() if isinstance(value, torch.nn.Module)]
         x, outs = torch.zeros(n, *facts["teacher"].shape, device=self.device), []
-        ask = lambda name, k, x: getattr(facts[name], "fake", facts[name]).rehearsal(x.repeat(math.ceil(k), *[1] * (x.ndim - 1))[:round(k * n)], cond)
+        ask = lambda name, k, x: getattr(facts[name], "fake", facts[name]).rehearsal(torch.cat([x] * k), cond)  # a Critic's passes are those of its network
         for name, k in graph.items():
             outs.append(ask(name, k, outs[0][:n] if outs else x))
         with torch.no_grad():

@@ -267,7 +267,11 @@ def test_best_of(home, run):
 
 def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
     """Verifier: brightness, minus that for odd labels. The student's image is minus the noise, the teacher's is the noise."""
-    monkeypatch.setattr(metrics, "Extractor", lambda teacher: lambda images: (None, (images.float().flatten(1).mean(1, keepdim=True) - 128) / 9 * torch.tensor([[1.0, -1.0] * 5])))
+    def verifier(images):
+        return None, (images.float().flatten(1).mean(1, keepdim=True) - 128) / 9 * torch.tensor([[1.0, -1.0] * 5])
+
+    verifier.classes = lambda labels: labels
+    monkeypatch.setattr(metrics, "Extractor", lambda teacher: verifier)
     monkeypatch.setattr(metrics, "teacher_sample", lambda teacher, z, *a: z)
     teacher = make_dit(1)
     plain = dict(model=teacher.copy(), teacher=teacher, folder=None, facts=dict(name="s"), sampler=lambda m, z, c, noise: -z)

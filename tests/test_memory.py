@@ -127,8 +127,8 @@ def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
         return call(self, x, *args, **kwargs)
 
     monkeypatch.setattr(models.Model, "forward", forward)
-    r.rehearse(dict(student=1.5, other=2), dict(student=student, other=other, teacher=teacher, steps=4))
-    assert asked == [("student", 9, True, False), ("other", 12, True, True), ("teacher", 12, False, False)]
+    r.rehearse(dict(student=3, other=2), dict(student=student, other=other, teacher=teacher, steps=4))
+    assert asked == [("student", 18, True, False), ("other", 12, True, True), ("teacher", 12, False, False)]
     assert all(p.grad is None for m in (student, other) for p in m.parameters())
     assert re.search(r"memory, peak +\d+ MB expected: .* in a rehearsal of the largest backward, 24.9 MB to come", capsys.readouterr().out)  # 8 x 3.26M
     monkeypatch.setattr(r, "free_memory", lambda: 24 * 2**20)
