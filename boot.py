@@ -300,7 +300,7 @@ def main():
         each = errors(signal(G, eps, u_s, cond, top), target, k, args.weight, args.k_min)
         loss, bs, bc = total(each, edge, args.beta, frac)
         loss.backward()
-        norm = run.step(opt_g, list(student.parameters()), args.clip)
+        norm = run.step(opt_g, args.clip)
         ema.update(run.stepped)
 
         logs = dict(loss=loss, grad_student=norm, boundary=bc.mean(), increment=(gap.flatten(1).abs().mean(1) * ~edge).mean() / (1 - frac))

@@ -307,7 +307,7 @@ def main():
                 loss_gen = gen_loss(critic(*noisy(x, grid[draw.integers(0, N)]), cond, logit=True))
                 loss, logs["gen"] = loss + args.gan_weight * loss_gen, loss_gen  # (13)
             loss.backward()
-            logs |= dict(grad_student=run.step(opt_g, list(student.parameters()), args.clip))
+            logs |= dict(grad_student=run.step(opt_g, args.clip))
             ema.update(run.stepped)
             critic.requires_grad_(True)
 
@@ -324,7 +324,7 @@ def main():
                 loss = loss + args.cls_weight * loss_cls  # (13)
                 logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
             loss.backward()
-            logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, list(critic.parameters()), args.clip))
+            logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip))
         logs |= dict(mean=x.mean(), std=x.std())
 
         # ==== same in every script: log, pictures, checkpoint ====

@@ -303,7 +303,7 @@ def main():
                 loss = loss + args.gan_weight * loss_gen  # (10)
                 logs |= dict(gen=loss_gen)
             loss.backward()
-            norm = run.step(opt_g, list(student.parameters()), args.clip)
+            norm = run.step(opt_g, args.clip)
             ema.update(run.stepped)
             critic.requires_grad_(True)
             logs = dict(dm=loss_dm, grad_student=norm, dm_norm=w.mean(), real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean()) | logs
@@ -324,7 +324,7 @@ def main():
                 loss = loss + args.cls_weight * loss_cls  # (10)
                 logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
             loss.backward()
-            norm = run.step(opt_c, list(critic.parameters()), args.clip)
+            norm = run.step(opt_c, args.clip)
             logs = dict(fake=loss_fake, grad_critic=norm, mean=x.mean(), std=x.std()) | logs
 
         # ==== same in every script: log, pictures, checkpoint ====

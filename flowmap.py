@@ -311,7 +311,7 @@ def main():
         G[C] = (lam := balance(G_P, D_N, args.balance, run.world)) * D_N
         student_loss(F, G).backward()
         run.average_gradients(student.parameters())
-        norm = run.step(opt_g, list(student.parameters()), args.clip)
+        norm = run.step(opt_g, args.clip)
         ema.update(run.stepped)
         logs = {name: per_sample(D).mean() for name, D in (("prediction", D_G), ("correction", D_N)) if len(D)}
         logs |= dict(grad_student=norm) | ({"lambda": lam} if len(C) else {})
@@ -322,7 +322,7 @@ def main():
             x, n, r = sample(student, draw.normal(*shape), cond, w=w), draw.normal(*shape), draw.uniform()
             loss = aux_loss(A, x, r, n, cond, w)
             loss.backward()
-            logs |= dict(aux=loss, std=x.std(), grad_critic=run.step(opt_c, list(critic.parameters()), args.clip))
+            logs |= dict(aux=loss, std=x.std(), grad_critic=run.step(opt_c, args.clip))
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

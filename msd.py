@@ -290,7 +290,7 @@ def main():
             x_t, alpha, sigma = noisy(x_real, draw.integers(0, N))
             loss = tsm_loss(G(x_t, alpha, sigma, cond_real), teacher(x_t, alpha, sigma, cond_real), teacher.weight(alpha, sigma))
             loss.backward()
-            logs = dict(tsm=loss, grad_student=run.step(opt_g, list(net.parameters()), args.clip)) | logs
+            logs = dict(tsm=loss, grad_student=run.step(opt_g, args.clip)) | logs
             ema.update(run.stepped)
         else:  # the student's sample: one forward pass serves both turns
             cond = teacher.encode(mine[draw.integers(0, len(mine))])
@@ -307,7 +307,7 @@ def main():
                 loss = loss + args.gan_weight * loss_gen  # (11)
                 logs |= dict(gen=loss_gen)
             loss.backward()
-            norm = run.step(opt_g, list(net.parameters()), args.clip)
+            norm = run.step(opt_g, args.clip)
             ema.update(run.stepped)
             critic.requires_grad_(True)
             logs = dict(dm=loss_dm, grad_student=norm, dm_norm=w.mean(), real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean()) | logs
@@ -325,7 +325,7 @@ def main():
                 loss = loss_fake + args.cls_weight * loss_cls  # (11)
                 logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
             loss.backward()
-            logs = dict(fake=loss_fake, grad_critic=run.step(opt_c, list(critic.parameters()), args.clip), mean=x.mean(), std=x.std()) | logs
+            logs = dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip), mean=x.mean(), std=x.std()) | logs
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

@@ -244,7 +244,7 @@ def main():
         con, bound = losses(G, student, z, eps, draw.integers(0, args.N), x, c, cond, args)
         loss = total(con, bound, args.con_weight, multiplier.value)
         loss.backward()
-        norm = run.step(opt_g, list(student.parameters()), args.clip)
+        norm = run.step(opt_g, args.clip)
         multiplier.update(bound.mean(), run.world, args.accumulate)
         ema.update(run.stepped)
 

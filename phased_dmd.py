@@ -275,7 +275,7 @@ def main():
             g, r, f, w = dm_gradient(x0, x_t, t, s, cond, teacher, critic, args.cfg, args.normaliser)
             loss = dm_loss(x_s if args.space == "xs" else x0, g)
             loss.backward()
-            norm = run.step(opt_g, list(student.experts[k].parameters()), args.clip)
+            norm = run.step(opt_g, args.clip)
             ema.update(run.stepped)
             if args.ida < 1 and run.last:
                 with torch.no_grad():
@@ -289,7 +289,7 @@ def main():
         x_t, eps, t = noisy(x_s)
         loss = fake_loss(C, x_s, x_t, eps, t, s, cond, fake_weight(t, s, args.clamp) * teacher.weight(1 - t, t))
         loss.backward()
-        norm = run.step(opt_c, list(critic.parameters()), args.clip)
+        norm = run.step(opt_c, args.clip)
         logs |= dict(fake=loss, grad_critic=norm, mean=x_s.mean(), std=x_s.std())
 
         # ==== same in every script: log, pictures, checkpoint ====

@@ -249,9 +249,8 @@ def main():
     scales, told, (low, high) = torch.tensor(args.cfg_train, device=run.device), len(args.cfg_train) > 1, time_range(schedule, rho)
     torch.manual_seed(args.seed)  # new parts start equal on all processes
     student = teacher.copy(args.lora).extend(*["guidance"] * told)
-    with torch.no_grad():
-        features = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
-    heads, log_var = run.place(nn.ModuleList(map(Head, features)).eval()), run.place(models.Scalar(32))
+    maps = lambda x: teacher(x, 1.0, 1.0, teacher.encode([0] * len(x)), features=DEPTHS)  # of a sample, for their sizes, and in the rehearsal
+    heads, log_var = run.place(nn.ModuleList(map(Head, maps(torch.zeros(1, *shape, device=run.device)))).eval()), run.place(models.Scalar(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
     start, lv0 = max(low, args.anchor), -math.log(math.prod(shape))  # lv0: where |g| = 1 leads lv; lv is clamped 2 below
     if args.grad_checkpoint:
@@ -265,7 +264,8 @@ def main():
     guide = args.cfg_train != [1.0]
     passes = 1 + guide + 3.4 + 3 + (5 + 3 + args.misaligned if args.adv_weight else 0)  # forward 1, backward 2, one to the input alone 1, JVP 3.4 (measured)
     run.describe(student=student, heads=heads, teacher=teacher, images=images, steps=[round(t, 4) for t in times], rho=rho, times_from=f"{low:.4f} to {high:.4f}",
-                 guidance=args.cfg_train, passes_per_iteration=f"{passes:.1f}", graph=dict(student=2, teacher=1) if args.adv_weight else None)
+                 guidance=args.cfg_train, passes_per_iteration=f"{passes:.1f}",
+                 graph=dict(student=2, heads=lambda x: logits(heads, maps(x))) if args.adv_weight else None)
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
@@ -309,7 +309,7 @@ def main():
             logs |= dict(gen=loss_gen)
         loss.backward()
         run.average_gradients(params_g)
-        logs |= dict(grad_student=run.step(opt_g, params_g, args.clip))
+        logs |= dict(grad_student=run.step(opt_g, args.clip))
         ema.update(run.stepped)
 
         # the heads
@@ -325,7 +325,7 @@ def main():
             loss_heads = heads_loss(l_fake, l_real)
             loss_heads.backward()
             run.average_gradients(params_c)
-            logs |= dict(heads=loss_heads, grad_heads=run.step(opt_c, params_c, args.clip), logit_fake=l_fake.mean(), logit_real=l_real.mean())
+            logs |= dict(heads=loss_heads, grad_heads=run.step(opt_c, args.clip), logit_fake=l_fake.mean(), logit_real=l_real.mean())
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

@@ -304,7 +304,7 @@ def main():
             loss = loss + args.cls_weight * logs["cls"]  # (10)
             logs |= dict(logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
         loss.backward()
-        logs |= dict(grad_critic=run.step(opt_c, list(critic.parameters()), args.clip))
+        logs |= dict(grad_critic=run.step(opt_c, args.clip))
         if it % args.ratio == 0 and (not args.gan or seen >= args.gan_warmup):
             critic.requires_grad_(False)  # no gradient for its weights; the input's must pass, and does
             cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
@@ -323,7 +323,7 @@ def main():
                 loss = (loss + args.gan_weight * logs["adv"]) / 2  # (10)
             loss.backward()
             logs = dict(gap=(f_phi - f_psi).square().mean(), sid=loss_sid, weight=w.mean(), real_gap=(x - f_phi).square().mean(),
-                        grad_student=run.step(opt_g, list(student.parameters()), args.clip)) | logs
+                        grad_student=run.step(opt_g, args.clip)) | logs
             ema.update(run.stepped)
             critic.requires_grad_(True)
 

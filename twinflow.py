@@ -104,11 +104,12 @@ class Target(torch.nn.Module):
         super().__init__()
         self.decay, self.model = decay, student.copy().requires_grad_(False) if decay else student
         self.register_buffer("now", torch.zeros((), dtype=torch.float64))
+        self.pairs = (list(self.model.parameters()), list(student.parameters()))
 
     @torch.no_grad()
-    def update(self, student, due=True):
+    def update(self, due=True):
         if self.decay and due:
-            torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - self.now.item())
+            torch._foreach_lerp_(*self.pairs, 1 - self.now.item())
             self.now += 0.5 * (1 - self.now) * (self.decay - self.now)
 
 
@@ -303,7 +304,7 @@ def main():
         x_t, v = mix(x, z, t), z - x
         t[rows["adv"]], r[rows["adv"]] = -t[rows["adv"]], -r[rows["adv"]]
         F = velocity(G, x_t, t, r, cond)
-        target.update(student, run.part == 0)  # before the targets are asked for, so the first iteration's F^- is the student
+        target.update(run.part == 0)  # before the targets are asked for, so the first iteration's F^- is the student
 
         goal = v.clone()  # that of adv is v as it is: (8); e2e, at t = T, has no guidance of its own
         if k or args.image_free:
@@ -323,9 +324,8 @@ def main():
             loss = loss + args.rect_weight * rect  # (10)
             logs |= dict(rect=rect, twin_gap=g.square().flatten(1).mean(1).sum() / share["e2e"])
         loss.backward()
-        norm = run.step(opt_g, list(student.parameters()), args.clip)
+        logs = dict(loss=loss, grad=run.step(opt_g, args.clip)) | logs | dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
         ema.update(run.stepped)
-        logs = dict(loss=loss, grad=norm) | logs | dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

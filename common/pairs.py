@@ -68,14 +68,13 @@ def warm_up(run, teacher, student, predict, n, iters, lr):
     """Regression before the first iteration, counted upwards to 0 in the log: mean (predict(z, cond) - x)^2 over pairs. predict: one step of the student as
     Run.train wraps it. Nothing is saved before the loop saves; a run that is killed here starts the regression anew, on the same pairs."""
     args, pairs = run.args, Pairs(run, teacher, n, run.args.cfg)
-    params = list(student.parameters())
-    opt = torch.optim.AdamW(params, lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt = torch.optim.AdamW(student.parameters(), lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     for it in run.loop(0, iters):
         draw = run.draw(it - iters)
         z, x, cond = pairs.rows(draw.integers(0, n))
         loss = F.mse_loss(predict(z, cond), x)
         loss.backward()
-        logs = dict(regression=loss, grad_student=run.step(opt, params, args.clip))
+        logs = dict(regression=loss, grad_student=run.step(opt, args.clip))
         if it % args.log_every == 0 or it == iters - 1:
             run.log(it - iters, logs)
         if run.stopping:

@@ -524,13 +524,13 @@ class Run:
 
     def rehearse(self, graph, facts):
         """Makes the largest backward of the script once, on zeros, and prints the peak of memory to expect: that of the rehearsal and what the optimisers will
-        add. What does not fit ends here and not in the first step. graph: networks that this backward goes through, {name: how many batches}, first the one that
-        is trained; the others are asked about its output. The teacher is asked without gradient while the graph is alive."""
+        add. What does not fit ends here and not in the first step. graph: networks that this backward goes through, {name: how many batches, or a function
+        of a batch}, first the one that is trained; the others are asked about its output. The teacher is asked without gradient while the graph is alive."""
         n, cond, nets = self.batch, facts["teacher"].encode([0]), [value for value in facts.values() if isinstance(value, torch.nn.Module)]
         x, outs = torch.zeros(n, *facts["teacher"].shape, device=self.device), []
         ask = lambda name, k, x: getattr(facts[name], "fake", facts[name]).rehearsal(torch.cat([x] * k), cond)  # a Critic's passes are those of its network
         for name, k in graph.items():
-            outs.append(ask(name, k, outs[0][:n] if outs else x))
+            outs.append(k(outs[0][:n]) if callable(k) else ask(name, k, outs[0][:n] if outs else x))
         with torch.no_grad():
             ask("teacher", 1 if self.args.cfg in (None, 1) else 2, x)
         sum(out.sum() for out in outs).backward()
@@ -622,12 +622,13 @@ class Run:
             for group in opt.param_groups:
                 group["lr"] = lr * decay
 
-    def step(self, opt, params, clip):
-        """Clip to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the device. -> norm (0-d tensor); None
-        where gradients are still being summed over parts of the batch."""
+    def step(self, opt, clip):
+        """Clip the gradients of what `opt` trains to global norm `clip`, step, zero. A non-finite gradient skips the step, counted, without waiting for the
+        device. -> norm (0-d tensor); None where gradients are still being summed over parts of the batch."""
         if not self.last:
             return None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True) / self.args.accumulate  # the sum is now a mean
+        grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True) / self.args.accumulate  # the sum is now a mean
         norm = norm.full_tensor() if self.args.shard else norm
         bad = 1 - norm.isfinite().float()
         # fused optimisers divide by grad_scale on their way, and leave weights and moments alone where found_inf is 1

@@ -64,7 +64,7 @@ def bare(model, kind, cond, sync):
     """Seconds of one pass of this kind on random tensors: the network and nothing else."""
     mode, batch, features = kind
     run = (branch if isinstance(model, adapters.Controlled) else heads if isinstance(model, torch.nn.ModuleList) else network)(model, mode, batch, features, cond, sync)
-    params = [] if mode == "jvp" else list((model.net if isinstance(model, models.Model) else model).parameters())
+    params = [] if mode == "jvp" else [*model.net.parameters(), *model.extras.parameters()] if isinstance(model, models.Model) else list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in params]
     for p in params:
         p.requires_grad_(mode != "forward" and not mode.endswith("to x"))
@@ -91,9 +91,9 @@ def network(model, mode, batch, features, cond, sync):
 
     def run():
         if mode == "jvp":  # fused attention has no derivative in forward mode
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), model.extended(cond):
                 return torch.func.jvp(lambda x, t: model.predict(x, t, cond), (x, t), (torch.ones_like(x), torch.ones_like(t)))[1]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16), model.extended(cond):  # with what a student reads beside t
             if model.sharding:  # what gathers the weights hangs on the model's own call
                 out = model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
             else:

@@ -514,7 +514,7 @@ class Trace(list):
         for module, name, key in ((boot, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, module, name, key)
         step, pairs, targets = Run.step, boot.pairs, boot.bootstrap
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(boot, "pairs", lambda *a: self.inputs.append(a[1:]) or pairs(*a))
         monkeypatch.setattr(boot, "bootstrap", lambda *a: self.seen.append(a[3:6]) or targets(*a))
         for name in ("export", "pictures", "report"):
@@ -536,12 +536,13 @@ class Trace(list):
     def flat(self):
         return torch.cat([p.detach().flatten() for p in self.made["ema"].live.parameters()])
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         student = self.made["ema"].live
         assert [id(p) for p in params] == [id(p) for p in student.parameters()]
         entry = dict(lr=opt.param_groups[0]["lr"], grads={k: p.grad.clone() for k, p in student.named_parameters()}, before=self.flat())
         assert all(p.grad is None and not p.requires_grad for p in self.made["teacher"].parameters())
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(entry | dict(after=self.flat(), images=self.made["ema"].images))
         return norm
 

@@ -418,7 +418,7 @@ def test_json_files(tmp_path):
 
 def stepper():
     run = SimpleNamespace(bad={}, skipped=0, last=True, args=SimpleNamespace(shard=False, accumulate=1))
-    return run, lambda opt, params, clip=1.0: Run.step(run, opt, params, clip)
+    return run, lambda opt: Run.step(run, opt, 1.0)
 
 
 def set_grads(params, value):
@@ -435,17 +435,17 @@ def test_non_finite_gradient_leaves_weights_and_moments(poison):
     run, step = stepper()
     for _ in range(3):
         set_grads(params, 0.5)
-        step(opt, params)
+        step(opt)
     before = [v.clone() for p in params for v in (p, *opt.state[p].values())]  # weight, step count, both moments
     for n in (1, 2):
         set_grads(params, 0.5)
         params[0].grad[0].fill_(poison)  # 1e38: each entry is finite, but their norm is not
-        norm = step(opt, params)
+        norm = step(opt)
         assert not norm.isfinite() and ([int(b) for b in run.bad.values()], int(run.skipped)) == ([n], n)
         assert all(torch.equal(a, b) for a, b in zip(before, [v for p in params for v in (p, *opt.state[p].values())]))
         assert all(p.grad is None for p in params)
     set_grads(params, 0.5)
-    step(opt, params)
+    step(opt)
     assert ([int(b) for b in run.bad.values()], int(run.skipped)) == ([0], 2)  # in a row, and in all
     assert not torch.equal(params[0], before[0]) and all(p.isfinite().all() for p in params)
 
@@ -460,9 +460,9 @@ def test_skipped_step_leaves_no_trace():
         for i in range(5):
             if i == poison_at:
                 set_grads(net.parameters(), float("nan"))
-                step(opt, list(net.parameters()))
+                step(opt)
             set_grads(net.parameters(), 0.1 * (i + 1))
-            step(opt, list(net.parameters()))
+            step(opt)
         ends.append(net.weight.detach().clone())
     assert torch.equal(*ends)
 
@@ -471,5 +471,5 @@ def test_a_first_step_that_is_bad():
     p = torch.nn.Parameter(torch.ones(4))
     opt, (run, step) = torch.optim.AdamW([p], lr=0.1, fused=True), stepper()
     p.grad = torch.full((4,), float("nan"))
-    step(opt, [p])
+    step(opt)
     assert torch.equal(p.detach(), torch.ones(4)) and int(run.skipped) == 1

@@ -381,7 +381,7 @@ class Trace(list):
             monkeypatch.setattr(dd, "gradients", lambda *a: self.calls.append(a) or gradients(*a))
         step, integers, shared = Run.step, Draw.integers, Draw.shared_int
         monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.k.append(shared(draw, *a)) or self.k[-1])
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.drawn.append(a) or integers(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
@@ -406,11 +406,12 @@ class Trace(list):
     def weights(self):
         return {k: torch.cat([p.detach().flatten() for p in net.parameters()]) for k, net in self.nets().items()}
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         nets, before = self.nets(), self.weights()
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()}
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(dict(role=role, grads=grads, before=before, after=self.weights()))
         return norm
 

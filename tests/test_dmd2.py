@@ -333,7 +333,7 @@ class Trace(list):
         self.keep(monkeypatch, dmd2, "EMA", "ema")
         self.keep(monkeypatch, models, "load_teacher", "teacher")
         step, integers, shared = Run.step, Draw.integers, Draw.shared_int
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.integers.add(a) or integers(draw, *a))
         monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.add(a) or shared(draw, *a))
         for name in ("export", "pictures", "report"):
@@ -358,12 +358,13 @@ class Trace(list):
     def weights(self):
         return {k: torch.cat([p.detach().flatten() for p in net.parameters()]) for k, net in self.nets().items()}
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         nets = self.nets()
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()}
         before = self.weights()
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(dict(role=role, lr=opt.param_groups[0]["lr"], grads=grads, before=before, after=self.weights(), images=self.made["ema"].images))
         return norm
 

@@ -384,7 +384,7 @@ class Trace(list):
             monkeypatch.setattr(module, name, lambda *a, make=make, key=key, **k: self.made.setdefault(key, make(*a, **k)))
         train, step = Run.train, Run.step
         monkeypatch.setattr(Run, "train", lambda run, net: self.made.setdefault("critic", train(run, net)))
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
         default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0", "--eval-n", "0"]
@@ -397,13 +397,14 @@ class Trace(list):
                 signal.signal(s, handler)
             monkeypatch.undo()
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         nets = dict(student=self.made["ema"].live, critic=self.made["critic"], teacher=self.made["teacher"])
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
         grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()}
         before = {k: flat(net) for k, net in nets.items()}
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(dict(role=role, grads=grads, before=before, after={k: flat(net) for k, net in nets.items()}, lr=opt.param_groups[0]["lr"]))
         return norm
 

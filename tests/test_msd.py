@@ -79,7 +79,7 @@ class Trace(list):
         for module, name, key in ((script, "Critic", "critic"), (script, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, module, name, key)
         step, encode, start = Run.step, models.Toy.encode, Run.draw
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(models.Toy, "encode", lambda net, labels: self.labels.append(torch.as_tensor(labels)) or encode(net, labels))
         monkeypatch.setattr(Run, "draw", lambda run, it: self.begin(it) or start(run, it))
         for name in ("export", "pictures", "report"):
@@ -109,10 +109,10 @@ class Trace(list):
     def weights(self):
         return {k: torch.cat([p.detach().flatten() for p in net.parameters()]) for k, net in self.nets().items()}
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
         grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in self.nets().items()}
         before, labels, moments = self.weights(), self.labels, len(opt.state)
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(dict(it=self.it, lr=opt.param_groups[0]["lr"], grads=grads, before=before, after=self.weights(), labels=labels, images=self.made["ema"].images,
                          moments=moments))
         return norm

@@ -55,7 +55,7 @@ def test_regression(tmp_path):
     teacher, seen = models.load_teacher("toy"), []
     student, run = teacher.copy(), run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1)
     run.loop, run.draw, run.log = range, lambda it: Draw(0, it, 50), lambda *a: None
-    run.step = lambda opt, params, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
+    run.step = lambda opt, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
     one_step = lambda z, c: seen.append(z) or student(80 * z, 1.0, 80.0, c)
     z, x, cond = pairs.Pairs(run, teacher, 500, 1.0).rows(torch.arange(500))
     before = (one_step(z, cond) * x).mean().item()

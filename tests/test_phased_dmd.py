@@ -372,7 +372,7 @@ class Trace(list):
         patch()
         self.keep(monkeypatch, models, "load_teacher", "teacher")
         step, integers, shared = Run.step, Draw.integers, Draw.shared_int
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Run, "log", lambda run, it, values: self.logs.append({k: float(torch.as_tensor(v).detach()) for k, v in values.items()}))
         monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.integers.append(a) or integers(draw, *a))
         monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
@@ -399,13 +399,14 @@ class Trace(list):
             self.made["critic"] = nn.ParameterList(params)  # of the critic only its parameters are known here
         return nets | ({"critic": self.made["critic"]} if "critic" in self.made else {}) | dict(teacher=self.made["teacher"])
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
         nets = self.nets(params)
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
         entry = dict(role=role, lr=opt.param_groups[0]["lr"], before={k: flat(net) for k, net in nets.items()}, moments=len(opt.state),
                      grads={k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()})
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(entry | dict(after={k: flat(net) for k, net in nets.items()}, average=[flat(e) for e in getattr(self.made["ema"].model, "experts", [])]))
         return norm
 

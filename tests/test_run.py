@@ -79,7 +79,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(run):
 
     def step(factor):
         (net(torch.ones(1, 3)).sum() * factor).backward()
-        r.step(opt, list(net.parameters()), 10.0)
+        r.step(opt, 10.0)
         return torch.cat([*(p.detach().flatten() for p in net.parameters()), *(v.flatten().float() for s in opt.state.values() for v in s.values())])
 
     good = step(1.0)
@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(run):
         r.log(i, dict(loss=0.0))  # not yet
         step(float("nan"))
         healthy(torch.ones(1, 1)).sum().backward()
-        r.step(healthy_opt, list(healthy.parameters()), 10.0)  # the other network's good steps do not hide it
+        r.step(healthy_opt, 10.0)  # the other network's good steps do not hide it
     with pytest.raises(RunError, match="20 steps in a row"):
         r.log(20, dict(loss=0.0))
     assert json.loads((r.out / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 21
@@ -105,7 +105,7 @@ def test_clipping_is_by_global_norm(run):
     opt = torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
     before = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
     (net(torch.ones(1, 3)).sum() * 100).backward()
-    norm = r.step(opt, list(net.parameters()), 0.5)
+    norm = r.step(opt, 0.5)
     after = torch.cat([p.detach().flatten() for p in net.parameters()])
     assert norm.item() == pytest.approx(100 * 12**0.5) and (after - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
@@ -140,7 +140,7 @@ def test_gradients_are_summed_over_parts_of_the_batch(run):
         for it in r.loop(0, 1):
             seen.append((it, r.slot, r.stepped, r.due(it, 1), torch.equal(net.weight, start)))
             net(x[r.part]).sum().backward()
-            norms.append(r.step(opt, list(net.parameters()), clip))
+            norms.append(r.step(opt, clip))
             r.log(it, dict(part=r.part, norm=norms[-1], first=1.0 if r.part == 0 else None))
         assert seen == [(0, (i, 4), r.args.batch * (i == 3), i == 3, True) for i in range(4)]
         assert norms[:3] == [None] * 3 and norms[3].item() == pytest.approx(8**0.5)

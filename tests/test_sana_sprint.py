@@ -517,7 +517,7 @@ class Trace(list):
         step, log = Run.step, Run.log
         self.keep(monkeypatch, ss, "EMA", "ema")
         self.keep(monkeypatch, models, "load_teacher", "teacher")
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Run, "log", lambda run, it, values: self.logs.append({k: float(torch.as_tensor(v).detach()) for k, v in values.items()}) or log(run, it, values))
         self.spy(monkeypatch, "teacher_derivative", lambda m, u, t, c, rho, w: self.times.append((t, w)))
         self.spy(monkeypatch, "clean", lambda m, u, t, c, rho: self.fakes.append(t))
@@ -544,7 +544,8 @@ class Trace(list):
         right = getattr(ss, name)
         monkeypatch.setattr(ss, name, lambda *a: note(*a) and None or right(*a))
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         student, teacher = list(self.made["ema"].live.parameters()), list(self.made["teacher"].parameters())
         role = "student" if params[0] is student[0] else "heads"
         grads = [p.grad is not None for p in params]
@@ -552,7 +553,7 @@ class Trace(list):
         others = self.heads if role == "student" else student
         entry = dict(role=role, grads=grads, clean=all(p.grad is None for p in [*others, *teacher]), lr=opt.param_groups[0]["lr"],
                      flat=torch.cat([p.grad.flatten() for p in params if p.grad is not None]).double(), n=len(student), images=self.made["ema"].images)
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(entry)
         return norm
 
@@ -572,7 +573,7 @@ def test_gradient_routing(trace, flags):
         assert s["clean"]  # nobody else, and never the teacher, has a gradient
         assert all(s["grads"][:s["n"]])  # every weight of the student, and every one of the heads
         assert s["role"] == "heads" or set(s["grads"][s["n"]:]) == {"--adaptive-weight" in flags}  # lv
-    assert steps.training == [False, True] * 3 * adversarial  # power iterations of spectral norm in the heads' turn only
+    assert steps.training == [False] * adversarial + [False, True] * 3 * adversarial  # first the rehearsal; power iterations of spectral norm in the heads' turn only
     assert steps.batches == [((32 if "--misaligned" in flags else 16), 16)] * 3 * adversarial
     assert not any(m.training for m in steps.made["teacher"].modules() if isinstance(m, nn.Dropout))
     assert steps[-1]["images"] == (48 if adversarial else 32)  # the average moves with the student

@@ -444,7 +444,7 @@ class Trace(list):
         for module, name, key in ((sid, "Critic", "critic"), (sid, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, module, name, key)
         step, shared = Run.step, Draw.shared_int
-        monkeypatch.setattr(Run, "step", lambda run, opt, params, clip: self.step(step, run, opt, params, clip))
+        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
@@ -468,12 +468,13 @@ class Trace(list):
     def weights(self):
         return {k: torch.cat([p.detach().flatten() for p in net.parameters()]) for k, net in self.nets().items()}
 
-    def step(self, step, run, opt, params, clip):
+    def step(self, step, run, opt, clip):
+        params = [p for group in opt.param_groups for p in group["params"]]
         nets = self.nets()
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()}
         before = self.weights()
-        norm = step(run, opt, params, clip)
+        norm = step(run, opt, clip)
         self.append(dict(role=role, grads=grads, before=before, after=self.weights(), images=self.made["ema"].images))
         return norm
 

@@ -268,7 +268,7 @@ def test_target_average():
         before = [p.clone() for p in target.model.parameters()]
         for p in live.parameters():
             p.data += 0.1
-        target.update(live)
+        target.update()
         for p, old, new in zip(target.model.parameters(), before, live.parameters()):
             assert torch.allclose(p, seen[-1] * old + (1 - seen[-1]) * new, atol=1e-4)
     assert seen[:6] == pytest.approx([0, 0.495, 0.620, 0.690, 0.737, 0.770], abs=6e-4)
@@ -277,7 +277,7 @@ def test_target_average():
     first = twinflow.Target(live, 0.99)
     for p in live.parameters():
         p.data += 1
-    first.update(live)
+    first.update()
     assert all(torch.equal(p, q) for p, q in zip(first.model.parameters(), live.parameters()))
     assert twinflow.Target(live, 0).model is live
 
@@ -465,10 +465,11 @@ def first_step(monkeypatch, tmp_path):
         seen = dict(velocity=[], one_step=[], steps=0)
         step, right = Run.step, {k: getattr(twinflow, k) for k in ("velocity", "one_step", "Target")}
 
-        def recorded(run, opt, params, clip):
+        def recorded(run, opt, clip):
+            params = [p for group in opt.param_groups for p in group["params"]]
             seen.update(grad=torch.cat([p.grad.flatten() for p in params]).double(), params=params, none=[p.grad is None for p in params])
             before = [p.detach().clone() for p in params]
-            norm = step(run, opt, params, clip)
+            norm = step(run, opt, clip)
             seen.update(steps=seen["steps"] + 1, before=before, moved=any(not torch.equal(a, b) for a, b in zip(before, params)))
             return norm
 
