@@ -70,6 +70,8 @@ def parse_args(argv=None):
     how.add_argument("--ref-images", help="reference images: a folder, at their own size, subfolders included")
     how.add_argument("--n", "--samples", type=int, 
                      help="samples, default 5000; with --images: the first n files by name, default all. torchrun takes --n for its own: use --samples")
+    how.add_argument("--per-prompt", type=int, help="also this many images for each of the first 8 prompts or labels: `similarity`, mean cosine of the features of "
+                     "two of them. The higher, the less diverse; the teacher's is the scale")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given")
     how.add_argument("--batch", type=int, default=250, help="samples per pass and process; changes time and memory only")
@@ -85,10 +87,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.nfe, args.cfg = numbers("--nfe", args.nfe, int, 1, 1000), numbers("--cfg", args.cfg, float, 0)
     args.teacher_nfe = numbers("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
-    for name, low in dict(n=8, seeds=1, batch=1, seed=0, best_of=2).items():  # 8: k = 3 neighbours and a covariance need some
+    for name, low in dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2).items():  # 8: k = 3 neighbours and a covariance need some
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}")
-    models_only = [f for f in ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid", "--latency") if getattr(args, f[2:].replace("-", "_"))]
+    of_models = ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid", "--latency", "--per-prompt")
+    models_only = [f for f in of_models if getattr(args, f[2:].replace("-", "_"))]
     pictures = args.compare or args.grid or args.best_of
     for wrong, message in (
         (not (args.runs or args.teacher or args.images), "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them"),
@@ -206,8 +209,8 @@ def make_rows(args, dtype):
             raise UserError(f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames")
         if args.best_of and row["teacher"].adapter == "toy":
             raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
-        if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.n > 20000):
-            raise UserError("toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref and --ref-images need images, "
+        if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.per_prompt or args.n > 20000):
+            raise UserError("toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref, --ref-images, --per-prompt need images, "
                             "and --n goes to 20000 (all pairs are compared)")
     return rows
 
@@ -256,6 +259,8 @@ def measure(row, args, folder, extractor, rank, world, take=None):
         every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
         result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
         result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
+    if args.per_prompt:
+        result["similarity"] = metrics.similarity(row["sampler"], row["model"], extractor, args.per_prompt, args.seed, args.batch, rank, world)
     if row["facts"]["method"] == "nct":
         result["control"] = metrics.together(lambda: adapters.obedience(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
     return dict(row["facts"], passes=metrics.passes(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)

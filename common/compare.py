@@ -78,6 +78,7 @@ class Book:
     def files(self, row, extractor, dtype):
         a, facts = self.args, {k: v for k, v in row["facts"].items() if k not in ("name", "teacher")}
         how = [a.n, a.seed, a.seeds, a.inception, a.force_inception, a.resize, a.ref, a.ref_images, str(dtype), extractor.describe(a.n, "") if extractor else "toy"]
+        how += [a.per_prompt] if a.per_prompt else []
         key = json.dumps([facts, how, content(row["folder"]), content(row["teacher"].folder)])
         path = self.home / hashlib.sha256(key.encode()).hexdigest()[:24]
         return path.with_suffix(".json"), path.with_suffix(".npz")

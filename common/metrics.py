@@ -24,8 +24,8 @@ from common.toy import energy_distance, mode_shares, sliced_wasserstein
 
 DISTANCES = ("fid", "fd", "kid", "energy_distance", "sliced_wasserstein")  # lower is better
 TEACHER_NFE = 16  # Euler steps of the teacher row in sample grids
-METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "agreement", "agreement_kind", "energy_distance", "sliced_wasserstein",
-           "mode_min", "mode_max", "near_mode")
+METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "similarity", "agreement", "agreement_kind", "energy_distance",
+           "sliced_wasserstein", "mode_min", "mode_max", "near_mode")
 
 
 @torch.no_grad()
@@ -154,9 +154,9 @@ class InceptionExtractor(Extractor):
         return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
 
 
-def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
-    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes and noise of its own seed, whatever the batch or
-    world size.
+def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0, classes=None):
+    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes (default: all) and noise of its own seed, whatever
+    the batch or world size.
 
     sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
     device = next(model.parameters()).device
@@ -164,7 +164,7 @@ def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0):
     # several ranks: as many batches on each, since a sharded network answers when all ask
     for part in mine.split(batch) if world == 1 else filter(len, mine.tensor_split(-(-(n - first) // world // batch))):
         noise = ImageNoise(seed, part.tolist(), device)
-        labels = part % max(model.classes, 1)
+        labels = part % (classes or max(model.classes, 1))
         yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))
 
 
@@ -268,6 +268,15 @@ def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1
         result["nonfinite"] = int(bad.sum())
     return dict(protocol=protocol, **result, n=n, seed=seed, distinct=len(ids.unique()), images_per_s=round(len(range(rank, n, world)) / max(seconds, 1e-9), 1),
                 seconds=round(time.time() - start, 1))
+
+
+def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, world=1, prompts=8):
+    """How alike are images of one prompt or label? Mean cosine of the features of two of them: over all pairs of `images` of each of the first prompts. 1: all
+    are one; what the teacher has is the scale. Phased DMD (arXiv 2510.27684) measures diversity like this, in the features of DINOv3."""
+    p = min(prompts, max(model.classes, 1))
+    parts = [extractor(model.decode(x))[0] for _, _, x in generate(sampler, model, p * images, seed, batch, rank, world, classes=p)]
+    f = torch.nn.functional.normalize(gather(torch.cat(parts), p * images, rank, world).double(), dim=1).view(images, p, -1)
+    return ((f.sum(0).square().sum(1) - images) / (images * (images - 1))).mean().item()  # |sum|^2 = images + the sum over ordered pairs
 
 
 def experts(table, points, labels, right, teacher, extractor, seed):

@@ -118,6 +118,23 @@ def two_processes(torchrun, out, *flags):
     return Path(f"{out}.0").read_text()
 
 
+def test_similarity(home, run, tmp_path):
+    """The mean over pairs, one by one; the same for any batch and on two processes; 1 where noise changes nothing."""
+    model, extractor = make_dit(2), metrics.Extractor(models.load_teacher(str(home / "teacher")))
+    sampler = lambda m, z, c, noise: z + c["labels"].view(-1, 1, 1, 1)
+    found = metrics.similarity(sampler, model, extractor, 3, seed=5, batch=7)
+    pairs = []
+    for label in range(8):
+        f = [extractor(model.decode(ImageNoise(5, [8 * k + label], "cpu")(1, 28, 28) + label))[0][0] for k in range(3)]
+        pairs += [torch.cosine_similarity(f[i], f[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert found == pytest.approx(sum(pairs) / 24, abs=1e-6) and max(pairs) - min(pairs) > 1e-3
+    assert metrics.similarity(lambda m, z, c, noise: 0 * sampler(m, z, c, noise), model, extractor, 3) == pytest.approx(1, abs=1e-6)
+    flags = [home / "dmd2-digits", "--samples", 16, "--per-prompt", 4]
+    one = run(*flags)["similarity"]
+    assert one == pytest.approx(run(*flags, "--batch", 5)["similarity"], abs=1e-6) and 0 < one < 1
+    assert one == pytest.approx(json.loads(two_processes(False, tmp_path / "two", *flags).splitlines()[-1])["similarity"], abs=1e-6)
+
+
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_equal_one(home, run, tmp_path, torchrun):
     flags = ["--samples", 45, "--batch", 16, "--seed", 3]  # not --n: torchrun takes it for its own
