@@ -274,6 +274,8 @@ def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, wor
     """How alike are images of one prompt or label? Mean cosine of the features of two of them: over all pairs of `images` of each of the first prompts. 1: all
     are one; what the teacher has is the scale. Phased DMD (arXiv 2510.27684) measures diversity like this, in the features of DINOv3."""
     p = min(prompts, max(model.classes, 1))
+    if p * images < world:
+        raise UserError(f"--per-prompt {images}: expected at least one of {p} x {images} images for each of {world} processes")
     parts = [extractor(model.decode(x))[0] for _, _, x in generate(sampler, model, p * images, seed, batch, rank, world, classes=p)]
     f = torch.nn.functional.normalize(gather(torch.cat(parts), p * images, rank, world).double(), dim=1).view(images, p, -1)
     return ((f.sum(0).square().sum(1) - images) / (images * (images - 1))).mean().item()  # |sum|^2 = images + the sum over ordered pairs

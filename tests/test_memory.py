@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+import bench
 import dmd2
 import memory
 import random_teachers
@@ -120,14 +121,16 @@ def test_a_run_that_does_not_fit(scripts, tmp_path):
 def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
     """One pass of the largest backward: rows asked of each network, with and without gradient, nothing left behind, and what does not fit refused."""
     r, (student, other, teacher) = run("--batch", "6"), [models.load_teacher("mnist").requires_grad_(i == 0) for i in range(3)]
-    r.args.cfg, asked, call = 2.0, [], models.Model.forward
+    r.args.cfg, asked, call, outs = 2.0, [], models.Model.forward, []
 
     def forward(self, x, *args, **kwargs):
         asked.append((next((k for k, v in dict(student=student, other=other).items() if v is self), "teacher"), len(x), torch.is_grad_enabled(), x.requires_grad))
         return call(self, x, *args, **kwargs)
 
     monkeypatch.setattr(models.Model, "forward", forward)
-    r.rehearse(dict(student=3, other=2), dict(student=student, other=other, teacher=teacher, steps=4))
+    last = lambda x: outs.append((len(x), x.requires_grad)) or x  # a function is asked about the first network's output, in the same backward
+    r.rehearse(dict(student=3, other=2, last=last), dict(student=student, other=other, teacher=teacher, steps=4))
+    assert outs == [(6, True)]
     assert asked == [("student", 18, True, False), ("other", 12, True, True), ("teacher", 12, False, False)]
     assert all(p.grad is None for m in (student, other) for p in m.parameters())
     assert re.search(r"memory, peak +\d+ MB expected: .* in a rehearsal of the largest backward, 24.9 MB to come", capsys.readouterr().out)  # 8 x 3.26M
@@ -237,6 +240,17 @@ def test_bench(name):
     assert 0 < result["of_matmul_ceiling"] < 1 and result["tflop_per_s"] == pytest.approx(result["tflop_per_iteration"] / result["s_per_iteration"], rel=1e-2)
     for fact in ("memory, estimated", "forward+backward to x, to the feature sites"):
         assert fact in p.stdout
+
+
+def test_bare_passes_read_what_a_student_reads_beside_t():
+    """Its new embeddings are part of the pass that the loop is compared with, and keep no gradient of it."""
+    model, asked = models.load_teacher("mnist").copy().extend("r"), []
+    model.extras["r"].register_forward_hook(lambda *a: asked.append(1))
+    cond = model.encode([0, 1]) | dict(r=torch.ones(2))
+    sync = type("Sync", (), {"__call__": lambda self: None, "device": torch.device("cpu")})()
+    for mode in ("forward", "forward+backward", "jvp"):
+        assert bench.bare(model, (mode, 2, False), dict(cond, r=torch.ones(2)), sync) > 0
+    assert len(asked) == 3 and all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.slow  # 24 iterations of few images on mnist each
