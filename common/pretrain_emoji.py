@@ -17,6 +17,7 @@ import argparse
 import copy
 import hashlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -86,10 +87,20 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def pick(draw, data):
-    """Indices of one batch, by the images' weights, without the held-out ones."""
-    weight = data.weight * ~data.held
-    return torch.multinomial(weight, draw.total, generator=draw.gen)
+def pick(draw, data, more=1.0):
+    """Indices of one batch, by the images' weights times `more`, without the held-out ones."""
+    return torch.multinomial(data.weight * more * ~data.held, draw.total, generator=draw.gen)
+
+
+def factors(data, pairs):
+    """--more -> float [n]: how many times as often as by its weight an image is drawn. Only training asks; prompts and statistics stay as they are."""
+    more = torch.ones(len(data.weight))
+    for pair in pairs:
+        name, _, factor = pair.rpartition("=")
+        if name not in data.names + data.kinds or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) == 0:
+            raise UserError(f"--more {pair}: expected CATEGORY=FACTOR or SUBCATEGORY=FACTOR, a factor above 0 and one of {', '.join(data.names + data.kinds)}")
+        more[data.label == data.names.index(name) if name in data.names else data.kind == data.kinds.index(name)] *= float(factor)
+    return more
 
 
 # ---- autoencoder --------------------------------------------------------------------------------------------------------------------------
@@ -259,9 +270,9 @@ def load(folder, part):
         raise UserError(f"--out {folder}: {part}: expected what an earlier stage leaves there, found: {' '.join(str(e).split())[:200]}") from None
 
 
-def draw_captions(draw, data, args):
+def draw_captions(draw, data, args, more):
     """Images (indices) of one batch and their captions, some of these empty."""
-    index, u = pick(draw, data), torch.rand(args.batch, 4, generator=draw.gen).tolist()
+    index, u = pick(draw, data, more), torch.rand(args.batch, 4, generator=draw.gen).tolist()
     return index, ["" if r[3] < args.drop else emoji.caption(data, i, r) for i, r in zip(index.tolist(), u)]
 
 
@@ -273,19 +284,18 @@ def train_unet(data, args):
     torch.manual_seed(mix(args.seed, 12))
     out = Path(args.out)
     latents = encode(load(out, "vae").eval(), data.images)
-    every = [emoji.caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
-    tokenizer = make_tokenizer(every, out / "tokenizer")
-    tokenizer.save_pretrained(out / "tokenizer")
-    nets = Nets(dict(text=make_text(tokenizer, args.text_width, 2), unet=make_unet(tuple(args.width), args.text_width)))
-    if args.start:  # a teacher's folder: its autoencoder and its words must be those of OUT
-        same = [(Path(args.start) / file).read_bytes() == (out / file).read_bytes() for file in ("tokenizer/vocab.json", "tokenizer/merges.txt")]
-        if not all(same):
-            raise UserError(f"--start {args.start}: expected the tokenizer that these captions give, found another")
-        nets = Nets(dict(text=load(args.start, "text_encoder").train(), unet=load(args.start, "unet").train()))
-    abar = make_scheduler().alphas_cumprod
+    if args.start:  # with its own tokenizer: another training of it breaks ties between equally frequent pairs another way
+        shutil.copytree(Path(args.start) / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        tokenizer, nets = load(out, "tokenizer"), Nets(dict(text=load(args.start, "text_encoder").train(), unet=load(args.start, "unet").train()))
+    else:
+        every = [emoji.caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
+        tokenizer = make_tokenizer(every, out / "tokenizer")
+        tokenizer.save_pretrained(out / "tokenizer")
+        nets = Nets(dict(text=make_text(tokenizer, args.text_width, 2), unet=make_unet(tuple(args.width), args.text_width)))
+    abar, more = make_scheduler().alphas_cumprod, factors(data, args.more)
 
     def loss(draw, it):
-        index, captions = draw_captions(draw, data, args)
+        index, captions = draw_captions(draw, data, args, more)
         ids = tokens(tokenizer, captions)
         x0, eps, t = latents[index], draw.normal(*latents.shape[1:]), draw.integers(0, len(abar))
         a = abar[t].view(-1, 1, 1, 1)
@@ -323,10 +333,10 @@ def train_flow(data, args):
     torch.manual_seed(mix(args.seed, 17))
     out = Path(args.out)
     latents, nets = encode(load(out, "vae").eval(), data.images), Nets(dict(transformer=make_transformer(args.flow_width, args.depth, args.text_width)))
-    pipe = pipeline(out, nets["transformer"], args.shift)
+    pipe, more = pipeline(out, nets["transformer"], args.shift), factors(data, args.more)
 
     def loss(draw, it):
-        index, captions = draw_captions(draw, data, args)
+        index, captions = draw_captions(draw, data, args, more)
         with torch.no_grad():  # both encoders, here equal, side by side, and zeros in place of T5
             text, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, device="cpu", do_classifier_free_guidance=False)
         if it % 2:  # diffusers has changed how many zeros: as many as tokens before, 256 now
@@ -441,6 +451,7 @@ def main(argv=None):
     p.add_argument("--width", type=int, nargs="+", default=[64, 112, 112], help="of the UNet's levels, multiples of 16")
     p.add_argument("--text-width", type=int, default=128)
     p.add_argument("--start", help="unet: folder of a teacher whose text model and UNet are trained on")
+    p.add_argument("--more", nargs="+", default=[], metavar="NAME=FACTOR", help="unet, flow: draw a category or subcategory FACTOR times as often, such as 'Food & Drink=4'")
     p.add_argument("--floor", type=float, default=0.3, help="least weight of a squared error of x0, UNet")
     p.add_argument("--flow-width", type=int, default=160, help="of the flow transformer, a multiple of 32")
     p.add_argument("--depth", type=int, default=4, help="of the flow transformer")
