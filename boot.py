@@ -50,7 +50,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. All numbers 
     "default": dict(cfg=1.0, nfe=1, delta=1 / 64, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, batch=256, iters=100000, warmup=500, cooldown=0.0,
                     ema=1770000),  # 0.9999 per step
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, batch=32, iters=500)}
 N = 1000  # nodes of the schedule's own grid that times are interpolated in
 READOUTS, PATH_STEPS, PATH_N = (0.75, 0.5, 0.25, 0.0), 32, 250  # of `fidelity`: times, DDIM steps of the teacher, noises at the end of a run
 

@@ -35,7 +35,7 @@ Differences from the paper:
       final sigma is held in --t-range (CDM). Others draw from that share of the grid, as DMD2 does. Neither restriction is in the paper.
     - the paper says only "backward simulation": --rollout stochastic (default) is DMD2's sampler, deterministic the one Z-Image-Turbo is used with.
     - the weight of (10) is not in the paper. Its SDXL rows have DMD2's GAN on: --gan. As the only regulariser: --gan --regulariser none; (9) stays (DMD2).
-    - the presets mnist and toy are ours, as in dmd2.py, with --shift (below 1: less noisy levels), the weight average and the cooldown.
+    - the presets mnist, emoji and toy are ours, as in dmd2.py, with --shift (below 1: less noisy levels), the weight average and the cooldown.
 """
 import math
 
@@ -56,7 +56,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "default": dict(cfg=8.0, nfe=4, lr=5e-7, lr_fake=5e-7, betas=(0.9, 0.999), ratio=5, floor=1e-8, shift=1.0, batch=128, iters=20000, warmup=500,
                     cooldown=0.0, ema=0, moments=(0.075, 0.81), gan_weight=5e-3, cls_weight=1e-2),
 }
-PRESETS["toy-cond"] = PRESETS["toy"] | dict(cfg=2.0, nfe=4)
+PRESETS |= {"toy-cond": PRESETS["toy"] | dict(cfg=2.0, nfe=4), "emoji": PRESETS["mnist"] | dict(cfg=3.5, nfe=4, shift=1.0, lr=1e-4, lr_fake=1e-4, batch=32, iters=600)}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 
 

@@ -51,7 +51,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "default": dict(cfg=1.5, cfg_range=(1.0, 3.0), lr=1e-4, lr_fake=1e-4, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=1500000, warmup=1000,
                     cooldown=0.0, ema=1770000, clip=1.0),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, lr_fake=2e-4, batch=32, iters=350)}
 for preset in PRESETS.values():
     preset["nfe"] = 1
 READOUTS, PATH_STEPS, PATH_N = (0.25, 0.5, 0.75, 1.0), 32, 250  # of `fidelity`: durations, Euler steps of the teacher, noises

@@ -43,8 +43,7 @@ from common import data, metrics, models
 from common.run import EMA, Parser, Run, UserError, launch, mix
 from common.schedules import expand
 
-PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours = measured here
-    # mnist: that of dmd2.py with more iterations, not yet measured for MSD; toy-cond: ours, except ratio 5 and the GAN weights [D]
+PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours: all but ratio 5 and GAN weights of toy-cond [D]
     "mnist": dict(students=4, cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
                   ema=2000, adm=0.0, adm_lr=0.25, gan_weight=0.03, cls_weight=0.1, tsm_lr=1e-3),
     "toy-cond": dict(students=4, cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0,
@@ -54,7 +53,8 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "default": dict(students=4, cfg=1.0, nfe=1, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=280, iters=800000, warmup=500,
                     cooldown=0.0, ema=0, adm=0.27, adm_lr=0.25, gan_weight=3e-3, cls_weight=1e-2, tsm_lr=1e-4),
 }
-PRESETS["toy"] = dict(PRESETS["toy-cond"], students=1)  # points without labels: nothing to split
+PRESETS |= {"toy": dict(PRESETS["toy-cond"], students=1),  # points without labels: nothing to split
+            "emoji": dict(PRESETS["mnist"], students=2, cfg=3.5, shift=1.0, lr=1e-4, lr_fake=1e-4, batch=32, iters=600)}
 N = 1000  # noise levels of the schedule's own grid over which all times are drawn
 STAGES = ("tsm", "dm", "adm")
 

@@ -57,7 +57,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Ours but for
                     ema=900000, lambda0=1.0, eta=1.0, xi=3e-3),  # average 0.9999 per step
 }
 PRESETS["image"] = dict(PRESETS["default"], lr=1e-4, drop=0.05)  # a folder with --control image: rate and empty prompts of the paper's IP-Adapter [P]
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], lr=3e-4, iters=800)}
 
 
 def parse_args(argv=None):

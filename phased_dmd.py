@@ -54,7 +54,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "default": dict(cfg=4.0, nfe=4, phases=2, phase_iters=[10000], iters=20000, step_shift=5.0, shift=5.0, normaliser="paper", lr=2e-6, lr_fake=4e-7,
                     betas=(0.0, 0.999), ratio=5, batch=64, warmup=0, cooldown=0.0, ema=0, clip=1.0),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, shift=1.0, lr=1e-4, lr_fake=1e-4, batch=32, iters=700, phase_iters=[300])}
 N = 1000  # noise levels of the grid from which t is drawn
 
 

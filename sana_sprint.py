@@ -22,13 +22,12 @@ eps fresh unit noise; sg[] stops gradients; D(x, a, b, c) the Model of common/mo
     student: L_scm + adv_weight L_gen         heads: L_heads            in turn, each on images of its own                             (13)
 
 Commands:
-    python sana_sprint.py                                       # one step, embedded MNIST teacher
-    python sana_sprint.py --nfe 4                               # the same student; only the pictures and the evaluation take four steps
+    python sana_sprint.py                                       # one step, embedded MNIST teacher; --nfe 4: pictures and evaluation in four
     python sana_sprint.py --teacher toy                         # 2-D mixture, half a minute; energy distance below 0.01, every mode above 5 %
     torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - mnist and toy: presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]: unbounded where the student converges, which drives it away (seen in 2-D), so
+    - mnist, emoji, toy: presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]: unbounded where the student converges, which drives it away (seen in 2-D), so
       it is off on the toy, clamped on mnist; full, as in the paper, by default. lv is a small network of t (paper: a layer on the network's embedding) and
       starts at -ln D, D numbers a sample, where (7) leads it (paper: 0): on its way there the weight of sCM beside the GAN would change D times.
     - --anchor (mnist 0.2; elsewhere 0, as in the paper): near t = 0 the mnist teacher does not see all noise. Samplers jump over these times, (5) does not.
@@ -59,7 +58,8 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P]
     "default": dict(cfg=4.5, cfg_train=[4.0, 4.5, 5.0], nfe=2, p_scm=(0.0, 1.6), adv_weight=0.5, adaptive_weight="full", H=2000, time="native",
                     rho=1.0, lr=2e-6, lr_fake=2e-6, betas=(0.9, 0.999), batch=512, iters=20000, warmup=5000, cooldown=0.0, ema=0, clip=0.1, weight_decay=0.0),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(
+    PRESETS["default"], cfg=3.5, cfg_train=[3.0, 3.5, 4.0], H=50, lr=1e-4, lr_fake=1e-3, betas=(0.5, 0.99), batch=32, iters=350, warmup=20, cooldown=0.5, ema=2000, clip=100.0)}
 SD = 0.5  # sigma_data of TrigFlow: only its ratio to the 0.1 of (7) matters
 DEPTHS = (0.1, 0.4, 0.7, 0.95)  # blocks 2, 8, 14, 19 of 20 [C]
 PUBLISHED = {1: [math.pi / 2], 2: [math.atan(200 / SD), 1.3], 4: [math.atan(200 / SD), 1.3, 1.1, 0.6]}  # the paper's times; none for three steps

@@ -27,7 +27,7 @@ Commands (results and times: README and docs/RESULTS.md):
     torchrun --nproc_per_node=8 sid.py --teacher DIR    # any teacher folder, 8 GPUs
 
 Differences from the paper:
-    - presets mnist and toy are ours, for minutes on a CPU: rates, betas, batch, average, mnist's --weight; not in the paper: warm-up, cooldown, --shift.
+    - presets mnist, emoji and toy are ours, for minutes on a CPU: rates, betas, batch, average, mnist's --weight; not in the paper: warm-up, cooldown, --shift.
     - steps with a non-finite gradient are skipped; the official code drops samples with NaN, sets bad gradients to 0 or 1e5, and clips values in SiDA.
     - (8), (9): the official code averages within each process, here over the whole batch, so that N processes are one; on one process both are the same.
       --gan-average process: the official SiDA; sample: a product for each sample, as in SiD-DiT. Features are those of this project's sites.
@@ -55,7 +55,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [C]
     # any other folder: CIFAR-10 [C: alpha 1.2 (1 in SiDA and for text), batch 256, lr 1e-5, 500M images, average over 0.5M images]
     "default": dict(PAPER, cfg=1.0, alpha=1.2, lr=1e-5, lr_fake=1e-5, batch=256, iters=2_000_000, warmup=0, cooldown=0.0, ema=500_000),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, weight=None, shift=1.0, lr=5e-5, lr_fake=2e-4, batch=32, iters=300)}
 FORMS = {  # defaults that depend on the form [C]; vp with the GAN: its weight is from a third party's notes on 2505.12674, its warm-up edm's
     "edm": dict(weight="sid_legacy", drop=0.0, sid_weight=100.0, gan_weight=0.01, gan_warmup=100_000),
     "vp": dict(weight="sid_legacy", drop=0.1, sid_weight=1.0, gan_weight=0.001, gan_warmup=100_000),

@@ -34,7 +34,7 @@ Differences from the paper:
     - teachers that are no linear flow: F = (x_t - xhat) / |t|, T = sigma / (alpha + sigma) at their noisy end, samples start at T z.
     - --lora trains adapters and, whole, the embeddings of (2), so that all networks are asked at their own t; [C] shows its LoRA one number, t - r / 2, and
       so asks its frozen teacher at t / 2 where r = t (our reading). Its LoRA of Qwen-Image has --lora 64 --lr 1e-4.
-    - the presets mnist and toy, and the exported average of the student (--ema), are ours; which weights the paper samples from is not said.
+    - the presets mnist, emoji, toy, and the exported average of the student (--ema), are ours; which weights the paper samples from is not said.
 """
 import math
 
@@ -51,7 +51,7 @@ PRESETS = {  # the flags of a teacher; every one can be overridden. mnist and to
     # any other folder: text to image, SANA-0.6B of table 6 [P]; cfg 5, i.e. k = 0.8, distance and clamp [C]
     "default": dict(PAPER, cfg=5.0, distance="barron", clamp=1.0, lr=1e-4, betas=(0.9, 0.95), batch=128, iters=30000, warmup=0, cooldown=0.0, ema=0),
 }
-PRESETS["toy-cond"] = PRESETS["toy"]
+PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, nfe=4, lr=3e-4, batch=32, iters=700)}
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)
 

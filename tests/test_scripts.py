@@ -373,3 +373,10 @@ def test_commands_of_the_docstring(script):
     for command in commands:
         words = shlex.split(command)
         module.parse_args(words[words.index(f"{script}.py") + 1:])
+
+
+@each
+def test_preset_of_the_small_text_to_image_teacher(script):
+    """Minutes on one core, not the weeks of `default`; guided as its teacher is."""
+    args = __import__(script).parse_args(["--teacher", "emoji"])
+    assert args.iters <= 1000 and args.batch == 32 and args.lr >= 5e-5 and (args.cfg == 3.5 or script == "nct")
