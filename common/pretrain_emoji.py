@@ -97,9 +97,10 @@ def factors(data, pairs):
     more = torch.ones(len(data.weight))
     for pair in pairs:
         name, _, factor = pair.rpartition("=")
-        if name not in data.names + data.kinds or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) == 0:
-            raise UserError(f"--more {pair}: expected CATEGORY=FACTOR or SUBCATEGORY=FACTOR, a factor above 0 and one of {', '.join(data.names + data.kinds)}")
-        more[data.label == data.names.index(name) if name in data.names else data.kind == data.kinds.index(name)] *= float(factor)
+        chosen = torch.tensor([name in (data.names[c], data.kinds[k], *phrases) for c, k, phrases in zip(data.label, data.kind, data.nouns)])
+        if not chosen.any() or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) == 0:
+            raise UserError(f"--more {pair}: expected NAME=FACTOR, a factor above 0 and an emoji or one of {', '.join(data.names + data.kinds)}")
+        more[chosen] *= float(factor)
     return more
 
 
@@ -451,7 +452,7 @@ def main(argv=None):
     p.add_argument("--width", type=int, nargs="+", default=[64, 112, 112], help="of the UNet's levels, multiples of 16")
     p.add_argument("--text-width", type=int, default=128)
     p.add_argument("--start", help="unet: folder of a teacher whose text model and UNet are trained on")
-    p.add_argument("--more", nargs="+", default=[], metavar="NAME=FACTOR", help="unet, flow: draw a category or subcategory FACTOR times as often, such as 'Food & Drink=4'")
+    p.add_argument("--more", nargs="+", default=[], metavar="NAME=FACTOR", help="unet, flow: draw a category, a subcategory or one emoji FACTOR times as often, such as 'Food & Drink=4' pizza=2")
     p.add_argument("--floor", type=float, default=0.3, help="least weight of a squared error of x0, UNet")
     p.add_argument("--flow-width", type=int, default=160, help="of the flow transformer, a multiple of 32")
     p.add_argument("--depth", type=int, default=4, help="of the flow transformer")

@@ -275,6 +275,7 @@ def test_training_goes_on_from_a_teacher_s_folder(folder, source, tmp_path):
 
 def test_some_kinds_can_be_drawn_more_often(data):
     more = training.factors(data, ["Food & Drink=4", "food-prepared=2.5"])
+    assert training.factors(data, ["pizza=3"]).tolist() == [3 if "pizza" in nouns else 1 for nouns in data.nouns]
     kinds, food = data.kind == data.kinds.index("food-prepared"), data.label == data.names.index("Food & Drink")
     assert kinds.any() and (more[kinds] == 10).all() and (more[food & ~kinds] == 4).all() and (more[~food] == 1).all()
     draw = lambda more: torch.cat([training.pick(run.Draw(0, it, 1), data, more) for it in range(2000)])  # one at a time: a batch has no image twice
@@ -283,7 +284,7 @@ def test_some_kinds_can_be_drawn_more_often(data):
     expected = (weight * more * food).sum() / (weight * more).sum()
     assert share(draw(more)) == pytest.approx(expected.item(), abs=0.04) and share(draw(1.0)) == pytest.approx((weight * food).sum().item() / weight.sum().item(), abs=0.04)
     for wrong in ("food=2", "Food & Drink", "Food & Drink=0", "Food & Drink=-1", "Food & Drink=nan", "=2"):
-        with pytest.raises(UserError, match="--more .*expected CATEGORY=FACTOR"):
+        with pytest.raises(UserError, match="--more .*expected NAME=FACTOR"):
             training.factors(data, [wrong])
 
 
