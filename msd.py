@@ -43,7 +43,7 @@ from common import data, metrics, models
 from common.run import EMA, Parser, Run, UserError, launch, mix
 from common.schedules import expand
 
-PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours: all but ratio 5 and GAN weights of toy-cond [D]
+PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours: mnist, emoji, toy-cond but its ratio 5 and GAN weights [D]
     "mnist": dict(students=4, cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
                   ema=2000, adm=0.0, adm_lr=0.25, gan_weight=0.03, cls_weight=0.1, tsm_lr=1e-3),
     "toy-cond": dict(students=4, cfg=1.0, nfe=1, lr=5e-4, lr_fake=5e-4, betas=(0.9, 0.999), ratio=5, shift=1.0, batch=256, iters=4000, warmup=0, cooldown=0.0,

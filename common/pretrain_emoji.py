@@ -268,7 +268,7 @@ def load(folder, part):
     try:
         return kinds[part].from_pretrained(Path(folder) / part, **({} if part == "tokenizer" else dict(use_safetensors=True)))
     except (OSError, ValueError) as e:
-        raise UserError(f"--out {folder}: {part}: expected what an earlier stage leaves there, found: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(f"--out or --start, {folder}: {part}: expected what an earlier stage leaves there, found: {' '.join(str(e).split())[:200]}") from None
 
 
 def draw_captions(draw, data, args, more):
@@ -286,8 +286,8 @@ def train_unet(data, args):
     out = Path(args.out)
     latents = encode(load(out, "vae").eval(), data.images)
     if args.start:  # with its own tokenizer: another training of it breaks ties between equally frequent pairs another way
+        tokenizer, nets = load(args.start, "tokenizer"), Nets(dict(text=load(args.start, "text_encoder").train(), unet=load(args.start, "unet").train()))
         shutil.copytree(Path(args.start) / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-        tokenizer, nets = load(out, "tokenizer"), Nets(dict(text=load(args.start, "text_encoder").train(), unet=load(args.start, "unet").train()))
     else:
         every = [emoji.caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
         tokenizer = make_tokenizer(every, out / "tokenizer")

@@ -269,6 +269,8 @@ def test_training_goes_on_from_a_teacher_s_folder(folder, source, tmp_path):
     for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         a, b = ({k.removeprefix("text_model."): v.float() for k, v in models.load_file(out / part).items()} for out in (tmp_path, folder / "teacher"))
         assert set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=1e-6) for k in b)
+    with pytest.raises(UserError, match="--start, .*nothing: tokenizer: expected"):
+        training.main([*flags, str(tmp_path / "nothing")])
     for file in ("vocab.json", "merges.txt"):  # the words of the teacher's, whatever a tokenizer trained on this machine would know
         assert (tmp_path / "tokenizer" / file).read_bytes() == (folder / "teacher" / "tokenizer" / file).read_bytes()
 
