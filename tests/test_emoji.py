@@ -290,6 +290,16 @@ def test_some_kinds_can_be_drawn_more_often(data):
             training.factors(data, [wrong])
 
 
+@pytest.mark.parametrize("stage", ["unet", "flow", "classifier"])
+def test_only_teachers_are_trained_on_what_more_says(stage, folder, source, tmp_path, monkeypatch):
+    out, seen, real = tmp_path / "out", [], training.pick
+    shutil.copytree(folder, out)
+    monkeypatch.setattr(training, "pick", lambda draw, data, more=None: seen.append(more) or real(draw, data, 1.0 if more is None else more))
+    training.main([stage, "--source", str(source), "--out", str(out), "--iters", "1", *SMALL, "--more", "Food & Drink=4"])
+    data = emoji.load(source)
+    assert len(seen) == 1 and (seen[0] is None if stage == "classifier" else torch.equal(seen[0], training.factors(data, ["Food & Drink=4"])))
+
+
 def test_images_with_captions_for_losses_that_need_them(source, tmp_path, data):
     training.main(["images", "--source", str(source), "--out", str(tmp_path)])
     found = read_captions(tmp_path / "images")
