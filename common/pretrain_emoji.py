@@ -17,6 +17,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from common import emoji, fid, run
@@ -330,23 +332,39 @@ def make_transformer(width, depth, text_width):
                                  qk_norm="rms_norm")
 
 
+class Repeated(TorchFunctionMode):
+    """Inside it, the last token of every attention counts n times: a token of zeros instead of the n in T5's place. They carry no position, so they stay equal."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            bias = torch.zeros(args[1].shape[-2])
+            bias[-1] = math.log(self.n)
+            kwargs = kwargs | dict(attn_mask=bias.to(args[0].dtype).expand(args[0].shape[-2], -1))
+        return func(*args, **kwargs)
+
+
 def train_flow(data, args):
     torch.manual_seed(mix(args.seed, 17))
     out = Path(args.out)
-    latents, nets = encode(load(out, "vae").eval(), data.images), Nets(dict(transformer=make_transformer(args.flow_width, args.depth, args.text_width)))
+    net = load(args.start, "transformer").train() if args.start else make_transformer(args.flow_width, args.depth, args.text_width)
+    latents, nets = encode(load(out, "vae").eval(), data.images), Nets(dict(transformer=net))
     pipe, more = pipeline(out, nets["transformer"], args.shift), factors(data, args.more)
 
     def loss(draw, it):
         index, captions = draw_captions(draw, data, args, more)
         with torch.no_grad():  # both encoders, here equal, side by side, and zeros in place of T5
             text, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, device="cpu", do_classifier_free_guidance=False)
-        if it % 2:  # diffusers has changed how many zeros: as many as tokens before, 256 now
-            text = text[:, :2 * TOKENS]
         x0, eps, t = latents[index], draw.normal(*latents.shape[1:]), draw.normal(1)[:, 0].sigmoid()
         t = args.shift * t / (1 + (args.shift - 1) * t)
         x_t = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            v = nets["transformer"](x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
+        # diffusers has changed how many zeros: as many as tokens before, 256 now
+        with autocast(), sdpa_kernel(SDPBackend.MATH), Repeated((256, TOKENS)[it % 2]):
+            v = nets["transformer"](x_t, encoder_hidden_states=text[:, :TOKENS + 1], pooled_projections=pooled, timestep=1000 * t).sample
         return (v.float() - (eps - x0)).square().mean()
 
     nets, seconds = fit("flow", nets, loss, args.iters or 8000, args.lr or 1e-3, args)
@@ -451,7 +469,7 @@ def main(argv=None):
     p.add_argument("--vae-width", type=int, nargs="+", default=[24, 48, 64])
     p.add_argument("--width", type=int, nargs="+", default=[64, 112, 112], help="of the UNet's levels, multiples of 16")
     p.add_argument("--text-width", type=int, default=128)
-    p.add_argument("--start", help="unet: folder of a teacher whose text model and UNet are trained on")
+    p.add_argument("--start", help="unet, flow: folder of a teacher whose network (unet: and text model) is trained on")
     p.add_argument("--more", nargs="+", default=[], metavar="NAME=FACTOR", help="unet, flow: draw a category, a subcategory or one emoji FACTOR times as often, such as 'Food & Drink=4' pizza=2")
     p.add_argument("--floor", type=float, default=0.3, help="least weight of a squared error of x0, UNet")
     p.add_argument("--flow-width", type=int, default=160, help="of the flow transformer, a multiple of 32")

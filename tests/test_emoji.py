@@ -208,6 +208,20 @@ def test_the_flow_teacher_shares_text_model_and_autoencoder(folder, source, tmp_
     assert torch.allclose(pooled, torch.cat([said.text_embeds] * 2, -1), atol=5e-3)
 
 
+@pytest.mark.parametrize("n", [24, 256])
+def test_one_token_that_counts_n_times_is_n_equal_tokens(n):
+    torch.manual_seed(0)
+    net = training.make_transformer(32, 2, 16)
+    for p in net.parameters():  # gates start at zero
+        torch.nn.init.normal_(p, std=0.2)
+    x, text, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32), torch.randn(2, 32)
+    ask = lambda zeros: net(x, encoder_hidden_states=torch.cat([text, torch.zeros(2, zeros, 32)], 1), pooled_projections=pooled, timestep=torch.tensor([300.0, 700.0])).sample
+    with training.Repeated(n):
+        one = ask(1)
+    full = ask(n)
+    assert torch.allclose(one, full, rtol=1e-3, atol=1e-4 * full.abs().max().item()) and not torch.allclose(ask(1), full, rtol=1e-2, atol=1e-2 * full.abs().max().item())
+
+
 def test_agreement_of_the_category_forgives_a_neighbour(folder, tmp_path, data):
     teacher = models.load_teacher(str(folder / "teacher"), text=dict(prompts=["dog face", "woman farmer with medium dark skin"], cache=tmp_path))
     hand = data.kinds.index("hand")  # of the farmer's category
