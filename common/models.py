@@ -550,7 +550,7 @@ HUB = {  # short names of pipelines on the Hugging Face hub; common/teachers.py
     "dit-xl-256": "facebook/DiT-XL-2-256",
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }
-EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist", "emoji": "emoji"}
+EMBEDDED = {"toy": "toy", "toy-cond": "toy", "mnist": "mnist", "emoji": "emoji", "emoji-flow": "emoji-flow"}
 
 
 def load_model(folder, info, teacher=None):

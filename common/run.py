@@ -145,7 +145,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, presets, argv=None):
         """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
         teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
-        self.set_defaults(**presets.get(teacher, presets.get(Path(teacher).name, presets["default"])))  # a folder may be called like a preset
+        name = Path(teacher).name  # a folder may be called like a preset; emoji-flow is trained as emoji is
+        self.set_defaults(**next(presets[k] for k in (teacher, name, "emoji" if name == "emoji-flow" else "default", "default") if k in presets))
         args = self.parse_args(argv)
         if args.smoke:
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)

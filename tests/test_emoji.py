@@ -459,3 +459,18 @@ def test_the_shipped_teacher_draws_what_it_is_told(tmp_path):
     assert [extractor.teacher.evaluation["kinds"][i] for i in logits.argmax(1)] == ["heart", "animal-mammal", "country-flag", "person-role"]
     sizes = [f.stat().st_size for part in ("unet", "vae", "text_encoder") for f in (teacher.folder / part).glob("*.safetensors")]
     assert sum(sizes) <= 12e6
+
+
+def test_the_shipped_flow_teacher_draws_what_it_is_told(tmp_path):
+    """The same for its sibling in SD3's format: in plain diffusers, which has no third text encoder to load."""
+    from diffusers import StableDiffusion3Pipeline
+    teacher, prompts = models.load_teacher("emoji-flow", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "smiling face with sunglasses"]
+    pipe = StableDiffusion3Pipeline.from_pretrained(teacher.folder, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert teacher.adapter == "sd3" and teacher.folder == run.ROOT / "assets" / "emoji-flow" and teacher.prompts == models.load_teacher("emoji", text=dict(cache=tmp_path)).prompts
+    images = pipe(prompts, num_inference_steps=12, guidance_scale=3.5, generator=torch.Generator().manual_seed(0), output_type="np").images
+    extractor = metrics.Extractor(teacher)
+    _, logits = extractor.net(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2))
+    assert [extractor.teacher.evaluation["kinds"][i] for i in logits.argmax(1)] == ["heart", "animal-mammal", "country-flag", "face-glasses"]
+    sizes = [f.stat().st_size for part in ("transformer", "vae", "text_encoder", "text_encoder_2") for f in (teacher.folder / part).glob("*.safetensors")]
+    assert sum(sizes) <= 12e6

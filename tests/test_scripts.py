@@ -375,8 +375,9 @@ def test_commands_of_the_docstring(script):
         module.parse_args(words[words.index(f"{script}.py") + 1:])
 
 
+@pytest.mark.parametrize("teacher", ["emoji", "emoji-flow", "somewhere/emoji-flow"])
 @each
-def test_preset_of_the_small_text_to_image_teacher(script):
-    """Minutes on one core, not the weeks of `default`; guided as its teacher is."""
-    args = __import__(script).parse_args(["--teacher", "emoji"])
+def test_preset_of_the_small_text_to_image_teachers(script, teacher):
+    """Minutes on one core, not the weeks of `default`; guided as their teacher is."""
+    args = __import__(script).parse_args(["--teacher", teacher])
     assert args.iters <= 1000 and args.batch == 32 and args.lr >= 5e-5 and (args.cfg == 3.5 or script == "nct")
