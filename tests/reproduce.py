@@ -65,6 +65,8 @@ def read_rows(text):
                 row["why"] = "not a command of a script here"
             elif not alone and scripts[0][1] == "eval" or any(s[1] == "eval" and s[2] != " OUT" for s in scripts[1:]):
                 row["why"] = "measures a run of another row"
+            elif blank := next((w for c in commands for w in c.split() if re.fullmatch("[A-Z]+", w) and w != "OUT"), None):
+                row["why"] = f"{blank} stands for a folder of yours"
             elif len(values) not in (1, len(row["seeds"])):
                 row["why"] = f"{len(values)} values for {len(row['seeds'])} seeds"
             rows.append(row)

@@ -349,6 +349,7 @@ text
 | `python train.py` | 1 | 1.0 | 1 |
 | `python sid.py` | 1 | soon | 1 |
 | `python boot.py` | 1 | 1.0, 2.0, 3.0, 4.0 | 1 |
+| `python dmd2.py --gan --data IMAGES` | 1 | 2.0 | 1 |
 
 | what | fd |
 |---|---|
@@ -365,10 +366,10 @@ def test_reading_results():
     rows = reproduce.read_rows(PAGE)
     assert [("why" in r, r["values"], r["seeds"], r["metric"]) for r in rows] == [
         (False, [15.83, 13.73, 13.39], [0, 1, 2], "fd"), (False, [9.08], [0], "fd"), (True, [13.62, 9.5], [0, 1], "fd"), (False, [69.3], [0], "fd"), (True, [1.0], [0], "fd"),
-        (True, [], [0], "fd"), (True, [1.0, 2.0, 3.0, 4.0], [0, 1, 2], "fd"), (False, [0.002, 0.0022], [3, 5], "energy_distance"), (False, [0.6786], [0], "energy_distance")]
+        (True, [], [0], "fd"), (True, [1.0, 2.0, 3.0, 4.0], [0, 1, 2], "fd"), (True, [2.0], [0], "fd"), (False, [0.002, 0.0022], [3, 5], "energy_distance"), (False, [0.6786], [0], "energy_distance")]
     assert rows[1]["commands"] == ["python dmd2.py --iters 3", "python dmd2.py --iters 4 --resume"]
     assert reproduce.accepted(rows[0], 0.15) == pytest.approx((13.39 - 0.15 * 14.3167, 15.83 + 0.15 * 14.3167), abs=1e-3)
-    assert reproduce.accepted(rows[7], 0.1) == pytest.approx((0.002 - 0.00021 - 0.002, 0.0022 + 0.00021 + 0.002))
+    assert reproduce.accepted(rows[8], 0.1) == pytest.approx((0.002 - 0.00021 - 0.002, 0.0022 + 0.00021 + 0.002))
 
 
 def test_the_page_has_rows_that_can_be_run():
