@@ -222,6 +222,22 @@ def test_one_token_that_counts_n_times_is_n_equal_tokens(n):
     assert torch.allclose(one, full, rtol=1e-3, atol=1e-4 * full.abs().max().item()) and not torch.allclose(ask(1), full, rtol=1e-2, atol=1e-2 * full.abs().max().item())
 
 
+def test_flow_training_sees_both_numbers_of_zeros_and_goes_on_from_a_teacher(folder, source, tmp_path, monkeypatch):
+    out, seen, real = tmp_path / "out", [], training.Repeated
+    shutil.copytree(folder, out)
+    monkeypatch.setattr(training, "Repeated", lambda n: seen.append(n) or real(n))
+    small = ["flow", "--source", str(source), "--out", str(out), *SMALL, "--flow-width", "32", "--depth", "1"]
+    training.main([*small, "--iters", "2"])
+    assert seen == [256, 24]
+    shutil.copytree(out, tmp_path / "first")
+    before = training.load(tmp_path / "first", "transformer").state_dict()
+    training.main([*small, "--iters", "1", "--lr", "1e-12", "--start", str(tmp_path / "first")])
+    after = training.load(out, "transformer").state_dict()
+    assert all(torch.allclose(after[k], v, atol=1e-6) for k, v in before.items())
+    training.main([*small, "--iters", "1", "--lr", "1e-12", "--seed", "1"])
+    assert not all(torch.allclose(training.load(out, "transformer").state_dict()[k], v, atol=1e-3) for k, v in before.items())
+
+
 def test_agreement_of_the_category_forgives_a_neighbour(folder, tmp_path, data):
     teacher = models.load_teacher(str(folder / "teacher"), text=dict(prompts=["dog face", "woman farmer with medium dark skin"], cache=tmp_path))
     hand = data.kinds.index("hand")  # of the farmer's category
