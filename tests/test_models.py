@@ -149,7 +149,7 @@ def test_a_pickle_beside_good_weights_is_not_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, says", [("mnsit", "did you mean mnist?"), ("toy-con", "toy-cond"),
-                                        ("/no/such/folder", "expected toy, toy-cond, mnist, emoji, sd15"),
+                                        ("/no/such/folder", "expected toy, toy-cond, mnist, emoji, emoji-flow, sd15"),
                                         ("x" * 5000, "or a folder"), ("a\0b", "or a folder"), ("", "found")])
 def test_unknown_teacher(name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
