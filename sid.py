@@ -97,7 +97,7 @@ def parse_args(argv=None):
         value, a, b = getattr(args, name), low.get(name, -1e9), high.get(name, 1e9)
         if value is not None and not a <= value <= b:
             raise UserError(f"--{name.replace('_', '-')}: expected a number from {a:g} to {b:g}, found {value}")
-    if args.guidance in ("zero", "anti") and args.cfg not in (1, PRESETS.get(args.teacher, PRESETS["default"])["cfg"]):
+    if args.guidance in ("zero", "anti") and args.cfg not in (1, p.get_default("cfg")):
         raise UserError(f"--guidance {args.guidance} leaves the teacher without guidance, so --cfg {args.cfg:g} means nothing; use --k1 to --k4 for other mixtures")
     if args.renoise != "fresh" and args.nfe == 1:
         raise UserError(f"--renoise {args.renoise}: one step adds no noise again; use --nfe 2 or more")

@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
         teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
         name = Path(teacher).name  # a folder may be called like a preset; emoji-flow is trained as emoji is
-        self.set_defaults(**next(presets[k] for k in (teacher, name, "emoji" if name == "emoji-flow" else "default", "default") if k in presets))
+        self.set_defaults(**next(presets[k] for k in (teacher, name, {"emoji-flow": "emoji"}.get(name), "default") if k in presets))
         args = self.parse_args(argv)
         if args.smoke:
             args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)

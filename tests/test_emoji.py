@@ -225,10 +225,18 @@ def test_one_token_that_counts_n_times_is_n_equal_tokens(n):
 def test_flow_training_sees_both_numbers_of_zeros_and_goes_on_from_a_teacher(folder, source, tmp_path, monkeypatch):
     out, seen, real = tmp_path / "out", [], training.Repeated
     shutil.copytree(folder, out)
+    make, texts = training.make_transformer, []
+
+    def watched(*args):
+        net = make(*args)
+        net.register_forward_pre_hook(lambda module, args, kwargs: texts.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
+        return net
+
+    monkeypatch.setattr(training, "make_transformer", watched)
     monkeypatch.setattr(training, "Repeated", lambda n: seen.append(n) or real(n))
     small = ["flow", "--source", str(source), "--out", str(out), *SMALL, "--flow-width", "32", "--depth", "1"]
     training.main([*small, "--iters", "2"])
-    assert seen == [256, 24]
+    assert seen == [256, 24] and all(t.shape[1] == 25 and not t[:, -1].any() and t[:, :-1].abs().sum(2).all() for t in texts)  # what counts more often is the zeros
     shutil.copytree(out, tmp_path / "first")
     before = training.load(tmp_path / "first", "transformer").state_dict()
     training.main([*small, "--iters", "1", "--lr", "1e-12", "--start", str(tmp_path / "first")])

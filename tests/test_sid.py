@@ -347,6 +347,14 @@ def parsed(*flags, form="flow"):
     return sid.fill_in(args, form), args
 
 
+@pytest.mark.parametrize("teacher", ["mnist", "emoji", "emoji-flow", "somewhere/emoji", "somewhere"])
+def test_an_unguided_mixture_refuses_guidance_that_was_asked_for(teacher):
+    """And not the preset's own, however the preset was found."""
+    assert sid.parse_args(["--teacher", teacher, "--guidance", "zero"]).guidance == "zero"
+    with pytest.raises(UserError, match="--cfg 2.25 means nothing"):
+        sid.parse_args(["--teacher", teacher, "--guidance", "zero", "--cfg", "2.25"])
+
+
 def test_guidance_presets():
     assert parsed("--cfg", 3)[0] == (3, 3, 3, 3) and parsed("--cfg", 3, "--guidance", "long")[0] == (1, 1, 1, 3)
     assert parsed("--guidance", "zero")[0] == (0, 0, 0, 1)
