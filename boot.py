@@ -39,9 +39,15 @@ from typing import NamedTuple
 
 import torch
 
-from common import metrics, models
-from common.run import EMA, Parser, Run, UserError, launch, save_grid, write_json
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.files import write_json
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures, save_grid
+from common.run import Run
+from common.sampling import generate
 from common.schedules import expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. All numbers are ours, the paper's are not public. toy: measured; mnist: two short trials
     "mnist": dict(cfg=1.5, nfe=1, delta=1 / 16, boundary_frac=1 / 16, lr=1e-3, betas=(0.5, 0.99), weight_decay=0.01, clip=10.0, batch=64, iters=1650, warmup=20,
@@ -241,7 +247,7 @@ class Fidelity:
 
     def __init__(self, teacher, args, n):
         self.args, self.parts = args, []
-        for _, _, (z, cond) in metrics.generate(lambda m, z, c, noise: (z, c), teacher, n, args.seed, 32):
+        for _, _, (z, cond) in generate(lambda m, z, c, noise: (z, c), teacher, n, args.seed, 32):
             path = teacher_path(teacher, z, cond, args.cfg, PATH_STEPS, args.grid, args.t_max)
             self.parts.append((z, cond, [path[round((1 - u) * PATH_STEPS)] for u in READOUTS]))
 
@@ -258,7 +264,7 @@ def main():
     args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("boot", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     top = level(schedule, torch.tensor(args.t_max, device=run.device), args.grid)
@@ -313,18 +319,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
     if run.main and args.eval_n:
         fidelity = Fidelity(teacher, args, min(PATH_N, args.eval_n))
@@ -335,7 +341,7 @@ def main():
         for u in (1.0, *READOUTS):
             read = lambda m, z, c, noise: sample(m, z, c, at=u * args.t_max, grid=args.grid, t_max=args.t_max)
             n = 4000 if teacher.adapter == "toy" else 20
-            rows.append((f"signal at {u:g}", teacher.rows(next(metrics.generate(read, ema.model, n, args.seed, n))[2])))
+            rows.append((f"signal at {u:g}", teacher.rows(next(generate(read, ema.model, n, args.seed, n))[2])))
         save_grid(run.out / "samples" / "readout.png", rows)
 
 

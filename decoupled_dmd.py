@@ -43,9 +43,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, metrics, models
-from common.run import EMA, Parser, Run, UserError, launch
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.run import Run
 from common.schedules import eps_from_x0, expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] DMD2's code, which [P] builds on, ours = measured here, docs/RESULTS.md
     "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, floor=0.05, shift=0.3, batch=64, iters=1200, warmup=20, cooldown=0.5,
@@ -238,7 +243,7 @@ def main():
     args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("decoupled_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index = step_indices(args.nfe, args.steps)
@@ -331,18 +336,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

@@ -39,9 +39,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, metrics, models, pairs
-from common.run import EMA, Parser, Run, UserError, launch
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.pairs import check, warm_up
+from common.report import evaluate_run, export, pictures
+from common.run import Run
 from common.schedules import expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; all can be overridden. Sources: [P] paper, [C] official code, ours (docs/RESULTS.md): mnist, emoji, toy but its ratio and GAN weights [P]
     "mnist": dict(cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=900, warmup=20, cooldown=0.5, ema=2000,
@@ -84,7 +90,7 @@ def parse_args(argv=None):
     p.method.add_argument("--t-range", type=float, nargs=2, default=(0.02, 0.98), help="share of the grid that (4) draws from")
     p.method.add_argument("--regression", type=float, nargs=3, metavar=("PAIRS", "ITERS", "LR"), help="one step: warm-up on that many images of the teacher's ODE")
     args = p.parse(PRESETS, argv)
-    pairs.check(args)
+    check(args)
     for wrong, message in (
         (args.ratio < 1, f"--ratio: expected at least 1, found {args.ratio}"),
         (args.alternate and args.ratio == 1, "--alternate: with --ratio 1 the critic would never be trained; use --ratio 2 or more"),
@@ -231,7 +237,7 @@ def main():
     args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("dmd2", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     index, grid = step_indices(args.nfe, args.steps), schedule.grid(N)
@@ -268,7 +274,7 @@ def main():
     # ==== end ====
     if args.regression and not first:
         one_step = lambda z, c: G(first_input(schedule, times[0], z), schedule.alpha(times[0]), schedule.sigma(times[0]), c)
-        pairs.warm_up(run, teacher, student, one_step, *args.regression)
+        warm_up(run, teacher, student, one_step, *args.regression)
 
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
@@ -331,18 +337,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

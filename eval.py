@@ -25,13 +25,33 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import adapters, compare, fid, metrics, models
-from common.run import ROOT, UserError, launch, pixels, processes, revision
-from common.students import network_of, read_student, sampler_of
+from common import fid, metrics
+from common.distributed import init_processes, on_all_ranks
+from common.errors import UserError, launch
+from common.files import ROOT, git_revision
+from common.flags import parse_size
+from common.report import dumps, hardware
+from common.routed import Routed
+from common.sampling import TEACHER_NFE, teacher_sample
+from common.teachers.load import load_teacher
+from common.teachers.students import network_of, read_student, sampler_of
+from controls.measure import control_error, control_summary
+from tools.compare import Book, add_flags, check, close, teacher_steps
+from tools.measure import (
+    InceptionExtractor,
+    bar_interval,
+    count_nfe,
+    draw_rows,
+    folder_features,
+    hash_weights,
+    latency,
+    list_images,
+    similarity,
+    table,
+)
 
 
 def numbers(flag, text, kind, low, high=math.inf):
@@ -55,11 +75,11 @@ def parse_args(argv=None):
     what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's")
     what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
-    what.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
+    what.add_argument("--size", type=parse_size, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
     what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
     what.add_argument("--images", help="measure this folder instead of a model")
     what.add_argument("--compare", action="store_true", help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row")
-    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows. Default: {metrics.TEACHER_NFE}; --compare: 50 and those of the students")
+    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows. Default: {TEACHER_NFE}; --compare: 50 and those of the students")
     what.add_argument("--best-of", type=int, help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
                       "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features")
     what.add_argument("--verifier", choices=["classifier"], help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier")
@@ -80,7 +100,7 @@ def parse_args(argv=None):
     out.add_argument("--out", default=str(ROOT / "out" / "eval.jsonl"), help="file to which each result is appended as a line")
     out.add_argument("--save-images", help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each")
     out.add_argument("--grid", help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png")
-    compare.add_flags(p.add_argument_group("--compare"))
+    add_flags(p.add_argument_group("--compare"))
     out.add_argument("--latency", action="store_true", help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls")
 
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
@@ -108,7 +128,7 @@ def parse_args(argv=None):
     ):
         if wrong:
             raise UserError(message)
-    compare.check(args)
+    check(args)
     return args
 
 
@@ -123,7 +143,7 @@ def load_student(folder, args, teachers):
     sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
     try:
-        teachers[name] = teacher = teachers.get(name) or models.load_teacher(name, text=text_of(args, info))
+        teachers[name] = teacher = teachers.get(name) or load_teacher(name, text=text_of(args, info))
     except UserError as e:
         raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
     return network_of(folder, home, info, teacher, name), sample, info, teacher, name
@@ -142,7 +162,7 @@ def text_of(args, info=None):
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
     facts = dict(name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg) | (dict(heun=True) if heun else {})
     return dict(model=teacher, teacher=teacher, facts=facts, measured=measured, folder=teacher.folder,
-                sampler=lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
+                sampler=lambda m, z, c, noise: teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
 
 
 def student_row(folder, student, sample, info, teacher, name, nfe):
@@ -176,11 +196,11 @@ def best_row(row, n, nfe, cfg, heun):
             better = (now > score if i else torch.ones_like(now, dtype=torch.bool))
             score = torch.where(better, now, score) if i else now
             best = torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z
-        return metrics.teacher_sample(m.experts[0], best, cond, nfe, cfg, heun)
+        return teacher_sample(m.experts[0], best, cond, nfe, cfg, heun)
 
     facts = dict(row["facts"], name=f"teacher best-of-{n} {row['facts']['name']}", nfe=nfe, cfg=cfg, best_of=n, verifier="classifier")
     facts |= dict(heun=True) if heun else {}
-    both = models.Routed([teacher, row["model"]], "label", [0] * teacher.classes)  # answers as the teacher; the passes of both are counted
+    both = Routed([teacher, row["model"]], "label", [0] * teacher.classes)  # answers as the teacher; the passes of both are counted
     return dict(model=both, teacher=teacher, facts=facts, measured=True, folder=row["folder"], sampler=sampler,
                 caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}, best of {n} noises by {row['facts']['name']}")
 
@@ -188,8 +208,8 @@ def best_row(row, n, nfe, cfg, heun):
 def make_rows(args, dtype):
     """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
     if not args.runs:
-        teacher = models.load_teacher(args.teacher, text=text_of(args))
-        rows = [teacher_row(teacher, args.teacher, n, w, args.heun) for n in args.nfe or [metrics.TEACHER_NFE] for w in args.cfg or [1.0]]
+        teacher = load_teacher(args.teacher, text=text_of(args))
+        rows = [teacher_row(teacher, args.teacher, n, w, args.heun) for n in args.nfe or [TEACHER_NFE] for w in args.cfg or [1.0]]
     else:
         teachers = {}
         loaded = [(folder, *load_student(folder, args, teachers)) for folder in args.runs]
@@ -199,7 +219,7 @@ def make_rows(args, dtype):
                 raise UserError(f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}")
             name, teacher = next(iter(teachers.items()))
             cfgs = args.cfg or list(dict.fromkeys(one[3].get("cfg") or 1.0 for one in loaded[:None if args.compare else 1]))
-            steps = compare.teacher_steps(args, [row["facts"]["nfe"] for row in rows]) if args.compare else [(n, args.heun) for n in args.teacher_nfe or [metrics.TEACHER_NFE]]
+            steps = teacher_steps(args, [row["facts"]["nfe"] for row in rows]) if args.compare else [(n, args.heun) for n in args.teacher_nfe or [TEACHER_NFE]]
             grid = [(n, w, heun) for n, heun in steps for w in cfgs]
             best = [best_row(row, args.best_of, *g) for row in rows for g in grid] if args.best_of else []
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
@@ -217,7 +237,7 @@ def make_rows(args, dtype):
 
 def make_extractor(args, teacher, device, rank, world):
     """Features and the reference that the flags ask for: Inception, or the teacher's own protocol."""
-    extractor = metrics.InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception) if args.inception else metrics.Extractor(teacher)
+    extractor = InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception) if args.inception else metrics.Extractor(teacher)
     if args.ref:
         try:
             stats = fid.load_stats(args.ref)
@@ -227,7 +247,7 @@ def make_extractor(args, teacher, device, rank, world):
             raise UserError(f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}")
         extractor.use(stats, Path(args.ref).name)
     elif args.ref_images:
-        real, _ = metrics.folder_features(metrics.list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world)
+        real, _ = folder_features(list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world)
         stats = fid.Stats(extractor.dims)
         stats.update(real)
         mu, sigma = stats.mean_cov()
@@ -250,7 +270,7 @@ def measure(row, args, folder, extractor, rank, world, take=None):
             for i, image in zip(index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy() if sub else ()):
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(sub / f"{i:06d}.png")
 
-        with tqdm(total=len(range(rank, args.n, world)), desc=f"{row['caption']}, seed {seed}", disable=rank > 0, mininterval=metrics.pace()) as bar:
+        with tqdm(total=len(range(rank, args.n, world)), desc=f"{row['caption']}, seed {seed}", disable=rank > 0, mininterval=bar_interval()) as bar:
             values.append(metrics.evaluate(row["sampler"], row["model"], row["teacher"], args.n, seed, args.batch, rank, world, extractor, bar.update,
                                            keep if sub or take else None))
     result = dict(values[0], distinct=min(v["distinct"] for v in values))
@@ -260,17 +280,17 @@ def measure(row, args, folder, extractor, rank, world, take=None):
         result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
         result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
     if args.per_prompt:
-        result["similarity"] = metrics.similarity(row["sampler"], row["model"], extractor, args.per_prompt, args.seed, args.batch, rank, world)
+        result["similarity"] = similarity(row["sampler"], row["model"], extractor, args.per_prompt, args.seed, args.batch, rank, world)
     if row["facts"]["method"] == "nct":
-        result["control"] = metrics.together(lambda: adapters.obedience(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
-    return dict(row["facts"], passes=metrics.passes(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)
+        result["control"] = on_all_ranks(lambda: control_error(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
+    return dict(row["facts"], passes=count_nfe(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)
 
 
 def measure_folder(files, args, extractor, rank, world):
     """The same for --images."""
     name = Path(args.images).resolve().name
-    features, ids = metrics.folder_features(files, extractor, args.batch, rank, world)
-    found = metrics.together(lambda: metrics.distances(extractor, features) if rank == 0 else None, world)[0]
+    features, ids = folder_features(files, extractor, args.batch, rank, world)
+    found = on_all_ranks(lambda: metrics.distances(extractor, features) if rank == 0 else None, world)[0]
     return dict(name=name, images=args.images, teacher=args.teacher, protocol=extractor.describe(len(files), f"images={name}"), **found, n=len(files),
                 distinct=len(ids.unique()))
 
@@ -296,16 +316,16 @@ def open_outputs(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device, dtype = processes(args)
+    rank, world, device, dtype = init_processes(args)
     say = lambda *text: print(*text, flush=True) if rank == 0 else None
-    files = metrics.list_images("--images", args.images, args.n) if args.images else None
+    files = list_images("--images", args.images, args.n) if args.images else None
     args.n = args.n or (len(files) if files else 5000)
     args.grid = args.grid or (str(Path(args.out).parent / "compare.png") if args.compare else None)
     rows = [] if files else make_rows(args, dtype)
-    teachers = [row["teacher"].to(device) for row in rows] or [models.load_teacher(args.teacher, device) if args.teacher else None]
+    teachers = [row["teacher"].to(device) for row in rows] or [load_teacher(args.teacher, device) if args.teacher else None]
     if files and not args.inception and teachers[0].adapter == "toy":
         raise UserError(f"--teacher {args.teacher}: its samples are points; for images give a teacher of images, or --inception FILE")
-    metrics.together(lambda: open_outputs(args) if rank == 0 else None, world)
+    on_all_ranks(lambda: open_outputs(args) if rank == 0 else None, world)
     extractors = {}  # by teacher; Inception serves all
     for teacher in teachers:
         key = "inception" if args.inception else teacher
@@ -316,7 +336,7 @@ def main(argv=None):
         say("note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do")
 
     measured, results = [row for row in rows if row["measured"]] or [None], []
-    book = compare.Book(args, rank, world) if args.compare else None
+    book = Book(args, rank, world) if args.compare else None
     for i, row in enumerate(measured):
         start, extractor = time.time(), extractor_of(row["teacher"] if row else teachers[0])
         if book and (known := book.find(row, extractor, dtype)):
@@ -329,32 +349,32 @@ def main(argv=None):
             slug = f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}" if len(measured) > 1 else ""
             result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world,
                              book.take if book else None)
-            result["weights"] = metrics.sha256(row["folder"])
+            result["weights"] = hash_weights(row["folder"])
             if args.latency:  # on one process while the others wait
-                result["latency"] = metrics.together(lambda: metrics.latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
-        result |= dict(dtype=str(dtype)[6:], hardware=metrics.hardware(device), threads=torch.get_num_threads(), world=world,
-                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=revision(),
+                result["latency"] = on_all_ranks(lambda: latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
+        result |= dict(dtype=str(dtype)[6:], hardware=hardware(device), threads=torch.get_num_threads(), world=world,
+                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=git_revision(),
                        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         results.append(result)
         if book:
             book.add(row, result)
         if rank == 0:
             with open(args.out, "a") as f:
-                f.write(metrics.dumps(result) + "\n")
+                f.write(dumps(result) + "\n")
         if extractor and result["n"] <= extractor.dims:
             say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
         if "control" in result:
-            say(f"{row['caption']}: {adapters.summary(result['control'])}")
+            say(f"{row['caption']}: {control_summary(result['control'])}")
         if "latency" in result:
             for b, t in result["latency"].items():
                 say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")
     if rank == 0 and book:
-        compare.close(book, measured, results, say)
+        close(book, measured, results, say)
     elif rank == 0 and args.grid:
-        metrics.draw(args.grid, rows, args, device)
+        draw_rows(args.grid, rows, args, device)
     if not book:
-        say("\n" + metrics.table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
-    say(metrics.dumps(results[0] if len(results) == 1 else dict(results=results)))
+        say("\n" + table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
+    say(dumps(results[0] if len(results) == 1 else dict(results=results)))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,15 @@ import torch
 from torch.distributed import all_reduce
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import metrics, models
-from common.run import EMA, Parser, Run, UserError, launch, write_json
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.files import write_json
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.run import Run
+from common.sampling import generate
 from common.schedules import expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper or its notes, [F] what NVlabs/FastGen uses for MeanFlow, ours = measured here
     "mnist": dict(cfg=1.5, eps=0.1, lr=5e-4, lr_fake=1e-3, betas=(0.5, 0.99), weight_decay=0.01, batch=64, iters=900, warmup=20, cooldown=0.75, ema=2000, clip=10.0),
@@ -244,7 +250,7 @@ def teacher_path(teacher, z, cond, w, steps, interval=(0, 1)):
 
 def fidelity(student, teacher, args):
     """Mean squared distance of student and teacher from the same noise, along the path: {duration: distance}; `spread`: the variance of teacher images."""
-    z, cond = next(metrics.generate(lambda m, z, c, noise: (z, c), teacher, PATH_N, args.seed, PATH_N))[2]
+    z, cond = next(generate(lambda m, z, c, noise: (z, c), teacher, PATH_N, args.seed, PATH_N))[2]
     path = teacher_path(teacher, z, cond, args.cfg, PATH_STEPS, args.interval)
     read = lambda d: sample(student, z, cond, w=args.cfg, duration=d)
     result = {str(d): float((read(d) - path[round(d * PATH_STEPS)]).square().mean()) for d in READOUTS}
@@ -255,7 +261,7 @@ def main():
     args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("flowmap", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     share, (low, high) = args.correction, args.cfg_range
@@ -328,18 +334,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
     if run.main and args.eval_n:
         write_json(run.out / "path.json", result := fidelity(ema.model, teacher, args))

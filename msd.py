@@ -39,9 +39,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, metrics, models
-from common.run import EMA, Parser, Run, UserError, launch, mix
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.rng import derive_seed
+from common.routed import Routed
+from common.run import Run
 from common.schedules import expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [D] DMD2, ours: mnist, emoji, toy-cond but its ratio 5 and GAN weights [D]
     "mnist": dict(students=4, cfg=1.5, nfe=1, lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99), ratio=3, shift=0.3, batch=64, iters=1600, warmup=20, cooldown=0.5,
@@ -137,7 +144,7 @@ class Critic(nn.Module):
 
 def partition(labels, students, how="contiguous", seed=0):
     """The router: table[label] is the student of that label. Parts differ by one label at most."""
-    rank = torch.randperm(labels, generator=torch.Generator().manual_seed(mix(seed, 10))) if how == "random" else torch.arange(labels)
+    rank = torch.randperm(labels, generator=torch.Generator().manual_seed(derive_seed(seed, 10))) if how == "random" else torch.arange(labels)
     return (rank * students // labels).tolist()  # (1)
 
 
@@ -216,7 +223,7 @@ def main():
     networks = (0 if args.small else args.students, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("msd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     grid = schedule.grid(N).to(run.device)
@@ -232,7 +239,7 @@ def main():
     if empty := [v.tolist() for v, part in zip(own, parts) if not len(part)]:
         raise UserError(f"--data: the adversarial stage needs images of each student's labels, found none of {empty[0]}")
     one = teacher.resized(args.small, args.seed) if args.small else teacher
-    student = models.Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
+    student = Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
     ema = EMA(student, args.ema, args.ema_cpu)
     with torch.no_grad():
         h = teacher(torch.zeros(1, *shape, device=run.device), 1.0, 1.0, teacher.encode([0]), features=True)[-1]
@@ -331,18 +338,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

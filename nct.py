@@ -42,10 +42,18 @@ import os
 import torch
 import torch.distributed as dist
 
-from common import adapters, metrics, models, students
-from common.controls import Control
-from common.run import EMA, ROOT, Parser, Run, UserError, launch, save_grid, write_json
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.files import ROOT, write_json
+from common.flags import Parser
+from common.report import dumps, evaluate_run, export, pictures, save_grid
+from common.run import Run
 from common.schedules import expand
+from common.teachers.load import load_teacher
+from common.teachers.students import teacher_of
+from controls.controlled import hash_model, load_generator, make
+from controls.maps import Control
+from controls.measure import control_error, control_rows, control_summary
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Ours but for rate, betas, batch and average of the last two [P]. toy, mnist: measured
     # (docs/nct.md). lambda starts low, so that control comes first, and grows, since xi is out of reach: then the outputs get sharp
@@ -79,7 +87,7 @@ def parse_args(argv=None):
     p.method.add_argument("--lambda-max", type=float, default=1e3, help="bound of lambda")
     p.set_defaults(teacher=None)
     given = p.parse_known_args(argv)[0]
-    found = students.teacher_of(given.generator) if given.generator else None
+    found = teacher_of(given.generator) if given.generator else None
     p.set_defaults(teacher=found or "mnist")
     args = p.parse(dict(PRESETS, default=PRESETS["image" if given.control == "image" else "default"]), argv)
     for wrong, message in (
@@ -205,21 +213,21 @@ def main():
         raise UserError(f"--generator {args.generator}: expected the folder of a finished one-step run, found none; `python dmd2.py --teacher {args.teacher}` makes one")
     # ==== same in every script: setup ====
     run = Run("nct", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
-    generator, info, sampler_f = adapters.load_generator(args.generator, teacher, args.teacher)
+    generator, info, sampler_f = load_generator(args.generator, teacher, args.teacher)
     generator.dtype = run.dtype
     args.cfg = args.cfg or info.get("cfg") or 1.0  # of the teacher's row in pictures
     control = Control(args.control, generator, teacher, args.factor, args.control_model)
     torch.manual_seed(args.seed)  # the branch starts equal on all processes
-    student = adapters.make(generator, info, sampler_f, control, args.blocks)
+    student = make(generator, info, sampler_f, control, args.blocks)
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
     opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
     ema = EMA(student, args.ema, args.ema_cpu)
-    multiplier = Multiplier(args, run.device, json.dumps([control.config(), adapters.weights_hash(generator)]))
+    multiplier = Multiplier(args, run.device, json.dumps([control.config(), hash_model(generator)]))
     sampler = {}
     share = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in generator.parameters())
     run.describe(student=student, generator=generator, teacher=teacher, steps="1, from pure noise", control=f"{control.config()}",
@@ -254,24 +262,24 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
     if run.main and args.eval_n:
-        result = adapters.obedience(ema.model, min(args.eval_n, 2000), args.seed)
-        write_json(run.out / "control.json", json.loads(metrics.dumps(result)))
-        run.print(adapters.summary(result))
-        save_grid(run.out / "samples" / "control.png", adapters.rows(ema.model, args.seed))
+        result = control_error(ema.model, min(args.eval_n, 2000), args.seed)
+        write_json(run.out / "control.json", json.loads(dumps(result)))
+        run.print(control_summary(result))
+        save_grid(run.out / "samples" / "control.png", control_rows(ema.model, args.seed))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,14 @@ Differences from the paper:
 import torch
 import torch.nn.functional as F
 
-from common import metrics, models
-from common.run import EMA, Parser, Run, UserError, launch
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.routed import Routed
+from common.run import Run
 from common.schedules import Flow, expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, ours = measured here
     # mnist, toy: ours, except 4 steps in 2 phases [P] and the toy's ratio 5 [P]
@@ -121,7 +126,7 @@ def phase_starts(phases, phase_iters):
 
 def starts_as(teacher, times, ends):
     """What each phase's expert starts as: the teacher; of a teacher of several experts (Wan 2.2) the one that all steps of the phase ask, if one does."""
-    if not isinstance(teacher, models.Routed):
+    if not isinstance(teacher, Routed):
         return [teacher] * len(ends)
     asked = [[teacher.at_level(t / (1 - t)) for t in times[a:b]] for a, b in zip([0, *ends], ends)]
     return [those[0] if all(expert is those[0] for expert in those) else teacher for those in asked]
@@ -207,17 +212,17 @@ def main():
     networks = (args.phases, 1, 0, True)  # students, critics, further averages, each student one network: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("phased_dmd", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
-    if args.ida < 1 and isinstance(teacher, models.Routed):
+    if args.ida < 1 and isinstance(teacher, Routed):
         raise UserError(f"--ida {args.ida:g}: mixes the weights of critic and expert, and the critic of {args.teacher} has {len(teacher.experts)} experts itself")
     times, ends, starts = step_times(args.nfe, args.step_shift), phase_ends(args.nfe, args.phases), phase_starts(args.phases, args.phase_iters)
     grid = Flow(args.shift).grid(N)
     ranges = [levels(grid, times[b], args.margin) for b in ends]
     grid = grid.to(run.device)
     table = [float(times[b] / (1 - times[b])) for b in ends[:-1]]  # the step at s_k itself is the next expert's
-    student, critic = models.Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table), teacher.copy(args.lora_fake)
+    student, critic = Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table), teacher.copy(args.lora_fake)
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.checkpoint_activations()
@@ -296,18 +301,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

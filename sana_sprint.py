@@ -45,9 +45,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import data, metrics, models
-from common.run import EMA, Parser, Run, UserError, launch
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.model import ScalarEmbedding
+from common.report import evaluate_run, export, pictures
+from common.run import Run
 from common.schedules import TrigFlow, expand
+from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
     "mnist": dict(cfg=1.5, cfg_train=[1.25, 1.5, 1.75], nfe=1, p_scm=(-0.8, 1.6), p_adv=(-3.5, 1.0), adv_weight=2.0, adaptive_weight="clamped", H=50, anchor=0.2, time="dense",
@@ -236,7 +242,7 @@ def main():
     args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("sana_sprint", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     times = sample_times(args.nfe, args.steps)
@@ -250,7 +256,7 @@ def main():
     torch.manual_seed(args.seed)  # new parts start equal on all processes
     student = teacher.copy(args.lora).extend(*["guidance"] * told)
     maps = lambda x: teacher(x, 1.0, 1.0, teacher.encode([0] * len(x)), features=DEPTHS)  # of a sample, for their sizes, and in the rehearsal
-    heads, log_var = run.place(nn.ModuleList(map(Head, maps(torch.zeros(1, *shape, device=run.device)))).eval()), run.place(models.Scalar(32))
+    heads, log_var = run.place(nn.ModuleList(map(Head, maps(torch.zeros(1, *shape, device=run.device)))).eval()), run.place(ScalarEmbedding(32))
     critic = nn.ModuleDict(dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {}))  # what a checkpoint needs beside the student
     start, lv0 = max(low, args.anchor), -math.log(math.prod(shape))  # lv0: where |g| = 1 leads lv; lv is clamped 2 below
     if args.grad_checkpoint:
@@ -331,18 +337,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

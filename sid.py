@@ -43,9 +43,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, metrics, models
-from common.run import EMA, Parser, Run, UserError, launch
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.run import Run
 from common.schedules import SCHEDULES, eps_from_x0, expand, native_weight
+from common.teachers.load import load_teacher
 
 PAPER = dict(guidance="lsg", nfe=1, ratio=1, shift=1.0, betas=(0.0, 0.999), weight_decay=0.0, clip=1e9)  # [C] Adam, critic and student in turn, no clipping
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [C] official code, ours = measured here. By form: FORMS
@@ -245,7 +250,7 @@ def main():
     args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("sid", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     form, schedule = form_of(schedule, args.form)
@@ -331,18 +336,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

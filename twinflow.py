@@ -40,9 +40,14 @@ import math
 
 import torch
 
-from common import data, metrics, models
-from common.run import EMA, Parser, Run, UserError, launch
+from common import data
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.flags import Parser
+from common.report import evaluate_run, export, pictures
+from common.run import Run
 from common.schedules import expand
+from common.teachers.load import load_teacher
 
 PAPER = dict(nfe=1, order=2, target_decay=0.99, weight_decay=0.0, rect_weight=0.5, clip=1.0)  # [P] paper, but for the last two: [C] official code
 PRESETS = {  # the flags of a teacher; every one can be overridden. mnist and toy: ours; in two dimensions the normalised distance and the clamps are biased
@@ -254,7 +259,7 @@ def main():
     networks = (1, 0, int(args.target_decay > 0))  # students, critics, averages: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("twinflow", args)
-    teacher = models.load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf
@@ -331,18 +336,18 @@ def main():
         if it % args.log_every == 0:
             run.log(it, logs)
         if run.due(it, args.sample_every):
-            metrics.pictures(run, teacher, ema.model, sample, sampler, it + 1)
+            pictures(run, teacher, ema.model, sample, sampler, it + 1)
         if run.due(it, args.eval_every):
-            metrics.report(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
+            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
         if run.due(it, args.save_every):
             run.save(it, state)
         # ==== end ====
 
     # ==== same in every script: end ====
     run.finish(it, state)
-    metrics.export(run, teacher, ema.model, sampler)
-    metrics.pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    metrics.report(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
+    export(run, teacher, ema.model, sampler)
+    pictures(run, teacher, ema.model, sample, sampler, args.iters)
+    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
 
 

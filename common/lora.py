@@ -10,7 +10,7 @@ import copy
 import torch
 import torch.nn as nn
 
-from common.run import UserError, near
+from common.errors import UserError, did_you_mean
 
 FILE = "pytorch_lora_weights.safetensors"  # name and keys of diffusers' LoRA files
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")  # attention and feed-forward
@@ -52,7 +52,7 @@ def choose(net, spec):
     found = {ending: [name for name in known if f".{name}".endswith(f".{ending}")] for ending in spec["targets"] or LAYERS}
     if missing := [ending for ending, names in found.items() if not names] if spec["targets"] else []:
         raise UserError(f"--lora-targets {missing[0]}: expected the end of names of linear or convolution layers, found none such in {type(net).__name__}"
-                        f"{near(missing[0], {name.split('.')[-1] for name in known})}")
+                        f"{did_you_mean(missing[0], {name.split('.')[-1] for name in known})}")
     names = sorted({name for names in found.values() for name in names})
     if not names:
         raise UserError(f"{spec['flag']} {spec['rank']}: expected a network with attention, found {type(net).__name__}; choose layers by --lora-targets, "

@@ -1,56 +1,22 @@
-"""Samples of a model, and what they are worth: used by the scripts at the end of a run and by eval.py. Distances themselves: common/fid.py, common/toy.py."""
-import copy
-import datetime
-import hashlib
-import json
-import math
-import platform
-import shlex
-import sys
-import time
-import warnings
-from pathlib import Path
+"""Metrics of samples: distances to a reference, agreement with labels."""
 
-import numpy as np
+import copy
+import hashlib
+import time
+
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from common import fid
-from common.data import SUFFIXES, load_images
-from common.run import ImageNoise, UserError, atomic, read_json, save_grid, write_json
-from common.toy import energy_distance, mode_shares, sliced_wasserstein
+from common.data import load_images
+from common.distributed import gather_rows, on_all_ranks
+from common.errors import UserError
+from common.files import read_json
+from common.sampling import generate
+from common.teachers.toy import energy_distance, mode_shares, sliced_wasserstein
 
-DISTANCES = ("fid", "fd", "kid", "energy_distance", "sliced_wasserstein")  # lower is better
-TEACHER_NFE = 16  # Euler steps of the teacher row in sample grids
 METRICS = ("fid", "fd", "kid", "kid_std", "precision", "recall", "density", "coverage", "similarity", "agreement", "agreement_kind", "energy_distance",
            "sliced_wasserstein", "mode_min", "mode_max", "near_mode")
-
-
-@torch.no_grad()
-def teacher_sample(teacher, z, cond, nfe, cfg=1.0, heun=False):
-    """Deterministic sampler of the probability-flow ODE from pure noise to data on the teacher's own schedule: first order (Euler for flow, DDIM for
-    VP and EDM: the same step x_s = alpha_s x0 + sigma_s eps), or Heun on the same grid (two calls per step, one in the last). nfe counts steps of the
-    first-order sampler; guidance doubles the cost of each. z [B, *shape] unit noise -> x [B, *shape]."""
-    s = teacher.schedule
-    if s.unit_norm:  # VP: evenly spaced indices, then the clean end
-        times = torch.linspace(s.t_max, 0, nfe + 1, dtype=torch.float64)[:-1]
-    elif s.config["name"] == "edm":  # EDM eq. (5)
-        times = s.grid(max(nfe, 2)).flip(0)[:nfe]
-    else:
-        times = s.grid(nfe).flip(0)
-    alpha, sigma = [*s.alpha(times), torch.tensor(1.0)], [*s.sigma(times), torch.tensor(0.0)]
-    x = z.double() * (1.0 if s.unit_norm else sigma[0])
-    step = lambda x, x0, i: alpha[i + 1] * x0 + sigma[i + 1] / sigma[i] * (x - alpha[i] * x0)
-    for i in range(nfe):
-        x0 = teacher.guided(x.to(z.dtype), alpha[i], sigma[i], cond, cfg).double()
-        y = step(x, x0, i)
-        if heun and i < nfe - 1:  # the mean of x0 at both ends: second order, as Heun's rule on the velocity
-            x0 = (x0 + teacher.guided(y.to(z.dtype), alpha[i + 1], sigma[i + 1], cond, cfg).double()) / 2
-            y = step(x, x0, i)
-        x = y
-    return x.to(z.dtype)
 
 
 class Extractor:
@@ -136,66 +102,7 @@ def known_prompts(path, prompts, classes):
     return torch.tensor([known.get(p, -1) for p in prompts])
 
 
-class InceptionExtractor(Extractor):
-    """The 2048 features of the public Inception network, given by path. `use` names the reference. Weights forced by the user give fd, not FID."""
-
-    dims = 2048
-
-    def __init__(self, path, device, resize="tf1", force=False):
-        self.net, digest = fid.load_inception(path, device, force)
-        public = digest == fid.INCEPTION_SHA256
-        self.metric, self.protocol = "fid" if public else "fd", f"inception-{resize}resize" + ("" if public else f"-{digest}")
-        self.device, self.resize, self.teacher, self.real, self.reference, self.shape = device, resize, None, None, None, None  # any RGB
-
-    def describe(self, n, source):
-        return f"{self.metric}{f'{n // 1000}k' if n % 1000 == 0 else n} {self.protocol} uint8 ref={self.ref_name} n={n} {source}"
-
-    def __call__(self, images):
-        return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
-
-
-def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0, classes=None):
-    """Yields (indices, labels, samples) of this rank, from `first` to n - 1: image i has label i % classes (default: all) and noise of its own seed, whatever
-    the batch or world size.
-
-    sampler(model, z, cond, noise) -> samples; noise() gives more of the images' own noise, in the same order for any batch."""
-    device = next(model.parameters()).device
-    mine = torch.arange(first + rank, n, world)
-    # several ranks: as many batches on each, since a sharded network answers when all ask
-    for part in mine.split(batch) if world == 1 else filter(len, mine.tensor_split(-(-(n - first) // world // batch))):
-        noise = ImageNoise(seed, part.tolist(), device)
-        labels = part % (classes or max(model.classes, 1))
-        yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))
-
-
-def gather(x, n, rank, world):
-    """Rows i = rank, rank + world, ... of every rank -> all n rows in order, on every rank. x [n_local, ...]"""
-    if world == 1:
-        return x
-    most = -(-n // world)
-    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:n]
-
-
-def together(fn, world):
-    """fn() on every rank -> list of its results by rank. A UserError on one rank is raised on all, so that none waits for a process that has ended."""
-    try:
-        mine = (fn(), None)
-    except UserError as e:
-        mine = (None, str(e))
-    box = [mine]
-    if world > 1:
-        box = [None] * world
-        dist.all_gather_object(box, mine)
-    for _, error in box:
-        if error is not None:
-            raise UserError(error)
-    return [result for result, _ in box]
-
-
-def fingerprints(x):
+def hash_images(x):
     """One number per image, equal for equal images: int64 [n]. Counting distinct ones finds a seed that is the same on every rank."""
     rows = x.detach().cpu().contiguous().numpy()
     return torch.tensor([int.from_bytes(hashlib.sha256(r.tobytes()).digest()[:8], "big", signed=True) for r in rows], dtype=torch.int64)
@@ -244,7 +151,7 @@ def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1
         images = x.cpu() if toy else model.decode(x)
         f, logits = (images, None) if toy else extractor(images)
         points.append(f)
-        ids.append(fingerprints(images))
+        ids.append(hash_images(images))
         finite.append(x.isfinite().flatten(1).all(1).cpu())
         if logits is not None:
             predicted.append(logits.argmax(1))
@@ -252,36 +159,25 @@ def evaluate(sampler, model, teacher, n=5000, seed=0, batch=250, rank=0, world=1
             keep(index, images)
         if progress:
             progress(len(index))
-    points, ids, bad = (gather(torch.cat(a), n, rank, world) for a in (points, ids, [1 - f.long() for f in finite]))
+    points, ids, bad = (gather_rows(torch.cat(a), n, rank, world) for a in (points, ids, [1 - f.long() for f in finite]))
     labels = torch.arange(n) % max(teacher.classes, 1)
     if toy:
         protocol, measure = f"toy exact n={n} seed={seed}", lambda: toy_distances(points, teacher.mixture, labels, seed)
     else:
         protocol, measure = extractor.describe(n, f"seed={seed}"), lambda: distances(extractor, points)
-    result = together(lambda: measure() if rank == 0 else None, world)[0]  # the other ranks would only compute the same again
-    right = extractor.right(gather(torch.cat(predicted), n, rank, world), labels) if predicted else {}
+    result = on_all_ranks(lambda: measure() if rank == 0 else None, world)[0]  # the other ranks would only compute the same again
+    right = extractor.right(gather_rows(torch.cat(predicted), n, rank, world), labels) if predicted else {}
     result |= {k: v.nanmean().item() for k, v in right.items()}
     if getattr(model, "by", None) == "label" and len(model.experts) > 1:
-        by_expert = lambda: experts(model.table, points, labels, right.get("agreement"), teacher, extractor, seed)
-        result["experts"] = together(lambda: by_expert() if rank == 0 else None, world)[0]
+        by_expert = lambda: measure_experts(model.table, points, labels, right.get("agreement"), teacher, extractor, seed)
+        result["experts"] = on_all_ranks(lambda: by_expert() if rank == 0 else None, world)[0]
     if bad.any():
         result["nonfinite"] = int(bad.sum())
     return dict(protocol=protocol, **result, n=n, seed=seed, distinct=len(ids.unique()), images_per_s=round(len(range(rank, n, world)) / max(seconds, 1e-9), 1),
                 seconds=round(time.time() - start, 1))
 
 
-def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, world=1, prompts=8):
-    """How alike are images of one prompt or label? Mean cosine of the features of two of them: over all pairs of `images` of each of the first prompts. 1: all
-    are one; what the teacher has is the scale. Phased DMD (arXiv 2510.27684) measures diversity like this, in the features of DINOv3."""
-    p = min(prompts, max(model.classes, 1))
-    if p * images < world:
-        raise UserError(f"--per-prompt {images}: expected at least one of {p} x {images} images for each of {world} processes")
-    parts = [extractor(model.decode(x))[0] for _, _, x in generate(sampler, model, p * images, seed, batch, rank, world, classes=p)]
-    f = torch.nn.functional.normalize(gather(torch.cat(parts), p * images, rank, world).double(), dim=1).view(images, p, -1)
-    return ((f.sum(0).square().sum(1) - images) / (images * (images - 1))).mean().item()  # |sum|^2 = images + the sum over ordered pairs
-
-
-def experts(table, points, labels, right, teacher, extractor, seed):
+def measure_experts(table, points, labels, right, teacher, extractor, seed):
     """What each expert of a model routed by label makes of its own labels, against the reference of these labels -> list of dicts. The same samples as
     in the joint numbers, which are no average of these: distances within a part do not see how the parts compare."""
     out, table = [], torch.tensor(table)
@@ -298,63 +194,6 @@ def experts(table, points, labels, right, teacher, extractor, seed):
     return out
 
 
-# ---- images of a folder ------------------------------------------------------------------------------------------------------------------
-
-
-def list_images(flag, folder, n=None):
-    if not Path(folder).is_dir():
-        raise UserError(f"{flag} {folder}: expected a folder of images, found {'a file' if Path(folder).exists() else 'nothing'}")
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
-    if len(files) < (n or 8):
-        raise UserError(f"{flag} {folder}: expected at least {n or 8} images ({', '.join(SUFFIXES)}), found {len(files)}")
-    return files[:n]
-
-
-def read(path, channels):
-    """uint8 [C, H, W] at the file's own size: an image that is resized twice gives another number."""
-    from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as img:  # others run programs (EPS) or are rare
-                a = np.array(img.convert("L" if channels == 1 else "RGB"))
-        except Exception as e:  # pillow's readers raise many kinds for a damaged file; leaving it out would change n without a word
-            raise UserError(f"{path}: not readable as an image ({type(e).__name__})") from None
-    return torch.from_numpy(a).reshape(*a.shape[:2], channels).permute(2, 0, 1)
-
-
-def folder_features(files, extractor, batch, rank, world):
-    """Features float32 [n, D] and fingerprints [n] of image files, on every rank."""
-    shape = extractor.shape
-    if len(files) < world:
-        raise UserError(f"{len(files)} images: expected at least one for each of {world} processes")
-
-    def mine():
-        features, ids, group = [], [], []
-        for path in tqdm(files[rank::world] + [None], desc=files[0].parent.name, disable=rank > 0, mininterval=pace()):
-            image = None if path is None else read(path, 3 if shape is None else shape[0])
-            if image is not None and shape is not None and image.shape != shape:
-                raise UserError(f"{path}: expected {shape[1]} x {shape[2]} pixels, the teacher's size, found {image.shape[1]} x {image.shape[2]}")
-            if group and (image is None or len(group) == batch or image.shape != group[0].shape):  # sizes may differ within a folder
-                stack = torch.stack(group)
-                features.append(extractor(stack)[0])
-                ids.append(fingerprints(stack))
-                group = []
-            group.append(image)
-        return torch.cat(features), torch.cat(ids)
-
-    local = []
-    together(lambda: local.extend(mine()), world)  # a file that one rank cannot read ends all of them
-    return tuple(gather(a, len(files), rank, world) for a in local)
-
-
-def pace():
-    return 0.2 if sys.stderr.isatty() else 10
-
-
-# ---- cost of a sampler: network passes and time -----------------------------------------------------------------------------------------
-
-
 def timed(sampler, sync, *args):
     sync()
     t = time.perf_counter()
@@ -363,165 +202,7 @@ def timed(sampler, sync, *args):
     return x, time.perf_counter() - t
 
 
-def trial(model, n):
-    """(z, cond, noise) for n samples that nobody looks at."""
-    device = next(model.parameters()).device
-    z = torch.randn(n, *model.shape, device=device)
-    return z, model.encode(torch.arange(n) % max(model.classes, 1)), lambda: torch.randn_like(z)
-
-
-@torch.no_grad()
-def passes(sampler, model):
-    """Network passes per image, counted where they happen: rows that enter the network (the exact toy teacher has none, there the model itself counts)."""
-    seen = []
-    count = lambda m, a, kw: seen.append(len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v))))
-    targets = [m if getattr(m, "exact", False) else m.net for m in getattr(model, "experts", [model])]
-    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in targets]
-    try:
-        sampler(model, *trial(model, 2))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(seen) / 2
-
-
-@torch.no_grad()
-def latency(sampler, model, batch):
-    """Median time of sampling and decoding, at batch 1 and `batch`, of at least three calls."""
-    out, device = {}, next(model.parameters()).device
-    for b in sorted({1, batch}):
-        inputs, times = trial(model, b), []
-        while len(times) < 5 or (len(times) < 50 and sum(times) < 2):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            x = sampler(model, *inputs)
-            x = x if model.adapter == "toy" else model.decode(x)
-            x.cpu()  # waits for the device
-            times.append(time.perf_counter() - start)
-        t = float(np.median(times[2:]))  # two calls of warm-up
-        out[str(b)] = dict(ms_per_image=round(t / b * 1000, 4), images_per_s=round(b / t, 2))
-    return out
-
-
-# ---- what a script does at the end of a run, and in between ------------------------------------------------------------------------------
-
-
-def pictures(run, teacher, student, sample, sampler, it, n=20):
-    """samples/<it>.png: teacher row beside student rows, same noise, same labels. Rank 0 draws."""
-    if not (run.main or run.args.shard):  # a sharded network answers when all processes ask
-        return
-    nfe = run.args.nfe
-    n = 4000 if teacher.adapter == "toy" else n if teacher.shape[-1] <= 64 and not hasattr(teacher, "prompts") else 8
-    one = lambda fn, model: torch.cat([x for _, _, x in generate(fn, model, n, run.args.seed, 4000 if n > 8 else 2)])
-    if not hasattr(run, "teacher_row"):
-        run.teacher_row = teacher.rows(one(lambda m, z, c, noise: teacher_sample(m, z, c, TEACHER_NFE, run.args.cfg), teacher))
-    now = student.rows(one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student))
-    rows = [(f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", run.teacher_row), (f"{run.method}, {nfe} step{'s' * (nfe > 1)}, iteration {it}", now)]
-    if run.main:
-        save_grid(run.out / "samples" / f"{it:08d}.png", rows)
-
-
-def draw(path, rows, args, device):
-    """Picture: same noise, same labels in every row."""
-    sheet = []
-    for row in rows:
-        model, n = row["model"].to(device), 4000 if row["teacher"].adapter == "toy" else 20
-        parts = generate(row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch)
-        sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
-    save_grid(path, sheet)
-    print(f"picture: {path}")
-
-
-def report(run, teacher, student, sample, sampler, it, n):
-    """Metrics of the student into metrics.json, and one line of eval.jsonl. Beside it, for scale, what was measured of its teacher (teacher.json)."""
-    args = run.args
-    if n and teacher.adapter != "toy" and not teacher.evaluation:
-        run.print(f"{run.method}: this teacher brings no metric; samples/ has pictures, eval.py measures folders of images")
-        n = 0
-    if not n:
-        return
-    model_sampler = lambda m, z, c, noise: sample(m, z, c, args.nfe, noise, **sampler)
-    result = evaluate(model_sampler, student, teacher, n, args.seed, rank=run.rank, world=run.world)
-    result = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg, train_seconds=round(run.seconds), **result)
-    if run.main:
-        before = [line for line in path.read_text().splitlines() if earlier(line, it)] if (path := run.out / "eval.jsonl").exists() else []
-        with atomic(path) as f:
-            f.write("\n".join([*before, dumps(result), ""]).encode())
-        write_json(run.out / "metrics.json", json.loads(dumps(result)))  # strict JSON: a diverged run has nan
-        for row in teacher.evaluation.get("measured", []):
-            run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
-        run.print(summary(result))
-        for part in result.get("experts", []):
-            run.print(summary(dict(result, **{k: None for k in METRICS}) | part | dict(method=f"  expert {part['expert']}", protocol=f"labels {part['labels']}, n={part['n']}")))
-
-
-def earlier(line, it):
-    """Is this line of eval.jsonl of an iteration before `it`? Others are of iterations that a resume has undone, or half a line."""
-    try:
-        return json.loads(line)["it"] < it
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def summary(r):
     """One line for people."""
     keys = [k for k in METRICS if r.get(k) is not None and k not in ("kid_std", "density", "mode_max")]
     return f"{r['method']} nfe={r['nfe']}: " + "  ".join(f"{k} {r[k]:.4g}" for k in keys) + f"  ({r['protocol']})"
-
-
-def export(run, teacher, student, sampler):
-    """student/: weights in diffusers format and distill.json, all that inference needs."""
-    student = student.whole()
-    if run.main:
-        (run.out / "student" / "distill.json").unlink(missing_ok=True)  # written last: no half-written student looks finished
-        flags = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite")}
-        student.save(run.out / "student", dict(method=run.method, teacher=run.args.teacher, nfe=run.args.nfe, cfg=run.args.cfg, sampler=sampler, flags=flags,
-                                               seed=run.args.seed, revision=run.revision, torch=torch.__version__,
-                                               training=run.record | dict(seconds=round(run.seconds), iterations=run.args.iters, batch=run.args.batch,
-                                                                          command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), world=run.world,
-                                                                          dtype=str(run.dtype)[6:], threads=torch.get_num_threads(), hardware=hardware(run.device),
-                                                                          date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))))
-        run.print(f"student: {run.out / 'student'}")
-
-
-# ---- results as text ---------------------------------------------------------------------------------------------------------------------
-
-
-def sha256(folder):
-    """Of all weights below a model's folder, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*.safetensors")):
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()[:12]
-
-
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), platform.processor() or platform.machine())
-
-
-def dumps(value):
-    """One line of strict JSON: NaN and infinities become null."""
-    clean = lambda v: ({k: clean(w) for k, w in v.items()} if isinstance(v, dict) else [clean(w) for w in v] if isinstance(v, list)
-                       else None if isinstance(v, float) and not math.isfinite(v) else v)
-    return json.dumps(clean(value), allow_nan=False)
-
-
-def table(results):
-    """Markdown; columns that no result has are left out. Several seeds: mean, of distances also (minimum)."""
-    columns = ["name", "nfe", "passes", "cfg", *[k for k in METRICS if k != "kid_std"], "distinct", "nonfinite", "images_per_s"]
-    columns = [c for c in columns if any(r.get(c) is not None for r in results)]
-
-    def show(r, c):
-        least = f" ({r['min'][c]:.4g})" if c in DISTANCES and c in r.get("min", {}) else ""
-        return "" if r.get(c) is None else f"{r[c]:.4g}{least}" if isinstance(r[c], float) else str(r[c])
-
-    cells = [columns] + [[show(r, c) for c in columns] for r in results]
-    width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, width)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])

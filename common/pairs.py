@@ -2,6 +2,7 @@
 
 Pair i depends on (seed, i) only, so any number of processes makes the same ones; they are kept in the run's folder, in parts, and made once.
 """
+
 import hashlib
 import json
 
@@ -12,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.metrics import generate, teacher_sample
-from common.run import ImageNoise, RunError, UserError, atomic, mix, reason
+from common.errors import RunError, UserError, first_line
+from common.files import atomic
+from common.rng import PerImageNoise, derive_seed
+from common.sampling import generate, teacher_sample
 
 STEPS, PART = 50, 64  # steps of the teacher; pairs in one file
 
@@ -22,7 +25,7 @@ class Pairs:
     """n pairs of a teacher with guidance cfg. Only images are kept, memory-mapped: noise and condition follow from the number of the pair."""
 
     def __init__(self, run, teacher, n, cfg):
-        self.teacher, self.n, self.seed = teacher, n, mix(run.args.seed, 11) % 2**31  # not the noise of sample grids and metrics
+        self.teacher, self.n, self.seed = teacher, n, derive_seed(run.args.seed, 11) % 2**31  # not the noise of sample grids and metrics
         what = [run.args.teacher, getattr(teacher, "prompts", teacher.classes), list(teacher.shape), self.seed, n, cfg, str(run.dtype)]
         folder = run.out / f"pairs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
         files = [folder / f"{i:06d}.safetensors" for i in range(-(-n // PART))]
@@ -45,12 +48,12 @@ class Pairs:
             if any(part.shape != (min(PART, n - i * PART), *teacher.shape) for i, part in enumerate(self.parts)):
                 raise OSError("their shapes are others; delete the folder to make them again")
         except (OSError, SafetensorError, KeyError) as e:
-            raise RunError(f"{folder}: pairs not written or not readable: {reason(e)}") from None
+            raise RunError(f"{folder}: pairs not written or not readable: {first_line(e)}") from None
 
     def rows(self, index):
         """index: int64 [B] -> noise [B, *shape], image [B, *shape], cond."""
         x = torch.stack([self.parts[i // PART][i % PART] for i in index.tolist()]).to(index.device)
-        z = ImageNoise(self.seed, index.tolist(), index.device)(*self.teacher.shape)
+        z = PerImageNoise(self.seed, index.tolist(), index.device)(*self.teacher.shape)
         return z, x, self.teacher.encode(index % max(self.teacher.classes, 1))
 
 

@@ -1,356 +1,31 @@
-"""What every script needs and no method is about: flags, processes, random numbers, EMA, checkpoints, the log, pictures.
+"""One run: its folder, this process's share of the batch, optimiser steps, log and checkpoints."""
 
-There is no trainer here: a script's `main` is one flat loop, and `Run` only answers its questions (which device, which samples are mine, where is
-the last checkpoint). Nothing in this file knows a method.
-"""
-import argparse
 import contextlib
-import ctypes
 import datetime
-import difflib
 import fcntl
 import json
 import math
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 import warnings
 import weakref
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from common.distributed import init_processes
+from common.errors import RunError, UserError, first_line
+from common.files import ROOT, atomic, git_revision
+from common.memory import format_bytes, keep_heap
+from common.rng import BatchRandom, derive_seed
+
 STOP_AFTER_BAD = 20  # optimiser steps in a row with a non-finite gradient before the run gives up
-
-
-class UserError(Exception):
-    """A mistake of the user: one line that names the flag or file, what was expected and what was found. Scripts print it and exit with 2."""
-
-
-class RunError(Exception):
-    """A fault of the run (not finite for long, disk full): one line, exit code 1. The last checkpoint stays as it is."""
-
-
-def launch(main):
-    """Calls a script's main() and turns faults into one line and an exit code: 2 user error, 1 fault, 130 Ctrl-C, 143 SIGTERM (after saving)."""
-    code, line = 0, None
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-        main()
-    except (UserError, RunError) as e:
-        code, line = 2 if isinstance(e, UserError) else 1, str(e) if int(os.environ.get("RANK", 0)) == 0 else None
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted"
-    except (OSError, RuntimeError, MemoryError, SafetensorError) as e:
-        code, line = 1, outside(e)
-        if line is None:
-            raise
-    finally:
-        if line is not None:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(code)
-
-
-OUTSIDE = (  # words in the messages of torch, and what they mean
-    (("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
-     "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --accumulate N, --grad-checkpoint, --lora RANK or --shard"),
-    (("deterministic implementation", "Deterministic behavior was enabled"), "--deterministic: an operation of this run has no deterministic form here; leave it out"),
-    (("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"), "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume"),
-)
-
-
-def outside(e):
-    """One line for a fault that is no mistake of the code: memory, disk, another process. None: it may be one."""
-    if isinstance(e, MemoryError):
-        return OUTSIDE[0][1]
-    meaning = [f"{text} ({reason(e)[:200]})" for words, text in OUTSIDE if any(w in str(e) for w in words)]
-    return meaning[0] if meaning else f"file not written or not read: {reason(e)}" if isinstance(e, (OSError, SafetensorError)) else None
-
-
-def reason(e):
-    """First line of an exception's message; its kind if it has none."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
-
-# ---- flags ------------------------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the flags that mean the same in every script, in the groups model / method / optimisation / run."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.model, self.method = self.add_argument_group("model"), self.add_argument_group("method")
-        self.optim, self.run = self.add_argument_group("optimisation"), self.add_argument_group("run")
-        self.model.add_argument("--teacher", default="mnist", help="toy, toy-cond, mnist; sdxl, sd15, sana, sd3, ... (common/models.py, HUB); a name on the hub; a folder")
-        self.model.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default assets/prompts.txt")
-        self.model.add_argument("--cache-prompts", help="folder for their embeddings and for latents of --data, computed once; default out/prompts")
-        self.model.add_argument("--size", type=pixels, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
-        self.model.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default (text to video)")
-        self.model.add_argument("--cfg", type=float, help="guidance scale w of the teacher, u + w (c - u); 1 is the plain conditional")
-        self.model.add_argument("--embedded-guidance", type=float, help="guidance scale that FLUX.1-dev, distilled from guidance, is told as an input (3.5); --cfg is on top of it")
-        self.model.add_argument("--nfe", type=int, help="network passes of the student per sample")
-        self.model.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the student's weights, which stay the teacher's")
-        self.model.add_argument("--lora-fake", type=int, metavar="RANK", help="the same for the second network, where there is one")
-        self.model.add_argument("--lora-alpha", type=float, help="the adapters' update is alpha / rank B A; default: the rank")
-        self.model.add_argument("--lora-targets", nargs="+", metavar="NAME", help="ends of the names of layers that get adapters; default: attention and feed-forward")
-        self.model.add_argument("--data", help="images for losses that need them: a folder with one subfolder per class (text-to-image: with captions, .txt or "
-                                "metadata.jsonl); default: the teacher's own")
-        self.optim.add_argument("--iters", type=int, help="iterations of the loop")
-        self.optim.add_argument("--batch", type=int, help="global batch: samples per iteration over all processes")
-        self.optim.add_argument("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of an iteration over N parts of its batch: less memory, the same step (README says where not quite)")
-        self.optim.add_argument("--lr", type=float, help="learning rate of the student")
-        self.optim.add_argument("--lr-fake", type=float, help="learning rate of the second network, where there is one")
-        self.optim.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
-        self.optim.add_argument("--cooldown", type=float, default=0.0, help="share of the run, at its end, over which learning rates fall to 0")
-        self.optim.add_argument("--clip", type=float, default=10.0, help="gradient norm")
-        self.optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW, all networks")
-        self.optim.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW, all networks")
-        self.optim.add_argument("--ema", type=float, help="half-life of the student's weight average, in images of student updates; 0 is off")
-        self.optim.add_argument("--ema-cpu", action="store_true", help="keep the weight average in the host's memory, updated beside the training")
-        self.optim.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, about a third more time")
-        self.run.add_argument("--out", help="folder of the run; default out/<method>-<teacher>")
-        self.run.add_argument("--seed", type=int, default=0, help="of all random numbers; noise and labels depend on (seed, iteration, sample), not on the processes")
-        self.run.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        self.run.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; weights stay fp32. auto: bf16 on CUDA")
-        self.run.add_argument("--deterministic", action="store_true", help="CUDA: the same bits in every run on the same machine, at some cost in time; CPUs do it anyway")
-        self.run.add_argument("--shard", action="store_true", help="spread weights, gradients and optimiser over the processes (torch's fully_shard) instead of DDP")
-        self.run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-        self.run.add_argument("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
-        self.run.add_argument("--sample-every", type=int, default=500, help="iterations between sample grids; 0: only at the end")
-        self.run.add_argument("--eval-every", type=int, default=0, help="iterations between evaluations of 1,000 samples; 0: only at the end")
-        self.run.add_argument("--eval-n", type=int, default=5000, help="samples of the evaluation at the end; 0: none")
-        self.run.add_argument("--save-every", type=int, default=500, help="iterations between checkpoints; 0: only at the end")
-        self.run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out")
-        self.run.add_argument("--overwrite", action="store_true", help="discard a run that is already in --out")
-        self.run.add_argument("--smoke", action="store_true", help="three iterations of everything, then a small evaluation")
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-    def parse(self, presets, argv=None):
-        """Two passes: --teacher picks a preset, which becomes the defaults. Every default can still be overridden."""
-        teacher = self.parse_known_args(argv)[0].teacher if "-h" not in (argv or sys.argv) else "mnist"
-        name = Path(teacher).name  # a folder may be called like a preset; emoji-flow is trained as emoji is
-        self.set_defaults(**next(presets[k] for k in (teacher, name, {"emoji-flow": "emoji"}.get(name), "default") if k in presets))
-        args = self.parse_args(argv)
-        if args.smoke:
-            args.iters, args.log_every, args.sample_every, args.save_every, args.eval_n = 3, 1, 3, 3, min(args.eval_n, 64)
-        for name, given in vars(args).items():
-            for value in given if isinstance(given, (list, tuple)) else [given]:
-                if isinstance(value, float) and value != value or isinstance(value, int) and abs(value) >= (2**63 if name == "seed" else 2**31):
-                    raise UserError(f"--{name.replace('_', '-')}: expected a number of ordinary size, found {value}")
-        for name in ("iters", "batch", "accumulate", "nfe", "log_every"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-        for name in ("lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup", "weight_decay", "sample_every", "eval_every", "eval_n", "save_every"):
-            if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')}: expected a number >= 0, found {getattr(args, name)}")
-        if 0 < args.eval_n < max(8, world := int(os.environ.get("WORLD_SIZE", 1))):  # k = 3 neighbours and a covariance need some
-            raise UserError(f"--eval-n {args.eval_n}: expected 0 or at least {max(8, world)} samples")
-        for name, fine, expected in (("cooldown", 0 <= args.cooldown <= 1, "a share from 0 to 1"), ("clip", args.clip > 0, "a number > 0"),
-                                     ("betas", all(0 <= b < 1 for b in args.betas), "two numbers from 0 to below 1")):
-            if not fine:
-                raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
-        for name, other in (("compile", "neither has been tried with the other"), ("ema_cpu", "the average is spread over the processes already"),
-                            ("lora", "adapters need the teacher's whole weights"), ("lora_fake", "adapters need the teacher's whole weights")):
-            if args.shard and vars(args).get(name):
-                raise UserError(f"--shard with --{name.replace('_', '-')}: {other}; use one of them")
-        if not (args.lora or args.lora_fake) and (args.lora_alpha is not None or args.lora_targets):
-            raise UserError("--lora-alpha and --lora-targets mean something only with --lora or --lora-fake")
-        if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
-            raise UserError(f"--lora-alpha: expected a number > 0, found {args.lora_alpha}")
-        for name, flag in (("lora", "--lora"), ("lora_fake", "--lora-fake")):  # what Model.copy asks for
-            if (rank := getattr(args, name)) is not None:
-                if rank < 1:
-                    raise UserError(f"{flag}: expected a rank of at least 1, found {rank}")
-                setattr(args, name, dict(rank=rank, alpha=args.lora_alpha or rank, targets=args.lora_targets, seed=args.seed, flag=flag))
-        if args.resume and args.overwrite:
-            raise UserError("--resume and --overwrite contradict each other: the first keeps the run in --out, the second discards it")
-        return args
-
-
-def pixels(text):
-    """A --size: 512, or HEIGHTxWIDTH -> [height, width]."""
-    if not (m := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)):
-        raise argparse.ArgumentTypeError(f"expected pixels, as 512 or HEIGHTxWIDTH, found {text!r}")
-    return [int(m[1]), int(m[2] or m[1])]
-
-
-def size(n):
-    """Bytes for people."""
-    return f"{n / 2**30:.1f} GB" if n >= 2**30 else f"{n / 2**20:.1f} MB"
-
-
-def near(word, known):
-    """', did you mean X?' for the nearest known names, or ''."""
-    hits = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.5)
-    return f", did you mean {' or '.join(hits)}?" if hits else ""
-
-
-# ---- random numbers ---------------------------------------------------------------------------------------------------------------------
-
-
-def mix(*key):
-    """A 64-bit seed from integers, well mixed: neighbouring keys give unrelated streams."""
-    return int(np.random.SeedSequence([int(k) % 2**63 for k in key]).generate_state(1, np.uint64)[0])
-
-
-class Draw:
-    """Random numbers of one iteration, a function of (seed, iteration, place in the global batch) and not of the number of processes.
-
-    Every process draws the whole global batch and keeps its own rows; that is cheap beside a network pass and needs no communication. Rows differ
-    between processes; `shared_int` is the same on all of them (what all ranks must agree on, such as a step index). Nothing is left to save for a resume.
-    """
-
-    def __init__(self, seed, it, batch, rank=0, world=1, device="cpu"):
-        self.total, self.rows, self.device = batch, slice(rank * (batch // world), (rank + 1) * (batch // world)), device
-        self.gen = torch.Generator(device).manual_seed(mix(seed, it, 1))
-        self.cpu = torch.Generator().manual_seed(mix(seed, it, 2))
-
-    def normal(self, *shape):  # [B_local, *shape] float32
-        return torch.randn(self.total, *shape, generator=self.gen, device=self.device)[self.rows]
-
-    def like(self, x):
-        return self.normal(*x.shape[1:])
-
-    def uniform(self):  # [B_local] float64 in [0, 1)
-        return torch.rand(self.total, generator=self.gen, device=self.device, dtype=torch.float64)[self.rows]
-
-    def integers(self, low, high):  # [B_local] int64 in low..high-1
-        return torch.randint(low, high, (self.total,), generator=self.gen, device=self.device)[self.rows]
-
-    def shared_int(self, low, high):  # python int in low..high-1, equal on all processes
-        return int(torch.randint(low, high, (), generator=self.cpu))
-
-
-class ImageNoise:
-    """Noise of images i = first, first+step, ... where image i depends on (seed, i) only: the same picture for any batch or world size (EDM's rule).
-    Call it once for z and once for every later draw: noise(shape) -> [n, *shape] float32 on `device`."""
-
-    def __init__(self, seed, indices, device="cpu"):
-        self.gens, self.device = [torch.Generator().manual_seed(mix(seed, i, 3)) for i in indices], device
-
-    def __call__(self, *shape):
-        return torch.stack([torch.randn(*shape, generator=g) for g in self.gens]).to(self.device)
-
-
-# ---- weight average ---------------------------------------------------------------------------------------------------------------------
-
-
-class EMA:
-    """Average of a model's weights, fp32. `halflife` is in images; it is shortened to 5 % of the images seen so far, so that the average forgets the
-    start early on (EDM's ramp-up). halflife 0: `.model` is the model itself. host: the average stays in the host's memory (--ema-cpu); weights are fetched
-    after each update and blended by a thread of its own while the next iteration runs, and `.model` is a copy made when it is asked for."""
-
-    def __init__(self, model, halflife, host=False):
-        self.halflife, self.images, self.live, self.blending = halflife, 0, model, None
-        self.twin = model.copy().requires_grad_(False) if halflife and not host else model
-        self.host = [p.detach().to("cpu", torch.float32, copy=True) for p in model.parameters()] if halflife and host else []
-        self.fetched = [torch.empty_like(h, pin_memory=torch.cuda.is_available()) for h in self.host]
-        self.thread = ThreadPoolExecutor(1) if self.host else None
-
-    def wait(self):
-        if self.blending:
-            self.blending.result()  # raises what went wrong there
-        self.blending = None
-
-    @property
-    def model(self):
-        if not self.host:
-            return self.twin
-        self.wait()
-        twin = self.live.copy().requires_grad_(False)
-        for p, h in zip(twin.parameters(), self.host, strict=True):
-            p.copy_(h)
-        return twin
-
-    @torch.no_grad()
-    def update(self, images):
-        """To be called after a student update only: on other iterations the average would drift towards a student that did not move. images: of this update
-        (Run.stepped); 0 changes nothing."""
-        self.images += images
-        if self.halflife and images:
-            beta = 0.5 ** (images / max(min(self.halflife, 0.05 * self.images), 1e-8))
-            if self.host:
-                self.fetch(1 - beta)
-            else:
-                torch._foreach_lerp_(list(self.twin.parameters()), [p.float() for p in self.live.parameters()], 1 - beta)
-
-    def fetch(self, share):
-        self.wait()
-        for to, p in zip(self.fetched, self.live.parameters(), strict=True):
-            to.copy_(p, non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-        def blend():
-            if done:
-                done.synchronize()
-            torch._foreach_lerp_(self.host, self.fetched, share)
-
-        self.blending = self.thread.submit(blend)
-
-    def state_dict(self):
-        self.wait()
-        average = dict(zip((name for name, _ in self.live.named_parameters()), self.host)) if self.host else {}
-        return dict(images=self.images, model=(self.live.state_dict() | average if self.host else self.twin.state_dict()) if self.halflife else {})
-
-    def load_state_dict(self, state):
-        if not isinstance(state["images"], (int, float)) or not state["images"] >= 0:
-            raise ValueError(f"average: expected a number of images, found {str(state['images'])[:80]}")
-        self.images = state["images"]
-        if self.host:
-            self.wait()
-            for (name, _), h in zip(self.live.named_parameters(), self.host, strict=True):
-                h.copy_(state["model"][name])
-        elif self.halflife:
-            self.twin.load_state_dict(state["model"])
-
-
-# ---- the run ----------------------------------------------------------------------------------------------------------------------------
-
-
-def processes(args):
-    """Device and process group of --device, --dtype and torchrun's environment -> rank, world, device, dtype of the network passes. UserError: no such device."""
-    rank, world, cuda = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if args.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu or cuda, found {args.device}")
-    if args.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and args.device != "cpu" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if world > 1 and not dist.is_initialized():  # both backends: scalars that only the host needs go over gloo and never wait for the GPU
-        where, restarts = {}, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        if restarts and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # torchrun's store outlives its workers and still has the addresses of the
-            # dead ones (pytorch issue 135712), so names are new after a restart. The count is per machine; on several, start torchrun with
-            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-            store = next(dist.rendezvous("env://", rank, world))[0]
-            where = dict(store=dist.PrefixStore(f"restart_{restarts}", store), rank=rank, world_size=world)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30), **where)
-    return rank, world, device, torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
-
-
-def keep_heap():
-    """glibc returns freed memory to the system and takes it back page by page, every iteration anew: without that a run on a CPU is some per cent faster."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc only
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the top of the heap before it is cut
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
 
 
 class Run:
@@ -369,7 +44,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-        self.rank, self.world, self.device, self.dtype = processes(args)
+        self.rank, self.world, self.device, self.dtype = init_processes(args)
         if self.device.type == "cpu":
             keep_heap()
         self.main, self.batch = self.rank == 0, args.batch // (self.world * args.accumulate)
@@ -463,7 +138,7 @@ class Run:
 
     def note_start(self, first):
         """A line of run.jsonl for each start: all that it takes to do it again."""
-        self.revision, versions = revision(), dict(python=sys.version.split()[0])
+        self.revision, versions = git_revision(), dict(python=sys.version.split()[0])
         for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
@@ -514,13 +189,13 @@ class Run:
         if total > free:
             ways_out = [flag for flag, given in (("--lora RANK", vars(a).get("lora", True)), ("--shard on more processes", False), ("--ema-cpu", a.ema_cpu or not a.ema))
                         if not given]
-            raise UserError(f"--teacher {a.teacher}: its networks need {size(total)}, activations not included, found {size(free)} free on {self.device} for a process; "
+            raise UserError(f"--teacher {a.teacher}: its networks need {format_bytes(total)}, activations not included, found {format_bytes(free)} free on {self.device} for a process; "
                             f"try {', '.join(ways_out)} (--grad-checkpoint and a smaller --batch lower activations only)")
 
     def memory(self, name, parts):
         """Prints bytes by part, of one process -> their sum, and what the device has free."""
         total, free = sum(parts.values()), self.free_memory()
-        self.print(f"  {name:22s} {', '.join(f'{k} {size(v)}' for k, v in parts.items() if v)}: {size(total)}, {size(free)} free; activations come on top")
+        self.print(f"  {name:22s} {', '.join(f'{k} {format_bytes(v)}' for k, v in parts.items() if v)}: {format_bytes(total)}, {format_bytes(free)} free; activations come on top")
         return total, free
 
     def rehearse(self, graph, facts):
@@ -541,9 +216,9 @@ class Run:
             p.grad = None
         here, margin = self.peak_mb() * 2**20, 1.08 if self.device.type == "cpu" else 1.0  # on CPUs gaps in the heap, measured: docs/RESULTS.md
         if coming > self.free_memory():
-            raise UserError(f"--teacher {self.args.teacher}: gradients and optimisers need {size(coming)} more, found {size(self.free_memory())} free on {self.device}; "
+            raise UserError(f"--teacher {self.args.teacher}: gradients and optimisers need {format_bytes(coming)} more, found {format_bytes(self.free_memory())} free on {self.device}; "
                             f"try --lora RANK, --shard on more processes")
-        self.print(f"  {'memory, peak':22s} {(here + coming) * margin / 2**20:.0f} MB expected: {size(here)} in a rehearsal of the largest backward, {size(coming)} to come"
+        self.print(f"  {'memory, peak':22s} {(here + coming) * margin / 2**20:.0f} MB expected: {format_bytes(here)} in a rehearsal of the largest backward, {format_bytes(coming)} to come"
                    + ", gaps" * (margin > 1))
 
     def free_memory(self):
@@ -611,8 +286,8 @@ class Run:
 
     def draw(self, it):
         """Random numbers of iteration it. The global generator (dropout and the like) is re-seeded too, so that a resume needs no RNG state."""
-        torch.manual_seed(mix(self.args.seed, it, 4, self.slot[0]))
-        return Draw(self.args.seed, it, self.args.batch, *self.slot, self.device)
+        torch.manual_seed(derive_seed(self.args.seed, it, 4, self.slot[0]))
+        return BatchRandom(self.args.seed, it, self.args.batch, *self.slot, self.device)
 
     def set_rates(self, it, *pairs, span=None):
         """Learning rates of iteration it: linear --warmup from lr / warmup, then constant, then linear over the last --cooldown share to 0. pairs: (optimiser, lr).
@@ -727,7 +402,7 @@ class Run:
                 with atomic(path) as f:
                     torch.save(payload, f)
             except (OSError, RuntimeError) as e:  # RuntimeError: how torch.save reports a full disk
-                self.warn(f"checkpoint at iteration {it + 1} not written ({reason(e)}); the previous one is intact")
+                self.warn(f"checkpoint at iteration {it + 1} not written ({first_line(e)}); the previous one is intact")
             else:
                 for old in self.checkpoints()[:-2]:
                     old.unlink()
@@ -763,7 +438,7 @@ class Run:
             except torch.OutOfMemoryError:
                 raise
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-                raise UserError(f"--resume {path}: does not fit the networks of these flags: {reason(e)}") from None
+                raise UserError(f"--resume {path}: does not fit the networks of these flags: {first_line(e)}") from None
             self.past_seconds, self.skipped, self.saved = seconds, skipped, it
             self.once(lambda: (self.rewind(log_bytes, unreadable), self.note_start(it)))
             self.print(f"resumed {path.name}")
@@ -797,70 +472,3 @@ class Run:
         if self.stopping:
             self.warn(f"stopped by {signal.Signals(self.stopping).name} after iteration {it + 1}; go on with --resume")
             raise SystemExit(128 + self.stopping)
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """A binary file that appears under its name complete or not at all: temporary name, fsync, rename, fsync of the folder."""
-    tmp = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may be writing the same file of a cache
-    try:
-        with open(tmp, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        fd = os.open(Path(path).parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    with atomic(path) as f:
-        f.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(path, what="file"):
-    """Dict of a JSON file. UserError if it is missing, not JSON or not an object."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except OSError as e:
-        raise UserError(f"{what} {path}: {e.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{what} {path}: expected JSON, found something else") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def revision():
-    """Commit of the code, '+' appended when the tree differs from it; 'unknown' outside git."""
-    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True)
-    try:
-        head = git("rev-parse", "--short=10", "HEAD")
-        return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "") if head.returncode == 0 else "unknown"
-    except OSError:
-        return "unknown"
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------------------------------------
-
-
-def save_grid(path, rows, scale=None):
-    """PNG of captioned rows. rows: list of (caption, uint8 [n, C, H, W], C 1 or 3). Small images are enlarged by whole pixels."""
-    from PIL import Image, ImageDraw
-    side = rows[0][1].shape[-1]
-    scale = scale or max(1, 64 // side)
-    pad, text = 2, 14
-    n, (h, w) = max(len(r[1]) for r in rows), (rows[0][1].shape[-2] * scale, side * scale)
-    sheet = Image.new("RGB", (n * (w + pad) + pad, len(rows) * (h + text + pad) + pad), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (caption, images) in enumerate(rows):
-        top = pad + r * (h + text + pad)
-        pen.text((pad, top), caption, fill="black")
-        for i, img in enumerate(images):
-            a = img.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            sheet.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (pad + i * (w + pad), top + text))
-    with atomic(path) as f:
-        sheet.save(f, "PNG")

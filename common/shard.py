@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from common.run import UserError
+from common.errors import UserError
 
 try:
     from torch.distributed.fsdp import FSDPModule, fully_shard

@@ -39,8 +39,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import random_teachers
 
-from common import adapters, data, models
+from common import data
+from common.model import Model
 from common.run import Run
+from controls.controlled import Controlled
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
@@ -63,8 +65,8 @@ def kind_of(model, x_t, features):
 def bare(model, kind, cond, sync):
     """Seconds of one pass of this kind on random tensors: the network and nothing else."""
     mode, batch, features = kind
-    run = (branch if isinstance(model, adapters.Controlled) else heads if isinstance(model, torch.nn.ModuleList) else network)(model, mode, batch, features, cond, sync)
-    params = [] if mode == "jvp" else [*model.net.parameters(), *model.extras.parameters()] if isinstance(model, models.Model) else list(model.parameters())
+    run = (branch if isinstance(model, Controlled) else heads if isinstance(model, torch.nn.ModuleList) else network)(model, mode, batch, features, cond, sync)
+    params = [] if mode == "jvp" else [*model.net.parameters(), *model.extras.parameters()] if isinstance(model, Model) else list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in params]
     for p in params:
         p.requires_grad_(mode != "forward" and not mode.endswith("to x"))
@@ -130,7 +132,7 @@ def random_weights(flags):
     def load_teacher(name, device="cpu", dtype=torch.float32, text=None, **loading):
         return random_teachers.load(random_teachers.entry(name, tiny), device, dtype, **loading)
 
-    models.load_teacher, data.load_images = load_teacher, lambda path, teacher, say: random_teachers.images(teacher)
+    load_teacher, data.load_images = load_teacher, lambda path, teacher, say: random_teachers.images(teacher)
     return ["--dtype", "bf16", "--grad-checkpoint", "--batch", "4", *[f for f in flags if f not in ("--random-weights", "--tiny")]]
 
 
@@ -185,7 +187,7 @@ def main():
     method = importlib.import_module(script)
     counts, cond_seen, example = Counter(), {}, {}
     loop_seconds, bare_seconds, per_iter, peak, work = [], defaultdict(list), [], [0], {}
-    forward, loop, controlled, inside = models.Model.forward, Run.loop, adapters.Controlled.forward, [0]
+    forward, loop, controlled, inside = Model.forward, Run.loop, Controlled.forward, [0]
 
     def counted_heads(net, features):
         mode = "heads, forward+backward" + " to x" * (not any(p.requires_grad for p in net.parameters()))
@@ -278,7 +280,7 @@ def main():
                       of_matmul_ceiling=float(f"{done / measured / ceiling:.3g}"), iterations=len(loop_seconds), torch=torch.__version__)
         print(json.dumps(result), flush=True)
 
-    models.Model.forward, Run.loop, adapters.Controlled.forward = counted, timed_loop, counted_branch
+    Model.forward, Run.loop, Controlled.forward = counted, timed_loop, counted_branch
     if logits := getattr(method, "logits", None):
         method.logits = counted_heads
     with tempfile.TemporaryDirectory() as out:

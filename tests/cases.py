@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from common.teachers.load import load_teacher
+
 FULL = os.environ.get("DISTIL_FAULTS") == "full"  # tests/test_faults.py, tests/test_untrusted.py, tests/test_fuzz.py: all cases instead of a sample
 SEED = int(os.environ.get("SEED", 0))  # of the sample
 
@@ -14,10 +16,9 @@ SEED = int(os.environ.get("SEED", 0))  # of the sample
 def generator():
     """Folder of a one-step student of the toy, its network's weights moved a little: nct.py builds on one."""
     import torch
-    from common import models
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    student = models.load_teacher("toy").copy()
+    student = load_teacher("toy").copy()
     with torch.no_grad():
         for i, p in enumerate(student.parameters()):
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))

@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import random_teachers  # noqa: E402
-from common import lora  # noqa: E402
+
+from common import lora
 
 BLOCKS = "ResnetDownsampleBlock2D AttnDownBlock2D AttnDownBlock2D AttnDownBlock2D", "AttnUpBlock2D AttnUpBlock2D AttnUpBlock2D ResnetUpsampleBlock2D"
 OTHERS = {"flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)), "qwen-image": ("QwenImageTransformer2DModel", {}), "z-image": ("ZImageTransformer2DModel", {}),

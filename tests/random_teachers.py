@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import torch
 
-from common import teachers
 from common.data import Images
-from common.run import UserError, near
+from common.errors import UserError, did_you_mean
+from common.teachers.load import PIPELINES
+from common.teachers.prompts import PromptEmbeddings
 
 TABLE = json.loads((Path(__file__).parent / "networks.json").read_text())
 PROMPTS = 8
@@ -19,7 +20,7 @@ PROMPTS = 8
 
 def entry(name, tiny=False):
     if name not in TABLE:
-        raise UserError(f"--teacher {name}: expected one of {', '.join(TABLE)} with --random-weights{near(name, TABLE)}")
+        raise UserError(f"--teacher {name}: expected one of {', '.join(TABLE)} with --random-weights{did_you_mean(name, TABLE)}")
     e = dict(TABLE[name])
     return e | dict(network=e["network"] | e["tiny"]["network"], text=e["tiny"]["text"]) if tiny else e
 
@@ -29,12 +30,12 @@ def network(e, device, dtype=torch.float32):
     import diffusers
     diffusers.utils.logging.set_verbosity_error()
     with torch.device(device):
-        return getattr(diffusers, teachers.PIPELINES[e["pipeline"]].network)(**e["network"]).to(dtype)
+        return getattr(diffusers, PIPELINES[e["pipeline"]].network)(**e["network"]).to(dtype)
 
 
 def load(e, device, dtype, seed=0, budget=lambda **sizes: None, place=None):
     """What load_pipeline gives for a folder. No VAE: its latents are random numbers of the right shape."""
-    cls, generator = teachers.PIPELINES[e["pipeline"]], torch.Generator().manual_seed(seed)
+    cls, generator = PIPELINES[e["pipeline"]], torch.Generator().manual_seed(seed)
     budget(network=sum(p.numel() for p in network(e, "meta").parameters()), vae=e["vae"]["parameters"], width=dtype.itemsize)
     torch.manual_seed(seed)  # equal on all processes
     net = network(e, "cpu" if place else device, dtype)
@@ -43,7 +44,7 @@ def load(e, device, dtype, seed=0, budget=lambda **sizes: None, place=None):
             torch.nn.init.normal_(p, 0, 0.02)
     model = cls(net, SimpleNamespace(config=SimpleNamespace(**e["vae"])), e["scheduler"])
     rows = lambda n: {k: torch.ones(n, *shape, dtype=torch.int64) if k == "mask" else torch.randn(n, *shape, generator=generator).to(dtype) for k, shape in e["text"].items()}
-    model.attach(Path("random"), teachers.Table([rows(PROMPTS)], rows(1)), ["random"] * PROMPTS)
+    model.attach(Path("random"), PromptEmbeddings([rows(PROMPTS)], rows(1)), ["random"] * PROMPTS)
     model.encode_images = lambda images: torch.randn(len(images), *model.shape, device=images.device)
     model.dtype = dtype
     return (place or (lambda model: model.to(device)))(model.requires_grad_(False))

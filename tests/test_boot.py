@@ -9,9 +9,13 @@ import torch
 import torch.nn as nn
 
 import boot
-from common import metrics, models
-from common.run import Draw, Run, UserError
+from common.errors import UserError
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import generate, teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, expand
+from common.teachers.load import load_teacher
+from tools.measure import count_nfe
 
 COSINE = TrigFlow()  # alpha = cos(pi u / 2), sigma = sin(pi u / 2) for a share u of its path
 SCHEDULES = dict(vp=VP(), edm=EDM(), flow=Flow(), shifted=Flow(shift=3.0), cosine=COSINE)
@@ -280,8 +284,8 @@ def test_the_grid_solution_is_the_teachers_sampler(n):
     for schedule in (Flow(), VP()):
         teacher, z = Gauss(schedule), normal(6, 1)
         path = boot.teacher_path(teacher, z, {}, 1.0, n)
-        assert len(path) == n + 1 and (path[-1] - metrics.teacher_sample(teacher, z, {}, n)).abs().max() < 1e-12
-    assert fixed_point(n, 1.0, Flow(), 0.7) == pytest.approx(metrics.teacher_sample(Gauss(Flow()), f64([[0.7]]), {}, n).item(), abs=1e-12)
+        assert len(path) == n + 1 and (path[-1] - teacher_sample(teacher, z, {}, n)).abs().max() < 1e-12
+    assert fixed_point(n, 1.0, Flow(), 0.7) == pytest.approx(teacher_sample(Gauss(Flow()), f64([[0.7]]), {}, n).item(), abs=1e-12)
     assert fixed_point(n, 1.0, Flow(), 0.7, grid="logsnr") == pytest.approx(boot.teacher_path(Gauss(Flow()), f64([[0.7]]), {}, 1.0, n, "logsnr")[-1].item(), abs=1e-12)
 
 
@@ -329,7 +333,7 @@ def test_target_is_that_of_the_discrete_flow_map():
 @pytest.mark.parametrize("name", ["toy", "toy-cond", "mnist"])
 def test_student_starts_as_the_teachers_guess(name):
     """At every t, bit for bit: the boundary loss is exactly 0. (The toy teacher answers with the exact posterior, so its network is compared.)"""
-    teacher = models.load_teacher(name)
+    teacher = load_teacher(name)
     teacher.exact = False
     eps, cond = torch.randn(4, *teacher.shape), teacher.encode(torch.arange(4))
     top = boot.level(teacher.schedule, f64(1.0))
@@ -354,7 +358,7 @@ def test_first_input(schedule, factor):
 
 
 def test_guidance_and_clipping():
-    teacher, x = models.load_teacher("toy-cond"), 2 * normal(64, 2)
+    teacher, x = load_teacher("toy-cond"), 2 * normal(64, 2)
     cond, at = teacher.encode(torch.arange(64) % 8), boot.level(teacher.schedule, torch.full((64,), 0.4, dtype=torch.float64))
     c, u = (teacher(x, at.alpha, at.sigma, k) for k in (cond, teacher.null(64)))
     assert torch.equal(boot.teacher_signal(teacher, x, at, cond, 1.0), c)
@@ -470,22 +474,22 @@ def test_read_out_at_any_time(schedule):
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    student = models.load_teacher("toy-cond").copy().extend("time")
+    student = load_teacher("toy-cond").copy().extend("time")
     nn.init.normal_(student.extras["time"].layers[2].weight)
     sampler = lambda m, z, c, noise: boot.sample(m, z, c, 1, noise)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
-    assert metrics.passes(sampler, student) == 1
+    assert count_nfe(sampler, student) == 1
 
 
 def test_fidelity():
     """0 for a student that walks the teacher's own path; the spread is the variance of its images."""
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     watch = boot.Fidelity(teacher, SimpleNamespace(seed=0, cfg=2.0, grid="time", t_max=1.0), 50)
     assert [len(z) for z, _, _ in watch.parts] == [32, 18] and sorted(watch(teacher.copy().extend("time"))) == sorted(map(str, boot.READOUTS))
     z, cond, path = (torch.cat([p[0] for p in watch.parts]), None, [torch.cat([p[2][i] for p in watch.parts]) for i in range(4)])
-    image = metrics.teacher_sample  # an independent sampler ends nearby: another grid near the image
+    image = teacher_sample  # an independent sampler ends nearby: another grid near the image
     near = image(teacher, z, teacher.encode(torch.arange(50) % 8), 32, 2.0)
     assert (near - path[3]).square().mean() < 1e-3 and watch.spread() == pytest.approx(float(path[3].var(0).mean()))
     known = lambda z, cond, u: {round(float(a[0]), 6): b for a, b in zip(z.double(), path[boot.READOUTS.index(u)])}
@@ -565,7 +569,7 @@ def test_gradient_routing(trace, flags):
         assert all(g.isfinite().all() for g in s["grads"].values()) and not torch.equal(s["before"], s["after"])
     assert steps[0]["grads"]["extras.time.layers.2.weight"].norm() > 0
     assert all(torch.equal(a["after"], b["before"]) for a, b in zip(steps, steps[1:]))
-    fresh = models.load_teacher("toy-cond")
+    fresh = load_teacher("toy-cond")
     assert all(torch.equal(p, q) for p, q in zip(steps.made["teacher"].parameters(), fresh.parameters()))
 
 
@@ -587,7 +591,7 @@ def test_rates_and_average(trace):
 def test_the_first_gradient_by_hand(trace):
     """One iteration of the EDM toy written out: sigma only, alpha = 1, x_T = 20 eps."""
     steps = trace("--iters", 1, "--cfg", 2, "--beta", 0.5)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     torch.manual_seed(0)
     student, s = teacher.copy().extend("time"), teacher.schedule
     cond, eps, v = teacher.encode(draw.integers(0, 8)), draw.normal(2), draw.uniform()
@@ -612,7 +616,6 @@ def test_the_first_gradient_by_hand(trace):
 
 
 def test_no_images_are_loaded(trace, monkeypatch):
-    from common import data
     monkeypatch.setattr(data, "load_images", None)
     assert len(trace("--iters", 1)) == 1 and "data" not in vars(boot)
 

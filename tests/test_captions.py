@@ -3,15 +3,19 @@ import json
 import os
 
 import pytest
+import tiny
 import torch
 from PIL import Image
-
-import tiny
-from common import data, models, teachers
-from common.data import LONGEST, Images, Shards, load_images, read_captions, read_image
-from common.run import UserError
 from test_data import picture
 from test_teachers import folders  # noqa: F401  the fixture: tiny pipelines
+
+from common.data import Images, Shards, load_images
+from common.errors import UserError
+from common.files import ROOT
+from common.image_folder import LONGEST, read_captions, read_image
+from common.teachers.load import load_model, load_pipeline
+from common.teachers.prompts import PromptEmbeddings
+from common.teachers.unet import SD15
 
 PROMPTS = ["a red heart", "dog", "pizza 7"]
 
@@ -118,7 +122,7 @@ def test_only_formats_of_images(tmp_path):
 
 
 def load(folders, name, home, cache, lines=None, **kw):  # noqa: F811
-    return teachers.load_pipeline(str(folders(name)), prompts=PROMPTS, cache=cache, data=home and str(home), say=(lines if lines is not None else []).append, **kw)
+    return load_pipeline(str(folders(name)), prompts=PROMPTS, cache=cache, data=home and str(home), say=(lines if lines is not None else []).append, **kw)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
@@ -168,7 +172,7 @@ def test_second_start_reads_the_caches(folders, tmp_path, monkeypatch):  # noqa:
     first = load_images(str(home), load(folders, "sd15", home, tmp_path / "cache", lines), lines.append)
     assert sum("encoding" in line for line in lines) == 3  # prompts, captions, latents
     with monkeypatch.context() as m:
-        m.setattr(teachers.SD15, "text_pipeline", None)  # would fail if they were asked
+        m.setattr(SD15, "text_pipeline", None)  # would fail if they were asked
         m.setattr(data, "read_image", None)
         lines.clear()
         model = load(folders, "sd15", home, tmp_path / "cache", lines)
@@ -227,8 +231,8 @@ def test_a_teacher_without_images(folders, tmp_path):  # noqa: F811
 
 def test_embeddings_of_other_lengths():
     """Encoders that do not pad to a fixed length: captions longer than the prompts, and a null that fits both."""
-    table = teachers.Table([dict(text=torch.ones(3, 4, 2), pooled=torch.ones(3, 5))], dict(text=torch.ones(1, 2, 2), pooled=torch.zeros(1, 5)))
-    first = table.append(teachers.Table([dict(text=torch.full((2, 6, 2), 7.0), pooled=torch.full((2, 5), 7.0))], dict(text=torch.ones(1, 6, 2), pooled=torch.zeros(1, 5))))
+    table = PromptEmbeddings([dict(text=torch.ones(3, 4, 2), pooled=torch.ones(3, 5))], dict(text=torch.ones(1, 2, 2), pooled=torch.zeros(1, 5)))
+    first = table.append(PromptEmbeddings([dict(text=torch.full((2, 6, 2), 7.0), pooled=torch.full((2, 5), 7.0))], dict(text=torch.ones(1, 6, 2), pooled=torch.zeros(1, 5))))
     rows = table.rows(torch.tensor([2, first + 1]), "cpu")
     assert rows["text"].shape == (2, 6, 2) and rows["text"][:, :, 0].sum(1).tolist() == [4, 42] and rows["pooled"].tolist() == [[1.0] * 5, [7.0] * 5]
     assert table.nulls(3, "cpu")["text"].shape == (3, 6, 2)
@@ -237,8 +241,8 @@ def test_embeddings_of_other_lengths():
 def test_rows_of_two_tables(monkeypatch):
     monkeypatch.setattr(teachers, "SHARD", 2)
     part = lambda *values: dict(pooled=torch.tensor(values)[:, None])
-    table = teachers.Table([part(0, 1), part(2)], part(9))
-    first = table.append(teachers.Table([part(10, 11), part(12)], part(9)))
+    table = PromptEmbeddings([part(0, 1), part(2)], part(9))
+    first = table.append(PromptEmbeddings([part(10, 11), part(12)], part(9)))
     assert table.rows(torch.tensor([0, 2, first, first + 1, first + 2]), "cpu")["pooled"].flatten().tolist() == [0, 2, 10, 11, 12]
 
 
@@ -279,8 +283,8 @@ def test_script(method, name, flags, folders, scripts, tmp_path):  # noqa: F811
     values = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(values) >= 3 and all(v["skipped"] == 0 for v in values)
     info = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())
-    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
-    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    teacher = load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
+    student = load_model(tmp_path / "run" / "student", info["model"], teacher)
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
     again = scripts.run(f"{method}.py", *args, "--smoke", "--overwrite", "--out", tmp_path / "run")
     assert again.out.count("read from") == 3 and "encoding" not in again.out
@@ -297,7 +301,7 @@ def test_two_processes_are_one(folders, tmp_path):  # noqa: F811
     for n in (1, 2):
         args = ["--teacher", folders("sd15"), "--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / f"cache-{n}", "--data", tmp_path / "set", "--batch", 4,
                 "--gan", "--nfe", 1, "--lr", 1e-3, "--warmup", 0, "--smoke", "--out", tmp_path / f"run-{n}"]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "dmd2.py", *map(str, args)], check=True, cwd=data.ROOT,
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "dmd2.py", *map(str, args)], check=True, cwd=ROOT,
                        env=dict(os.environ, OMP_NUM_THREADS="1"))
         logs.append([json.loads(line) for line in (tmp_path / f"run-{n}" / "log.jsonl").read_text().splitlines()])
     for a, b in zip(*logs):

@@ -6,15 +6,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reproduce
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from hypothesis import given, settings, strategies as st
+from test_eval import same, two_processes
 
 import eval as script
-import reproduce
-from common import compare, metrics, models, plots
-from common.run import ROOT, UserError
-from test_eval import same, two_processes
+from common import metrics
+from common.errors import UserError
+from common.files import ROOT
+from common.sampling import generate, teacher_sample
+from common.teachers.load import load_teacher
+from tools.compare import command, distance, groups, lines_of_code, networks, order, teacher_steps
+from tools.plot_log import (
+    by_angle,
+    curves,
+    image_rows,
+    main,
+    read_log,
+    running_mean,
+    scatter,
+    ticks,
+)
 
 FLAGS = dict(teacher="toy", iters=20, seed=0, out="x", eval_n=10)
 RECORD = dict(images=0, passes_per_iteration="4.80", networks=dict(student=3, critic=4), seconds=7, iterations=20, batch=8, threads=1, hardware="a CPU", date="today",
@@ -23,7 +38,7 @@ RECORD = dict(images=0, passes_per_iteration="4.80", networks=dict(student=3, cr
 
 def student(folder, seed, move=0.05, log=True, **info):
     """A student of the toy without training: its network's weights moved."""
-    model = models.load_teacher("toy").copy()
+    model = load_teacher("toy").copy()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -77,17 +92,17 @@ def test_rows(toys, run, tmp_path):
         assert dmd2[key] == pytest.approx(np.mean(dmd2["each"][key]))
 
     # the distance, from its definition
-    toy, gap = models.load_teacher("toy"), {}
-    target = torch.cat([x for *_, x in metrics.generate(lambda m, z, c, noise: metrics.teacher_sample(m, z, c, 3), toy, 60)])
+    toy, gap = load_teacher("toy"), {}
+    target = torch.cat([x for *_, x in generate(lambda m, z, c, noise: teacher_sample(m, z, c, 3), toy, 60)])
     for name in ("dmd2", "dmd2-s1"):
         model, sample, info, *_ = script.load_student(toys / name, script.parse_args([str(toys)]), {})
-        x = torch.cat([x for *_, x in metrics.generate(lambda m, z, c, noise: sample(m, z, c, 1, noise, **info["sampler"]), model, 60)])
+        x = torch.cat([x for *_, x in generate(lambda m, z, c, noise: sample(m, z, c, 1, noise, **info["sampler"]), model, 60)])
         gap[name] = float((x - target).square().mean())
     assert dmd2["to_teacher"] == pytest.approx((gap["dmd2"] + gap["dmd2-s1"]) / 2, rel=1e-5)
     assert teacher["to_teacher"] == 0 < rows[3]["to_teacher"] < rows[2]["to_teacher"] < rows[1]["to_teacher"]
 
     assert (dmd2["images"], dmd2["networks"], dmd2["passes_per_iteration"], dmd2["iterations"]) == ("no", "student, critic", "4.80", 20)
-    assert dmd2["train_seconds"] == 8.5 and dmd2["command"] == ["python dmd2.py --teacher toy --iters 20"] and dmd2["lines"] == compare.lines_of_code(ROOT / "dmd2.py")
+    assert dmd2["train_seconds"] == 8.5 and dmd2["command"] == ["python dmd2.py --teacher toy --iters 20"] and dmd2["lines"] == lines_of_code(ROOT / "dmd2.py")
     assert [old[k] for k in ("images", "networks", "passes_per_iteration", "iterations", "command")] == [None] * 5 and old["train_seconds"] == 1234
     assert long["images"] == "yes"
 
@@ -107,10 +122,10 @@ def test_rows(toys, run, tmp_path):
 
 def test_teacher_rows():
     args = script.parse_args(["x", "--compare"])
-    assert compare.teacher_steps(args, [1, 4, 1]) == [(50, False), (4, False), (1, False)]
+    assert teacher_steps(args, [1, 4, 1]) == [(50, False), (4, False), (1, False)]
     args = script.parse_args(["x", "--compare", "--heun"])
-    assert compare.teacher_steps(args, [50, 1, 2, 4]) == [(50, False), (4, False), (2, False), (1, False), (25, True), (2, True)]  # 2 n - 1 calls: 49, 3; with 1 it is Euler
-    assert compare.teacher_steps(script.parse_args(["x", "--compare", "--heun", "--teacher-nfe", "7,8,16"]), [1]) == [(7, False), (8, False), (16, False), (4, True), (8, True)]
+    assert teacher_steps(args, [50, 1, 2, 4]) == [(50, False), (4, False), (2, False), (1, False), (25, True), (2, True)]  # 2 n - 1 calls: 49, 3; with 1 it is Euler
+    assert teacher_steps(script.parse_args(["x", "--compare", "--heun", "--teacher-nfe", "7,8,16"]), [1]) == [(7, False), (8, False), (16, False), (4, True), (8, True)]
 
 
 def pair(seed=0, nfe=1, method="dmd2", **flags):
@@ -124,12 +139,12 @@ def pair(seed=0, nfe=1, method="dmd2", **flags):
     ([pair(0), pair(1), pair(0), pair(1)], [2, 2]),  # all of it a second time: not four seeds
 ])
 def test_groups(pairs, sizes):
-    assert [len(g) for g in compare.groups(pairs)] == sizes
+    assert [len(g) for g in groups(pairs)] == sizes
 
 
 def test_order():
     rows = [dict(name="b", fd=2.0, seeds=[3]), dict(name="c", fd=None), dict(name="a", fd=1.0, seeds=[1])]
-    names = lambda key: "".join(r["name"] for r in compare.order(rows, key))
+    names = lambda key: "".join(r["name"] for r in order(rows, key))
     assert [names(k) for k in (None, "fd", "-fd", "name", "-name", "seeds", "kid")] == ["bca", "abc", "bac", "abc", "cba", "abc", "bca"]
 
 
@@ -145,7 +160,7 @@ def test_sorted_table(toys, run):
     (dict(nfe=1), 1, None), (dict(nfe=1, training=None), 2, None),
 ])
 def test_command(info, nfe, expected):
-    assert compare.command(info, nfe) == expected
+    assert command(info, nfe) == expected
 
 
 @pytest.mark.parametrize("trained,experts,expected", [
@@ -153,7 +168,7 @@ def test_command(info, nfe, expected):
     (dict(student=1), 1, "student"), (dict(one_student=1), 1, "student"), (None, None, None)])
 def test_networks(trained, experts, expected):
     info = dict(model=dict(experts=[{}] * experts) if experts else {}) | (dict(training=dict(networks=trained)) if trained else {})
-    assert compare.networks(info) == expected
+    assert networks(info) == expected
 
 
 def test_lines_of_code(tmp_path):
@@ -176,13 +191,13 @@ that counts"""  # 3 and 4
     g()
     # ==== end ====
 ''')
-    assert compare.lines_of_code(tmp_path / "x.py") == 6
+    assert lines_of_code(tmp_path / "x.py") == 6
 
 
 def test_distance():
     a, b = torch.tensor([[0, 255], [7, 7]], dtype=torch.uint8), torch.tensor([[255, 255]], dtype=torch.uint8)
-    assert compare.distance(a, b) == 2.0  # black and white are 2 apart; only as many as both have
-    assert compare.distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5
+    assert distance(a, b) == 2.0  # black and white are 2 apart; only as many as both have
+    assert distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5
 
 
 # ---- what is measured again ---------------------------------------------------------------------------------------------------------------
@@ -259,7 +274,7 @@ def test_students_say_what_their_training_took(scripts, tmp_path):
     record = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())["training"]
     assert (record["images"], list(record["networks"]), record["iterations"], record["batch"]) == (20000, ["student", "critic"], 3, 256)
     assert record["passes_per_iteration"] == "4.80 and those of the GAN head" and record["seconds"] >= 0 and record["hardware"] and record["dtype"] == "float32"
-    net = models.load_teacher("toy").copy()
+    net = load_teacher("toy").copy()
     assert record["networks"]["student"] == sum(p.numel() for p in net.parameters()) < record["networks"]["critic"]
 
 
@@ -275,25 +290,25 @@ def clean_margin(path, width=4):
 
 def test_pictures_are_not_clipped(tmp_path):
     long = "a name that is much longer than it should be, with more words than fit"
-    plots.image_rows(tmp_path / "rows.png", [(long, "second line", torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), ("b", "", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))])
+    image_rows(tmp_path / "rows.png", [(long, "second line", torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), ("b", "", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))])
     for n in (1, 5, 13):
-        plots.scatter(tmp_path / f"scatter{n}.png", [(long, long, np.array([[9.0, 9.0], [0, float("nan")]]))] * n, [(0, 0, 0)] * 2)
+        scatter(tmp_path / f"scatter{n}.png", [(long, long, np.array([[9.0, 9.0], [0, float("nan")]]))] * n, [(0, 0, 0)] * 2)
         assert clean_margin(tmp_path / f"scatter{n}.png")
     logs = [(f"seed {k}", {"x" * 60: (np.arange(30), np.arange(30) * 12345.678 * (k - 2)), "y": (np.array([0]), np.array([float("nan")]))}) for k in range(9)]
-    plots.curves(tmp_path / "curves.png", logs, long)
+    curves(tmp_path / "curves.png", logs, long)
     assert clean_margin(tmp_path / "rows.png") and clean_margin(tmp_path / "curves.png")
 
 
 def test_image_rows_show_the_images(tmp_path):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     images[1, 0] = 200
-    plots.image_rows(tmp_path / "a.png", [("x", "", images)], margin=10, gap=2)
+    image_rows(tmp_path / "a.png", [("x", "", images)], margin=10, gap=2)
     a = np.array(Image.open(tmp_path / "a.png"))
     assert (a[10:66, -66:-10] == [200, 0, 0]).all() and (a[10:66, -124:-68] == 0).all() and (a[10:66, -68:-66] == 255).all()
 
 
 def test_scatter_puts_points_where_they_are(tmp_path):
-    plots.scatter(tmp_path / "a.png", [("a", "", np.array([[0.8, 0.8], [-0.8, 5.0]]))], [(255, 0, 0), (0, 0, 255)], side=200)
+    scatter(tmp_path / "a.png", [("a", "", np.array([[0.8, 0.8], [-0.8, 5.0]]))], [(255, 0, 0), (0, 0, 255)], side=200)
     a = np.array(Image.open(tmp_path / "a.png")).astype(int)
     top = a.shape[0] - 14 - 200
     red, blue = (np.argwhere((a[..., c] - a[..., 2 - c]) > 100).mean(0) - [top, 14] for c in (0, 2))
@@ -304,36 +319,36 @@ def test_scatter_puts_points_where_they_are(tmp_path):
 def test_colours_are_directions():
     angle = np.linspace(0, 2 * math.pi, 9)[:-1] + 0.01
     points = np.stack([np.cos(angle), np.sin(angle)], 1)
-    colours = plots.by_angle(points)
-    assert len(set(colours)) == 8 and plots.by_angle(5 * points) == colours and colours[0][0] > 200 and colours[3][1] > 200
+    colours = by_angle(points)
+    assert len(set(colours)) == 8 and by_angle(5 * points) == colours and colours[0][0] > 200 and colours[3][1] > 200
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=40), st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
 def test_running_mean(values, window):
     y, half = np.array(values), window // 2
-    assert np.allclose(plots.running_mean(y, window), [y[max(0, i - half):i + half + 1].mean() for i in range(len(y))], atol=1e-9)
+    assert np.allclose(running_mean(y, window), [y[max(0, i - half):i + half + 1].mean() for i in range(len(y))], atol=1e-9)
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-6, 1e6), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_ticks(low, span, log):
     low, span = (low % 10, span % 12 + 1.0) if log else (low, max(span, abs(low) * 1e-6))
-    found = plots.ticks(low, low + span, log)
+    found = ticks(low, low + span, log)
     assert 1 <= len(found) <= 6 and all(low - 1e-6 * span - 1e-9 <= v <= low + span + 1e-6 * span + 1e-9 for v in found) and found == sorted(set(found))
     assert log or len(found) >= 2
 
 
 def test_logs(toys, tmp_path):
-    log = plots.read_log(toys / "dmd2-s1")
+    log = read_log(toys / "dmd2-s1")
     assert set(log) == {"loss", "sometimes"}  # nothing was skipped, and times are no result
     assert log["loss"][0].tolist() == list(range(0, 200, 10)) and 30 not in log["sometimes"][0] and log["loss"][1][1] == 1 / 11
-    plots.main([str(toys / "dmd2"), str(toys / "dmd2-s1"), "--out", str(tmp_path / "log.png")])
+    main([str(toys / "dmd2"), str(toys / "dmd2-s1"), "--out", str(tmp_path / "log.png")])
     assert clean_margin(tmp_path / "log.png")
     (tmp_path / "log.jsonl").write_text("{")
     for folder, expected in ((toys / "old", "expected the log of a run"), (tmp_path, "one JSON object per line")):
         with pytest.raises(UserError, match=expected):
-            plots.read_log(folder)
+            read_log(folder)
 
 
 # ---- tests/reproduce.py -------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 from pathlib import Path
 
 import pytest
-
 from cases import BOUND, EXPERT, FLAGS, LOOSE, SHORT, TOY, needs
-from common.run import read_json
+
+from common.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

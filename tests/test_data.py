@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from common.data import Images, load_folder, load_images, load_npz, read_image
-from common.models import load_teacher
-from common.run import EMA, Draw, ImageNoise, Run, UserError, atomic, mix, read_json, write_json
-
+from common.ema import EMA
+from common.errors import UserError
+from common.files import atomic, read_json, write_json
+from common.rng import BatchRandom, PerImageNoise, derive_seed
+from common.run import Run
+from common.teachers.load import load_teacher
 
 # ---- order of images --------------------------------------------------------------------------------------------------------------------
 
@@ -70,8 +73,8 @@ def all_draws(d):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_draw_does_not_depend_on_the_world_size(world):
-    one = Draw(0, 7, 8)
-    ranks = [Draw(0, 7, 8, r, world) for r in range(world)]
+    one = BatchRandom(0, 7, 8)
+    ranks = [BatchRandom(0, 7, 8, r, world) for r in range(world)]
     for whole, *parts in zip(all_draws(one), *[all_draws(r) for r in ranks]):
         assert torch.equal(torch.cat(parts), whole)
     shared = [[d.shared_int(0, 1000) for _ in range(20)] for d in (one, *ranks)]
@@ -79,15 +82,15 @@ def test_draw_does_not_depend_on_the_world_size(world):
 
 
 def test_draws_of_other_iterations_and_seeds_differ():
-    first = {(seed, it): tuple(Draw(seed, it, 4).normal(1).flatten().tolist()) for seed in (0, 1, 2) for it in range(50)}
+    first = {(seed, it): tuple(BatchRandom(seed, it, 4).normal(1).flatten().tolist()) for seed in (0, 1, 2) for it in range(50)}
     assert len(set(first.values())) == 150  # (seed 0, it 1) is not (seed 1, it 0)
-    assert len({Draw(0, it, 1).shared_int(0, 10**9) for it in range(50)}) == 50
-    x = torch.stack([Draw(0, it, 64).normal(1).flatten() for it in range(400)])
+    assert len({BatchRandom(0, it, 1).shared_int(0, 10**9) for it in range(50)}) == 50
+    x = torch.stack([BatchRandom(0, it, 64).normal(1).flatten() for it in range(400)])
     assert abs(float((x[1:] * x[:-1]).mean())) < 4 / (399 * 64) ** 0.5  # neighbours are uncorrelated: 4 standard errors
 
 
 def test_draw_ranges():
-    d = Draw(0, 0, 100000)
+    d = BatchRandom(0, 0, 100000)
     i, u = d.integers(20, 981), d.uniform()
     assert (int(i.min()), int(i.max())) == (20, 980)  # DMD2's times, both ends included
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
@@ -95,17 +98,17 @@ def test_draw_ranges():
 
 def test_mix():
     keys = [(s, i, p) for s in range(-2, 10) for i in range(50) for p in range(1, 6)]
-    assert len({mix(*k) for k in keys}) == len(keys)
-    assert mix(2**40, 1) != mix(2**40 + 1, 1) and 0 <= mix(-1) < 2**64
+    assert len({derive_seed(*k) for k in keys}) == len(keys)
+    assert derive_seed(2**40, 1) != derive_seed(2**40 + 1, 1) and 0 <= derive_seed(-1) < 2**64
 
 
 def test_image_noise_does_not_depend_on_the_batch():
-    whole = ImageNoise(3, range(10))
+    whole = PerImageNoise(3, range(10))
     z, more = whole(1, 4, 4), whole(2)
     for part in ([0, 1, 2], [9], [5, 1]):
-        noise = ImageNoise(3, part)
+        noise = PerImageNoise(3, part)
         assert torch.equal(noise(1, 4, 4), z[part]) and torch.equal(noise(2), more[part])
-    assert len({float(v) for v in z[:, 0, 0, 0]}) == 10 and not torch.equal(ImageNoise(4, [0])(1, 4, 4), z[:1])
+    assert len({float(v) for v in z[:, 0, 0, 0]}) == 10 and not torch.equal(PerImageNoise(4, [0])(1, 4, 4), z[:1])
 
 
 # ---- folders of images ------------------------------------------------------------------------------------------------------------------

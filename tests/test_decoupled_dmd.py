@@ -9,9 +9,13 @@ import torch.nn as nn
 
 import decoupled_dmd as dd
 import dmd2
-from common import metrics, models
-from common.run import Draw, Run, UserError
+from common.errors import UserError
+from common.model import Model
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import generate, teacher_sample
 from common.schedules import EDM, VP, Flow, expand
+from common.teachers.load import load_teacher
 
 STEPS = dd.step_indices(4)
 KINDS = ["hybrid", "full", "constrained", "shared"]
@@ -35,7 +39,7 @@ class Gauss(nn.Module):
         self.nulls += 1
         return dict(labels=torch.zeros(n, dtype=torch.int64))
 
-    guided, pair = models.Model.guided, models.Model.pair
+    guided, pair = Model.guided, Model.pair
 
 
 def normal(*shape, seed=0):
@@ -351,16 +355,16 @@ def test_deterministic_rollout_is_the_ode_sampler(schedule):
     for s, r in zip(sigma, sigma[1:]):
         v = v + (r - s) * (v - net(v, 1 - s, s, y)) / s
     assert (x - v).abs().max() < 1e-12
-    assert (x - metrics.teacher_sample(net, z, y, 4)).abs().max() < 1e-6
+    assert (x - teacher_sample(net, z, y, 4)).abs().max() < 1e-6
     assert (x - dd.sample(net, z, y, 4, lambda: normal(50, 3, seed=1))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rollout", ["stochastic", "deterministic"])
 def test_a_sample_does_not_depend_on_its_batch(rollout):
-    student = models.load_teacher("toy-cond").copy()
+    student = load_teacher("toy-cond").copy()
     sampler = lambda m, z, c, noise: dd.sample(m, z, c, 4, noise, rollout=rollout)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
 
 
@@ -379,10 +383,10 @@ class Trace(list):
         if module is dd:
             gradients = dd.gradients
             monkeypatch.setattr(dd, "gradients", lambda *a: self.calls.append(a) or gradients(*a))
-        step, integers, shared = Run.step, Draw.integers, Draw.shared_int
-        monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.k.append(shared(draw, *a)) or self.k[-1])
+        step, integers, shared = Run.step, BatchRandom.integers, BatchRandom.shared_int
+        monkeypatch.setattr(BatchRandom, "shared_int", lambda draw, *a: self.k.append(shared(draw, *a)) or self.k[-1])
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.drawn.append(a) or integers(draw, *a))
+        monkeypatch.setattr(BatchRandom, "integers", lambda draw, *a: self.drawn.append(a) or integers(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
         common = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0"]

@@ -10,9 +10,13 @@ import torch.nn as nn
 import decoupled_dmd
 import dmd2
 import msd
-from common import metrics, models
-from common.run import Draw, ImageNoise, Run, UserError
+from common.errors import UserError
+from common.model import Model
+from common.rng import BatchRandom, PerImageNoise
+from common.run import Run
+from common.sampling import generate
 from common.schedules import EDM, VP, eps_from_x0, expand, native_weight
+from common.teachers.load import load_teacher
 
 torch.set_default_dtype(torch.float32)
 ONE = torch.ones((), dtype=torch.float64)
@@ -224,7 +228,7 @@ def test_noise_grids():
 
 
 def test_range_of_times():
-    draw = Draw(0, 0, 100_000)
+    draw = BatchRandom(0, 0, 100_000)
     dm, fake = draw.integers(20, 981), draw.integers(0, 1000)  # the calls of main: test_draws below
     assert (dm.min(), dm.max(), fake.min(), fake.max()) == (20, 980, 0, 999)
 
@@ -271,14 +275,14 @@ def test_sampler_ends_where_it_should():
 
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_a_sample_does_not_depend_on_its_batch(nfe):
-    student = models.load_teacher("toy-cond").copy()
+    student = load_teacher("toy-cond").copy()
     sampler = lambda m, z, c, noise: dmd2.sample(m, z, c, nfe, noise)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11]
     for i, row in parts.items():
         assert torch.allclose(row, whole[i], atol=1e-5)
-    assert len(ImageNoise(0, [4])(2)) == 1
+    assert len(PerImageNoise(0, [4])(2)) == 1
 
 
 def test_custom_steps_reach_the_sampler():
@@ -291,7 +295,7 @@ def test_custom_steps_reach_the_sampler():
 
 
 def test_guidance():
-    teacher, x_t = models.load_teacher("toy-cond"), 2 * normal(64, 2)
+    teacher, x_t = load_teacher("toy-cond"), 2 * normal(64, 2)
     cond, (alpha, sigma) = teacher.encode(torch.arange(64) % 8), torch.tensor([0.8, 0.6], dtype=torch.float64)
     c, u = teacher(x_t, alpha, sigma, cond), teacher(x_t, alpha, sigma, teacher.null(64))
     assert torch.equal(teacher.guided(x_t, alpha, sigma, cond, 1), c)
@@ -305,7 +309,7 @@ def test_guidance():
 
 def test_student_and_critic_are_not_guided():
     """With guidance the gradient at the start, critic == teacher, is that of the guidance alone: (c - r) / w."""
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     x, cond, a, s = normal(8, 2), teacher.encode(torch.arange(8)), ONE.expand(8), ONE.expand(8)
     x_t = dmd2.renoise(x, a, s, normal(8, 2, seed=1))
     g, r, f, w = dmd2.dm_gradient(x, x_t, a, s, cond, teacher, teacher, 2.0)
@@ -314,7 +318,7 @@ def test_student_and_critic_are_not_guided():
 
 @pytest.mark.parametrize("t, factor", [(999, 0.03417), (399, 0.37139)])
 def test_x0_of_an_eps_network(t, factor):
-    class Echo(models.Model):
+    class Echo(Model):
         predict = lambda self, x, t, cond: x
     net, z = Echo(None, VP(), "eps", (3,)), torch.randn(4, 3)
     assert torch.allclose(net(z, net.schedule.alpha(t), net.schedule.sigma(t), {}), factor * z, atol=3e-5)
@@ -332,10 +336,10 @@ class Trace(list):
         self.keep(monkeypatch, dmd2, "Critic", "critic")
         self.keep(monkeypatch, dmd2, "EMA", "ema")
         self.keep(monkeypatch, models, "load_teacher", "teacher")
-        step, integers, shared = Run.step, Draw.integers, Draw.shared_int
+        step, integers, shared = Run.step, BatchRandom.integers, BatchRandom.shared_int
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.integers.add(a) or integers(draw, *a))
-        monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.add(a) or shared(draw, *a))
+        monkeypatch.setattr(BatchRandom, "integers", lambda draw, *a: self.integers.add(a) or integers(draw, *a))
+        monkeypatch.setattr(BatchRandom, "shared_int", lambda draw, *a: self.shared.add(a) or shared(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
         default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0"]
@@ -437,7 +441,7 @@ def test_weights_of_the_losses(trace):
 def test_the_first_student_gradient_by_hand(trace):
     """One iteration against the formulas of the paper written out: g / numel into x, and x from one pass at sigma_max."""
     steps = trace("--iters", 1, "--cfg", 2)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     student, fake, s = teacher.copy(), teacher.copy(), teacher.schedule
     cond = teacher.encode(draw.integers(0, 8))
     z = draw.normal(2)

@@ -10,12 +10,33 @@ import tiny
 import torch
 from PIL import Image
 
-from common import emoji, fid, metrics, models, pretrain, run
-from common import pretrain_emoji as training
-from common.data import read_captions
-from common.run import UserError
+from common import fid, metrics
+from common.errors import UserError
+from common.files import ROOT, read_json, write_json
+from common.image_folder import read_captions
+from common.rng import BatchRandom
+from common.sampling import teacher_sample
+from common.teachers.load import load_teacher
+from recipes.emoji_data import SETS, SKIN, caption, held_out, load, rarity
+from recipes.emoji_teacher import (
+    Repeated,
+    encode,
+    factors,
+    groups,
+    load,
+    main,
+    make_scheduler,
+    make_transformer,
+    make_vae,
+    pick,
+    projected,
+    reference,
+    standardise,
+    tokens,
+)
+from recipes.pretrain import main
 
-TONES = {t: t for t in emoji.SKIN}
+TONES = {t: t for t in SKIN}
 ENTRIES = [  # name, short names, category, subcategory, tones
     ("HEAVY BLACK HEART", ["heart"], "Smileys & Emotion", "heart", ()), ("SLICE OF PIZZA", ["pizza"], "Food & Drink", "food-prepared", ()),
     ("DOG FACE", ["dog"], "Animals & Nature", "animal-mammal", ()), ("DOG", ["dog2"], "Animals & Nature", "animal-mammal", ()),
@@ -29,7 +50,7 @@ ENTRIES = [  # name, short names, category, subcategory, tones
 def packages(folder, change=lambda name, files: None):
     """Two .tgz as npm makes them. change(name, files): spoils what is packed, dict of path -> bytes or TarInfo."""
     folder.mkdir(exist_ok=True)
-    for which, name in enumerate(emoji.SETS):
+    for which, name in enumerate(SETS):
         table, files = [], {}
         for i, (title, shorts, category, kind, tones) in enumerate(ENTRIES):
             row = dict(name=title, unified=f"{i:04X}", short_names=shorts, category=category, subcategory=kind, image=f"{i:04x}.png")
@@ -58,7 +79,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(source):
-    return emoji.load(source)
+    return load(source)
 
 
 def test_captions_say_what_people_type(data):
@@ -68,37 +89,37 @@ def test_captions_say_what_people_type(data):
     assert said["0004"] == ["flag of united states", "united states flag", "flag of the united states"] and "letter a button" in said["0005"]
     assert said["0006"] == ["thumbs up"] and said["0007"] == ["woman farmer"] and said["0008"] == ["kiss man man", "man kiss man"]
     farmer = next(i for i in range(len(data.images)) if data.base[i] == "0007" and data.skin[i] == ["medium dark"] and data.style[i] == "twemoji")
-    assert emoji.caption(data, farmer, [0, 0, 0.9]) == "woman farmer with medium dark skin, twemoji style"
-    assert emoji.caption(data, farmer, [0.9, 0.99, 0.1]) == "an emoji of woman farmer, medium dark skin"
+    assert caption(data, farmer, [0, 0, 0.9]) == "woman farmer with medium dark skin, twemoji style"
+    assert caption(data, farmer, [0.9, 0.99, 0.1]) == "an emoji of woman farmer, medium dark skin"
     pair = next(i for i in range(len(data.images)) if data.skin[i] == ["light", "dark"])
-    assert emoji.caption(data, pair, [0, 0, 0]) == "kiss man man with light and dark skin"
+    assert caption(data, pair, [0, 0, 0]) == "kiss man man with light and dark skin"
 
 
 def test_images_are_on_white_and_variants_weigh_as_one(data):
     assert "Component" not in data.names and len(data.images) == 2 * (9 + 5 + 5 + 20) and data.images.shape[1:] == (3, 64, 64)
     assert (data.images[:, :, 0] == 255).all() and data.images[0, :, 20, 20].tolist() == [0, 200, 0]
     assert data.weight.sum() == pytest.approx((8.5 + 1.5) * 1.5) and (data.style.count("noto"), data.style.count("twemoji")) == (39, 39)
-    assert training.groups(data) == [data.names.index(next(c for _, _, c, k, _ in ENTRIES if k == kind)) for kind in data.kinds]
+    assert groups(data) == [data.names.index(next(c for _, _, c, k, _ in ENTRIES if k == kind)) for kind in data.kinds]
 
 
 def test_genders_weigh_as_one_and_flags_half():
     entry = lambda name, category="People & Body": dict(name=name, category=category)
     table = [entry("MAN FARMER"), entry("WOMAN FARMER"), entry("FARMER"), entry("MAN"), entry("WOMAN"), entry("KISS: MAN, WOMAN"), entry("KISS: MAN, MAN"),
              entry("France Flag", "Flags"), entry("MANS SHOE", "Objects"), entry("WOMANS HAT", "Objects")]
-    assert emoji.rarity(table) == [1 / 3] * 3 + [1, 1] + [1 / 2] * 2 + [0.5, 1, 1]
+    assert rarity(table) == [1 / 3] * 3 + [1, 1] + [1 / 2] * 2 + [0.5, 1, 1]
 
 
 def test_held_out_compositions_are_never_drawn(source, monkeypatch):
     monkeypatch.setattr(emoji, "held_out", lambda base, skin: base == "0000" or base == "0007" and skin == ["dark"])
-    data = emoji.load(source)
+    data = load(source)
     assert [(data.base[i], data.style[i]) for i in data.held.nonzero()[:, 0]] == [(b, style) for style in ("noto", "twemoji") for b in ("0000", "0007")]
-    drawn = torch.cat([training.pick(run.Draw(0, it, 64), data) for it in range(40)])
-    assert not data.held[drawn].any() and len(drawn.unique()) > 50 and not data.held[training.reference(data)].any()
+    drawn = torch.cat([pick(BatchRandom(0, it, 64), data) for it in range(40)])
+    assert not data.held[drawn].any() and len(drawn.unique()) > 50 and not data.held[reference(data)].any()
 
 
 def test_about_one_pair_of_25_is_held_out():
-    pairs = [emoji.held_out(f"{i:04X}", [tone]) for i in range(400) for tone in emoji.SKIN.values()]
-    assert 0.03 < np.mean(pairs) < 0.05 and not emoji.held_out("0000", []) and not any(emoji.held_out(f"{i}", ["light", "dark"]) for i in range(200))
+    pairs = [held_out(f"{i:04X}", [tone]) for i in range(400) for tone in SKIN.values()]
+    assert 0.03 < np.mean(pairs) < 0.05 and not held_out("0000", []) and not any(held_out(f"{i}", ["light", "dark"]) for i in range(200))
 
 
 def link(name, target="/etc/passwd"):
@@ -117,7 +138,7 @@ def link(name, target="/etc/passwd"):
 ])
 def test_a_spoiled_archive_is_one_line(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as e:
-        emoji.load(packages(tmp_path / "bad", change))
+        load(packages(tmp_path / "bad", change))
     assert "\n" not in str(e.value)
 
 
@@ -126,27 +147,27 @@ def test_paths_out_of_the_archive_are_nothing_and_other_files_one_line(tmp_path,
         files["package/../../evil.png"], files["/tmp/evil/emoji.json"] = b"x", b"x"
         files[f"package/img/{name}/64/../../evil.png"] = b"x"
 
-    assert torch.equal(emoji.load(packages(tmp_path / "a" / "b" if (tmp_path / "a").mkdir() is None else None, change)).images, data.images)
+    assert torch.equal(load(packages(tmp_path / "a" / "b" if (tmp_path / "a").mkdir() is None else None, change)).images, data.images)
     assert [p.name for p in tmp_path.rglob("*") if "evil" in p.name] == []
     for archive in (tmp_path / "a" / "b").iterdir():
         archive.write_bytes(b"not a tar")
     with pytest.raises(UserError, match="expected a .tgz of npm, found something else"):
-        emoji.load(tmp_path / "a" / "b")
+        load(tmp_path / "a" / "b")
     with pytest.raises(UserError, match="found neither"):
-        emoji.load(tmp_path / "nothing")
+        load(tmp_path / "nothing")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm pack emoji-datasource-google: expected the package"):
-        emoji.load(None)
+        load(None)
 
 
 def test_an_unpacked_folder_gives_the_same(tmp_path, source, data):
-    for name in emoji.SETS:
+    for name in SETS:
         with tarfile.open(source / f"emoji-datasource-{name}-16.0.0.tgz") as tar:
             for member in tar:
                 path = tmp_path / f"emoji-datasource-{name}" / member.name.removeprefix("package/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(tar.extractfile(member).read())
-    again = emoji.load(tmp_path)
+    again = load(tmp_path)
     order = lambda d: sorted(range(len(d.base)), key=lambda i: (d.style[i], d.base[i], d.skin[i]))
     assert torch.equal(again.images[order(again)], data.images[order(data)]) and again.names == data.names
 
@@ -160,7 +181,7 @@ def folder(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("emoji")
     for stage in ("vae", "unet", "classifier", "save"):
         more = ["--cfg", "2"] if stage == "save" else ["--iters", "2", *SMALL]
-        pretrain.main(["emoji", stage, "--source", str(source), "--out", str(out), *more])
+        main(["emoji", stage, "--source", str(source), "--out", str(out), *more])
     return out
 
 
@@ -171,20 +192,20 @@ def test_the_folder_is_a_pipeline_of_diffusers_and_a_teacher(folder, tmp_path, d
     assert pipe("red heart", num_inference_steps=2).images[0].size == (64, 64) and (folder / "samples.png").exists()
     assert pipe.tokenizer("red heart").input_ids == type(pipe.tokenizer)(*(str(folder / "teacher" / "tokenizer" / f) for f in ("vocab.json", "merges.txt")),
                                                                          model_max_length=24)("red heart").input_ids
-    teacher = models.load_teacher(str(folder / "teacher"), text=dict(cache=tmp_path / "cache"))
+    teacher = load_teacher(str(folder / "teacher"), text=dict(cache=tmp_path / "cache"))
     assert teacher.adapter == "sd15" and teacher.shape == (4, 16, 16) and teacher.prompts[0] == "red heart" and teacher.evaluation["names"] == data.names
     text = pipe.encode_prompt(["red heart", "pizza"], "cpu", 1, False)[0]
     names = models.load_file(folder / "teacher" / "text_encoder" / "model.safetensors")
     assert all(k.startswith("text_model.") for k in names)  # as in SD's own files: transformers 4 would leave others out
-    stored = training.load(folder, "text_encoder")(training.tokens(pipe.tokenizer, ["red heart"]))[0]
+    stored = load(folder, "text_encoder")(tokens(pipe.tokenizer, ["red heart"]))[0]
     assert torch.allclose(text[:1], stored, atol=5e-3)
     assert torch.allclose(teacher.encode([0, teacher.prompts.index("pizza")])["text"], text, atol=1e-5)
-    sampler = lambda m, z, c, noise: metrics.teacher_sample(m, z, c, 1)
+    sampler = lambda m, z, c, noise: teacher_sample(m, z, c, 1)
     result = metrics.evaluate(sampler, teacher, teacher, 70)
-    assert result["protocol"] == f"fd emoji-cnn uint8 n=70 seed=0 ref={len(training.reference(data))}" and result["fd"] > 0 and "precision" in result
+    assert result["protocol"] == f"fd emoji-cnn uint8 n=70 seed=0 ref={len(reference(data))}" and result["fd"] > 0 and "precision" in result
     assert 0 <= result["agreement_kind"] <= result["agreement"] <= 1
     # prompts of the user's: only those that are known count
-    own = models.load_teacher(str(folder / "teacher"), text=dict(prompts=["red heart", "no such thing"], cache=tmp_path / "cache"))
+    own = load_teacher(str(folder / "teacher"), text=dict(prompts=["red heart", "no such thing"], cache=tmp_path / "cache"))
     extractor = metrics.Extractor(own)
     heart, labels = data.kinds.index("heart"), torch.tensor([0, 1, 0, 1])
     right = extractor.right(torch.tensor([heart, heart, data.kinds.index("food-prepared"), 0]), labels)
@@ -195,14 +216,14 @@ def test_the_folder_is_a_pipeline_of_diffusers_and_a_teacher(folder, tmp_path, d
 def test_the_flow_teacher_shares_text_model_and_autoencoder(folder, source, tmp_path):
     from diffusers import StableDiffusion3Pipeline
     common = ["--source", str(source), "--out", str(folder)]
-    training.main(["flow", *common, "--iters", "2", *SMALL, "--flow-width", "32", "--depth", "2"])
-    training.main(["save", *common, "--net", "flow", "--to", str(tmp_path / "flow"), "--cfg", "2"])
+    main(["flow", *common, "--iters", "2", *SMALL, "--flow-width", "32", "--depth", "2"])
+    main(["save", *common, "--net", "flow", "--to", str(tmp_path / "flow"), "--cfg", "2"])
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("red heart", num_inference_steps=2).images[0].size == (64, 64)
-    teacher = models.load_teacher(str(tmp_path / "flow"), text=dict(prompts=["red heart", "pizza"], cache=tmp_path / "cache"))
+    teacher = load_teacher(str(tmp_path / "flow"), text=dict(prompts=["red heart", "pizza"], cache=tmp_path / "cache"))
     assert teacher.adapter == "sd3" and teacher.schedule.config == dict(name="flow", shift=2.0) and metrics.Extractor(teacher).protocol == "emoji-cnn"
-    said = training.projected(training.load(folder, "text_encoder"))(training.tokens(pipe.tokenizer, ["red heart"]), output_hidden_states=True)
+    said = projected(load(folder, "text_encoder"))(tokens(pipe.tokenizer, ["red heart"]), output_hidden_states=True)
     text, pooled = teacher.encode([0])["text"], teacher.encode([0])["pooled"]
     assert torch.allclose(text[:, :24], torch.cat([said.hidden_states[-2]] * 2, -1), atol=5e-3) and not text[:, 24:].any()
     assert torch.allclose(pooled, torch.cat([said.text_embeds] * 2, -1), atol=5e-3)
@@ -211,21 +232,21 @@ def test_the_flow_teacher_shares_text_model_and_autoencoder(folder, source, tmp_
 @pytest.mark.parametrize("n", [24, 256])
 def test_one_token_that_counts_n_times_is_n_equal_tokens(n):
     torch.manual_seed(0)
-    net = training.make_transformer(32, 2, 16)
+    net = make_transformer(32, 2, 16)
     for p in net.parameters():  # gates start at zero
         torch.nn.init.normal_(p, std=0.2)
     x, text, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32), torch.randn(2, 32)
     ask = lambda zeros: net(x, encoder_hidden_states=torch.cat([text, torch.zeros(2, zeros, 32)], 1), pooled_projections=pooled, timestep=torch.tensor([300.0, 700.0])).sample
-    with training.Repeated(n):
+    with Repeated(n):
         one = ask(1)
     full = ask(n)
     assert torch.allclose(one, full, rtol=1e-3, atol=1e-4 * full.abs().max().item()) and not torch.allclose(ask(1), full, rtol=1e-2, atol=1e-2 * full.abs().max().item())
 
 
 def test_flow_training_sees_both_numbers_of_zeros_and_goes_on_from_a_teacher(folder, source, tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "out", [], training.Repeated
+    out, seen, real = tmp_path / "out", [], Repeated
     shutil.copytree(folder, out)
-    make, texts = training.make_transformer, []
+    make, texts = make_transformer, []
 
     def watched(*args):
         net = make(*args)
@@ -235,19 +256,19 @@ def test_flow_training_sees_both_numbers_of_zeros_and_goes_on_from_a_teacher(fol
     monkeypatch.setattr(training, "make_transformer", watched)
     monkeypatch.setattr(training, "Repeated", lambda n: seen.append(n) or real(n))
     small = ["flow", "--source", str(source), "--out", str(out), *SMALL, "--flow-width", "32", "--depth", "1"]
-    training.main([*small, "--iters", "2"])
+    main([*small, "--iters", "2"])
     assert seen == [256, 24] and all(t.shape[1] == 25 and not t[:, -1].any() and t[:, :-1].abs().sum(2).all() for t in texts)  # what counts more often is the zeros
     shutil.copytree(out, tmp_path / "first")
-    before = training.load(tmp_path / "first", "transformer").state_dict()
-    training.main([*small, "--iters", "1", "--lr", "1e-12", "--start", str(tmp_path / "first")])
-    after = training.load(out, "transformer").state_dict()
+    before = load(tmp_path / "first", "transformer").state_dict()
+    main([*small, "--iters", "1", "--lr", "1e-12", "--start", str(tmp_path / "first")])
+    after = load(out, "transformer").state_dict()
     assert all(torch.allclose(after[k], v, atol=1e-6) for k, v in before.items())
-    training.main([*small, "--iters", "1", "--lr", "1e-12", "--seed", "1"])
-    assert not all(torch.allclose(training.load(out, "transformer").state_dict()[k], v, atol=1e-3) for k, v in before.items())
+    main([*small, "--iters", "1", "--lr", "1e-12", "--seed", "1"])
+    assert not all(torch.allclose(load(out, "transformer").state_dict()[k], v, atol=1e-3) for k, v in before.items())
 
 
 def test_agreement_of_the_category_forgives_a_neighbour(folder, tmp_path, data):
-    teacher = models.load_teacher(str(folder / "teacher"), text=dict(prompts=["dog face", "woman farmer with medium dark skin"], cache=tmp_path))
+    teacher = load_teacher(str(folder / "teacher"), text=dict(prompts=["dog face", "woman farmer with medium dark skin"], cache=tmp_path))
     hand = data.kinds.index("hand")  # of the farmer's category
     right = metrics.Extractor(teacher).right(torch.tensor([hand, hand]), torch.tensor([0, 1]))
     assert right["agreement"][1] == 1 and right["agreement_kind"][1] == 0
@@ -257,15 +278,15 @@ def test_agreement_of_the_category_forgives_a_neighbour(folder, tmp_path, data):
                                            (dict(kinds="x"), "kinds: expected")])
 def test_a_spoiled_evaluation_is_one_line(folder, tmp_path, change, words):
     shutil.copytree(folder / "teacher", tmp_path / "t")
-    info = run.read_json(tmp_path / "t" / "teacher.json")
+    info = read_json(tmp_path / "t" / "teacher.json")
     info["evaluation"] |= change
-    run.write_json(tmp_path / "t" / "teacher.json", info)
+    write_json(tmp_path / "t" / "teacher.json", info)
     with pytest.raises(UserError, match=words):
-        models.load_teacher(str(tmp_path / "t"), text=dict(prompts=["red heart"], cache=tmp_path / "cache"))
+        load_teacher(str(tmp_path / "t"), text=dict(prompts=["red heart"], cache=tmp_path / "cache"))
 
 
 def test_labels_and_features_are_checked(folder, tmp_path):
-    run.write_json(tmp_path / "labels.json", {"red heart": 99})
+    write_json(tmp_path / "labels.json", {"red heart": 99})
     with pytest.raises(UserError, match="expected a number below 5, found '99'"):
         metrics.known_prompts(tmp_path / "labels.json", ["red heart"], 5)
     fid.save_stats(tmp_path / "s.npz", np.zeros(4), np.eye(4), 9, "p", torch.ones(9, 3))
@@ -281,8 +302,8 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, sourc
     one, two = tmp_path / "one", tmp_path / "two"
     for out in (one, two):
         shutil.copytree(folder / "vae", out / "vae")
-    training.main([*flags, "--out", str(one)])
-    pick, calls = training.pick, []
+    main([*flags, "--out", str(one)])
+    pick, calls = pick, []
 
     def cut_off(*args):
         calls.append(1)
@@ -292,8 +313,8 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, sourc
 
     monkeypatch.setattr(training, "pick", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        training.main([*flags, "--out", str(two)])
-    training.main([*flags, "--out", str(two), "--resume"])
+        main([*flags, "--out", str(two)])
+    main([*flags, "--out", str(two), "--resume"])
     assert len(calls) == 5  # two, the one that was cut off, and the last two
     for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         a, b = (models.load_file(out / part) for out in (one, two))
@@ -303,45 +324,45 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, sourc
 def test_training_goes_on_from_a_teacher_s_folder(folder, source, tmp_path):
     shutil.copytree(folder / "vae", tmp_path / "vae")
     flags = ["unet", "--source", str(source), "--out", str(tmp_path), "--iters", "1", *SMALL, "--lr", "1e-9", "--start"]
-    training.main([*flags, str(folder / "teacher")])
+    main([*flags, str(folder / "teacher")])
     for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         a, b = ({k.removeprefix("text_model."): v.float() for k, v in models.load_file(out / part).items()} for out in (tmp_path, folder / "teacher"))
         assert set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=1e-6) for k in b)
     with pytest.raises(UserError, match="--start, .*nothing: tokenizer: expected"):
-        training.main([*flags, str(tmp_path / "nothing")])
+        main([*flags, str(tmp_path / "nothing")])
     for file in ("vocab.json", "merges.txt"):  # the words of the teacher's, whatever a tokenizer trained on this machine would know
         assert (tmp_path / "tokenizer" / file).read_bytes() == (folder / "teacher" / "tokenizer" / file).read_bytes()
 
 
 def test_some_kinds_can_be_drawn_more_often(data):
-    more = training.factors(data, ["Food & Drink=4", "food-prepared=2.5"])
-    assert training.factors(data, ["pizza=3"]).tolist() == [3 if "pizza" in nouns else 1 for nouns in data.nouns]
+    more = factors(data, ["Food & Drink=4", "food-prepared=2.5"])
+    assert factors(data, ["pizza=3"]).tolist() == [3 if "pizza" in nouns else 1 for nouns in data.nouns]
     kinds, food = data.kind == data.kinds.index("food-prepared"), data.label == data.names.index("Food & Drink")
     assert kinds.any() and (more[kinds] == 10).all() and (more[food & ~kinds] == 4).all() and (more[~food] == 1).all()
-    draw = lambda more: torch.cat([training.pick(run.Draw(0, it, 1), data, more) for it in range(2000)])  # one at a time: a batch has no image twice
+    draw = lambda more: torch.cat([pick(BatchRandom(0, it, 1), data, more) for it in range(2000)])  # one at a time: a batch has no image twice
     share = lambda index: food[index].float().mean().item()
     weight = data.weight * ~data.held
     expected = (weight * more * food).sum() / (weight * more).sum()
     assert share(draw(more)) == pytest.approx(expected.item(), abs=0.04) and share(draw(1.0)) == pytest.approx((weight * food).sum().item() / weight.sum().item(), abs=0.04)
     for wrong in ("food=2", "Food & Drink", "Food & Drink=0", "Food & Drink=-1", "Food & Drink=nan", "=2"):
         with pytest.raises(UserError, match="--more .*expected NAME=FACTOR"):
-            training.factors(data, [wrong])
+            factors(data, [wrong])
 
 
 @pytest.mark.parametrize("stage", ["unet", "flow", "classifier"])
 def test_only_teachers_are_trained_on_what_more_says(stage, folder, source, tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "out", [], training.pick
+    out, seen, real = tmp_path / "out", [], pick
     shutil.copytree(folder, out)
     monkeypatch.setattr(training, "pick", lambda draw, data, more=None: seen.append(more) or real(draw, data, 1.0 if more is None else more))
-    training.main([stage, "--source", str(source), "--out", str(out), "--iters", "1", *SMALL, "--more", "Food & Drink=4"])
-    data = emoji.load(source)
-    assert len(seen) == 1 and (seen[0] is None if stage == "classifier" else torch.equal(seen[0], training.factors(data, ["Food & Drink=4"])))
+    main([stage, "--source", str(source), "--out", str(out), "--iters", "1", *SMALL, "--more", "Food & Drink=4"])
+    data = load(source)
+    assert len(seen) == 1 and (seen[0] is None if stage == "classifier" else torch.equal(seen[0], factors(data, ["Food & Drink=4"])))
 
 
 def test_images_with_captions_for_losses_that_need_them(source, tmp_path, data):
-    training.main(["images", "--source", str(source), "--out", str(tmp_path)])
+    main(["images", "--source", str(source), "--out", str(tmp_path)])
     found = read_captions(tmp_path / "images")
-    assert [int(path.stem) for path, _ in found] == training.reference(data).tolist()
+    assert [int(path.stem) for path, _ in found] == reference(data).tolist()
     for path, text in found:
         i = int(path.stem)
         assert any(noun in text for noun in data.nouns[i]) and all(tone in text for tone in data.skin[i])
@@ -352,13 +373,13 @@ def test_images_with_captions_for_losses_that_need_them(source, tmp_path, data):
 def test_a_student_of_it_is_trained_resumed_and_measured(folder, source, scripts, tmp_path):
     """The path of a text-to-image user: the teacher's own prompts, embeddings and latents of images kept on disk, a GAN loss, export, metrics."""
     scripts.load(*tiny.MODULES)
-    training.main(["images", "--source", str(source), "--out", str(tmp_path)])
+    main(["images", "--source", str(source), "--out", str(tmp_path)])
     args = ["--teacher", folder / "teacher", "--data", tmp_path / "images", "--cache-prompts", tmp_path / "cache", "--gan", "--nfe", 2, "--cfg", 3, "--batch", 4]
     scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
-    found = run.read_json(tmp_path / "run" / "metrics.json")
+    found = read_json(tmp_path / "run" / "metrics.json")
     assert found["fd"] > 0 and found["n"] == 64 and 0 <= found["agreement_kind"] <= found["agreement"] <= 1 and 0 <= found["coverage"] <= 1
     scripts.run("dmd2.py", *args, "--iters", 4, "--log-every", 1, "--eval-n", 64, "--resume", "--out", tmp_path / "run")
-    assert run.read_json(tmp_path / "run" / "metrics.json")["it"] == 4
+    assert read_json(tmp_path / "run" / "metrics.json")["it"] == 4
     p = scripts.run("eval.py", tmp_path / "run", "--n", 70, "--cache-prompts", tmp_path / "cache", "--out", tmp_path / "e.jsonl")
     best = ["--best-of", 2, "--teacher-nfe", 1, "--cfg", 1, "--n", 8, "--batch", 8, "--cache-prompts", tmp_path / "cache", "--out", tmp_path / "b.jsonl"]
     assert "teacher best-of-2 run" in scripts.run("eval.py", tmp_path / "run", *best).out
@@ -380,7 +401,7 @@ class Exact(torch.nn.Module):
 
 @pytest.mark.parametrize("stage", ["unet", "flow"])
 def test_losses_are_zero_for_the_exact_answer_and_weighted_as_said(folder, source, tmp_path, monkeypatch, stage):
-    x0, abar = torch.linspace(-1, 1, 4 * 16 * 16).view(1, 4, 16, 16), training.make_scheduler().alphas_cumprod
+    x0, abar = torch.linspace(-1, 1, 4 * 16 * 16).view(1, 4, 16, 16), make_scheduler().alphas_cumprod
     monkeypatch.setattr(training, "encode", lambda vae, images: x0.expand(len(images), -1, -1, -1))
     kept = {}
 
@@ -392,7 +413,7 @@ def test_losses_are_zero_for_the_exact_answer_and_weighted_as_said(folder, sourc
     for part in ("vae", "tokenizer", "text_encoder"):
         shutil.copytree(folder / part, tmp_path / part)
     with pytest.raises(KeyboardInterrupt):
-        training.main([stage, "--source", str(source), "--out", str(tmp_path), *SMALL, "--flow-width", "32", "--depth", "1", "--batch", "16"])
+        main([stage, "--source", str(source), "--out", str(tmp_path), *SMALL, "--flow-width", "32", "--depth", "1", "--batch", "16"])
 
     def eps(x, t, error=0.0):
         a = abar[t].view(-1, 1, 1, 1)
@@ -403,7 +424,7 @@ def test_losses_are_zero_for_the_exact_answer_and_weighted_as_said(folder, sourc
     answer, net = (eps, "unet") if stage == "unet" else (velocity, "transformer")
     for error, expected in ((0.0, 0.0), (0.5, 0.25)):
         kept["nets"][net] = Exact(lambda x, t: answer(x, t, error))
-        assert kept["loss"](run.Draw(0, 0, 16), 0).item() == pytest.approx(expected, abs=1e-4)
+        assert kept["loss"](BatchRandom(0, 0, 16), 0).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_flow_times_are_shifted_towards_noise(folder, source, monkeypatch, tmp_path):
@@ -413,13 +434,13 @@ def test_flow_times_are_shifted_towards_noise(folder, source, monkeypatch, tmp_p
     def fit(name, nets, loss, *rest):
         nets["transformer"].config = type("C", (), dict(joint_attention_dim=32))
         for it in range(60):
-            loss(run.Draw(0, it, 16), it)
+            loss(BatchRandom(0, it, 16), it)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", fit)
     monkeypatch.setattr(training, "pipeline", lambda *a: type("P", (), dict(encode_prompt=lambda self, *a, **k: (torch.zeros(1, 280, 1),) * 4))())
     with pytest.raises(KeyboardInterrupt):
-        training.main(["flow", "--source", str(source), "--out", str(folder), *SMALL, "--batch", "16", "--shift", "3"])
+        main(["flow", "--source", str(source), "--out", str(folder), *SMALL, "--batch", "16", "--shift", "3"])
     assert torch.cat(times).median().item() == pytest.approx(0.75, abs=0.03)  # 3 / 2 / (1 + 2 / 2)
 
 
@@ -440,29 +461,29 @@ def test_loss_of_the_autoencoder(source, tmp_path, monkeypatch):
         vae.quant_conv = lambda h: torch.cat([torch.full((4, 4, 16, 16), 2.0), torch.full((4, 4, 16, 16), -3.0)], 1)
         vae.post_quant_conv = lambda z: z.std().item()
         vae.decoder = lambda spread: vae.seen + wrong if 0.15 < spread < 0.3 else None  # exp(-1.5) = 0.22
-        found.append(loss(run.Draw(0, 0, 4), 0).item())
+        found.append(loss(BatchRandom(0, 0, 4), 0).item())
         raise KeyboardInterrupt
 
     found = []
     monkeypatch.setattr(training, "make_vae", lambda width: Vae())
     monkeypatch.setattr(training, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        training.main(["vae", "--source", str(source), "--out", str(tmp_path), "--batch", "4"])
+        main(["vae", "--source", str(source), "--out", str(tmp_path), "--batch", "4"])
     kl = 0.5 * (2**2 + np.exp(-3) - 1 + 3)
     assert found[0] == pytest.approx(0.2 + 0.08 + 0.5 * 0.4 / 63 + 1e-4 * kl, abs=1e-5)
 
 
 def test_standardised_latents_decode_to_the_same_images():
     torch.manual_seed(0)
-    vae, images = training.make_vae((8, 8, 8)).eval(), torch.randint(0, 256, (14, 3, 64, 64), dtype=torch.uint8)
+    vae, images = make_vae((8, 8, 8)).eval(), torch.randint(0, 256, (14, 3, 64, 64), dtype=torch.uint8)
     for p in (vae.quant_conv.bias, vae.post_quant_conv.bias):
         torch.nn.init.normal_(p)
     with torch.no_grad():
         before = vae.encode(images.float() / 127.5 - 1).latent_dist
-        picture, std = vae.decode(before.mode()).sample, training.encode(vae, images[::7]).std((0, 2, 3)).view(1, -1, 1, 1)
-        training.standardise(vae, images)
+        picture, std = vae.decode(before.mode()).sample, encode(vae, images[::7]).std((0, 2, 3)).view(1, -1, 1, 1)
+        standardise(vae, images)
         after = vae.encode(images.float() / 127.5 - 1).latent_dist
-        z = training.encode(vae, images[::7])
+        z = encode(vae, images[::7])
         assert torch.allclose(vae.decode(after.mode()).sample, picture, atol=1e-4) and torch.allclose(after.std * std, before.std, rtol=1e-4)
     assert z.mean((0, 2, 3)).abs().max() < 1e-4 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-4
 
@@ -473,10 +494,10 @@ def test_standardised_latents_decode_to_the_same_images():
 def test_the_shipped_teacher_draws_what_it_is_told(tmp_path):
     """In plain diffusers, seen by the shipped classifier; our loader finds the same folder by its name."""
     from diffusers import StableDiffusionPipeline
-    teacher, prompts = models.load_teacher("emoji", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "woman farmer with medium dark skin"]
+    teacher, prompts = load_teacher("emoji", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "woman farmer with medium dark skin"]
     pipe = StableDiffusionPipeline.from_pretrained(teacher.folder)
     pipe.set_progress_bar_config(disable=True)
-    assert teacher.folder == run.ROOT / "assets" / "emoji" and teacher.prompts[0] == "red heart" and teacher.dtype == torch.float32
+    assert teacher.folder == ROOT / "assets" / "emoji" and teacher.prompts[0] == "red heart" and teacher.dtype == torch.float32
     images = pipe(prompts, num_inference_steps=12, guidance_scale=3.5, generator=torch.Generator().manual_seed(0), output_type="np").images
     extractor = metrics.Extractor(teacher)
     _, logits = extractor.net(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2))
@@ -488,10 +509,10 @@ def test_the_shipped_teacher_draws_what_it_is_told(tmp_path):
 def test_the_shipped_flow_teacher_draws_what_it_is_told(tmp_path):
     """The same for its sibling in SD3's format: in plain diffusers, which has no third text encoder to load."""
     from diffusers import StableDiffusion3Pipeline
-    teacher, prompts = models.load_teacher("emoji-flow", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "smiling face with sunglasses"]
+    teacher, prompts = load_teacher("emoji-flow", text=dict(cache=tmp_path)), ["red heart", "dog face", "flag of france", "smiling face with sunglasses"]
     pipe = StableDiffusion3Pipeline.from_pretrained(teacher.folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
-    assert teacher.adapter == "sd3" and teacher.folder == run.ROOT / "assets" / "emoji-flow" and teacher.prompts == models.load_teacher("emoji", text=dict(cache=tmp_path)).prompts
+    assert teacher.adapter == "sd3" and teacher.folder == ROOT / "assets" / "emoji-flow" and teacher.prompts == load_teacher("emoji", text=dict(cache=tmp_path)).prompts
     images = pipe(prompts, num_inference_steps=12, guidance_scale=3.5, generator=torch.Generator().manual_seed(0), output_type="np").images
     extractor = metrics.Extractor(teacher)
     _, logits = extractor.net(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2))

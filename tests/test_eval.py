@@ -17,8 +17,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import eval as script
-from common import data, fid, metrics, models, schedules
-from common.run import ROOT, ImageNoise, UserError
+from common import data, fid, metrics, schedules
+from common.distributed import gather_rows
+from common.errors import UserError
+from common.files import ROOT
+from common.rng import PerImageNoise
+from common.sampling import generate, teacher_sample
+from common.teachers.dit import DiT
+from common.teachers.load import load_teacher
+from tools.inception import INCEPTION_SHA256, resize_tf1
+from tools.measure import InceptionExtractor, similarity
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -27,7 +35,7 @@ def make_dit(seed):
     torch.manual_seed(seed)
     config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=1, sample_size=28, patch_size=7,
                   num_embeds_ada_norm=10, activation_fn="linear-silu")
-    model = models.DiT(models.DiT.network(config), schedules.Flow(), "flow", (1, 28, 28), 10)
+    model = DiT(DiT.network(config), schedules.Flow(), "flow", (1, 28, 28), 10)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))  # diffusers starts some weights at zero; here labels and times shall matter
@@ -53,7 +61,7 @@ def home(tmp_path_factory):
     make_dit(1).save(home / "teacher", dict(name="tiny", evaluation=evaluation), "teacher.json")
     info = dict(method="dmd2", nfe=2, cfg=1.5, sampler=dict(steps="999,400"))
     make_dit(2).save(home / "dmd2-digits" / "student", dict(info, teacher=str(home / "teacher")))
-    toy = models.load_teacher("toy").copy()
+    toy = load_teacher("toy").copy()
     toy.save(home / "dmd2-toy" / "student", dict(info, teacher="toy"))
     toy.labelled = True
     toy.save(home / "toy-cond" / "student", dict(info, teacher="toy-cond"))
@@ -120,15 +128,15 @@ def two_processes(torchrun, out, *flags):
 
 def test_similarity(home, run, tmp_path):
     """The mean over pairs, one by one; the same for any batch and on two processes; 1 where noise changes nothing."""
-    model, extractor = make_dit(2), metrics.Extractor(models.load_teacher(str(home / "teacher")))
+    model, extractor = make_dit(2), metrics.Extractor(load_teacher(str(home / "teacher")))
     sampler = lambda m, z, c, noise: z + c["labels"].view(-1, 1, 1, 1)
-    found = metrics.similarity(sampler, model, extractor, 3, seed=5, batch=7)
+    found = similarity(sampler, model, extractor, 3, seed=5, batch=7)
     pairs = []
     for label in range(8):
-        f = [extractor(model.decode(ImageNoise(5, [8 * k + label], "cpu")(1, 28, 28) + label))[0][0] for k in range(3)]
+        f = [extractor(model.decode(PerImageNoise(5, [8 * k + label], "cpu")(1, 28, 28) + label))[0][0] for k in range(3)]
         pairs += [torch.cosine_similarity(f[i], f[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found == pytest.approx(sum(pairs) / 24, abs=1e-6) and max(pairs) - min(pairs) > 1e-3
-    assert metrics.similarity(lambda m, z, c, noise: 0 * sampler(m, z, c, noise), model, extractor, 3) == pytest.approx(1, abs=1e-6)
+    assert similarity(lambda m, z, c, noise: 0 * sampler(m, z, c, noise), model, extractor, 3) == pytest.approx(1, abs=1e-6)
     flags = [home / "dmd2-digits", "--samples", 16, "--per-prompt", 4]
     one = run(*flags)["similarity"]
     assert one == pytest.approx(run(*flags, "--batch", 5)["similarity"], abs=1e-6) and 0 < one < 1
@@ -168,7 +176,7 @@ def test_gather_restores_the_order(monkeypatch):
 
     monkeypatch.setattr(metrics.dist, "all_gather", all_gather)
     for rank in range(3):
-        assert torch.equal(metrics.gather(locals_[rank], 7, rank, 3), rows)
+        assert torch.equal(gather_rows(locals_[rank], 7, rank, 3), rows)
 
 
 def test_batch_size_does_not_change_samples(home, run, tmp_path):
@@ -188,13 +196,13 @@ def test_seeds(home, run):
 
 
 def test_indices_labels_and_noise():
-    toy = models.load_teacher("toy-cond")
+    toy = load_teacher("toy-cond")
     sampler = lambda m, z, c, noise: torch.cat([z, noise(), c["labels"][:, None].float()], 1)
-    (i, y, x), = metrics.generate(sampler, toy, 6, seed=1, batch=10, rank=1, world=2)
+    (i, y, x), = generate(sampler, toy, 6, seed=1, batch=10, rank=1, world=2)
     assert i.tolist() == [1, 3, 5] and y.tolist() == [1, 3, 5] and x[:, 4].tolist() == [1, 3, 5]
-    noise = ImageNoise(1, [3])
+    noise = PerImageNoise(1, [3])
     assert torch.equal(x[1, :4], torch.cat([noise(2)[0], noise(2)[0]]))  # image 3 alone has the same noise, first and later draw
-    i, y, x = list(metrics.generate(sampler, toy, 40, seed=1, batch=9))[3]
+    i, y, x = list(generate(sampler, toy, 40, seed=1, batch=9))[3]
     assert y.tolist() == [k % 8 for k in range(27, 36)] == x[:, 4].tolist()
 
 
@@ -206,7 +214,7 @@ class Oracle(metrics.Extractor):
 
 
 def test_agreement_and_distinct(home):
-    teacher = models.load_teacher(str(home / "teacher"))
+    teacher = load_teacher(str(home / "teacher"))
 
     def sampler(model, z, cond, noise):
         x = teacher.encode_images(torch.randint(0, 255, z.shape, generator=torch.Generator().manual_seed(int(cond["labels"][0]))))
@@ -268,8 +276,8 @@ def test_compare(home, run, tmp_path):
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert [(r["method"], r["nfe"], r["cfg"]) for r in rows] == [("teacher", 3, 1.5), ("teacher", 3, 2), ("teacher", 1, 1.5), ("teacher", 1, 2), ("dmd2", 2, 1.5)]
     assert [r["to_teacher"] == 0 for r in rows] == [True, True, False, False, False] and "fd" in rows[0]  # each guidance has its own target
-    sampler = lambda nfe: lambda m, z, c, noise: metrics.teacher_sample(m, z, c, nfe, 1.5)
-    a, b = (torch.cat([x for *_, x in metrics.generate(sampler(nfe), models.load_teacher(str(home / "teacher")), 70)]).clamp(-1, 1) for nfe in (3, 1))
+    sampler = lambda nfe: lambda m, z, c, noise: teacher_sample(m, z, c, nfe, 1.5)
+    a, b = (torch.cat([x for *_, x in generate(sampler(nfe), load_teacher(str(home / "teacher")), 70)]).clamp(-1, 1) for nfe in (3, 1))
     assert rows[2]["to_teacher"] == pytest.approx(float((a - b).square().mean()), rel=0.02)  # grey levels are rounded
 
     run(home / "dmd2-toy", "--n", 8, "--grid", tmp_path / "g.png", "--latency", "--batch", 4)
@@ -293,12 +301,12 @@ def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
     teacher = make_dit(1)
     plain = dict(model=teacher.copy(), teacher=teacher, folder=None, facts=dict(name="s"), sampler=lambda m, z, c, noise: -z)
     row = script.best_row(plain, 4, 2, 1.0, False)
-    noise = ImageNoise(0, range(6))
+    noise = PerImageNoise(0, range(6))
     candidates = torch.stack([noise(1, 28, 28) for _ in range(4)])  # [4, 6, 1, 28, 28]
-    (_, labels, best), = metrics.generate(row["sampler"], row["model"], 6)
+    (_, labels, best), = generate(row["sampler"], row["model"], 6)
     score = teacher.decode(-candidates.flatten(0, 1)).float().mean((1, 2, 3)).view(4, 6) * torch.tensor([1.0, -1.0] * 3)  # odd labels want dark images
     assert torch.equal(best, candidates[score.argmax(0), torch.arange(6)]) and labels.tolist() == list(range(6))
-    parts = [x for _, _, x in metrics.generate(row["sampler"], row["model"], 6, batch=4)]
+    parts = [x for _, _, x in generate(row["sampler"], row["model"], 6, batch=4)]
     assert torch.equal(torch.cat(parts), best)
 
 
@@ -319,7 +327,7 @@ def test_two_folders(home, run):
 
 
 def test_part_of_the_reference_is_mixed(home):
-    extractor = metrics.Extractor(models.load_teacher(str(home / "teacher")))
+    extractor = metrics.Extractor(load_teacher(str(home / "teacher")))
     extractor.use(extractor.reference, "x", torch.arange(1000.0)[:, None])  # features in the order of class folders
     assert 300 < extractor.real_features(100).mean() < 700
 
@@ -335,10 +343,10 @@ def test_saved_images_give_the_same_numbers(home, run, tmp_path):
 @pytest.fixture
 def inception(monkeypatch):
     """The real network takes seconds per image; its loading and its features are tested in test_fid.py."""
-    digest = [fid.INCEPTION_SHA256]
+    digest = [INCEPTION_SHA256]
     mix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(metrics.InceptionExtractor, "dims", 32)
-    net = lambda images, resize: (fid.resize_tf1(images, 8).mean(1).flatten(1) @ mix, None)
+    monkeypatch.setattr(InceptionExtractor, "dims", 32)
+    net = lambda images, resize: (resize_tf1(images, 8).mean(1).flatten(1) @ mix, None)
     monkeypatch.setattr(fid, "load_inception", lambda path, device, force: (net, digest[0]))
     return digest
 

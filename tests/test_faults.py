@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from cases import FULL, SEED, needs
+from safetensors.torch import load_file
 from test_scripts import ROOT, SCRIPTS, checkpoint, log, one_line, processes, same
 
 N = 12

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import fid
-from common.run import UserError
-
+from common.errors import UserError
+from tools.inception import POOLS, Inception, load_inception, resize_clean, resize_tf1
 
 BRANCH_SUMS = [208.124, 249.289, 255.883, 206.429, 196.916, 142.04]  # printed by torch-fidelity 0.4.0, see below
 
@@ -30,7 +30,7 @@ def spd(d, seed=0):
 @pytest.fixture(scope="module")
 def net():
     """Inception with random weights of usable scale; RandomState is stable over numpy versions, so the outputs can be stored."""
-    rng, net = np.random.RandomState(0), fid.Inception()
+    rng, net = np.random.RandomState(0), Inception()
     for key, v in sorted(net.state_dict().items()):
         if key.endswith("num_batches_tracked"):
             continue
@@ -95,15 +95,15 @@ def test_last_pool_changes_the_features(net, image, monkeypatch):
     x = F.interpolate(image.float(), size=(75, 75)).sub(128).div(128)
     with torch.no_grad():
         f = net.body(x.repeat(1, 1, 2, 2))[0]
-        monkeypatch.setattr(net.Mixed_7c, "pool", fid.POOLS["avg"])
+        monkeypatch.setattr(net.Mixed_7c, "pool", POOLS["avg"])
         g = net.body(x.repeat(1, 1, 2, 2))[0]
     assert (f - g).norm() > 0.05 * f.norm()
 
 
 def test_inception_input(net, image, monkeypatch):
     monkeypatch.setattr(net, "body", lambda x: x)  # what the network would see
-    assert torch.equal(net(image), (fid.resize_tf1(image.float()) - 128) / 128)
-    assert torch.equal(net(image, resize="clean"), (fid.resize_clean(image) - 128) / 128)
+    assert torch.equal(net(image), (resize_tf1(image.float()) - 128) / 128)
+    assert torch.equal(net(image, resize="clean"), (resize_clean(image) - 128) / 128)
     grey = image[:, :1]
     assert torch.equal(net(grey), net(grey.repeat(1, 3, 1, 1)))
     assert torch.equal(net(torch.zeros_like(image)), torch.full((1, 3, 299, 299), -1.0))
@@ -119,7 +119,7 @@ def test_inception_never_trains(net, image):
     assert not any(m.training for m in net.modules()) and not any(p.requires_grad for p in net.parameters())
     a = net.Conv2d_1a_3x3(torch.zeros(1, 3, 9, 9))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a training loop's autocast must not reach the features
-        small = fid.Inception.__new__(fid.Inception)
+        small = Inception.__new__(Inception)
         torch.nn.Module.__init__(small)
         small.body = lambda x: net.Conv2d_1a_3x3(x)
         b = small(torch.full((1, 3, 9, 9), 128, dtype=torch.uint8))
@@ -132,12 +132,12 @@ def test_weights_round_trip(net, tmp_path, capsys):
     path = tmp_path / "w.pth"
     torch.save({k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
     before = torch.get_rng_state()
-    loaded, prefix = fid.load_inception(path, force=True)
+    loaded, prefix = load_inception(path, force=True)
     assert torch.equal(before, torch.get_rng_state())  # an evaluation must not change the run around it
     assert len(prefix) == 8 and prefix in capsys.readouterr().out
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
     with pytest.raises(UserError, match=f"6726825d.*{prefix}") as e:  # without force
-        fid.load_inception(path)
+        load_inception(path)
     one_line(e, path)
 
 
@@ -163,7 +163,7 @@ def test_pickle_posing_as_weights(tmp_path, save, force):
     marker, path = tmp_path / "marker", tmp_path / "w.pth"
     save({"fc.weight": Payload(marker)}, path)
     with pytest.raises(UserError) as e:
-        fid.load_inception(path, force=force)
+        load_inception(path, force=force)
     one_line(e, path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker))).close()
@@ -178,19 +178,19 @@ def test_bad_weight_files(net, tmp_path):
     for content, text in [(small, "absent"), ([1, 2], "state dict"), ({"a": 1}, "state dict"), (torch.zeros(3), "state dict")]:
         torch.save(content, path)
         with pytest.raises(UserError, match=text) as e:
-            fid.load_inception(path, force=True)
+            load_inception(path, force=True)
         one_line(e, path)
     torch.save(wrong_shape, path)
     with pytest.raises(UserError, match=r"fc.bias \[1008\], found \[1000\]") as e:
-        fid.load_inception(path, force=True)
+        load_inception(path, force=True)
     one_line(e, path)
     for missing in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(UserError) as e:
-            fid.load_inception(missing)
+            load_inception(missing)
         one_line(e, missing)
     path.write_bytes(b"")
     with pytest.raises(UserError) as e:
-        fid.load_inception(path, force=True)
+        load_inception(path, force=True)
     one_line(e, path)
 
 
@@ -208,14 +208,14 @@ def test_resize_tf1_by_hand():
     x = torch.tensor([[0.0, 8.0], [100.0, 108.0]])[None, None]
     # size 4: sources 0, 0.5, 1, 1.5 (held at 1): fractions 0, 0.5, 1, 1 of the way
     t = torch.tensor([0.0, 0.5, 1.0, 1.0])
-    assert torch.equal(fid.resize_tf1(x, 4)[0, 0], 100 * t[:, None] + 8 * t[None, :])
+    assert torch.equal(resize_tf1(x, 4)[0, 0], 100 * t[:, None] + 8 * t[None, :])
     # size 3: sources 0, 2/3, 4/3 (held)
     t = torch.tensor([0.0, 2 / 3, 1.0])
-    assert torch.allclose(fid.resize_tf1(x, 3)[0, 0], 100 * t[:, None] + 8 * t[None, :], atol=1e-5)
+    assert torch.allclose(resize_tf1(x, 3)[0, 0], 100 * t[:, None] + 8 * t[None, :], atol=1e-5)
     # shrinking does not average: every output lies at i * H / size
     row = torch.tensor([0.0, 10.0, 0.0, 30.0, 0.0, 50.0])[None, None, None].expand(1, 1, 6, 6)
-    assert torch.equal(fid.resize_tf1(row, 4)[0, 0, 0], torch.tensor([0.0, 5.0, 30.0, 25.0]))  # 0, 1.5, 3, 4.5
-    assert torch.equal(fid.resize_tf1(row, 3)[0, 0, 0], torch.tensor([0.0, 0.0, 0.0]))
+    assert torch.equal(resize_tf1(row, 4)[0, 0, 0], torch.tensor([0.0, 5.0, 30.0, 25.0]))  # 0, 1.5, 3, 4.5
+    assert torch.equal(resize_tf1(row, 3)[0, 0, 0], torch.tensor([0.0, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("h,w", [(7, 299), (299, 5), (64, 400), (600, 30)])
@@ -223,32 +223,32 @@ def test_resize_tf1_ramp(h, w):
     """On a ramp the value is the source position itself, up to the last pixel, whether the axis grows or shrinks."""
     y, x = torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64)
     i = torch.arange(299, dtype=torch.float64)
-    got = fid.resize_tf1((y[:, None] + 1000 * x[None, :])[None, None])[0, 0]
+    got = resize_tf1((y[:, None] + 1000 * x[None, :])[None, None])[0, 0]
     want = (i * h / 299).clamp(max=h - 1)[:, None] + 1000 * (i * w / 299).clamp(max=w - 1)[None, :]
     assert torch.allclose(got, want, rtol=0, atol=1e-7)
 
 
 def test_resize_identity_and_constant():
     u = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 299, 299)).astype(np.uint8))
-    assert torch.equal(fid.resize_tf1(u.float()), u.float()) and torch.equal(fid.resize_clean(u), u.float())
+    assert torch.equal(resize_tf1(u.float()), u.float()) and torch.equal(resize_clean(u), u.float())
     for n in (1, 28, 400):
         c = torch.full((1, 1, n, n), 77, dtype=torch.uint8)
-        assert torch.equal(fid.resize_tf1(c), torch.full((1, 1, 299, 299), 77.0))
-        assert torch.allclose(fid.resize_clean(c), torch.full((1, 1, 299, 299), 77.0), atol=1e-3)
+        assert torch.equal(resize_tf1(c), torch.full((1, 1, 299, 299), 77.0))
+        assert torch.allclose(resize_clean(c), torch.full((1, 1, 299, 299), 77.0), atol=1e-3)
 
 
 def test_resize_clean():
     u = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 20, 31)).astype(np.uint8))
-    out = fid.resize_clean(u, 16)
+    out = resize_clean(u, 16)
     assert out.shape == (2, 3, 16, 16) and out.dtype == torch.float32 and out.min() >= 0 and out.max() <= 255
     assert (out != out.round()).any()  # not quantised
     one = Image.fromarray(u[1, 2].numpy().astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC)  # each plane on its own
     assert torch.allclose(out[1, 2], torch.from_numpy(np.array(one)).clamp(0, 255))
     edge = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     edge[..., 4:] = 255  # bicubic overshoots at an edge; clean-fid clips
-    assert fid.resize_clean(edge).min() == 0 and fid.resize_clean(edge).max() == 255
+    assert resize_clean(edge).min() == 0 and resize_clean(edge).max() == 255
     noise = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 1, 598, 598)).astype(np.uint8))
-    assert fid.resize_clean(noise).std() < 0.7 * fid.resize_tf1(noise).std()  # antialiased against not
+    assert resize_clean(noise).std() < 0.7 * resize_tf1(noise).std()  # antialiased against not
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,14 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flowmap
-from common import metrics, models
-from common.run import Draw, Run, UserError
+from common.errors import UserError
+from common.model import Model
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import teacher_sample
 from common.schedules import EDM, VP, Flow, expand
+from common.teachers.dit import DiT
+from common.teachers.load import load_teacher
 
 MU, STD = 1.0, 0.5
 
@@ -73,12 +78,12 @@ def normal(*shape, seed=0):
 def tiny(seed=0, **kw):
     """A DiT of 30k weights, all of them random."""
     torch.manual_seed(seed)
-    net = models.DiT.network(dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=28, patch_size=7,
+    net = DiT.network(dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=28, patch_size=7,
                                   num_embeds_ada_norm=10, activation_fn="linear-silu"))
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.1)
-    return models.DiT(net, Flow(), "flow", (1, 28, 28), 10)
+    return DiT(net, Flow(), "flow", (1, 28, 28), 10)
 
 
 def trained(net, *names, std=0.1):
@@ -206,7 +211,7 @@ def test_numbers_of_the_exact_map():
 
 @pytest.mark.parametrize("name", ["mnist", "tiny"])
 def test_the_student_starts_as_the_teachers_velocity_at_pure_noise(name):
-    teacher = tiny() if name == "tiny" else models.load_teacher(name)
+    teacher = tiny() if name == "tiny" else load_teacher(name)
     student, critic = teacher.copy().extend("duration", "guidance"), teacher.copy().extend("guidance")
     z, cond = torch.randn(4, 1, 28, 28), teacher.encode(torch.arange(4))
     u = flowmap.velocity(teacher, z, 1.0, cond)
@@ -221,14 +226,14 @@ def test_the_student_starts_as_the_teachers_velocity_at_pure_noise(name):
 
 def test_discrete_fixed_point_is_the_teachers_own_sampler():
     """On the 2-D mixture, exact teacher, guided, along the whole path: common's sampler in its flow schedule, `teacher_path`, and the fixed point."""
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     teacher.schedule = Flow()
     z, cond = normal(40, 2), teacher.encode(torch.arange(40) % 8)
     for w in (1, 1.7):
         states = discrete_fixed_point(flowmap, z, teacher, 8, cond, w)
         path = flowmap.teacher_path(teacher, z, cond, w, 8)
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(states, path))
-        assert torch.allclose(states[8], metrics.teacher_sample(teacher, z, cond, 8, w), atol=1e-9)
+        assert torch.allclose(states[8], teacher_sample(teacher, z, cond, 8, w), atol=1e-9)
 
 
 def test_discrete_target_is_boots():  # T7: y = z + F on the linear path
@@ -259,7 +264,7 @@ def test_a_step_longer_than_the_duration_starts_at_the_noise():
 
 @pytest.mark.parametrize("name", ["tiny", "mnist", "toy"])
 def test_forward_mode_is_the_central_difference(name):
-    teacher = tiny() if name == "tiny" else models.load_teacher(name)
+    teacher = tiny() if name == "tiny" else load_teacher(name)
     student = trained(teacher.copy(), "duration")
     n = 4 if name != "mnist" else 2
     cond, d = teacher.encode(torch.arange(n)), torch.tensor([0.1, 0.4, 0.75, 1.0], dtype=torch.float64)[:n]
@@ -298,12 +303,12 @@ def test_conventions_of_sit_and_repa():
     """The same field as SiT writes it (time 1 - t, data - noise) and as REPA does (time t, noise - data): a Model of two lines each, one velocity."""
     field = lambda x, t: torch.sin(3 * x) * t.view(-1, 1) - x  # u(x, t)
 
-    class SiT(models.Model):
+    class SiT(Model):
         def predict(self, x, t, cond):
             sit = lambda x, tau: field(x, 1 - tau)
             return -sit(x, 1 - t)
 
-    class Repa(models.Model):
+    class Repa(Model):
         def predict(self, x, t, cond):
             repa = lambda x, t: -field(x, t)
             return repa(x, t)
@@ -315,7 +320,7 @@ def test_conventions_of_sit_and_repa():
 
 @pytest.mark.parametrize("schedule, kind", [(VP(), "eps"), (EDM(), "x0"), (Flow(), "flow")], ids=["vp", "edm", "flow"])
 def test_velocity_of_networks_of_other_schedules(schedule, kind):
-    class Exact(models.Model):  # knows N(MU, STD^2) on its own schedule
+    class Exact(Model):  # knows N(MU, STD^2) on its own schedule
         def predict(self, x, t, cond):
             a, s = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
             x0 = (STD**2 * a * x + s**2 * MU) / (a**2 * STD**2 + s**2)
@@ -356,7 +361,7 @@ def test_sample_reads_the_path():
 
 
 def test_fidelity_of_a_perfect_and_of_an_unpaired_student():
-    teacher, args = models.load_teacher("toy"), types.SimpleNamespace(seed=0, cfg=1.0, interval=(0, 1))
+    teacher, args = load_teacher("toy"), types.SimpleNamespace(seed=0, cfg=1.0, interval=(0, 1))
     cond, paths = teacher.encode(torch.zeros(250, dtype=torch.long)), {}
 
     def lookup(z, d, flip):
@@ -436,7 +441,7 @@ def first_gradients(m, trace):
     """Iteration 1 of a run (at iteration 0 many terms are zero) against the formulas written out with reverse-mode derivatives and the x0 of the toy."""
     flags = ["--iters", 2, "--cfg", 2, "--clip", 1e9, "--eps", 0.01, "--lr", 1e-2, "--interval", 0.0, 0.9]
     steps = trace(*flags, m=m)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 1, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 1, 16)
     student, critic = teacher.copy().extend("duration"), teacher.copy()
     for net, key in ((student, "student"), (critic, "critic")):
         nn.utils.vector_to_parameters(steps[2]["before"][key], net.parameters())

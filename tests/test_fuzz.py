@@ -14,19 +14,22 @@ import shutil
 
 import pytest
 import torch
+from cases import FULL, SEED, generator
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from cases import FULL, SEED, generator
-from common import adapters, models
-from common.controls import Control
-from common.models import WEIGHTS, Routed
-from common.run import ROOT, Parser, UserError, write_json
-from common.students import network_of, read_student, sampler_of
 from test_run import run  # noqa: F401  the fixture
 from test_scripts import SCRIPTS
 from test_untrusted import parts
+
+from common.errors import UserError
+from common.files import ROOT, WEIGHTS, write_json
+from common.flags import Parser
+from common.routed import Routed
+from common.teachers.load import load_teacher
+from common.teachers.students import network_of, read_student, sampler_of
+from controls.controlled import load_generator, make
+from controls.maps import Control
 
 TOY = ROOT / "assets" / "toy"
 TINY_DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
@@ -214,7 +217,7 @@ def test_contents_of_a_teachers_folder(tmp_path):
     good["teacher.json"]["evaluation"] = dict(protocol="x", classifier="c.safetensors", reference="s.npz", images="i.npz", names=["0", "1"], measured=[dict(nfe=1, cfg=1.5, fd=2.0, protocol="x")])
 
     def load():
-        teacher = models.load_teacher(str(tmp_path / "t"))
+        teacher = load_teacher(str(tmp_path / "t"))
         with torch.no_grad():
             student = teacher.copy()
             student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
@@ -236,30 +239,30 @@ def test_no_number_where_a_network_of_diffusers_wants_one(tmp_path):
     DiTTransformer2DModel(**TINY_DIT).save_pretrained(tmp_path)
     write_json(tmp_path / "teacher.json", dict(model=TINY_MODEL))
     config = json.loads((tmp_path / "config.json").read_text())
-    models.load_teacher(str(tmp_path))
+    load_teacher(str(tmp_path))
     for value in (None, "", []):
         write_json(tmp_path / "config.json", config | dict(norm_eps=value))
         with pytest.raises(UserError, match="config.json: norm_eps: expected float, found"):
-            models.load_teacher(str(tmp_path))
+            load_teacher(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory):
     """Students of the toy in every format: whole, several experts, adapters, new conditions, with a control."""
-    home, teacher = tmp_path_factory.mktemp("students"), models.load_teacher("toy")
+    home, teacher = tmp_path_factory.mktemp("students"), load_teacher("toy")
     info = lambda **kw: dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999"), flags=dict(iters=3, prompts=None)) | kw
     teacher.copy().save(home / "whole", info())
     Routed([teacher.copy(), teacher.copy()], "level", [1.0]).save(home / "phased", info(method="phased_dmd", nfe=2, sampler=dict(step_shift=1.0)))
     teacher.copy(dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")).save(home / "lora", info(method="sid", sampler=dict(form="edm", steps="5", renoise="fresh")))
     teacher.copy().extend("few", "any", "mul").save(home / "twinflow", info(method="twinflow", sampler=dict(mode="few")))
     teacher.copy().extend("s", "guidance").save(home / "boot", info(method="boot", sampler=dict(at=0.0, grid="time", t_max=1.0)))
-    f, own, sampler = adapters.load_generator(generator(), teacher, "toy")
-    adapters.make(f, own, sampler, Control("class", f, teacher)).save(home / "nct", info(method="nct", sampler={}))
+    f, own, sampler = load_generator(generator(), teacher, "toy")
+    make(f, own, sampler, Control("class", f, teacher)).save(home / "nct", info(method="nct", sampler={}))
     return home
 
 
 def test_contents_of_a_students_folder(students):
-    names, teacher = [p.name for p in sorted(students.iterdir())], models.load_teacher("toy")
+    names, teacher = [p.name for p in sorted(students.iterdir())], load_teacher("toy")
     good = {name: json.loads((students / name / "distill.json").read_text()) for name in names}
 
     def body(rng):
@@ -290,7 +293,7 @@ def test_contents_of_a_transformers_folder(tmp_path):
     good = {"teacher.json": dict(model=TINY_MODEL), "config.json": json.loads((tmp_path / "config.json").read_text())}
 
     def load():
-        teacher = models.load_teacher(str(tmp_path))
+        teacher = load_teacher(str(tmp_path))
         with torch.no_grad():
             teacher.guided(torch.zeros(2, 1, 8, 8), 0.5, 0.5, teacher.encode(torch.tensor([0, 1])), 2.0)
 
@@ -324,7 +327,7 @@ def test_damaged_weights(tmp_path):
     path, good = tmp_path / "t" / WEIGHTS, (TOY / WEIGHTS).read_bytes()
 
     def load():
-        student = models.load_teacher(str(tmp_path / "t")).copy()
+        student = load_teacher(str(tmp_path / "t")).copy()
         with torch.no_grad():
             student(torch.zeros(2, 2), 0.5, 0.5, student.encode([0, 1]))
 

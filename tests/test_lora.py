@@ -8,14 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-import dmd2
-import eval as evaluation
-from common import lora, models, teachers
-from common.run import EMA, ROOT, UserError
 from test_scripts import QUICK, close, processes, same
 from test_scripts import SCRIPTS as ALL
 from test_teachers import folders, load  # noqa: F401  the fixture
+
+import dmd2
+import eval as evaluation
+from common import lora
+from common.ema import EMA
+from common.errors import UserError
+from common.files import ROOT
+from common.teachers.load import HUB, load_model, load_teacher
 
 # How README loads students, as it stands there. Tests put tiny folders in the place of the names
 FULL = """
@@ -68,7 +71,7 @@ CONV = dict(FLAT, rank=2, alpha=5.0, targets=["conv1", "time_emb_proj", "to_v"])
 
 
 def teacher_of(name, folders, **kw):  # noqa: F811
-    return models.load_teacher(name) if name in ("mnist", "toy") else load(folders, name, **kw)
+    return load_teacher(name) if name in ("mnist", "toy") else load(folders, name, **kw)
 
 
 def batch(model, n=2, seed=0):
@@ -168,7 +171,7 @@ def test_file(name, spec, folders, tmp_path):  # noqa: F811
     assert all(k.startswith(f"{part}.") and k.endswith((".lora_A.weight", ".lora_B.weight")) for k in keys) and len(keys) == len(student.net.state_dict())
     info = json.loads((tmp_path / "distill.json").read_text())["model"]
     assert info["lora"]["rank"] == spec["rank"] == info["lora"]["alpha"] and set(info["lora"]["targets"]) <= {*lora.LAYERS, *CONV["targets"], "inp", "hidden.0", "hidden.1"}
-    again = models.load_model(tmp_path, info, teacher)
+    again = load_model(tmp_path, info, teacher)
     with torch.no_grad():
         ours, theirs = student(*args), again(*args)
     assert torch.allclose(ours, theirs, atol=1e-5 * ours.abs().max()) and (spec["alpha"] != spec["rank"] or torch.equal(ours, theirs))
@@ -223,11 +226,11 @@ def test_files_that_do_not_fit(folders, tmp_path):  # noqa: F811
 
     def refused(says, info=info, teacher=teacher):
         with pytest.raises(UserError, match=says) as e:
-            models.load_model(tmp_path, info, teacher)
+            load_model(tmp_path, info, teacher)
         assert "\n" not in str(e.value)
 
     refused("a LoRA: expected its teacher", teacher=None)
-    refused("expected a teacher of its kind, .*sd15.*found .*dit", teacher=models.load_teacher("mnist"))
+    refused("expected a teacher of its kind, .*sd15.*found .*dit", teacher=load_teacher("mnist"))
     for wrong in (None, 4, dict(rank=4), dict(rank="4", targets=["to_q"]), dict(rank=True, targets=["to_q"]), dict(rank=4, targets=[]), dict(rank=4, targets=[1])):
         refused("lora: expected rank and targets", dict(info, lora=wrong))
     refused("rank 99: expected a rank of at most", dict(info, lora=dict(info["lora"], rank=99)))
@@ -246,7 +249,7 @@ def latents(code, student, teacher_folder, size, z, seed=7):
     from diffusers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    hub = next(v for v in models.HUB.values() if v in code)
+    hub = next(v for v in HUB.values() if v in code)
     for a, b in {'"out/dmd2-sdxl/student"': repr(str(student)), '"out/dmd2-sd3/student"': repr(str(student)), '"out/dmd2-sana/student"': repr(str(student)),
                  f'"{hub}"': f"{str(teacher_folder)!r}, **empty", "bfloat16": "float32", '.to("cuda")': ""}.items():
         code = code.replace(a, b)
@@ -265,15 +268,15 @@ def one_step(code):
 
 
 def for_sd15(code):
-    return code.replace("StableDiffusionXLPipeline", "StableDiffusionPipeline").replace(models.HUB["sdxl"], models.HUB["sd15"]).replace("guidance_scale=0", "guidance_scale=1")
+    return code.replace("StableDiffusionXLPipeline", "StableDiffusionPipeline").replace(HUB["sdxl"], HUB["sd15"]).replace("guidance_scale=0", "guidance_scale=1")
 
 
 def for_sd3(code):
-    return code.replace("SanaPipeline", "StableDiffusion3Pipeline").replace(models.HUB["sana"], models.HUB["sd3"]).replace(", complex_human_instruction=None", "")
+    return code.replace("SanaPipeline", "StableDiffusion3Pipeline").replace(HUB["sana"], HUB["sd3"]).replace(", complex_human_instruction=None", "")
 
 
 def for_sana(code):
-    code = code.replace("StableDiffusion3Pipeline", "SanaPipeline").replace(models.HUB["sd3"], models.HUB["sana"]).replace("SD3Transformer2DModel", "SanaTransformer2DModel")
+    code = code.replace("StableDiffusion3Pipeline", "SanaPipeline").replace(HUB["sd3"], HUB["sana"]).replace("SD3Transformer2DModel", "SanaTransformer2DModel")
     return code.replace("guidance_scale=1", "guidance_scale=1, complex_human_instruction=None")
 
 
@@ -308,7 +311,7 @@ def test_readme(name, adapters, folders, tmp_path):  # noqa: F811
 
 
 def test_readme_mnist(tmp_path):
-    teacher, space = models.load_teacher("mnist"), {}
+    teacher, space = load_teacher("mnist"), {}
     student = scramble(teacher.copy(dict(FLAT, alpha=3.0)))
     student.save(tmp_path, {})
     exec(MNIST.replace("out/dmd2-mnist/student", str(tmp_path)).replace("assets/mnist", str(teacher.folder)), space)

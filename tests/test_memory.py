@@ -1,23 +1,26 @@
 """What a run keeps in memory: the estimate before loading, the average on the host, text encoders that are gone, counts of the full-size networks, the bench."""
-import gc
 import json
 import re
 import subprocess
 import sys
 import weakref
 
-import pytest
-import torch
-
 import bench
-import dmd2
 import memory
+import pytest
 import random_teachers
 import tiny
-from common import models, teachers
-from common.run import EMA, Run, UserError
+import torch
 from test_run import Box, run  # noqa: F401
 from test_scripts import QUICK, ROOT, checkpoint, log
+
+from common.ema import EMA
+from common.errors import UserError
+from common.model import Model
+from common.teachers.flow import Sana
+from common.teachers.load import load_pipeline, load_teacher
+from common.teachers.pipeline import Pipeline
+from common.teachers.unet import SDXL
 
 GB = 2**30
 
@@ -83,11 +86,11 @@ def test_a_pipeline_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
         asked.update(sizes)
         raise UserError("too large")
 
-    monkeypatch.setattr(teachers.Pipeline, "load_net", None)  # would fail if it were asked
+    monkeypatch.setattr(Pipeline, "load_net", None)  # would fail if it were asked
     with pytest.raises(UserError, match="too large"):
-        models.load_teacher(str(folder), dtype=torch.bfloat16, text=dict(prompts=["a"], cache=tmp_path / "cache", say=lambda *a: None), budget=budget)
+        load_teacher(str(folder), dtype=torch.bfloat16, text=dict(prompts=["a"], cache=tmp_path / "cache", say=lambda *a: None), budget=budget)
     monkeypatch.undo()
-    model = models.load_teacher(str(folder), text=dict(prompts=["a"], cache=tmp_path / "cache", say=lambda *a: None))
+    model = load_teacher(str(folder), text=dict(prompts=["a"], cache=tmp_path / "cache", say=lambda *a: None))
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert asked == dict(network=count(model), vae=count(model.vae), width=2, experts=1)
 
@@ -96,7 +99,7 @@ def test_both_experts_are_counted(tmp_path):
     (tmp_path / "wan").mkdir()
     folder, asked = tiny.wan22(tmp_path / "wan"), {}
     text = dict(prompts=["a"], cache=tmp_path / "cache", size=16, frames=1, say=lambda *a: None)
-    model = models.load_teacher(str(folder), text=text, budget=lambda **sizes: asked.update(sizes))
+    model = load_teacher(str(folder), text=text, budget=lambda **sizes: asked.update(sizes))
     assert asked["network"] == sum(p.numel() for p in model.parameters()) and asked["experts"] == len(model.experts) == 2
 
 
@@ -120,14 +123,14 @@ def test_a_run_that_does_not_fit(scripts, tmp_path):
 
 def test_rehearsal(run, monkeypatch, capsys):  # noqa: F811
     """One pass of the largest backward: rows asked of each network, with and without gradient, nothing left behind, and what does not fit refused."""
-    r, (student, other, teacher) = run("--batch", "6"), [models.load_teacher("mnist").requires_grad_(i == 0) for i in range(3)]
-    r.args.cfg, asked, call, outs = 2.0, [], models.Model.forward, []
+    r, (student, other, teacher) = run("--batch", "6"), [load_teacher("mnist").requires_grad_(i == 0) for i in range(3)]
+    r.args.cfg, asked, call, outs = 2.0, [], Model.forward, []
 
     def forward(self, x, *args, **kwargs):
         asked.append((next((k for k, v in dict(student=student, other=other).items() if v is self), "teacher"), len(x), torch.is_grad_enabled(), x.requires_grad))
         return call(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(models.Model, "forward", forward)
+    monkeypatch.setattr(Model, "forward", forward)
     last = lambda x: outs.append((len(x), x.requires_grad)) or x  # a function is asked about the first network's output, in the same backward
     r.rehearse(dict(student=3, other=2, last=last), dict(student=student, other=other, teacher=teacher, steps=4))
     assert outs == [(6, True)]
@@ -196,7 +199,7 @@ def test_text_encoders_are_gone_before_the_network_comes(name, tmp_path, monkeyp
     """Every module of the pipeline that encodes prompts, when the network is about to be loaded."""
     (tmp_path / name).mkdir()
     folder = getattr(tiny, name)(tmp_path / name)
-    cls = dict(sdxl=teachers.SDXL, sana=teachers.Sana)[name]
+    cls = dict(sdxl=SDXL, sana=Sana)[name]
     seen, alive, text_pipeline, load_net = [], [], cls.text_pipeline.__func__, cls.load_net.__func__
 
     def recorded(cls, *args):
@@ -210,11 +213,11 @@ def test_text_encoders_are_gone_before_the_network_comes(name, tmp_path, monkeyp
 
     monkeypatch.setattr(cls, "text_pipeline", classmethod(recorded))
     monkeypatch.setattr(cls, "load_net", classmethod(load))
-    model = teachers.load_pipeline(str(folder), prompts=["a", "b"], cache=tmp_path / "cache", say=lambda *a: None)
+    model = load_pipeline(str(folder), prompts=["a", "b"], cache=tmp_path / "cache", say=lambda *a: None)
     assert len(seen) > 10 and alive == [0]
     reachable = {type(m).__module__.split(".")[0] for m in [*model.modules(), *model.vae.modules()]}
     assert "transformers" not in reachable
-    teachers.load_pipeline(str(folder), prompts=["a", "b"], cache=tmp_path / "cache", say=lambda *a: None)
+    load_pipeline(str(folder), prompts=["a", "b"], cache=tmp_path / "cache", say=lambda *a: None)
     assert alive == [0, 0] and len(set(map(id, seen))) == len(seen)  # the second start loads none
 
 
@@ -244,7 +247,7 @@ def test_bench(name):
 
 def test_bare_passes_read_what_a_student_reads_beside_t():
     """Its new embeddings are part of the pass that the loop is compared with, and keep no gradient of it."""
-    model, asked = models.load_teacher("mnist").copy().extend("r"), []
+    model, asked = load_teacher("mnist").copy().extend("r"), []
     model.extras["r"].register_forward_hook(lambda *a: asked.append(1))
     cond = model.encode([0, 1]) | dict(r=torch.ones(2))
     sync = type("Sync", (), {"__call__": lambda self: None, "device": torch.device("cpu")})()

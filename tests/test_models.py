@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.models import DiT, Routed, Scalar, Toy, load_model, load_teacher
-from common.run import UserError
+from common.errors import UserError
+from common.model import ScalarEmbedding
+from common.routed import Routed
 from common.schedules import EDM, VP, Flow, TrigFlow
-from common.toy import MLP
+from common.teachers.dit import DiT
+from common.teachers.load import load_model, load_teacher
+from common.teachers.toy import MLP, Toy
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE = dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=28, patch_size=7, num_embeds_ada_norm=10)
@@ -509,7 +512,7 @@ def test_extended_network_starts_as_it_was_and_then_listens(make, tmp_path):
 
 def test_a_scalar_with_a_factor():
     """[B, 2]: the embedding times a factor; 0 switches it off whatever it has learnt."""
-    embed, s = Scalar(16), torch.linspace(-1, 1, 5)
+    embed, s = ScalarEmbedding(16), torch.linspace(-1, 1, 5)
     torch.nn.init.normal_(embed.layers[2].weight)
     torch.nn.init.normal_(embed.layers[2].bias)
     factor = torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0], dtype=torch.float64)

@@ -9,9 +9,15 @@ import torch.nn as nn
 
 import dmd2
 import msd
-from common import data, metrics, models
-from common.run import Draw, Run, UserError
-from common.schedules import EDM, Flow, VP, expand
+from common import data, metrics
+from common.errors import UserError
+from common.rng import BatchRandom
+from common.routed import Routed
+from common.run import Run
+from common.schedules import EDM, VP, Flow, expand
+from common.teachers.dit import DiT
+from common.teachers.load import load_model, load_teacher
+from common.teachers.toy import Toy
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -78,9 +84,9 @@ class Trace(list):
         self.script = script
         for module, name, key in ((script, "Critic", "critic"), (script, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, module, name, key)
-        step, encode, start = Run.step, models.Toy.encode, Run.draw
+        step, encode, start = Run.step, Toy.encode, Run.draw
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(models.Toy, "encode", lambda net, labels: self.labels.append(torch.as_tensor(labels)) or encode(net, labels))
+        monkeypatch.setattr(Toy, "encode", lambda net, labels: self.labels.append(torch.as_tensor(labels)) or encode(net, labels))
         monkeypatch.setattr(Run, "draw", lambda run, it: self.begin(it) or start(run, it))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
@@ -103,7 +109,7 @@ class Trace(list):
 
     def nets(self):
         student = self.made["ema"].live
-        experts = {f"student{k}": e for k, e in enumerate(student.experts)} if isinstance(student, models.Routed) else dict(student0=student)
+        experts = {f"student{k}": e for k, e in enumerate(student.experts)} if isinstance(student, Routed) else dict(student0=student)
         return experts | dict(critic=self.made["critic"].fake, teacher=self.made["teacher"]) | ({"head": h} if (h := self.made["critic"].head) else {})
 
     def weights(self):
@@ -187,7 +193,7 @@ def test_students_without_label_input(k, split, expected):
 
 def test_tsm_is_zero_for_a_copy_and_leaves_the_teacher_alone():
     torch.manual_seed(0)
-    teacher = models.load_teacher("toy-cond").copy()  # the MLP
+    teacher = load_teacher("toy-cond").copy()  # the MLP
     phi, cond, s = teacher.copy(), dict(labels=torch.arange(8)), torch.linspace(0.1, 5, 8).double()
     x_t = torch.randn(8, 2)
     loss = msd.tsm_loss(phi(x_t, 1.0, s, cond), teacher(x_t, 1.0, s, cond), teacher.weight(1.0, s))
@@ -204,7 +210,7 @@ def test_tsm_is_zero_for_a_copy_and_leaves_the_teacher_alone():
 def test_the_first_tsm_gradient_by_hand(trace):
     """Images of all labels, all levels, the exact teacher as the target (its critic-to-be is only near it), the teacher's own weight."""
     steps = trace(*ALL)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     phi, (x, labels) = teacher.resized(["width=8", "depth=2"], seed=0), data.load_images(None, teacher).batch(0, 16)
     s = teacher.schedule.grid(1000)[draw.integers(0, 1000)]
     x_t, cond = (x + s[:, None] * draw.normal(2)).float(), dict(labels=labels)
@@ -279,7 +285,7 @@ def test_what_a_stage_starts_from(trace):
     at = {}
     for s in steps:
         at.setdefault(s["it"], s["before"])
-    phi, teacher = at[6]["student0"], torch.cat([p.flatten() for p in models.load_teacher("toy-cond").parameters()])
+    phi, teacher = at[6]["student0"], torch.cat([p.flatten() for p in load_teacher("toy-cond").parameters()])
     assert not torch.equal(phi, at[0]["student0"]) and not torch.equal(phi, next(s["after"]["student0"] for s in steps if s["it"] == 5))  # the average
     assert all(torch.equal(at[6][f"student{k}"], phi) for k in range(3))
     for k, first in enumerate((6, 14, 22)):
@@ -327,13 +333,13 @@ def test_students_do_not_meet(trace):
 
 
 def test_a_mixed_batch_keeps_its_order():
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     experts = [teacher.copy() for _ in range(3)]
     for i, e in enumerate(experts):
         for p in e.parameters():
             p.data += 0.1 * i
     table = msd.partition(8, 3)
-    student, labels, z = models.Routed(experts, "label", table), torch.randperm(64, generator=torch.Generator().manual_seed(0)) % 8, torch.randn(64, 2)
+    student, labels, z = Routed(experts, "label", table), torch.randperm(64, generator=torch.Generator().manual_seed(0)) % 8, torch.randn(64, 2)
     x = msd.sample(student, z, teacher.encode(labels), 1, None)
     for y in range(8):
         rows = labels == y
@@ -347,7 +353,7 @@ def test_a_mixed_batch_keeps_its_order():
 @pytest.mark.parametrize("small", [[], ["width=16", "depth=2"]], ids=["same", "small"])
 def test_the_critic_has_to_move_first(small):
     """Critic and teacher being equal, there is no gradient without guidance, whatever the student makes."""
-    teacher = models.load_teacher("toy-cond").copy()
+    teacher = load_teacher("toy-cond").copy()
     student = teacher.resized(small) if small else teacher.copy()
     cond, s = teacher.encode(torch.arange(8)), torch.linspace(0.1, 9, 8).double()
     x = msd.one_step(student, student.schedule, torch.randn(8, 2), cond)
@@ -360,15 +366,15 @@ def test_the_critic_has_to_move_first(small):
 
 def test_small_students_of_a_transformer(tmp_path):
     config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=4, sample_size=8, patch_size=4, num_embeds_ada_norm=4)
-    teacher = models.DiT(models.DiT.network(config), Flow(), "flow", (1, 8, 8), 4)
+    teacher = DiT(DiT.network(config), Flow(), "flow", (1, 8, 8), 4)
     count = lambda m: sum(p.numel() for p in m.parameters())
     a, b = teacher.resized(["num_layers=2"], seed=1), teacher.resized(["num_layers=2", "num_attention_heads=1"], seed=1)
     blocks = count(teacher.net.transformer_blocks)
     assert count(a) == count(teacher) - blocks // 2 and count(b) < count(a) and teacher.net.config.num_layers == 4
     assert all(p.requires_grad for p in a.parameters())
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), teacher.resized(["num_layers=2"], seed=1).parameters()))
-    models.Routed([a, a.copy()], "label", msd.partition(4, 2)).save(tmp_path, {})
-    again = models.load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
+    Routed([a, a.copy()], "label", msd.partition(4, 2)).save(tmp_path, {})
+    again = load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
     x, cond = torch.randn(4, 1, 8, 8), a.encode(torch.arange(4))
     assert torch.allclose(again(x, 0.5, 0.5, cond), a(x, 0.5, 0.5, cond), atol=1e-6) and again.table == [0, 0, 1, 1]
     for wrong, expected in (("layers=2", "did you mean num_layers"), ("num_layers=x", "no network"), ("sample_size=16", "found one for"), ("num_layers", "no network")):
@@ -381,20 +387,20 @@ def test_small_students_of_a_transformer(tmp_path):
 
 def test_metrics_of_each_expert():
     """Of the same samples as the joint number. A student that is wrong is found although the others are right; its number does not tell on theirs."""
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     right = lambda m, z, c, noise: teacher.mixture.means[c["labels"]].float() + 0.1 * z + 0.3 * (m.route(len(z), 1, 1, c) == 2)[:, None]
-    model = models.Routed([teacher.copy() for _ in range(4)], "label", msd.partition(8, 4))
+    model = Routed([teacher.copy() for _ in range(4)], "label", msd.partition(8, 4))
     result = metrics.evaluate(right, model, teacher, n=2000)
     parts = result["experts"]
     assert [p["labels"] for p in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]] and [p["n"] for p in parts] == [500] * 4 and [p["expert"] for p in parts] == [0, 1, 2, 3]
     assert parts[2]["energy_distance"] > 0.1 and all(abs(parts[k]["energy_distance"]) < 0.01 for k in (0, 1, 3))
-    assert "experts" not in metrics.evaluate(right, models.Routed([teacher.copy()], "label", [0] * 8), teacher, n=100)
+    assert "experts" not in metrics.evaluate(right, Routed([teacher.copy()], "label", [0] * 8), teacher, n=100)
     alone = metrics.evaluate(lambda m, z, c, noise: right(model, z, c, noise), teacher, teacher, n=2000)
     assert alone["energy_distance"] == result["energy_distance"]
 
 
 def test_reference_of_a_part(monkeypatch):
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     extractor, images = metrics.Extractor(teacher), data.load_images(None, teacher)
     images = data.Images(images.images[::10], images.labels[::10], images.names)
     monkeypatch.setattr(metrics, "load_images", lambda *a: images)
@@ -412,7 +418,7 @@ def test_reference_of_a_part(monkeypatch):
 # ---- broken on purpose ----------------------------------------------------------------------------------------------------------------------------
 
 BROKEN = {  # how it is broken, and the test that finds it
-    "router is not the partition": (lambda m: m.setattr(models.Routed, "route", lambda self, n, a, s, c: torch.tensor(self.table[::-1])[c["labels"]]),
+    "router is not the partition": (lambda m: m.setattr(Routed, "route", lambda self, n, a, s, c: torch.tensor(self.table[::-1])[c["labels"]]),
                                     lambda t: test_a_mixed_batch_keeps_its_order()),
     "tsm without stop-gradient": (lambda m: m.setattr(torch.Tensor, "detach", lambda x: x), lambda t: test_tsm_is_zero_for_a_copy_and_leaves_the_teacher_alone()),
     "labels of the whole set": (lambda m: m.setattr(msd, "partition", lambda n, k, *a: [(k + y) % k for y in range(n)]), lambda t: test_who_is_trained_when(t)),

@@ -7,13 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from cases import generator
 
 import eval as evaluation
 import nct
-from cases import generator
-from common import adapters, metrics, models
-from common.controls import MAPS, Control
-from common.run import UserError, read_json
+from common.errors import UserError
+from common.files import WEIGHTS, read_json
+from common.rng import BatchRandom
+from common.routed import Routed
+from common.teachers.load import load_model, load_teacher
+from controls.branches import make_branch
+from controls.controlled import load_generator, make
+from controls.maps import MAPS, Control
+from controls.measure import control_error
+from tools.measure import count_nfe
 
 ARGS = SimpleNamespace(N=10, path="trig", distance="l2", huber=None)
 Q = 1 - math.cos(math.pi / 20)  # 0.0123117
@@ -244,7 +251,7 @@ def noise_up(branch, seed=0):
 
 
 def dit():
-    net = models.load_teacher("mnist").net
+    net = load_teacher("mnist").net
     inputs = dict(timestep=torch.full((3,), 900.0), class_labels=torch.tensor([1, 2, 3]), return_dict=False)
     return net, (torch.randn(3, 1, 28, 28),), inputs
 
@@ -266,7 +273,7 @@ def pixel_unet():
 
 
 def mlp():
-    net = models.load_teacher("toy").net
+    net = load_teacher("toy").net
     return net, (torch.randn(3, 2), torch.tensor([0.1, 1.0, 20.0]), torch.full((3,), 8)), {}
 
 
@@ -280,7 +287,7 @@ def test_a_branch_starts_without_effect(kind):
     net, inputs, kw = make()
     net.requires_grad_(False)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    branch = adapters.make_branch(net, a_control(classes))
+    branch = make_branch(net, a_control(classes))
     size = inputs[0].shape[-1]
     c = torch.tensor([0, 1, 3]) if classes else torch.rand(3, 2, size, size)
     other = c.flip(0)
@@ -314,7 +321,7 @@ def test_a_branch_starts_without_effect(kind):
 def test_the_unet_written_out(skip):
     """UNet2DModel.forward by hand, with residuals on skips and middle, against the hooks."""
     net, (x, t, y), _ = unet() if not skip else unet(time_embedding_type="fourier", flip_sin_to_cos=False)
-    branch = adapters.make_branch(net, a_control())
+    branch = make_branch(net, a_control())
     noise_up(branch)
     c = torch.rand(3, 2, 8, 8)
 
@@ -346,7 +353,7 @@ def test_the_unet_written_out(skip):
 
 def test_the_transformer_written_out():
     net, (x,), kw = dit()
-    branch = adapters.make_branch(net, a_control(), blocks=2)
+    branch = make_branch(net, a_control(), blocks=2)
     noise_up(branch)
     c = torch.rand(3, 2, 28, 28)
     call = lambda block, h: block(h, timestep=kw["timestep"], class_labels=kw["class_labels"])
@@ -372,9 +379,9 @@ def test_the_control_net_needs_the_size_of_the_latent():
     """Without a stride for pixels; the default's three strides do not fit them."""
     from diffusers import ControlNetModel
     net, inputs, kw = pixel_unet()
-    branch = adapters.make_branch(net, a_control())
+    branch = make_branch(net, a_control())
     assert len(branch.net.config.conditioning_embedding_out_channels) == 1 and branch.net.config.conditioning_channels == 2
-    assert adapters.make_branch(net, a_control(), 8).net.config.conditioning_embedding_out_channels == (16, 32, 96, 256)
+    assert make_branch(net, a_control(), 8).net.config.conditioning_embedding_out_channels == (16, 32, 96, 256)
     branch.net = ControlNetModel.from_unet(net, conditioning_channels=2)
     with pytest.raises(Exception, match="size|shape"), branch.attached(net, torch.rand(3, 2, 16, 16)):
         net(torch.randn(3, 3, 16, 16), *inputs[1:], **kw)
@@ -392,7 +399,7 @@ def test_an_image_prompt_starts_without_effect():
     """Difference 0.0; then only the values have a gradient; then, when they have moved, everything has. The frozen network is as it was afterwards."""
     net, inputs, kw = prompt_unet()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    branch = adapters.make_branch(net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2)
+    branch = make_branch(net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2)
     assert all(torch.equal(layer.to_k_ip[0].weight, net.get_submodule(n).to_k.weight) for n, layer in zip(branch.names, branch.ip_adapter.values(), strict=True))
     c = torch.randn(3, 12)
 
@@ -419,27 +426,27 @@ def test_an_image_prompt_starts_without_effect():
 @pytest.mark.parametrize("make, found", [(pixel_unet, "UNet2DConditionModel without"), (unet, "UNet2DModel"), (dit, "Transformer2DModel|DiT")])
 def test_image_prompts_need_a_prompt(make, found):
     with pytest.raises(UserError, match=f"--control image: expected a generator of class UNet2DConditionModel .*found ({found})"):
-        adapters.make_branch(make()[0], SimpleNamespace(classes=0, channels=0, embedding=12))
+        make_branch(make()[0], SimpleNamespace(classes=0, channels=0, embedding=12))
     with pytest.raises(UserError, match="--blocks"):
-        adapters.make_branch(prompt_unet()[0], SimpleNamespace(classes=0, channels=0, embedding=12), 1, 2)
+        make_branch(prompt_unet()[0], SimpleNamespace(classes=0, channels=0, embedding=12), 1, 2)
 
 
 def test_branches_that_cannot_be():
     net = dit()[0]
     for blocks in (0, 7):
         with pytest.raises(UserError, match=f"--blocks {blocks}: expected a number from 1 to 6"):
-            adapters.make_branch(net, a_control(), blocks=blocks)
+            make_branch(net, a_control(), blocks=blocks)
     with pytest.raises(UserError, match="--control class"):
-        adapters.make_branch(pixel_unet()[0], a_control(3))
+        make_branch(pixel_unet()[0], a_control(3))
     with pytest.raises(UserError, match="--generator: expected a UNet or transformer of diffusers, found Linear"):
-        adapters.make_branch(nn.Linear(2, 2), a_control())
+        make_branch(nn.Linear(2, 2), a_control())
 
 
 # ---- controls -------------------------------------------------------------------------------------------------------------------------------
 
 
 def control(name, **kw):
-    return Control(name, models.load_teacher("mnist"), **kw)
+    return Control(name, load_teacher("mnist"), **kw)
 
 
 def pictures(n=5):
@@ -506,11 +513,11 @@ def test_a_control_has_no_gradient(name):
 
 
 def test_class_of_the_toy():
-    h = Control("class", models.load_teacher("toy"))
+    h = Control("class", load_teacher("toy"))
     assert h.classes == 8 and h(h.model.mixture.means.float(), None).tolist() == list(range(8))
     assert h.error(torch.tensor([1, 2]), torch.tensor([1, 3])).tolist() == [0, 1]
     with pytest.raises(UserError, match="--control class: expected a generator without labels"):
-        Control("class", models.load_teacher("toy-cond"))
+        Control("class", load_teacher("toy-cond"))
     with pytest.raises(UserError, match="--control class: expected a generator without labels"):
         control("class")
 
@@ -555,7 +562,7 @@ def test_image_prompts_have_the_papers_rate_and_empty_prompts():
     assert get("--control", "image") == (1e-4, 0.05) and get("--control", "edges") == (1e-5, 0.0) == get() and get("--control", "image", "--drop", "0.5", "--lr", "1") == (1.0, 0.5)
     with pytest.raises(UserError, match="--drop: expected a share from 0 to 1"):
         nct.parse_args(["--teacher", "sd15", "--drop", "1.5"])
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     assert teacher.emptied(dict(labels=torch.tensor([3, 4, 5])), torch.tensor([True, False, True]))["labels"].tolist() == [10, 4, 10]
 
 
@@ -612,15 +619,15 @@ METHODS = {"sid": [], "dmd2": [], "decoupled_dmd": [], "phased_dmd": ["--nfe", 1
 def test_students_of_every_method_are_generators(method, scripts, tmp_path):
     """f is the method's own sampler, bit for bit; the network is asked once, and gradients pass through it."""
     folder = quick(scripts, method, tmp_path / method, *METHODS[method])
-    teacher = models.load_teacher("toy")
-    model, info, sample = adapters.load_generator(folder, teacher, "toy")
-    student = adapters.make(model, info, sample, Control("class", model))
+    teacher = load_teacher("toy")
+    model, info, sample = load_generator(folder, teacher, "toy")
+    student = make(model, info, sample, Control("class", model))
     z, cond = torch.randn(16, 2), model.encode(torch.arange(16) % 8)
     theirs = evaluation.load_student(folder, evaluation.parse_args([str(folder)]), {})
     with torch.no_grad():
         assert torch.equal(student.f(z, cond), theirs[1](theirs[0], z, cond, 1, None, **theirs[2]["sampler"]))
     c = torch.arange(16) % 8
-    assert metrics.passes(lambda m, z, cond, noise: m(z, m.control.blank(2, "cpu"), cond), student) == 1
+    assert count_nfe(lambda m, z, cond, noise: m(z, m.control.blank(2, "cpu"), cond), student) == 1
     student(z, c, cond).square().sum().backward()
     assert student.branch.outs[0].weight.grad.any() and all(p.grad is None for p in model.parameters())
 
@@ -647,16 +654,16 @@ def copied(tmp_path):
 ])
 def test_generators_that_are_refused(change, says, copied):
     with pytest.raises(UserError, match=says):
-        adapters.load_generator(changed(copied, **change), models.load_teacher("toy"), "toy")
+        load_generator(changed(copied, **change), load_teacher("toy"), "toy")
 
 
 def test_a_generator_of_another_teacher_or_of_experts_is_refused(copied, tmp_path):
     with pytest.raises(UserError, match="expected a student of mnist, dit"):
-        adapters.load_generator(copied, models.load_teacher("mnist"), "mnist")
-    teacher = models.load_teacher("toy")
-    models.Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={}))
+        load_generator(copied, load_teacher("mnist"), "mnist")
+    teacher = load_teacher("toy")
+    Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={}))
     with pytest.raises(UserError, match="--generator .*two: expected one network, found 2 experts"):
-        adapters.load_generator(tmp_path / "two", teacher, "toy")
+        load_generator(tmp_path / "two", teacher, "toy")
 
 
 def test_the_teacher_is_that_of_the_generator():
@@ -672,7 +679,6 @@ def test_the_teacher_is_that_of_the_generator():
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     import diffusers
-
     import tiny
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -694,10 +700,15 @@ def pipelines(tmp_path_factory):
 @pytest.mark.parametrize("student", [False, True])
 def test_stable_diffusion(student, scripts, pipelines, tmp_path):
     """A one-step student of SD 1.5, or the pipeline itself: the run's ControlNet and UNet in diffusers' own pipeline make the picture of our sampler."""
-    from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, UNet2DConditionModel
+    from diffusers import (
+        ControlNetModel,
+        DDIMScheduler,
+        StableDiffusionControlNetPipeline,
+        UNet2DConditionModel,
+    )
     folder = pipelines("sd15")
     if student:
-        moved = models.load_teacher(str(folder), text=pipelines.text).copy()
+        moved = load_teacher(str(folder), text=pipelines.text).copy()
         for p in moved.parameters():
             p.data += 0.01 * torch.randn_like(p)
         moved.save(tmp_path / "gen" / "student", dict(method="dmd2", teacher=str(folder), nfe=1, cfg=1.75, sampler=dict(steps="999")))
@@ -707,8 +718,8 @@ def test_stable_diffusion(student, scripts, pipelines, tmp_path):
     assert "brings no metric" in p.out and "control edges: error" in p.out and (run / "samples" / "control.png").exists()
     info = read_json(run / "student" / "distill.json")
     assert info["teacher"] == str(folder) and info["cfg"] == (1.75 if student else 1.0)
-    teacher = models.load_teacher(str(folder), text=pipelines.text)
-    ours = models.load_model(run / "student", info["model"], teacher)
+    teacher = load_teacher(str(folder), text=pipelines.text)
+    ours = load_model(run / "student", info["model"], teacher)
     controlnet, unet = ControlNetModel.from_pretrained(run / "student"), UNet2DConditionModel.from_pretrained(run / "student" / "generator")
     pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, unet=unet, controlnet=controlnet, safety_checker=None, feature_extractor=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
@@ -733,14 +744,14 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     p = scripts.run("nct.py", *flags, "--smoke")
     assert "control image: error" in p.out and (run / "samples" / "control.png").exists()
     info = read_json(run / "student" / "distill.json")
-    teacher = models.load_teacher(str(folder), text=pipelines.text)
-    ours = models.load_model(run / "student", info["model"], teacher)
+    teacher = load_teacher(str(folder), text=pipelines.text)
+    ours = load_model(run / "student", info["model"], teacher)
     assert any(layer.to_v_ip[0].weight.any() for layer in ours.branch.ip_adapter.values())
     with torch.no_grad():
         for layer in ours.branch.ip_adapter.values():
             layer.to_v_ip[0].weight += 0.2 * torch.randn_like(layer.to_v_ip[0].weight)  # a step or two is hardly seen
     ours.save(tmp_path / "s", {k: v for k, v in info.items() if k != "model"})
-    again = models.load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "s" / "generator")
     pipe = DiffusionPipeline.from_pretrained(folder, unet=unet, image_encoder=clip, feature_extractor=None, **dict(safety_checker=None) if name == "sd15" else {})
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
@@ -779,9 +790,9 @@ def test_image_prompts_are_for_unets(scripts, pipelines, tmp_path):
 def test_other_pipelines(name, pipelines, tmp_path):
     """A branch at the one-step form of each: no effect at first; the condition has a gradient and is obeyed in some way afterwards; saved and loaded."""
     folder = str(pipelines(name))
-    teacher = models.load_teacher(folder, text=pipelines.text)
-    model, info, sample = adapters.load_generator(folder, teacher, folder)
-    student = adapters.make(model, info, sample, Control("edges", model))
+    teacher = load_teacher(folder, text=pipelines.text)
+    model, info, sample = load_generator(folder, teacher, folder)
+    student = make(model, info, sample, Control("edges", model))
     z, cond, c = torch.randn(2, *model.shape), model.encode(torch.tensor([0, 1])), torch.rand(2, student.control.channels, *student.control.shape[1:])
     with torch.no_grad():
         plain = student.f(z, cond)
@@ -791,7 +802,7 @@ def test_other_pipelines(name, pipelines, tmp_path):
     x.square().mean().backward()
     assert not torch.allclose(x, plain, rtol=1e-2) and not [n for n, p in student.named_parameters() if p.grad is None and p.requires_grad]
     student.save(tmp_path / "s", dict(method="nct", teacher=folder, nfe=1, sampler={}))
-    again = models.load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     with torch.no_grad():
         assert torch.equal(again(z, c, cond), x)
 
@@ -800,9 +811,9 @@ def test_other_pipelines(name, pipelines, tmp_path):
 
 
 def controlled():
-    teacher = models.load_teacher("toy")
-    model, info, sample = adapters.load_generator(generator(), teacher, "toy")
-    return adapters.make(model, info, sample, Control("class", model))
+    teacher = load_teacher("toy")
+    model, info, sample = load_generator(generator(), teacher, "toy")
+    return make(model, info, sample, Control("class", model))
 
 
 def test_the_sampler_draws_its_condition_from_other_noise(monkeypatch):
@@ -821,16 +832,16 @@ def test_obedience():
     """An untrained branch obeys by chance, a student that paints the condition fully, one that ignores its noise without diversity. Coupled evaluation would
     find the first one perfect."""
     student = controlled()
-    first = adapters.obedience(student, 400)
+    first = control_error(student, 400)
     assert first["error"] == first["chance"] > 0.5 and first["diversity"] == first["spread"] and first["ratio"] == 1 and first["conditions"] == 50
     means = student.mixture.means.float()
     student.forward = lambda z, c, cond: means[c] + 0.01 * z
-    ideal = adapters.obedience(student, 400)
+    ideal = control_error(student, 400)
     assert ideal["error"] == 0 and ideal["chance"] == first["chance"] and 0 < ideal["diversity"] < 0.02
     student.forward = lambda z, c, cond: means[c]
-    assert adapters.obedience(student, 400)["diversity"] == 0
+    assert control_error(student, 400)["diversity"] == 0
     student.forward = lambda z, c, cond: z * 100  # two points of N(0, 100^2 I): mean distance 100 sqrt(pi), over sqrt(2)
-    assert adapters.obedience(student, 2000)["diversity"] == pytest.approx(100 * (math.pi / 2) ** 0.5, rel=0.05)
+    assert control_error(student, 2000)["diversity"] == pytest.approx(100 * (math.pi / 2) ** 0.5, rel=0.05)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------------------------------------
@@ -843,9 +854,9 @@ def state(out, it):
 def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
     flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--iters", 5, "--out", tmp_path / "run"]
     scripts.run("nct.py", *flags, "--con-weight", 0, "--eval-n", 400)
-    model, info, sample = adapters.load_generator(generator(), models.load_teacher("toy"), "toy")
+    model, info, sample = load_generator(generator(), load_teacher("toy"), "toy")
     torch.manual_seed(0)
-    start = adapters.make(model, info, sample, Control("class", model))
+    start = make(model, info, sample, Control("class", model))
     assert all(torch.equal(v, start.state_dict()[k]) for k, v in state(tmp_path / "run", 5)["student"].items())
     result = read_json(tmp_path / "run" / "control.json")
     assert result["error"] == result["chance"] and (tmp_path / "run" / "samples" / "control.png").exists()
@@ -853,16 +864,15 @@ def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
 
 def test_a_run_by_hand(scripts, tmp_path):
     """Two iterations written out: the gradient of both losses, Adam without weight decay, lambda."""
-    from common.run import Draw
     scripts.run("nct.py", "--teacher", "toy", "--batch", 16, "--eval-n", 0, "--sample-every", 0, "--iters", 2, "--N", 8, "--con-weight", 3, "--lambda0", 2, "--eta", 5,
                 "--xi", 1e-4, "--clip", 1e9, "--cooldown", 0, "--out", tmp_path / "run")
-    teacher = models.load_teacher("toy")
-    model, info, sample = adapters.load_generator(generator(), teacher, "toy")
+    teacher = load_teacher("toy")
+    model, info, sample = load_generator(generator(), teacher, "toy")
     torch.manual_seed(0)
-    student = adapters.make(model, info, sample, Control("class", model))
+    student = make(model, info, sample, Control("class", model))
     opt, lam = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0), 2.0
     for it in range(2):
-        draw = Draw(0, it, 16)
+        draw = BatchRandom(0, it, 16)
         cond = teacher.encode(draw.integers(0, 8))
         z, eps, _, k = draw.normal(2), draw.normal(2), draw.normal(4), draw.integers(0, 8)
         with torch.no_grad():
@@ -893,19 +903,19 @@ def test_export_and_eval(scripts, tmp_path, capsys):
     assert result["control"] == read_json(run / "control.json") and result["control"]["error"] < result["control"]["chance"]
     assert result["energy_distance"] == pytest.approx(read_json(run / "metrics.json")["energy_distance"], rel=1e-4)
     info = read_json(run / "student" / "distill.json")
-    student = models.load_model(run / "student", info["model"])
+    student = load_model(run / "student", info["model"])
     z, cond = torch.randn(5, 2), student.encode([0] * 5)
     assert student.folder == run / "student" and student.control.name == "class" and not torch.equal(student(z, torch.tensor([0, 1, 2, 3, 4]), cond), student.f(z, cond))
     for change in (dict(control=3), dict(control=dict(name="class")), dict(blocks="two")):
         with pytest.raises(UserError, match="model\\.(control|blocks)"):
-            models.load_model(run / "student", info["model"] | change)
+            load_model(run / "student", info["model"] | change)
 
 
 def test_another_generator_is_no_resume(scripts, copied, tmp_path):
     flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--eval-n", 0, "--out", tmp_path / "run"]
     scripts.run("nct.py", *flags, "--iters", 1)
     from safetensors.torch import load_file, save_file
-    path = copied / "student" / models.WEIGHTS
+    path = copied / "student" / WEIGHTS
     save_file({k: v + 1e-3 for k, v in load_file(path).items()}, path)
     p = scripts.start("nct.py", *flags, "--iters", 2, "--resume", "--generator", copied)
     assert p.wait() == 2 and "--resume" in p.err and "another --control or --generator" in p.err and p.err.count("\n") == 1

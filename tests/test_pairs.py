@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_scripts import QUICK, close, processes, same
 
 import dmd2
-from common import models, pairs
-from common.metrics import teacher_sample
-from common.run import Draw, ImageNoise, RunError, UserError
-from test_scripts import QUICK, close, processes, same
+from common.errors import RunError, UserError
+from common.pairs import STEPS, Pairs, warm_up
+from common.rng import BatchRandom, PerImageNoise
+from common.sampling import teacher_sample
+from common.teachers.load import load_teacher
 
 
 def run_of(out, **args):
@@ -18,14 +20,14 @@ def run_of(out, **args):
 
 
 def test_pairs(tmp_path, monkeypatch):
-    teacher = models.load_teacher("toy-cond")
-    made = pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
+    teacher = load_teacher("toy-cond")
+    made = Pairs(run_of(tmp_path), teacher, 150, 2.0)
     index = torch.tensor([149, 3, 64, 3])
     z, x, cond = made.rows(index)
     assert torch.equal(cond["labels"], index % 8) and torch.equal(z[1], z[3]) and torch.equal(x[1], x[3]) and not torch.equal(z[0], z[1])
-    assert torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), pairs.STEPS, 2.0), atol=1e-5)
-    assert not torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), pairs.STEPS, 1.0), atol=1e-2)
-    assert not torch.equal(z, ImageNoise(0, index.tolist())(2))  # sample grids and metrics have other noise
+    assert torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 2.0), atol=1e-5)
+    assert not torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 1.0), atol=1e-2)
+    assert not torch.equal(z, PerImageNoise(0, index.tolist())(2))  # sample grids and metrics have other noise
     (folder,) = tmp_path.iterdir()
     files = sorted(folder.iterdir())
     assert len(files) == 3 and sum(len(p) for p in made.parts) == 150
@@ -34,35 +36,35 @@ def test_pairs(tmp_path, monkeypatch):
     files[1].unlink()
     asked = []
     monkeypatch.setattr(pairs, "teacher_sample", lambda *a: asked.append(len(a[1])) or teacher_sample(*a))
-    pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
+    Pairs(run_of(tmp_path), teacher, 150, 2.0)
     assert sum(asked) == 64 and [f.read_bytes() for f in files] == content
     for other in (dict(), dict(cfg=1.0), dict(seed=1)):
-        pairs.Pairs(run_of(tmp_path, **other), teacher, 8, other.get("cfg", 2.0))
+        Pairs(run_of(tmp_path, **other), teacher, 8, other.get("cfg", 2.0))
     assert len(list(tmp_path.iterdir())) == 4
     stopped = run_of(tmp_path)
     stopped.stopping = 15
     files[2].unlink()
     with pytest.raises(SystemExit, match="143"):
-        pairs.Pairs(stopped, teacher, 150, 2.0)
+        Pairs(stopped, teacher, 150, 2.0)
     assert files[1].exists() and not files[2].exists()
     files[0].write_bytes(b"x")
     with pytest.raises(RunError, match="pairs not written or not readable"):
-        pairs.Pairs(run_of(tmp_path), teacher, 150, 2.0)
+        Pairs(run_of(tmp_path), teacher, 150, 2.0)
 
 
 def test_regression(tmp_path):
     """Every iteration has pairs of its own; what is learnt is the teacher's image of a noise."""
-    teacher, seen = models.load_teacher("toy"), []
+    teacher, seen = load_teacher("toy"), []
     student, run = teacher.copy(), run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1)
-    run.loop, run.draw, run.log = range, lambda it: Draw(0, it, 50), lambda *a: None
+    run.loop, run.draw, run.log = range, lambda it: BatchRandom(0, it, 50), lambda *a: None
     run.step = lambda opt, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
     one_step = lambda z, c: seen.append(z) or student(80 * z, 1.0, 80.0, c)
-    z, x, cond = pairs.Pairs(run, teacher, 500, 1.0).rows(torch.arange(500))
+    z, x, cond = Pairs(run, teacher, 500, 1.0).rows(torch.arange(500))
     before = (one_step(z, cond) * x).mean().item()
     seen.clear()
-    pairs.warm_up(run, teacher, student, one_step, 500, 6, 2e-3)
+    warm_up(run, teacher, student, one_step, 500, 6, 2e-3)
     assert len(torch.cat(seen).unique(dim=0)) > 200  # 300 draws of 500: 226 different ones expected
-    pairs.warm_up(run, teacher, student, one_step, 500, 100, 2e-3)
+    warm_up(run, teacher, student, one_step, 500, 100, 2e-3)
     assert abs(before) < 0.05 and (one_step(z, cond) * x).mean() > 0.3 * (x * x).mean()
 
 

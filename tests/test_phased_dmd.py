@@ -10,10 +10,14 @@ import torch.nn as nn
 
 import dmd2
 import phased_dmd
-from common import metrics, models
-from common.run import Draw, Run, UserError
+from common.errors import UserError
+from common.rng import BatchRandom
+from common.routed import Routed
+from common.run import Run
+from common.sampling import generate, teacher_sample
 from common.schedules import Flow, native_weight
-from common.toy import MLP, energy_distance
+from common.teachers.load import load_teacher
+from common.teachers.toy import MLP, Toy, energy_distance
 
 f64 = lambda *v: torch.tensor(v if len(v) > 1 else v[0], dtype=torch.float64)
 ZERO = f64(0.0)
@@ -322,7 +326,7 @@ def test_euler():
 
 def routed(nfe, phases, shift):
     experts, times, ends = [Affine(0.1 * i) for i in range(phases)], phased_dmd.step_times(nfe, shift), phased_dmd.phase_ends(nfe, phases)
-    return models.Routed(experts, "level", [float(times[b] / (1 - times[b])) for b in ends[:-1]]), times, ends
+    return Routed(experts, "level", [float(times[b] / (1 - times[b])) for b in ends[:-1]]), times, ends
 
 
 @pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5.0), (4, 4, 3.0), (4, 2, 1.0), (2, 2, 7.0), (3, 2, 0.3), (4, 1, 1.0)])
@@ -342,21 +346,21 @@ def test_every_step_goes_to_its_expert(nfe, phases, shift):
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    teacher = models.load_teacher("toy-cond")
-    student = models.Routed([teacher.copy(), teacher.copy()], "level", [1.0])
+    teacher = load_teacher("toy-cond")
+    student = Routed([teacher.copy(), teacher.copy()], "level", [1.0])
     sampler = lambda m, z, c, noise: phased_dmd.sample(m, z, c, 4, noise)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
 
 
 def test_teacher_sampler_is_the_start(monkeypatch):
     """Before training the student is the teacher's own Euler sampler on the same grid (flow networks)."""
-    monkeypatch.setattr(models.Toy, "adapter", "toy")
-    net = models.Toy(MLP(width=16), Flow(), "flow", (2,), 8, labelled=True)
+    monkeypatch.setattr(Toy, "adapter", "toy")
+    net = Toy(MLP(width=16), Flow(), "flow", (2,), 8, labelled=True)
     z, cond = torch.randn(6, 2), dict(labels=torch.arange(6))
-    ours = phased_dmd.sample(models.Routed([net.copy(), net.copy()], "level", [1.0]), z, cond, 4)
-    assert torch.allclose(ours, metrics.teacher_sample(net, z, cond, 4), atol=1e-5)
+    ours = phased_dmd.sample(Routed([net.copy(), net.copy()], "level", [1.0]), z, cond, 4)
+    assert torch.allclose(ours, teacher_sample(net, z, cond, 4), atol=1e-5)
 
 
 # ---- runs: the limit of one phase, who is trained when, by which gradient ------------------------------------------------------------------------
@@ -371,11 +375,11 @@ class Trace(list):
         self.keep(monkeypatch, script, "EMA", "ema")
         patch()
         self.keep(monkeypatch, models, "load_teacher", "teacher")
-        step, integers, shared = Run.step, Draw.integers, Draw.shared_int
+        step, integers, shared = Run.step, BatchRandom.integers, BatchRandom.shared_int
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         monkeypatch.setattr(Run, "log", lambda run, it, values: self.logs.append({k: float(torch.as_tensor(v).detach()) for k, v in values.items()}))
-        monkeypatch.setattr(Draw, "integers", lambda draw, *a: self.integers.append(a) or integers(draw, *a))
-        monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
+        monkeypatch.setattr(BatchRandom, "integers", lambda draw, *a: self.integers.append(a) or integers(draw, *a))
+        monkeypatch.setattr(BatchRandom, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
         default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0", "--log-every", "1"]
@@ -394,7 +398,7 @@ class Trace(list):
 
     def nets(self, params=()):
         student = self.made["ema"].live
-        nets = dict(enumerate(student.experts)) if isinstance(student, models.Routed) else {0: student}
+        nets = dict(enumerate(student.experts)) if isinstance(student, Routed) else {0: student}
         if params and not any(params[0] is p for net in nets.values() for p in net.parameters()):
             self.made["critic"] = nn.ParameterList(params)  # of the critic only its parameters are known here
         return nets | ({"critic": self.made["critic"]} if "critic" in self.made else {}) | dict(teacher=self.made["teacher"])
@@ -419,7 +423,7 @@ def trace(monkeypatch, tmp_path):
     return lambda *flags, script=phased_dmd, **kw: Trace(monkeypatch, tmp_path, script, *flags, **kw)
 
 
-class FlowToy(models.Toy):
+class FlowToy(Toy):
     """A flow network small enough for exact comparisons, also in float64."""
 
     double = False
@@ -437,9 +441,9 @@ def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
         teacher = FlowToy(MLP(width=16), Flow(), "flow", (2,), 8, labelled=True)
         teacher.double = dtype == torch.float64
         teacher = (teacher.copy() if teacher.double else teacher).requires_grad_(False)
-        draw = Draw.normal
+        draw = BatchRandom.normal
         monkeypatch.setattr(models, "load_teacher", lambda *a, **kw: teacher)
-        monkeypatch.setattr(Draw, "normal", lambda self, *shape: draw(self, *shape).to(dtype))
+        monkeypatch.setattr(BatchRandom, "normal", lambda self, *shape: draw(self, *shape).to(dtype))
 
     common = ["--iters", 7, "--ratio", 3, "--cfg", 2, "--nfe", 1, "--shift", 1, "--lr", 1e-3, "--lr-fake", 2e-3, "--cooldown", 0]
     ours = trace(*common, "--phases", 1, "--step-shift", 1, "--normaliser", "dmd2", patch=patch)
@@ -495,9 +499,9 @@ def test_draws(trace, flags, expected, shared):
 
 def test_one_call_has_gradient(trace, monkeypatch):
     """Of the rollout only the last pass, on student turns; the earlier passes and those of teacher and critic in the student's loss have none."""
-    seen, forward = [], models.Toy.forward
+    seen, forward = [], Toy.forward
     def patch():
-        monkeypatch.setattr(models.Toy, "forward", lambda self, *a, **k: seen.append(torch.is_grad_enabled()) or forward(self, *a, **k))
+        monkeypatch.setattr(Toy, "forward", lambda self, *a, **k: seen.append(torch.is_grad_enabled()) or forward(self, *a, **k))
         monkeypatch.setattr("common.run.Run.rehearse", lambda *a: None)
     steps = trace("--iters", 6, "--phase-iters", 3, "--ratio", 3, patch=patch)
     assert sum(seen) == sum(s["role"] == "critic" for s in steps) + 2
@@ -526,7 +530,7 @@ def test_the_critic_sees_full_rollouts(trace):
 def test_the_first_student_gradient_by_hand(trace):
     """One iteration of phase 1 against the paper's formulas written out with velocities."""
     steps = trace("--iters", 1, "--cfg", 2, "--normaliser", "paper", "--step-shift", 1)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     expert, fake = teacher.copy(), teacher.copy()
     cond, z, j, s = teacher.encode(draw.integers(0, 8)), draw.normal(2), draw.shared_int(0, 2), 0.5
     v = lambda net, x, t: (x - net(x, 1 - t, t, cond)) / (t.reshape(-1, 1) if t.ndim else t)
@@ -553,7 +557,7 @@ def test_the_first_student_gradient_by_hand(trace):
 def test_the_first_critic_gradient_by_hand(trace, clamp):
     """The paper's clamped loss times the toy network's own weight; the critic sees what the student made before its step, in the first turn."""
     steps = trace("--iters", 1, "--step-shift", 1, "--clamp", clamp)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     expert, critic = teacher.copy().requires_grad_(False), teacher.copy()
     cond, x, s = teacher.encode(draw.integers(0, 8)), draw.normal(2), 0.5
     for t, to in [(1.0, s)] if draw.shared_int(0, 2) == 0 else [(1.0, 0.75), (0.75, s)]:

@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image
 
-from common.run import read_json
+from common.files import read_json
 
 
 def test_a_folder_of_images_becomes_a_teacher_and_a_student(scripts, tmp_path):

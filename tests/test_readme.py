@@ -3,11 +3,11 @@ import re
 from pathlib import Path
 
 import pytest
+import test_lora
 import torch
 
 import dmd2
-import test_lora
-from common import models
+from common.teachers.load import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
     """The code block of README, on the shipped network saved as a student, makes the images of our own sampler."""
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     teacher.copy().save(tmp_path / "out" / "dmd2-mnist" / "student", dict(method="dmd2"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_links_lead_somewhere(link):
 
 
 def test_shipped_teacher_is_what_the_assets_page_says():
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     page = (ROOT / "assets" / "README.md").read_text()
     assert f"{sum(p.numel() for p in teacher.parameters()):,} parameters" in page
     assert (ROOT / "assets" / "mnist" / "diffusion_pytorch_model.safetensors").stat().st_size <= 8 * 2**20

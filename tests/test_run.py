@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import dmd2
-from common import metrics
-from common import run as module
-from common.run import EMA, Draw, Run, RunError, atomic, near, read_json, write_json
+from common.ema import EMA
+from common.errors import RunError, did_you_mean
+from common.files import ROOT, atomic, read_json, write_json
+from common.report import evaluate_run, export
+from common.rng import BatchRandom
+from common.run import Run
 
 
 @pytest.fixture
@@ -41,12 +44,12 @@ class Box(torch.nn.Linear):
 
 
 def test_draws_do_not_depend_on_the_number_of_processes():
-    whole = Draw(3, 7, 8)
-    parts = [Draw(3, 7, 8, rank, 4) for rank in range(4)]
+    whole = BatchRandom(3, 7, 8)
+    parts = [BatchRandom(3, 7, 8, rank, 4) for rank in range(4)]
     for draw in (lambda d: d.normal(2, 3), lambda d: d.integers(0, 1000), lambda d: d.uniform(), lambda d: d.like(torch.zeros(1, 5))):
         assert torch.equal(draw(whole), torch.cat([draw(d) for d in parts]))
     assert len({d.shared_int(0, 10**6) for d in (whole, *parts)}) == 1
-    first = lambda seed, it: Draw(seed, it, 8).normal(4)
+    first = lambda seed, it: BatchRandom(seed, it, 8).normal(4)
     assert torch.equal(first(1, 2), first(1, 2)) and not torch.equal(first(1, 2), first(2, 1)) and not torch.equal(first(1, 2), first(1, 3))
     assert not torch.equal(whole.normal(4)[:4], whole.normal(4)[4:])  # rows differ, and so do successive draws
 
@@ -125,7 +128,7 @@ def test_freed_memory_is_kept():
                 start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(2**24)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)"""
-    kept, usual = [int(subprocess.run([sys.executable, "-c", textwrap.dedent(code), how], cwd=module.ROOT, check=True, capture_output=True, text=True).stdout)
+    kept, usual = [int(subprocess.run([sys.executable, "-c", textwrap.dedent(code), how], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
                    for how in ("kept", "usual")]
     assert kept * 5 < usual, (kept, usual)
 
@@ -250,7 +253,7 @@ def test_flags_of_a_preset_can_be_overridden():
     assert dmd2.parse_args(["--teacher", "toy"]).lr == 5e-4 and dmd2.parse_args(["--teacher", "toy", "--lr", "1"]).lr == 1
     smoke = dmd2.parse_args(["--teacher", "toy", "--smoke"])
     assert (smoke.iters, smoke.log_every, smoke.save_every) == (3, 1, 3)
-    assert near("toyy", ["toy", "mnist"]) == ", did you mean toy?"
+    assert did_you_mean("toyy", ["toy", "mnist"]) == ", did you mean toy?"
 
 
 def test_rates_of_a_stage(run):
@@ -294,7 +297,7 @@ def test_evaluations_that_a_resume_has_undone_are_replaced(run, monkeypatch):
     r, teacher = run(), types.SimpleNamespace(adapter="toy", evaluation={})
     (r.out / "eval.jsonl").write_text("".join(json.dumps(dict(it=it)) + "\n" for it in (2, 6, 8)) + '{"it": 9, "half')
     monkeypatch.setattr(metrics, "evaluate", lambda *a, **k: dict(protocol="x", n=8))
-    metrics.report(r, teacher, None, None, {}, 6, 8)
+    evaluate_run(r, teacher, None, None, {}, 6, 8)
     assert [json.loads(line)["it"] for line in (r.out / "eval.jsonl").read_text().splitlines()] == [2, 6]
 
 
@@ -308,5 +311,5 @@ def test_a_student_that_is_half_written_does_not_look_finished(run):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        metrics.export(r, None, types.SimpleNamespace(whole=lambda: types.SimpleNamespace(save=save)), {})
+        export(r, None, types.SimpleNamespace(whole=lambda: types.SimpleNamespace(save=save)), {})
     assert not (r.out / "student" / "distill.json").exists()

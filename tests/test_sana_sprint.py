@@ -8,10 +8,15 @@ import torch
 import torch.nn as nn
 
 import sana_sprint as ss
-from common import metrics, models
-from common.run import Draw, Run, UserError
+from common.errors import UserError
+from common.model import Model, ScalarEmbedding
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import generate, teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr, expand, from_x0
-from common.toy import MLP
+from common.teachers.dit import DiT
+from common.teachers.load import load_teacher
+from common.teachers.toy import MLP, Toy
 
 SD = 0.5
 
@@ -48,7 +53,7 @@ class Gauss(nn.Module):
         return {}
 
 
-class Native(models.Model):
+class Native(Model):
     """A network with its own schedule and prediction, which says what Gauss knows."""
 
     def predict(self, x, t, cond):
@@ -65,13 +70,13 @@ def true_velocity(u, t, mean, std, rho):
 
 def toy(**kw):
     torch.manual_seed(0)
-    return models.Toy(MLP(width=32), EDM(0.01, 20.0, 0.714), "edm", (2,), 8, sigma_data=0.714).double().copy().double()
+    return Toy(MLP(width=32), EDM(0.01, 20.0, 0.714), "edm", (2,), 8, sigma_data=0.714).double().copy().double()
 
 
 def tiny_dit():
     torch.manual_seed(0)
     config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=14, patch_size=7, num_embeds_ada_norm=10)
-    model = models.DiT(models.DiT.network(config), Flow(), "flow", (1, 14, 14), 10)
+    model = DiT(DiT.network(config), Flow(), "flow", (1, 14, 14), 10)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model.double()
@@ -149,11 +154,11 @@ def test_teacher_sampler_in_trigflow_coordinates(name, rho):
         teacher = Native(nn.Linear(1, 1), VP(), "eps", (3,))
         teacher.gauss, teacher.null, cond = Gauss(0.7, 1.3), lambda n: {}, {}
     else:
-        teacher = models.load_teacher(name)
+        teacher = load_teacher(name)
         cond = teacher.encode(torch.arange(4))
     z = normal(4, *teacher.shape)
     z, w = (z.float(), 1.5) if name == "mnist" else (z, 1.0)
-    expected = metrics.teacher_sample(teacher, z, cond, 5, w)
+    expected = teacher_sample(teacher, z, cond, 5, w)
     assert (trig_sample(teacher, z, cond, 5, w, rho) - expected).abs().max() < 1e-4
 
 
@@ -225,7 +230,7 @@ def case(name):
         model = Native(MLP(width=16).double(), VP(), "eps", (2,), 8)
         model.predict = lambda x, t, cond: model.net(x, 1 + t, cond["labels"])
         return model, 1.0
-    return models.load_teacher("mnist").copy().double(), 0.617
+    return load_teacher("mnist").copy().double(), 0.617
 
 
 @pytest.mark.parametrize("name", ["toy", "toy told", "tiny dit", "vp", "mnist"])
@@ -354,7 +359,7 @@ class Phi(nn.Module):
 def learn_phi(steps=400, adaptive=True):
     """Data like noise; teacher_derivative is 0 there. -> phi at 0.5, 1, 1.5, pi/2"""
     torch.manual_seed(0)
-    student, teacher, lv = Phi(), Gauss(0.0, 1.0), models.Scalar(32).double()
+    student, teacher, lv = Phi(), Gauss(0.0, 1.0), ScalarEmbedding(32).double()
     opt = torch.optim.Adam([*student.parameters(), *lv.parameters()], lr=5e-3)
     for it in range(steps):
         opt.param_groups[0]["lr"] = 5e-3 * min(1, 2 * (1 - it / steps))
@@ -420,20 +425,20 @@ def test_published_times():
 
 
 def test_one_step_is_the_network_at_pure_noise():
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     z = torch.randn(4, 1, 28, 28)
     cond = teacher.encode(torch.arange(4))
     assert torch.allclose(ss.sample(teacher, z, cond, 1, None, rho=0.617), teacher(z, 0.0, 1.0, cond), atol=1e-5)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    student = models.load_teacher("toy-cond").copy().extend("guidance")
+    student = load_teacher("toy-cond").copy().extend("guidance")
     nn.init.normal_(student.extras["guidance"].layers[2].weight)
     sampler = lambda m, z, c, noise: ss.sample(m, z, c, 2, noise, rho=0.7, cfg=1.5)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
-    other = next(metrics.generate(lambda m, z, c, noise: ss.sample(m, z, c, 2, noise, rho=0.7, cfg=4.0), student, 12, seed=3, batch=12))[2]
+    other = next(generate(lambda m, z, c, noise: ss.sample(m, z, c, 2, noise, rho=0.7, cfg=4.0), student, 12, seed=3, batch=12))[2]
     assert (other - whole).abs().max() > 1e-2  # the student hears w
 
 
@@ -441,7 +446,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_guidance_commutes_with_the_view():
-    teacher = models.load_teacher("mnist")
+    teacher = load_teacher("mnist")
     u, t, cond, rho = torch.randn(4, 1, 28, 28), times(4, 0.3, 1.5), teacher.encode(torch.arange(4)), 0.617
     guided = lambda w: type("G", (), dict(__call__=lambda self, x, a, s, c: teacher.guided(x, a, s, c, w)))()
     dx = ss.teacher_derivative(teacher, u, t, cond, rho, torch.tensor([1.0, 1.5, 2.0, 4.0]))
@@ -453,7 +458,7 @@ def test_guidance_commutes_with_the_view():
 @pytest.mark.parametrize("name", ["mnist", "toy"])
 def test_the_student_starts_as_the_teacher(name):
     """Bit for bit, for every w."""
-    teacher = models.load_teacher(name)
+    teacher = load_teacher(name)
     teacher.exact = False  # toy: the network, not the mixture
     student = teacher.copy().extend("guidance")
     u, t, cond = torch.randn(6, *teacher.shape), times(6), teacher.encode(torch.arange(6))
@@ -478,7 +483,7 @@ def test_hinge_values_at_zero_logits():
 
 @pytest.mark.parametrize("name", ["mnist", "toy"])
 def test_the_adversarial_gradient_passes_the_frozen_teacher(name):
-    teacher = models.load_teacher(name)
+    teacher = load_teacher(name)
     cond, x = teacher.encode(torch.arange(4)), torch.randn(4, *teacher.shape, requires_grad=True)
     maps = teacher(x, 0.7, 0.7, cond, features=ss.DEPTHS)
     heads = nn.ModuleList(map(ss.Head, maps)).eval().requires_grad_(False)
@@ -628,7 +633,7 @@ def test_lv_starts_where_it_goes(trace):
 
 def test_why_mnist_has_an_anchor():
     """Near t = 0 the mnist teacher sees too little of the noise in an empty background, from 0.2 on all of it: its ODE, followed to the end, leaves grain."""
-    teacher, rho = models.load_teacher("mnist"), 0.617
+    teacher, rho = load_teacher("mnist"), 0.617
     y, eps, cond = torch.full((20, 1, 28, 28), -1 / rho), torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)), teacher.encode(torch.arange(20) % 10)
     y[:, :, 6:22, 13:15] = 1 / rho  # a stroke
     far = torch.zeros(28, 28, dtype=torch.bool)
@@ -652,7 +657,7 @@ def test_guidance_scales_are_drawn_per_sample(trace):
 
 def test_the_first_gradient_of_the_network_is_zero_where_student_and_teacher_agree(trace, monkeypatch):
     """r = 0 and F = F_pre: section 10.4, in the run. lv has a gradient all the same."""
-    load = models.load_teacher
+    load = load_teacher
     monkeypatch.setattr(models, "load_teacher", lambda *a, **kw: (lambda m: setattr(m, "exact", False) or m)(load(*a, **kw)))
     steps = trace("--iters", 1, "--adv-weight", 0, "--adaptive-weight", "full")
     assert steps.logs[0]["gap"] == 0 and steps.logs[0]["tangent"] == 0
@@ -667,5 +672,5 @@ def test_weights_of_the_losses(trace):
 
 
 def test_draws_do_not_depend_on_the_processes():
-    whole, half = Draw(0, 3, 16), Draw(0, 3, 16, rank=1, world=2)
+    whole, half = BatchRandom(0, 3, 16), BatchRandom(0, 3, 16, rank=1, world=2)
     assert torch.equal(ss.proposal(whole.normal(), 0, 1, 0.01, 1.5)[8:], ss.proposal(half.normal(), 0, 1, 0.01, 1.5))

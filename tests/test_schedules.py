@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from common import schedules
-from common.metrics import teacher_sample
-from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr, from_config, from_x0, native_weight, to_x0
+from common.sampling import teacher_sample
+from common.schedules import (
+    EDM,
+    VP,
+    Flow,
+    TrigFlow,
+    equal_snr,
+    from_config,
+    from_x0,
+    native_weight,
+    to_x0,
+)
 
 ALL = {"vp": VP(), "vp-linear": VP(beta_start=1e-4, beta_end=0.02, kind="linear"), "edm": EDM(), "flow": Flow(), "flow-3": Flow(3.0),
        "trig-0.5": TrigFlow(0.5), "trig-1": TrigFlow(1.0)}

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cases import MISTAKES as OWN
 from cases import MORE, PLANNED, SHORT, needs
-from common import models
-from common.run import Parser, read_json
+
+from common.files import read_json
+from common.flags import Parser
+from common.teachers.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = list(SHORT)
@@ -81,7 +82,7 @@ def test_smoke(script, tmp_path):
     assert p.returncode == 0 and "Traceback" not in p.stderr and "Warning" not in p.stderr, p.stderr
     info = read_json(out / "student" / "distill.json")
     assert info["method"] == script and info["teacher"] == "toy" and info["nfe"] >= 1 and info["flags"]["iters"] == 3 and info["revision"]
-    student = models.load_model(out / "student", info["model"])
+    student = load_model(out / "student", info["model"])
     state = torch.load(out / "ckpt" / "it-00000003.pt", weights_only=True)["state"]
     weights = student.state_dict()
     assert weights.keys() == state["student"].keys() and all(torch.equal(v, state["student"][k]) for k, v in weights.items())  # the toy preset has no average
@@ -98,7 +99,7 @@ def test_smoke(script, tmp_path):
 def test_exported_student_is_the_average(script, scripts, tmp_path):
     scripts.run(f"{script}.py", *QUICK, "--iters", 5, "--ema", 200, "--out", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "ckpt" / "it-00000005.pt", weights_only=True)["state"]
-    weights = models.load_model(tmp_path / "run" / "student", read_json(tmp_path / "run" / "student" / "distill.json")["model"]).state_dict()
+    weights = load_model(tmp_path / "run" / "student", read_json(tmp_path / "run" / "student" / "distill.json")["model"]).state_dict()
     assert all(torch.equal(v, state["ema"]["model"][k]) for k, v in weights.items())
     assert any(not torch.equal(v, state["student"][k]) for k, v in weights.items())
 

@@ -5,14 +5,17 @@ import types
 import warnings
 
 import pytest
-import torch
-
 import random_teachers
 import tiny
+import torch
 from cases import MORE, SHORT
-from common import metrics, models, shard, teachers
-from common.run import UserError, read_json
 from test_scripts import QUICK, close, one_line, processes, same
+
+from common import shard
+from common.errors import UserError
+from common.files import read_json
+from common.sampling import generate
+from common.teachers.load import PIPELINES, load_model, load_pipeline, load_teacher
 
 MORE = MORE | {
     "flowmap": ["--teacher", "toy-cond", "--correction", 0.25, "--ema", 1000],  # the form with a forward-mode derivative
@@ -88,7 +91,7 @@ def test_mnist(scripts, tmp_path):
 
 
 def read_student(out):
-    return models.load_model(out / "student", read_json(out / "student" / "distill.json")["model"])
+    return load_model(out / "student", read_json(out / "student" / "distill.json")["model"])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_pipeline(name, folder, scripts, tmp_path):
     picture = lambda run: (tmp_path / run / "samples" / "00000003.png").read_bytes()
     assert picture("one") == picture("two")
     average = state(tmp_path / "two", 3)["ema"]["model"]
-    teacher = teachers.load_pipeline(str(home), prompts=["dog", "a red heart"], cache=args[5], say=lambda *a: None)
+    teacher = load_pipeline(str(home), prompts=["dog", "a red heart"], cache=args[5], say=lambda *a: None)
     net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "two" / "student")
     assert all(torch.equal(v, average[f"net.{k}"]) for k, v in net.state_dict().items())
     assert "resumed it-00000003.pt" in two(scripts, "dmd2", [*args, "--iters", 4, "--resume", "--dtype", "bf16"], tmp_path / "two").out
@@ -130,7 +133,7 @@ def test_pipeline(name, folder, scripts, tmp_path):
 def test_units():
     """A full-size network is never whole: its largest unit is small (SD 1.5: a fifth, an upper block beside its transformers); every weight is in one."""
     for name, e in random_teachers.TABLE.items():
-        cls = teachers.PIPELINES[e["pipeline"]]
+        cls = PIPELINES[e["pipeline"]]
         model = cls(random_teachers.network(e, "meta"), types.SimpleNamespace(config=types.SimpleNamespace(**e["vae"])), e["scheduler"])
         seen, shares = set(), []
         for unit in shard.units(model):
@@ -138,14 +141,14 @@ def test_units():
             seen |= own.keys()
             shares.append(sum(own.values()) / e["parameters"])
         assert sum(shares) == pytest.approx(1) and max(shares) < 0.2 and len(shares) > 7, name
-    assert len(shard.units(models.load_teacher("mnist"))) > 8
+    assert len(shard.units(load_teacher("mnist"))) > 8
 
 
 def test_processes_make_as_many_batches():
     """A sharded network answers when all processes ask; whatever the numbers, every image is made once."""
     model = types.SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), classes=3, shape=(2,), encode=lambda labels: {})
     for n, batch, world in ((501, 250, 2), (9, 4, 2), (10, 3, 3), (7, 1, 3), (64, 250, 4), (1, 250, 1)):
-        parts = [[index for index, _, _ in metrics.generate(lambda model, z, cond, noise: z, model, n, batch=batch, rank=r, world=world)] for r in range(world)]
+        parts = [[index for index, _, _ in generate(lambda model, z, cond, noise: z, model, n, batch=batch, rank=r, world=world)] for r in range(world)]
         assert (len({len(p) for p in parts}) == 1 or batch == 1) and max(len(i) for p in parts for i in p) <= batch
         assert sorted(torch.cat([i for p in parts for i in p]).tolist()) == list(range(n))
 

@@ -10,9 +10,14 @@ import torch.nn as nn
 
 import dmd2
 import sid
-from common import data, metrics, models
-from common.run import Draw, Run, UserError
+from common import data
+from common.errors import UserError
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import generate
 from common.schedules import EDM, VP, Flow, TrigFlow, eps_from_x0, expand, from_x0
+from common.teachers.load import load_teacher
+from common.teachers.toy import Toy
 
 ONE = torch.ones((), dtype=torch.float64)
 f64 = lambda *v: torch.tensor(v, dtype=torch.float64)
@@ -132,7 +137,7 @@ def test_detached_networks_give_the_direction_of_dmd(dtype, tolerance, alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
 def test_no_gradient_if_critic_equals_teacher(alpha):
-    teacher = models.load_teacher("toy-cond").copy().requires_grad_(False)
+    teacher = load_teacher("toy-cond").copy().requires_grad_(False)
     x = (2 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))).requires_grad_()
     cond, sigma = teacher.encode(torch.arange(64) % 8), torch.logspace(-2, 1, 64, dtype=torch.float64)
     x_t = sid.add_noise(x, ONE.expand(64), sigma, torch.randn(64, 2, generator=torch.Generator().manual_seed(1)))
@@ -210,7 +215,7 @@ def test_weight():
 def levels(form, schedule, student, n=200_000, shift=1):
     flags = sid.parse_args(["--teacher", "toy", "--shift", str(shift)])
     sid.fill_in(flags, form)
-    alpha, sigma = sid.draw_levels(Draw(0, 0, n), schedule, flags, student)
+    alpha, sigma = sid.draw_levels(BatchRandom(0, 0, n), schedule, flags, student)
     assert alpha.shape == sigma.shape == (n,) and sigma.dtype == torch.float64
     return alpha, sigma
 
@@ -332,10 +337,10 @@ def test_gradient_through_the_last_call_only(k):
 
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_a_sample_does_not_depend_on_its_batch(nfe):
-    student = models.load_teacher("toy-cond").copy()
+    student = load_teacher("toy-cond").copy()
     sampler = lambda m, z, c, noise: sid.sample(m, z, c, nfe, noise)
-    whole = next(metrics.generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
 
 
@@ -377,7 +382,7 @@ def test_defaults_of_each_form(form, weight, lsg, gan, warmup):
 @pytest.mark.parametrize("k", [4.5, -1.0, 1.5])
 def test_a_guided_critic_can_represent_any_target(k):
     """f_c = f_0 + (T - f_0) / k makes f^k = T: training through guidance is a reparametrisation."""
-    class Two(models.Toy):
+    class Two(Toy):
         def __init__(self):
             nn.Module.__init__(self)
             self.c, self.u, self.classes, self.extras = nn.Parameter(normal(4, 2)), nn.Parameter(normal(4, 2, seed=1)), 8, {}
@@ -451,9 +456,9 @@ class Trace(list):
         self.made, self.shared = {}, []
         for module, name, key in ((sid, "Critic", "critic"), (sid, "EMA", "ema"), (models, "load_teacher", "teacher")):
             self.keep(monkeypatch, module, name, key)
-        step, shared = Run.step, Draw.shared_int
+        step, shared = Run.step, BatchRandom.shared_int
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(Draw, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
+        monkeypatch.setattr(BatchRandom, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
         default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0"]
@@ -537,7 +542,7 @@ def test_half_of_each_loss_after_the_warm_up(trace):
 
 def by_hand(alpha, through=True):
     """The first student gradient of a run on toy-cond, batch 16, edm form, with k = (1, 1, 1, 2) and a critic that does not move, from the paper's formulas."""
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     student, fake, s = teacher.copy(), teacher.copy().requires_grad_(False), teacher.schedule
     draw.integers(0, 8), draw.normal(2), draw.normal(), draw.normal(2)  # the critic's turn
     cond = teacher.encode(draw.integers(0, 8))
@@ -568,7 +573,7 @@ def test_the_first_student_gradient_by_hand(trace, alpha):
 def test_the_first_critic_gradient_by_hand(trace, flags):
     """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked;
     of five steps it takes four, with noise at the levels 2.5, 2, 1.5, 1 (flow: 1, .8, .6, .4)."""
-    teacher, draw, gan, drop, flow = models.load_teacher("toy-cond"), Draw(0, 0, 16), "--gan" in flags, "--drop" in flags, "flow" in flags
+    teacher, draw, gan, drop, flow = load_teacher("toy-cond"), BatchRandom(0, 0, 16), "--gan" in flags, "--drop" in flags, "flow" in flags
     student, fake = teacher.copy(), teacher.copy()
     real, labels = data.load_images(None, teacher).batch(0, 16, 0) if gan else (None, draw.integers(0, 8))
     if drop:
@@ -602,7 +607,7 @@ def test_the_first_critic_gradient_by_hand(trace, flags):
 
 def test_gradient_through_both_networks_by_differences():
     """d L / d x of (5) in float64 through two MLPs, against central differences of its value, w held."""
-    teacher = models.load_teacher("toy-cond")
+    teacher = load_teacher("toy-cond")
     phi, psi = teacher.copy().double().requires_grad_(False), teacher.copy().double().requires_grad_(False)
     with torch.no_grad():
         for i, p in enumerate(psi.parameters()):
@@ -648,7 +653,7 @@ def test_a_broken_loss_fails(what, monkeypatch):
 
 def test_reversed_time_fails(monkeypatch):
     """r counted from the noisy end: the student would see nothing but large noise."""
-    right = Draw.uniform
-    monkeypatch.setattr(Draw, "uniform", lambda draw: (1 - 0.8 * right(draw)) / 0.8)
+    right = BatchRandom.uniform
+    monkeypatch.setattr(BatchRandom, "uniform", lambda draw: (1 - 0.8 * right(draw)) / 0.8)
     with pytest.raises(AssertionError):
         test_levels_edm()

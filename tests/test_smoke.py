@@ -3,17 +3,17 @@ sampler's samples. Combinations that other files run (test_lora.py, test_teacher
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
-import dmd2
 import test_lora
 import test_teachers_flow
 import tiny
-from common import models
+import torch
+from safetensors.torch import load_file
 from test_captions import fill
 from test_teachers import PROMPTS, SIZE, folders  # noqa: F401  the fixture: tiny pipelines
 from test_teachers_class import pictures  # noqa: F401  the fixture: a folder of classes
+
+import dmd2
+from common.teachers.load import load_model, load_teacher
 
 CLASSES = dict(dit="DiTTransformer2DModel", edm="UNet2DModel")
 LORA = ["--lora", 4, "--lora-fake", 2]
@@ -55,8 +55,8 @@ def test_dmd2(name, nfe, lora, gan, folders, pictures, place, scripts, tmp_path)
         assert log[0]["cls"] == pytest.approx(1.39, abs=0.7) and log[2]["logit_real"] != log[0]["logit_real"]
     home = tmp_path / "run" / "student"
     info = json.loads((home / "distill.json").read_text())
-    teacher = models.load_teacher(str(folder), text=dict(say=lambda *a: None, cache=place / "cache", **size, **text))
-    student = models.load_model(home, info["model"], teacher)
+    teacher = load_teacher(str(folder), text=dict(say=lambda *a: None, cache=place / "cache", **size, **text))
+    student = load_model(home, info["model"], teacher)
     if name in CLASSES:
         in_diffusers(name, nfe, teacher, student, home, folder, info)
     elif flow:

@@ -5,14 +5,17 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import dmd2
-import tiny
-from common import models, teachers
-from common.run import UserError
+from common.errors import UserError
 from common.schedules import EDM, VP, Flow, TrigFlow
+from common.teachers.load import full_config, load_model, load_pipeline, load_teacher
+from common.teachers.pipeline import Pipeline
+from common.teachers.prompts import read_prompts
+from common.teachers.unet import SD15, SDXL
 
 PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
 NAMES = ["sd15", "sdxl", "sd3", "sana"]
@@ -39,7 +42,7 @@ def folders(tmp_path_factory):
 
 
 def load(folders, name, prompts=PROMPTS, **kw):
-    return teachers.load_pipeline(str(folders(name)), prompts=prompts, cache=folders.cache, say=lambda *a: None, **SIZE.get(name, {}) | kw)
+    return load_pipeline(str(folders(name)), prompts=prompts, cache=folders.cache, say=lambda *a: None, **SIZE.get(name, {}) | kw)
 
 
 def pipeline(model, folder):
@@ -136,8 +139,8 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
     assert "brings no metric" in p.out and (tmp_path / "run" / "samples" / "00000003.png").exists() and "Traceback" not in p.err
     info = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())
-    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
-    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    teacher = load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None)
+    student = load_model(tmp_path / "run" / "student", info["model"], teacher)
     net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "run" / "student")
     z, cond = torch.randn(2, *teacher.shape), teacher.encode([0, 1])
     with torch.no_grad():
@@ -182,7 +185,7 @@ def test_broken_folder(spoil, says, folders, tmp_path):
     folder = broken(folders, tmp_path)
     spoil(folder)
     with pytest.raises(UserError, match=says) as e:
-        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=lambda *a: None)
+        load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=lambda *a: None)
     assert "\n" not in str(e.value)
 
 
@@ -199,14 +202,14 @@ def test_another_format(name, folders):
         ours = native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, HOW.get(name, "flow"))
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
         if name == "sdxl":  # whose network is told the size
-            model.__class__ = type("Turned", (teachers.SDXL,), dict(image_shape=(3, w, h)))
+            model.__class__ = type("Turned", (SDXL,), dict(image_shape=(3, w, h)))
             assert (native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, "ve") - theirs).norm() > 1e-4 * theirs.norm()
 
 
 def test_size(folders, monkeypatch):
     """What cannot be is said before anything is loaded."""
     assert load(folders, "sd15", size=32).shape == (4, 16, 16)
-    monkeypatch.setattr(teachers.Pipeline, "load_net", None)
+    monkeypatch.setattr(Pipeline, "load_net", None)
     monkeypatch.setattr(teachers, "embed", None)
     for name, size, says in (("sd15", 30, "30: expected a multiple of 4 pixels"), ("sd15", 0, "0: expected a multiple of 4"), ("sd15", -4, "-4: expected a multiple of 4"),
                              ("sd15", [32, 30], "32x30: expected a multiple of 4"), ("sdxl", [6, 32], "6x32: expected a multiple of 4"), ("sana", 3, "3: expected a multiple of 2"),
@@ -220,12 +223,12 @@ def test_configurations_of_older_versions(folders, tmp_path):
     """A file that is silent about a value means the default of its class."""
     from diffusers import AutoencoderKL
     (tmp_path / "config.json").write_text(json.dumps(dict(latent_channels=16)))
-    c = teachers.config_of(AutoencoderKL, tmp_path)
-    assert c.latent_channels == 16 and c.scaling_factor == 0.18215 and teachers.Pipeline.scale(c) == 1
+    c = full_config(AutoencoderKL, tmp_path)
+    assert c.latent_channels == 16 and c.scaling_factor == 0.18215 and Pipeline.scale(c) == 1
     folder = broken(folders, tmp_path)
     (folder / "vae" / "config.json").write_text(json.dumps(dict(block_out_channels=3)))
     with pytest.raises(UserError, match="not loaded: TypeError"):
-        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
+        load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
 
 
 @pytest.mark.parametrize("text, size", [("512", [512, 512]), ("480x832", [480, 832]), ("x", None), ("12x", None), ("-4", None), ("1x2x3", None), ("", None), ("9" * 5000, None), ("512X512", None)])
@@ -241,13 +244,13 @@ def test_pixels(text, size, capsys):
 def test_flags_of_pipelines_with_other_teachers():
     for flag, value in dict(prompts="p.txt", size=[32, 32], frames=5, guidance=3.5).items():
         with pytest.raises(UserError, match=f"--{flag.replace('guidance', 'embedded-guidance')}: expected a teacher that is a pipeline of diffusers, found mnist"):
-            models.load_teacher("mnist", text={flag: value})
+            load_teacher("mnist", text={flag: value})
 
 
 def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):
     """Another text encoder in the same folder is encoded anew; a damaged cache is named."""
     folder, said = broken(folders, tmp_path), []
-    again = lambda: teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=said.append)
+    again = lambda: load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=said.append)
     again()
     path = folder / "text_encoder" / "model.safetensors"
     weights = load_file(path)
@@ -263,17 +266,18 @@ def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):
 def test_prompts_are_encoded_once(folders, monkeypatch):
     said = []
     args = dict(prompts=["a b", "c"], cache=folders.cache, say=said.append)
-    teachers.load_pipeline(str(folders("sd15")), **args)
-    monkeypatch.setattr(teachers.SD15, "text_pipeline", None)  # would fail if it were asked
-    model = teachers.load_pipeline(str(folders("sd15")), **args)
+    load_pipeline(str(folders("sd15")), **args)
+    monkeypatch.setattr(SD15, "text_pipeline", None)  # would fail if it were asked
+    model = load_pipeline(str(folders("sd15")), **args)
     assert "encoding 2" in said[0] and "read from" in said[-1]
     assert model.classes == 2 and model.encode([1])["text"].shape[0] == 1
 
 
 def test_text_encoders_are_gone(folders):
     import gc
+
     from transformers import CLIPTextModel
-    model = teachers.load_pipeline(str(folders("sd15")), prompts=["once more"], cache=folders.cache, say=lambda *a: None)
+    model = load_pipeline(str(folders("sd15")), prompts=["once more"], cache=folders.cache, say=lambda *a: None)
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)] and model.table.parts
 
@@ -283,9 +287,9 @@ def test_text_encoders_are_gone(folders):
 def test_bad_prompts(content, says, tmp_path):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"--prompts .*{says}"):
-        teachers.read_prompts(tmp_path / "p.txt")
+        read_prompts(tmp_path / "p.txt")
     with pytest.raises(UserError, match="--prompts"):
-        teachers.read_prompts(tmp_path / "none.txt")
+        read_prompts(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize("change, says", [
@@ -298,4 +302,4 @@ def test_foreign_index(change, says, folders, tmp_path):
     index = json.loads((folders("sd15") / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(UserError, match=says):
-        teachers.load_pipeline(str(tmp_path), prompts=["x"])
+        load_pipeline(str(tmp_path), prompts=["x"])

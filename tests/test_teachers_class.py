@@ -5,19 +5,20 @@ import math
 import shutil
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-
-import dmd2
-import tiny
-from common import models, teachers_class
-from common.data import load_images
-from common.metrics import teacher_sample
-from common.run import UserError
-from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from test_data import picture
 from test_teachers import native, reaches, through_other_schedules
+
+import dmd2
+from common.data import load_images
+from common.errors import UserError
+from common.sampling import teacher_sample
+from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
+from common.teachers.imagenet import sit_network, sit_time_waves
+from common.teachers.load import HUB, load_model, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder, **text):
-    return models.load_teacher(str(folder), text=dict(say=lambda *a: None, **text))
+    return load_teacher(str(folder), text=dict(say=lambda *a: None, **text))
 
 
 def noise(seed, *shape):
@@ -179,12 +180,12 @@ def test_forms_of_checkpoints(tmp_path):
     late = lambda k: k if not k.startswith("blocks.") or int(k.split(".")[1]) < 3 else f"decoder_blocks.{int(k.split('.')[1]) - 3}.{k.split('.', 2)[2]}"
     torch.save(dict(ema={late(k): v for k, v in w.items()}, model={}, opt={}, args=argparse.Namespace(lr=1e-4), steps=5), tmp_path / "repa.pt")
     save_file(w, tmp_path / "repa.safetensors")
-    one, _ = teachers_class.sit_network(tmp_path / "repa.pt", 2)
-    two, repa = teachers_class.sit_network(tmp_path / "repa.safetensors", 2)
+    one, _ = sit_network(tmp_path / "repa.pt", 2)
+    two, repa = sit_network(tmp_path / "repa.safetensors", 2)
     assert repa and all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert len(two.transformer_blocks) == 4 and two.config.norm_eps == 1e-6
     save_file(tiny.sit_weights(width=384, depth=1), tmp_path / "s.safetensors")
-    assert teachers_class.sit_network(tmp_path / "s.safetensors")[0].config.num_attention_heads == 6  # SiT-S, by its width
+    assert sit_network(tmp_path / "s.safetensors")[0].config.num_attention_heads == 6  # SiT-S, by its width
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -202,7 +203,7 @@ def test_foreign_checkpoints(spoil, says, tmp_path):
     spoil(w)
     torch.save(w, tmp_path / "x.pt")
     with pytest.raises(UserError, match=says) as e:
-        teachers_class.sit_network(tmp_path / "x.pt", 2)
+        sit_network(tmp_path / "x.pt", 2)
     assert "\n" not in str(e.value)
 
 
@@ -225,9 +226,9 @@ def test_sit_student_in_plain_diffusers(folders, tmp_path):
     model = load(folders("sit"))
     model.copy().save(tmp_path / "student", {})
     info, other = json.loads((tmp_path / "student" / "distill.json").read_text())["model"], load(folders("sit", projectors=True))
-    assert (other.convention, models.load_model(tmp_path / "student", info, other).convention) == ("repa", "sit")
+    assert (other.convention, load_model(tmp_path / "student", info, other).convention) == ("repa", "sit")
     with pytest.raises(UserError, match="convention: expected sit or repa"):
-        models.load_model(tmp_path / "student", {k: v for k, v in info.items() if k != "convention"}, model)
+        load_model(tmp_path / "student", {k: v for k, v in info.items() if k != "convention"}, model)
     net, x, labels = DiTTransformer2DModel.from_pretrained(tmp_path / "student").eval(), noise(0, 2, 4, 8, 8), torch.tensor([1, 2])
     for block in net.transformer_blocks:
         block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -384,7 +385,7 @@ def test_copies_features_new_conditions_and_files(name, folders, tmp_path):
         student.train()  # neither dropout nor dropped labels
         assert torch.equal(student(x, 0.6, 0.8, cond), after)
         student.save(tmp_path / "student", {})
-        again = models.load_model(tmp_path / "student", json.loads((tmp_path / "student" / "distill.json").read_text())["model"], model)
+        again = load_model(tmp_path / "student", json.loads((tmp_path / "student" / "distill.json").read_text())["model"], model)
         assert torch.equal(again(x, 0.6, 0.8, cond), after) and again.config() == student.config()
     student.checkpoint_activations()
     y = student(x, 0.6, 0.8, cond)
@@ -396,7 +397,7 @@ def test_copies_features_new_conditions_and_files(name, folders, tmp_path):
 @torch.no_grad()
 def test_bf16(name, folders):
     """As teachers run on a GPU: latent networks in bf16 weights, the rest under autocast; answers stay those of fp32 up to rounding."""
-    full, half = load(folders(name)), models.load_teacher(str(folders(name)), dtype=torch.bfloat16, text=dict(say=lambda *a: None))
+    full, half = load(folders(name)), load_teacher(str(folders(name)), dtype=torch.bfloat16, text=dict(say=lambda *a: None))
     x, cond = noise(0, 2, *full.shape), full.encode([1, 2])
     a, b = full.guided(x, 0.8, 0.6, cond, 1), half.guided(x, 0.8, 0.6, cond, 1)
     assert b.dtype == torch.float32 and 0 < (a - b).norm() < 0.03 * a.norm()
@@ -416,9 +417,9 @@ def test_dense_times_of_dit(folders, tmp_path):
     assert seen[0] == 0.5
     dense.save(tmp_path, {})
     info = json.loads((tmp_path / "distill.json").read_text())["model"]
-    assert models.load_model(tmp_path, info, model).dense and load(folders("sit")).dense
+    assert load_model(tmp_path, info, model).dense and load(folders("sit")).dense
     with pytest.raises(UserError, match="adapted: expected none or dense"):
-        models.load_model(tmp_path, dict(info, adapted=["qk_norm"]), model)
+        load_model(tmp_path, dict(info, adapted=["qk_norm"]), model)
 
 
 def test_students_of_another_size_are_refused(folders, tmp_path):
@@ -426,11 +427,11 @@ def test_students_of_another_size_are_refused(folders, tmp_path):
     other = small.resized(["num_layers=1"])
     other.save(tmp_path / "one", {})
     model, info = load(folders("dit")), json.loads((tmp_path / "one" / "distill.json").read_text())["model"]
-    assert len(models.load_model(tmp_path / "one", info, model).net.transformer_blocks) == 1
+    assert len(load_model(tmp_path / "one", info, model).net.transformer_blocks) == 1
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     (tmp_path / "one" / "config.json").write_text(json.dumps(config | dict(sample_size=16)))
     with pytest.raises(UserError, match="expected a network for"):
-        models.load_model(tmp_path / "one", info, model)
+        load_model(tmp_path / "one", info, model)
 
 
 def test_presets_are_found_by_the_folder(tmp_path):
@@ -439,7 +440,7 @@ def test_presets_are_found_by_the_folder(tmp_path):
     assert (args("--teacher", tmp_path / "edm-imagenet64").lr, paper.batch, paper.cfg) == (2e-6, 280, 1.0)
     for name in ("dit-xl-256", "sit-xl-256", "dit-xl-512", "edm-imagenet64"):
         assert args("--teacher", tmp_path / name).cfg == args("--teacher", name).cfg == dmd2.PRESETS[name]["cfg"]
-    assert args("--teacher", tmp_path / "dit-xl-256").cfg == 1.5 and models.HUB["dit-xl-256"] == "facebook/DiT-XL-2-256"
+    assert args("--teacher", tmp_path / "dit-xl-256").cfg == 1.5 and HUB["dit-xl-256"] == "facebook/DiT-XL-2-256"
 
 
 @pytest.fixture(scope="module")
@@ -482,9 +483,9 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
     assert "brings no metric" in p.out and (tmp_path / "run" / "samples" / "00000003.png").exists() and "Traceback" not in p.err
     info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders(name))
-    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    student = load_model(tmp_path / "run" / "student", info["model"], teacher)
     net = getattr(diffusers, cls).from_pretrained(tmp_path / "run" / "student").eval()
-    net = teachers_class.waves(net) if name == "sit" else net
+    net = sit_time_waves(net) if name == "sit" else net
     z, cond = noise(0, 2, *teacher.shape), teacher.encode([0, 1])
     with torch.no_grad():
         draw = lambda model: dmd2.sample(model, z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])
@@ -501,7 +502,7 @@ def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path
     args = ["--teacher", folders(name), "--batch", 8, "--cache-prompts", tmp_path / "cache", *flags] + ["--data", pictures] * (method != "flowmap")
     scripts.run(f"{method}.py", *args, "--smoke", "--out", tmp_path / "run")
     info, teacher = json.loads((tmp_path / "run" / "student" / "distill.json").read_text()), load(folders(name))
-    student = models.load_model(tmp_path / "run" / "student", info["model"], teacher)
+    student = load_model(tmp_path / "run" / "student", info["model"], teacher)
     assert student.config() == info["model"] and getattr(student, "dense", False) == (name != "edm")
 
 

@@ -4,21 +4,27 @@ import re
 
 import numpy as np
 import pytest
+import test_teachers
 import torch
 from safetensors.torch import load_file
+from test_data import picture
+from test_scripts import close, processes
+from test_teachers import PROMPTS, SIZE, folders, load, native, pipeline  # noqa: F401  folders: a fixture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dmd2
 import eval as eval_script
 import phased_dmd
-import test_teachers
-from common import models, students, teachers
-from common.run import ROOT, UserError
+from common.errors import UserError
+from common.files import ROOT, WEIGHTS
+from common.model import Model
+from common.routed import Routed
 from common.schedules import EDM, VP, TrigFlow, equal_snr
-from common.teachers_flow import pack, unpack
-from test_data import picture
-from test_scripts import close, processes
-from test_teachers import PROMPTS, SIZE, folders, load, native, pipeline  # noqa: F401  folders: a fixture
+from common.teachers.flow import pack, unpack
+from common.teachers.load import load_model, load_pipeline, load_teacher
+from common.teachers.pipeline import Pipeline
+from common.teachers.students import read_student, sampler_of
+from common.teachers.wan import Wan
 
 NAMES = ["flux", "qwen", "zimage", "wan", "wan22"]
 PACKED = ("flux", "qwen")
@@ -157,13 +163,13 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
         student = teacher.copy(adapters)
         student.save(tmp_path / name, {})
         info = json.loads((tmp_path / name / "distill.json").read_text())["model"]
-        again = models.load_model(tmp_path / name, info, plain)
+        again = load_model(tmp_path / name, info, plain)
         with torch.no_grad():
             assert again.guidance == 6.0 and plain.guidance == 3.5 and torch.allclose(again(x, 0.3, 0.7, cond), teacher(x, 0.3, 0.7, cond), atol=1e-6)
             assert not torch.allclose(again(x, 0.3, 0.7, cond), plain(x, 0.3, 0.7, cond), atol=1e-4)
         for wrong in (-1, "3.5", True, None, float("nan")):
             with pytest.raises(UserError, match="guidance: expected a number >= 0"):
-                models.load_model(tmp_path / name, dict(info, guidance=wrong), plain)
+                load_model(tmp_path / name, dict(info, guidance=wrong), plain)
     assert eval_script.text_of(eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(embedded_guidance=6.0)))["guidance"] == 6.0
     with pytest.raises(UserError, match="--embedded-guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*sd3"):
         load(folders, "sd3", guidance=2.0)
@@ -171,13 +177,13 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
 
 def test_wan_experts_and_their_boundary(folders):
     model = load(folders, "wan22")
-    assert isinstance(model, models.Routed) and len(model.experts) == 2 and model.video and model.shape == (4, 2, 8, 8)
+    assert isinstance(model, Routed) and len(model.experts) == 2 and model.video and model.shape == (4, 2, 8, 8)
     edge = 0.875  # pipeline: t >= 875 is the first expert's
     s = torch.tensor([1.0, 0.9, edge, np.nextafter(edge, 0), 0.5, 0.0], dtype=torch.float64)
     assert model.route(6, 1 - s, s, {}).tolist() == [0, 0, 0, 1, 1, 1]
     assert any(not torch.equal(a, b) for a, b in zip(*(e.parameters() for e in model.experts)))
     one = load(folders, "wan")
-    assert isinstance(one, teachers.Wan) and one.vae_scale == 4 and one.schedule.shift == model.schedule.shift == 3.0  # flow_shift of its scheduler
+    assert isinstance(one, Wan) and one.vae_scale == 4 and one.schedule.shift == model.schedule.shift == 3.0  # flow_shift of its scheduler
     x, cond = torch.randn(2, *model.shape), model.encode([0, 1])
     mixed = model(x, torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5]), cond, features=True)[0]
     for i, (e, s) in enumerate(zip(model.experts, (0.95, 0.5))):  # each sample's features are those of its own expert
@@ -195,7 +201,7 @@ def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
         expert.extras["r"].layers[2].weight.data.normal_()
     assert (student(x, *levels, cond) - model(x, *levels, cond)).abs().amax((1, 2, 3, 4)).min() > 1e-3
     student.save(tmp_path / "s", {})
-    again = models.load_model(tmp_path / "s", json.loads((tmp_path / "s" / "distill.json").read_text())["model"], model)
+    again = load_model(tmp_path / "s", json.loads((tmp_path / "s" / "distill.json").read_text())["model"], model)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
     assert torch.allclose(again(x, *levels, cond), student(x, *levels, cond), atol=1e-4)
 
@@ -203,7 +209,7 @@ def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
 def test_labels_of_prompts(folders):
     """What `Routed` by label, MSD's students, goes by."""
     model = load(folders, "flux")
-    both = models.Routed([model, model.copy()], "label", [1, 0, 1])
+    both = Routed([model, model.copy()], "label", [1, 0, 1])
     assert both.route(3, 1.0, 1.0, model.encode([0, 1, 2])).tolist() == [1, 0, 1] and both.route(2, 1.0, 1.0, model.null(2)).tolist() == [0, 0]
 
 
@@ -221,7 +227,7 @@ def test_wan_with_one_time_per_token(folders):
 def test_frames(folders, monkeypatch):
     assert load(folders, "wan", frames=9).shape == (4, 3, 8, 8) and load(folders, "wan", frames=1).rows(torch.randn(2, 4, 1, 8, 8)).shape == (2, 3, 32, 32)
     assert load(folders, "wan", frames=5, size=[16, 24]).image_shape == (3, 5, 16, 24) and load(folders, "wan", frames=1, size=None).image_shape == (3, 1, 480, 832)
-    monkeypatch.setattr(teachers.Pipeline, "load_net", None)  # all of these before anything is loaded
+    monkeypatch.setattr(Pipeline, "load_net", None)  # all of these before anything is loaded
     for size, says in ([16, 20], "16x20: expected a multiple of 8"), ([4, 16], "4x16: expected a multiple of 8"):
         with pytest.raises(UserError, match=f"--size {says}"):
             load(folders, "wan", size=size)
@@ -240,7 +246,7 @@ def test_a_class_that_diffusers_does_not_have(folders, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | dict(vae=["diffusers", "NoSuchVAE"])))
     with pytest.raises(UserError, match="not loaded: AttributeError.*NoSuchVAE"):
-        teachers.load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
+        load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None)
 
 
 def test_older_diffusers(folders, monkeypatch):
@@ -335,8 +341,8 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     assert "brings no metric" in p.out and (tmp_path / "run" / "samples" / "00000003.png").exists() and "Traceback" not in p.err
     home = tmp_path / "run" / "student"
     info = json.loads((home / "distill.json").read_text())
-    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
-    student = models.load_model(home, info["model"], teacher)
+    teacher = load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
+    student = load_model(home, info["model"], teacher)
     assert name != "flux" or student.guidance == info["flags"]["embedded_guidance"] == 6
     same_latents(name, nfe, teacher, student, home, folders, info["sampler"])
     if nfe == 4:
@@ -354,8 +360,8 @@ def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
                     "--batch", 4, *size, "--lr", 2e-2, "--lr-fake", 1e-3, "--warmup", 0, "--ratio", 2, "--lora", 4, "--lora-fake", 2, "--smoke", "--out", tmp_path / "run")
     assert "of the teacher's, frozen" in p.out and "Traceback" not in p.err
     home = tmp_path / "run" / "student"
-    teacher = teachers.load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
-    student = models.load_model(home, json.loads((home / "distill.json").read_text())["model"], teacher)
+    teacher = load_pipeline(str(folders(name)), prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", say=lambda *a: None, **SIZE[name])
+    student = load_model(home, json.loads((home / "distill.json").read_text())["model"], teacher)
     z, t, cond = torch.randn(2, *teacher.shape), 0.9, teacher.encode([0, 2])
     with torch.no_grad():
         ours, before = student(z, 1 - t, t, cond), teacher(z, 1 - t, t, cond)
@@ -377,8 +383,8 @@ def test_experts_over_two_processes(folders, scripts, tmp_path):
     ps = processes(scripts, 2, *args, two)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
     close(one, two, 4)
-    moved = lambda i, sub: any(not torch.equal(v, load_file(folders("wan22") / sub / models.WEIGHTS)[k])
-                               for k, v in load_file(two / "student" / f"expert-{i}" / models.WEIGHTS).items())
+    moved = lambda i, sub: any(not torch.equal(v, load_file(folders("wan22") / sub / WEIGHTS)[k])
+                               for k, v in load_file(two / "student" / f"expert-{i}" / WEIGHTS).items())
     assert moved(0, "transformer") and not moved(1, "transformer_2")
 
 
@@ -455,11 +461,11 @@ def test_experts_on_a_teacher_of_experts(script, flags, folders, scripts, tmp_pa
     scripts.run(f"{script}.py", "--teacher", folders("wan22"), "--prompts", text["prompts"], "--cache-prompts", text["cache"], "--size", 32, "--frames", 5, "--batch", 4, "--smoke",
                 "--ema", 0, "--lr", 1e-2, "--lr-fake", 1e-3, "--cfg", 3, "--warmup", 0, "--ratio", 1, "--out", tmp_path / "run", *flags)
     home = tmp_path / "run" / "student"
-    info, teacher = json.loads((home / "distill.json").read_text()), teachers.load_pipeline(str(folders("wan22")), say=lambda *a: None, **text)
-    student = models.load_model(home, info["model"], teacher)
+    info, teacher = json.loads((home / "distill.json").read_text()), load_pipeline(str(folders("wan22")), say=lambda *a: None, **text)
+    student = load_model(home, info["model"], teacher)
     weights, state = student.state_dict(), torch.load(tmp_path / "run" / "ckpt" / f"it-{info['flags']['iters']:08d}.pt", weights_only=True)["state"]["student"]
     assert weights.keys() == state.keys() and all(torch.allclose(v, state[k], atol=1e-6) for k, v in weights.items())
-    nested = [isinstance(e, models.Routed) for e in student.experts]
+    nested = [isinstance(e, Routed) for e in student.experts]
     assert nested == ([True] * 2 if script == "msd" else [True, False] if flags == ["--step-shift", 1] else [False] * (4 if flags else 2))
     if "--lora" in flags:
         theirs = [{p.data_ptr() for p in e.parameters()} for e in teacher.experts]
@@ -467,12 +473,12 @@ def test_experts_on_a_teacher_of_experts(script, flags, folders, scripts, tmp_pa
             parts, expected = (expert.experts, theirs) if script == "msd" else ([expert], [theirs[i // 2]])
             assert [{t.data_ptr() for t in part.base} for part in parts] == expected
     z = torch.randn(2, *teacher.shape)
-    sample = students.sampler_of(home, info)
+    sample = sampler_of(home, info)
     draw = lambda model: (torch.manual_seed(3), sample(model, z, teacher.encode([0, 1]), info["nfe"], lambda: torch.randn_like(z), **info["sampler"]))[1]
     assert (draw(student) - draw(teacher)).norm() > 1e-3 * draw(teacher).norm()
     for broken in (dict(experts=[info["model"]]), dict(experts=[dict(info["model"], experts=[info["model"]])]), dict(table="x"), dict(table=[1.0, 2.0])):
         with pytest.raises(UserError):
-            models.load_model(home, info["model"] | broken, teacher)
+            load_model(home, info["model"] | broken, teacher)
 
 
 METHODS = dict(sid=[], decoupled_dmd=["--nfe", 4, "--cfg", 3], phased_dmd=[], msd=["--students", 2, "--adm", 0], twinflow=["--image-free", "--guide", "frozen", "--cfg", 3],
@@ -490,9 +496,9 @@ def test_every_method_without_images(script, name, folders, scripts, tmp_path):
                     "--out", tmp_path / "run", *[f for k, v in size.items() for f in (f"--{k}", v)], *METHODS[script])
     home = tmp_path / "run" / "student"
     assert "Traceback" not in p.err and (tmp_path / "run" / "samples" / "00000003.png").exists()
-    teacher = models.load_teacher(str(folders(name)), text=dict(prompts=str(prompts), cache=tmp_path / "cache", say=lambda *a: None, **size))
-    info = students.read_student(home)[1]
-    student, leaves = models.load_model(home, info["model"], teacher), lambda net: [dict(m.named_parameters()) for m in net.modules() if isinstance(m, models.Model)]
+    teacher = load_teacher(str(folders(name)), text=dict(prompts=str(prompts), cache=tmp_path / "cache", say=lambda *a: None, **size))
+    info = read_student(home)[1]
+    student, leaves = load_model(home, info["model"], teacher), lambda net: [dict(m.named_parameters()) for m in net.modules() if isinstance(m, Model)]
     both = lambda after, before: [k for k in before if k in after and after[k].shape == before[k].shape]
     far = []  # of each student's network from the nearest of the teacher's
     for after in leaves(student):
@@ -501,5 +507,5 @@ def test_every_method_without_images(script, name, folders, scripts, tmp_path):
     assert max(far) > 1e-4, far  # of msd's students not all have had a turn after three iterations
     noise = lambda: torch.randn(2, *teacher.shape)
     with torch.no_grad():
-        x = students.sampler_of(home, info)(student, noise(), teacher.encode(torch.tensor([0, 1])), info["nfe"], noise, **info["sampler"])
+        x = sampler_of(home, info)(student, noise(), teacher.encode(torch.tensor([0, 1])), info["nfe"], noise, **info["sampler"])
     assert x.shape == (2, *teacher.shape) and x.isfinite().all()

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from common import schedules
-from common.models import Model, load_teacher
+from common.model import Model
 from common.schedules import EDM, VP, Flow, TrigFlow, from_x0, x0_from_score
-from common.toy import Mixture, energy_distance, mode_shares, sliced_wasserstein
+from common.teachers.load import load_teacher
+from common.teachers.toy import Mixture, energy_distance, mode_shares, sliced_wasserstein
 
 LEVELS = [(1.0, 0.05), (1.0, 3.0), (0.7, 0.5), (0.1, 0.995), (0.0, 1.0)]  # (alpha, sigma)
 # a schedule, a prediction that is defined on it

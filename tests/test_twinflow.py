@@ -9,10 +9,14 @@ import torch
 from test_scripts import QUICK, log, processes
 
 import twinflow
-from common import data, metrics, models
-from common.run import Draw, Run, UserError
+from common import data
+from common.errors import UserError
+from common.rng import BatchRandom
+from common.run import Run
+from common.sampling import generate
 from common.schedules import VP, Flow, expand
-from common.toy import MLP
+from common.teachers.load import load_teacher
+from common.teachers.toy import MLP, Toy
 
 
 def normal(*shape, seed=0):
@@ -66,7 +70,7 @@ class Exact:
 
 def tiny(prediction="flow"):
     torch.manual_seed(0)
-    return models.Toy(MLP(width=16, depth=2), Flow(), prediction, (2,), 8, labelled=True)
+    return Toy(MLP(width=16, depth=2), Flow(), prediction, (2,), 8, labelled=True)
 
 
 def student(seed=1):
@@ -320,17 +324,17 @@ def test_many_steps_along_the_instantaneous_velocity():
 
 def test_end_time():
     assert twinflow.end_time(Flow()) == 1.0
-    assert twinflow.end_time(models.load_teacher("toy").schedule) == pytest.approx(20 / 21)
+    assert twinflow.end_time(load_teacher("toy").schedule) == pytest.approx(20 / 21)
     alpha = math.sqrt(0.0046601)
     assert twinflow.end_time(VP()) == pytest.approx(math.sqrt(1 - alpha**2) / (alpha + math.sqrt(1 - alpha**2)), rel=1e-5)
 
 
 @pytest.mark.parametrize("nfe", [1, 4, 12])
 def test_a_sample_does_not_depend_on_its_batch(nfe):
-    net = models.load_teacher("toy-cond").copy().extend("r", "fake")
+    net = load_teacher("toy-cond").copy().extend("r", "fake")
     sampler = lambda m, z, c, noise: twinflow.sample(m, z, c, nfe, noise, "few")
-    whole = next(metrics.generate(sampler, net, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in metrics.generate(sampler, net, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
+    whole = next(generate(sampler, net, 12, seed=3, batch=12))[2]
+    parts = {i: row for part, _, x in generate(sampler, net, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
     assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
 
 
@@ -340,7 +344,7 @@ def test_a_sample_does_not_depend_on_its_batch(nfe):
 @pytest.mark.parametrize("name", ["toy-cond", "mnist"])
 def test_the_student_starts_as_its_teacher(name):
     """Bit for bit, for every r and for both signs of t."""
-    teacher = models.load_teacher(name).copy().requires_grad_(False)  # of the toy the network, not the exact mixture
+    teacher = load_teacher(name).copy().requires_grad_(False)  # of the toy the network, not the exact mixture
     net, n = teacher.copy().extend("r", "fake"), 6
     x, cond, t = torch.randn(n, *teacher.shape), teacher.encode(torch.arange(n)), torch.linspace(0.05, 1, n, dtype=torch.float64)
     expected = ((x.double() - teacher(x, 1 - t, t, cond).double()) / expand(t, x)).float()
@@ -376,7 +380,7 @@ def test_effective_scale():
 
 
 def test_guided_velocity():
-    teacher, n = models.load_teacher("toy-cond"), 8
+    teacher, n = load_teacher("toy-cond"), 8
     x, t, cond, v = torch.randn(n, 2), torch.linspace(0.1, 0.9, n).double(), teacher.encode(torch.arange(n)), torch.randn(n, 2)
     ask = lambda c: twinflow.velocity(teacher, x, t, t, c)
     c, e = ask(cond), ask(teacher.null(n))
@@ -495,7 +499,7 @@ def first_step(monkeypatch, tmp_path):
 
 def by_hand(order=2, k=0.0, mu=0.5, kind="l2", clamp=math.inf, flat=False, frozen=False, image_free=False, groups="emav", batch=16):
     """Gradient of the first iteration, written from the paper's formulas with a loop over the rows."""
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, batch)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, batch)
     torch.manual_seed(0)
     net = teacher.copy().extend("r", "fake")
     T = 20 / 21
@@ -581,7 +585,7 @@ def test_flow_matching_is_order_zero(first_step):
     """--order 0 on the diagonal's rows alone: the gradient is that of mean |F - (z - x)|^2."""
     seen = first_step("--order", 0, "--groups", 0, 1, 0, 0, "--rect-weight", 0, "--flat")
     net, x_t, t, r, cond = next(a for a in seen["velocity"] if len(a[1]) == 16)
-    teacher, draw = models.load_teacher("toy-cond"), Draw(0, 0, 16)
+    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     x, _, z = data.load_images(None, teacher).batch(0, 16)[0], [draw.uniform(), draw.uniform(), draw.normal(2)], draw.normal(2)
     assert torch.allclose(x_t, twinflow.mix(x, z, t)) and len(seen["velocity"]) == 1 + 1  # the other is one_step's, of no rows
     torch.manual_seed(0)
@@ -610,7 +614,7 @@ def test_fresh_noise(first_step):
     (net, z0, cond, T), = seen["one_step"]
     adv = next(a for a in seen["velocity"] if len(a[1]) == 400)
     s = adv[2][3::4].abs()
-    x = twinflow.one_step(models.load_teacher("toy-cond").copy(), z0, cond, T)
+    x = twinflow.one_step(load_teacher("toy-cond").copy(), z0, cond, T)
     z = (adv[1][3::4].double() - expand(1 - s, x) * x) / expand(s, x)
     keep = s > 0.05
     assert torch.corrcoef(torch.stack([z[keep].flatten(), z0[keep].flatten().double()]))[0, 1].abs() < 0.2

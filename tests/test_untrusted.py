@@ -13,13 +13,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin
+from test_run import run  # noqa: F401  the fixture
 
 import eval as evaluation_script
-from common import data, fid, metrics, models, pairs, teachers, teachers_class
+from common import data, fid
+from common.ema import EMA
+from common.errors import RunError, UserError, explain_fault
+from common.files import ROOT, WEIGHTS
+from common.image_folder import read_image
 from common.metrics import Extractor
-from common.models import EXTRAS, WEIGHTS
-from common.run import EMA, ROOT, RunError, UserError, outside
-from test_run import run  # noqa: F401  the fixture
+from common.model import EXTRAS
+from common.pairs import Pairs
+from common.teachers.imagenet import read_checkpoint
+from common.teachers.load import check_evaluation, load_model, load_pipeline, load_teacher
+from common.teachers.prompts import embed_prompts
+from controls.maps import Control
+from tools.inception import load_inception
+from tools.measure import read_full_image
 
 TOY, MNIST = ROOT / "assets" / "toy", ROOT / "assets" / "mnist"
 
@@ -60,16 +70,16 @@ def edit(path, **changes):
 
 def teacher_weights(tmp, run):
     shutil.copytree(TOY, tmp / "t")
-    return tmp / "t" / WEIGHTS, lambda: models.load_teacher(str(tmp / "t"))
+    return tmp / "t" / WEIGHTS, lambda: load_teacher(str(tmp / "t"))
 
 
 def student(tmp, extras=False, lora=None):
-    teacher = models.load_teacher("toy")
+    teacher = load_teacher("toy")
     net = teacher.copy(lora) if lora else teacher.copy()
     net.extend("s") if extras else None
     net.save(tmp / "s", dict(method="dmd2"))
     info = json.loads((tmp / "s" / "distill.json").read_text())["model"]
-    return lambda: models.load_model(tmp / "s", info, teacher)
+    return lambda: load_model(tmp / "s", info, teacher)
 
 
 def student_weights(tmp, run):
@@ -91,7 +101,7 @@ def mnist(tmp):
         shutil.copy(MNIST / name, tmp / "m" / name)
     found = json.loads((tmp / "m" / "teacher.json").read_text())
     return SimpleNamespace(folder=tmp / "m", shape=(1, 28, 28), classes=10, adapter="dit", parameters=lambda: iter([torch.zeros(1)]),
-                           evaluation=models.evaluation(tmp / "m" / "teacher.json", found["evaluation"]))
+                           evaluation=check_evaluation(tmp / "m" / "teacher.json", found["evaluation"]))
 
 
 def classifier(tmp, run):
@@ -114,7 +124,7 @@ def reference(tmp, run):
 
 
 def inception(tmp, run):
-    return tmp / "inception.pth", lambda: fid.load_inception(tmp / "inception.pth", force=True)
+    return tmp / "inception.pth", lambda: load_inception(tmp / "inception.pth", force=True)
 
 
 def checkpoint(tmp, run):
@@ -135,7 +145,7 @@ def checkpoint(tmp, run):
 
 def embeddings(tmp, run):
     cls = type("Fake", (), dict(text_pipeline=lambda folder, dtype: SimpleNamespace(to=lambda device: None), text=lambda pipe, prompts: dict(text=torch.ones(len(prompts or [0]), 3))))
-    load = lambda: teachers.embed(cls, tmp, ["a", "b"], "cpu", torch.float32, tmp / "cache", lambda *a: None, lambda fn: fn())
+    load = lambda: embed_prompts(cls, tmp, ["a", "b"], "cpu", torch.float32, tmp / "cache", lambda *a: None, lambda fn: fn())
     load()
     return next((tmp / "cache").glob("*/00000.safetensors")), load
 
@@ -154,14 +164,14 @@ def latents(tmp, run):
 
 
 def noise_pairs(tmp, run):
-    r, teacher = run("--regression", "3", "1", "1e-3"), models.load_teacher("toy")
-    load = lambda: pairs.Pairs(r, teacher, 3, 1.0)
+    r, teacher = run("--regression", "3", "1", "1e-3"), load_teacher("toy")
+    load = lambda: Pairs(r, teacher, 3, 1.0)
     load()
     return next(r.out.glob("pairs-*/*.safetensors")), load
 
 
 def sit(tmp, run):
-    return tmp / "sit.pt", lambda: teachers_class.read_checkpoint(tmp / "sit.pt")
+    return tmp / "sit.pt", lambda: read_checkpoint(tmp / "sit.pt")
 
 
 PLACES = [teacher_weights, student_weights, student_extras, student_lora, classifier, statistics, images, reference, inception, checkpoint, embeddings, latents, noise_pairs, sit]
@@ -192,7 +202,7 @@ def test_a_pickle_is_not_executed(place, run, tmp_path, capsys):  # noqa: F811
 def test_teacher_json_names_files_of_its_folder(key, value, folder):
     edit(folder / "teacher.json", evaluation={key: value})
     with pytest.raises(UserError, match=f"--teacher .*evaluation.{key}: expected a file in this folder"):
-        models.load_teacher(str(folder))
+        load_teacher(str(folder))
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -203,7 +213,7 @@ def test_evaluation_is_checked_before_training(changes, says, folder):
     """All of it is used at the end of a run, when a mistake is dear."""
     edit(folder / "teacher.json", evaluation=changes)
     with pytest.raises(UserError, match=f"evaluation.{says}"):
-        models.load_teacher(str(folder))
+        load_teacher(str(folder))
 
 
 @pytest.mark.parametrize("changes", [dict(weights="../sit.pt"), dict(weights="/sit.pt"), dict(vae="../vae"), dict(vae="/vae")])
@@ -214,7 +224,7 @@ def test_sit_names_files_of_its_folder(changes, tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "t" / "teacher.json").write_text(json.dumps(dict(model=dict(adapter="sit", weights="sit.pt") | changes)))
     with pytest.raises(UserError, match="weights, vae: expected names in this folder"):
-        models.load_teacher(str(tmp_path / "t"))
+        load_teacher(str(tmp_path / "t"))
 
 
 def test_a_student_does_not_say_where_we_write(tmp_path):
@@ -241,7 +251,7 @@ def test_foreign_modules_of_a_pipeline(component, tmp_path, monkeypatch):
     (home / "text_encoder" / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     (home / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline", text_encoder=component)))
     with pytest.raises(UserError, match="text_encoder: expected a component of diffusers or transformers"):
-        teachers.load_pipeline(str(home), prompts=["x"])
+        load_pipeline(str(home), prompts=["x"])
     assert not (tmp_path / "executed").exists()
 
 
@@ -252,14 +262,14 @@ def test_code_that_is_called_like_a_library(library, tmp_path):
     (tmp_path / "unet" / f"{library}.py").write_text("1 / 0")
     (tmp_path / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline", unet=[library, "UNet2DConditionModel"])))
     with pytest.raises(UserError, match="code of a folder is never run"):
-        teachers.load_pipeline(str(tmp_path), prompts=["x"])
+        load_pipeline(str(tmp_path), prompts=["x"])
 
 
 @pytest.mark.parametrize("name", [["StableDiffusionPipeline"], {}, None, 5, "DiffusionPipeline", "../StableDiffusionPipeline"], ids=str)
 def test_other_classes_of_pipelines(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(dict(_class_name=name)))
     with pytest.raises(UserError, match="expected one of the pipelines"):
-        teachers.load_pipeline(str(tmp_path), prompts=["x"])
+        load_pipeline(str(tmp_path), prompts=["x"])
 
 
 @pytest.mark.slow
@@ -272,7 +282,7 @@ def test_pipelines_with_pickles_and_remote_code(tmp_path):
 
     def refused(home):
         with pytest.raises(UserError) as e:
-            teachers.load_pipeline(str(home), prompts=["x"], cache=tmp_path / f"cache-{home.name}", say=lambda *a: None)
+            load_pipeline(str(home), prompts=["x"], cache=tmp_path / f"cache-{home.name}", say=lambda *a: None)
         assert "\n" not in str(e.value) and not marker.exists(), str(e.value)
 
     for i, path in enumerate(sorted((tmp_path / "good").rglob("*.safetensors"))):
@@ -294,14 +304,13 @@ def test_pipelines_with_pickles_and_remote_code(tmp_path):
     edit(home / "text_encoder" / "config.json", auto_map=auto)
     edit(home / "tokenizer" / "tokenizer_config.json", auto_map=dict(auto, AutoTokenizer=["modeling_evil.Evil", "modeling_evil.Evil"]))
     edit(home / "unet" / "config.json", auto_map=auto)
-    teachers.load_pipeline(str(home), prompts=["x"], cache=tmp_path / "cache-remote", say=lambda *a: None)  # its classes are named, so nobody looks at the code
+    load_pipeline(str(home), prompts=["x"], cache=tmp_path / "cache-remote", say=lambda *a: None)  # its classes are named, so nobody looks at the code
     assert not marker.exists()
 
 
 @pytest.mark.slow
 def test_a_depth_estimator_with_a_pickle(tmp_path):
     from transformers import DPTConfig, DPTForDepthEstimation
-    from common.controls import Control
     config = DPTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16, fusion_hidden_size=8,
                        neck_hidden_sizes=[8, 8, 8, 8], backbone_out_indices=[0, 1, 2, 3])
     DPTForDepthEstimation(config).save_pretrained(tmp_path / "depth")
@@ -356,9 +365,9 @@ def test_pictures_that_are_programs(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) show\nshowpage\n%%EOF\n")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("ghostscript was asked"))
     with pytest.raises(UserError, match="a.png: not readable as an image"):
-        metrics.read(tmp_path / "a.png", 3)
+        read_full_image(tmp_path / "a.png", 3)
     with pytest.raises(ValueError):
-        data.read_image(tmp_path / "a.png", 3, 8)
+        read_image(tmp_path / "a.png", 3, 8)
 
 
 def test_names_that_are_no_text(scripts, tmp_path):
@@ -406,7 +415,7 @@ def test_a_crafted_checkpoint_is_refused(change, run, capsys):  # noqa: F811
 
 def test_what_is_no_mistake_of_the_code():
     """Faults that get one line instead of a traceback, and others that do not."""
-    assert "lower --batch" in outside(MemoryError()) and "lower --batch" in outside(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert "lower --batch" in outside(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) and "--deterministic" in outside(RuntimeError("x does not have a deterministic implementation"))
-    assert "another process" in outside(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
-    assert "No space left" in outside(OSError(28, "No space left on device", "x")) and outside(RuntimeError("shapes cannot be multiplied")) is None and outside(RuntimeError("")) is None
+    assert "lower --batch" in explain_fault(MemoryError()) and "lower --batch" in explain_fault(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "lower --batch" in explain_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) and "--deterministic" in explain_fault(RuntimeError("x does not have a deterministic implementation"))
+    assert "another process" in explain_fault(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    assert "No space left" in explain_fault(OSError(28, "No space left on device", "x")) and explain_fault(RuntimeError("shapes cannot be multiplied")) is None and explain_fault(RuntimeError("")) is None

@@ -3,6 +3,7 @@
     python -m common.plots out/dmd2-mnist                    # the curves of log.jsonl, also of a run that has not ended -> out/dmd2-mnist/samples/log.png
     python -m common.plots out/dmd2-mnist out/dmd2-mnist-1   # runs with other seeds in the same panels -> the first one's folder; or --out FILE.png
 """
+
 import argparse
 import colorsys
 import json
@@ -12,10 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.run import UserError, atomic, launch
+from common.errors import UserError, launch
+from common.files import atomic
 
 INK, PALE, RING = (20, 20, 20), (120, 120, 120), (215, 215, 215)
+
+
 COLOURS = [(31, 90, 180), (214, 92, 20), (40, 140, 60), (150, 60, 160)]  # of runs in one panel
+
+
 FINE = 3  # lines and points are drawn this much larger and shrunk, which smooths them; text is drawn last, at its own size
 
 
@@ -94,9 +100,6 @@ def scatter(path, panels, colours, rings=(), extent=1.6, side=200, size=14, marg
         pen.text((x + side / 2, y), fit(caption, size, side), fill=INK, font=font(size), anchor="ma")
         pen.text((x + side / 2, y + size + 4), fit(second, size - 1, side), fill=PALE, font=font(size - 1), anchor="ma")
     save(path, sheet)
-
-
-# ---- curves of log.jsonl ------------------------------------------------------------------------------------------------------------------
 
 
 def read_log(folder):

@@ -1,13 +1,79 @@
-"""2-D Gaussian mixture with everything known exactly: density, score and posterior mean at any noise level. Distances between point sets.
+"""The 2-D mixture: exact density, an MLP, distances between point sets."""
 
-The mixture is the teacher `toy`; labels are its components, so that guidance has a meaning. `MLP` is the small network that students start from.
-"""
 import math
 
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
-from common.schedules import expand, f64
+from common.model import Model, layers_at
+from common.schedules import expand
+
+
+class Toy(Model):
+    """The MLP on 2-D points, EDM preconditioning. As a teacher (`exact`) it answers with the mixture's exact posterior mean, while its copies, the
+    students and critics, start from the MLP that was fitted to it (`python -m common.pretrain --data toy`)."""
+
+    adapter = "toy"
+
+    def __init__(self, *args, exact=False, labelled=False, **kw):
+        super().__init__(*args, **kw)
+        self.mixture, self.exact, self.labelled = Mixture(), exact, labelled
+
+    @staticmethod
+    def network(config):
+        return MLP(**{k: v for k, v in config.items() if not k.startswith("_")})
+
+    def forward(self, x_t, alpha, sigma, cond, features=False):
+        if self.exact and not features:
+            return self.mixture.x0(x_t, alpha, sigma, cond["labels"])
+        return super().forward(x_t, alpha, sigma, cond, features)
+
+    x0 = forward
+
+    def predict(self, x, t, cond):
+        c_in = (t**2 + self.sigma_data**2).rsqrt()
+        return self.net((x * c_in[:, None]).to(self.net.inp.weight.dtype), t, cond["labels"])
+
+    def fits(self):
+        return (2,), self.net.config["classes"]
+
+    def embedders(self):
+        return [self.net.label], self.net.config["width"]
+
+    def sites(self, depths=(0.5,)):
+        return layers_at(self.net.hidden, depths)
+
+    def encode(self, labels):
+        labels = torch.as_tensor(labels, device=self.device)
+        return dict(labels=labels if self.labelled else torch.full_like(labels, self.classes))
+
+    def null(self, n):
+        return dict(labels=torch.full((n,), self.classes, device=self.device))
+
+    def copy(self, adapters=None):
+        twin = super().copy(dict(adapters, targets=adapters["targets"] or ["inp", "hidden.0", "hidden.1"]) if adapters else None)
+        twin.exact = False
+        return twin
+
+    def decode(self, x):
+        return self.rows(x)
+
+    def encode_images(self, images):
+        return images
+
+    def net_config(self):
+        return self.net.config
+
+    def config(self):
+        return dict(super().config(), labelled=self.labelled)
+
+    def rows(self, x, size=128, extent=1.6):
+        """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
+        ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).floor().long()
+        ij = ij[((ij >= 0) & (ij < size)).all(1)]
+        count = torch.bincount((size - 1 - ij[:, 1]) * size + ij[:, 0], minlength=size * size).reshape(1, 1, size, size)
+        return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(torch.uint8)
 
 
 class Mixture:
@@ -75,9 +141,6 @@ class MLP(nn.Module):
         for layer in self.hidden:
             h = nn.functional.silu(layer(h))
         return self.out(h)
-
-
-# ---- distances between point sets (tests, eval.py --teacher toy) ------------------------------------------------------------------------
 
 
 def energy_distance(x, y):

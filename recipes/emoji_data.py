@@ -3,6 +3,7 @@ to train the `emoji` teachers again (common/pretrain_emoji.py). Archives are rea
 
 Unicode's names say what was meant in 1993 ("HEAVY BLACK HEART"), the packages' short names what people type ("heart"): captions use both.
 """
+
 import collections
 import hashlib
 import io
@@ -17,13 +18,23 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.run import UserError
+from common.errors import UserError
 
 SETS = {"google": "noto", "twitter": "twemoji"}  # package -> the word for its style in captions
+
+
 OFTEN = dict(noto=1.0, twemoji=0.5)  # how often a style is seen: a prompt that names none is then mostly Noto
+
+
 SIDE, LARGEST = 64, 2**23  # pixels of an image; bytes of a file that is read
+
+
 SKIN = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
+
+
 TEMPLATES = ("{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}")
+
+
 SAID = {  # by the first short name, where neither name is what people say
     "heart": ["red heart", "heart"], "star": ["star", "yellow star"], "+1": ["thumbs up"], "-1": ["thumbs down"], "x": ["cross mark", "red cross"], "100": ["hundred points"],
     "o": ["large red ring"], "white_check_mark": ["check mark", "green check mark"], "v": ["victory hand", "peace sign"], "blue_car": ["recreational vehicle", "blue car"],

@@ -1,18 +1,19 @@
 """Trains the `emoji` teachers: a small text-to-image model in formats of diffusers, on 7,562 emoji of 64 x 64 pixels (common/emoji.py), with what is needed to
 measure its samples. Stages, each from what the one before left in --out; a stage that was cut off goes on with --resume.
 
-    python -m common.pretrain emoji --out out/teacher-emoji vae            # AutoencoderKL, 64x64x3 to 16x16x4
-    python -m common.pretrain emoji --out out/teacher-emoji unet           # tokenizer, CLIP text model and UNet, trained together: StableDiffusionPipeline
-    python -m common.pretrain emoji --out out/teacher-emoji flow           # an SD3 transformer on the same text model and VAE: StableDiffusion3Pipeline
-    python -m common.pretrain emoji --out out/teacher-emoji classifier     # features of `fd`, category and subcategory of an image
-    python -m common.pretrain emoji --out out/teacher-emoji save           # writes the teacher: half precision, teacher.json, sample picture
-    python -m common.pretrain emoji --out out/teacher-emoji images         # PNGs with captions, for --data of losses that need images
+    python -m recipes.emoji_teacher --out out/teacher-emoji vae            # AutoencoderKL, 64x64x3 to 16x16x4
+    python -m recipes.emoji_teacher --out out/teacher-emoji unet           # tokenizer, CLIP text model and UNet, trained together: StableDiffusionPipeline
+    python -m recipes.emoji_teacher --out out/teacher-emoji flow           # an SD3 transformer on the same text model and VAE: StableDiffusion3Pipeline
+    python -m recipes.emoji_teacher --out out/teacher-emoji classifier     # features of `fd`, category and subcategory of an image
+    python -m recipes.emoji_teacher --out out/teacher-emoji save           # writes the teacher: half precision, teacher.json, sample picture
+    python -m recipes.emoji_teacher --out out/teacher-emoji images         # PNGs with captions, for --data of losses that need images
 
 Losses: VAE, L1 + L2 of pixels, half the L1 of their differences to the neighbours, 1e-4 of the KL per latent; UNet, eps prediction on the schedule of SD 1.5 with min-SNR weight (arXiv 2303.09556)
     L = mean min(SNR + f, 5) / SNR |eps(x_t, t, c) - eps|^2,    c the empty prompt with probability --drop, f = --floor:
 the weight of an error of x0 is then min(SNR + f, 5), and not next to nothing at the noise levels where the words decide what will be seen;
 flow, as common/pretrain.py, with times shifted to s t / (1 + (s - 1) t), s = --shift.
 """
+
 import argparse
 import copy
 import hashlib
@@ -31,11 +32,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from common import emoji, fid, run
-from common.pretrain import jitter
-from common.run import ROOT, Draw, UserError, mix
+from common import fid
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.files import ROOT, atomic, read_json, write_json
+from common.report import save_grid
+from common.rng import BatchRandom, derive_seed
+from recipes.emoji_data import SIDE, caption, load
+from recipes.pretrain import jitter
 
-SIDE, TOKENS, STAGES = emoji.SIDE // 4, 24, 3  # of the latents; of a prompt; of the classifier
+SIDE, TOKENS, STAGES = SIDE // 4, 24, 3  # of the latents; of a prompt; of the classifier
 
 
 class Nets(torch.nn.ModuleDict):
@@ -46,7 +52,7 @@ class Nets(torch.nn.ModuleDict):
 def fit(name, nets, loss, iters, lr, args, half_life=None):
     """Minimises loss(draw, it) by AdamW over all parameters of `nets` (ModuleDict), bf16 autocast inside; warm-up, then linear decay over the second half.
     Returns the weight average. Every few minutes everything is saved, for --resume, which gives what one run would have given."""
-    path, ema, start, first = Path(args.out) / f"{name}.ckpt", run.EMA(nets, half_life or iters * args.batch / 20), time.time(), 0
+    path, ema, start, first = Path(args.out) / f"{name}.ckpt", EMA(nets, half_life or iters * args.batch / 20), time.time(), 0
     opt, spent = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True), 0.0
     if args.resume and path.is_file():
         state = torch.load(path, weights_only=True)
@@ -56,7 +62,7 @@ def fit(name, nets, loss, iters, lr, args, half_life=None):
         first, spent, ema.images = state["it"], state["seconds"], state["it"] * args.batch
 
     def save(it):
-        with run.atomic(path) as f:
+        with atomic(path) as f:
             torch.save(dict(nets=nets.state_dict(), ema=ema.model.state_dict(), opt=opt.state_dict(), it=it, seconds=spent + time.time() - start), f)
 
     print(f"{name}: {sum(p.numel() for p in nets.parameters()) / 1e6:.2f}M parameters, iterations {first} to {iters} of {args.batch}", flush=True)
@@ -66,7 +72,7 @@ def fit(name, nets, loss, iters, lr, args, half_life=None):
             rate = min(1, (it + 1) / 200) * min(1, (1 - it / iters) / 0.5 + 0.01)
             for g in opt.param_groups:
                 g["lr"] = lr * rate
-            value = loss(Draw(args.seed, it, args.batch), it)
+            value = loss(BatchRandom(args.seed, it, args.batch), it)
             value.backward()
             torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
             opt.step()
@@ -106,18 +112,15 @@ def factors(data, pairs):
     return more
 
 
-# ---- autoencoder --------------------------------------------------------------------------------------------------------------------------
-
-
 def make_vae(width=(24, 48, 64)):
     from diffusers import AutoencoderKL
     return AutoencoderKL(block_out_channels=list(width), in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * len(width),
-                         up_block_types=["UpDecoderBlock2D"] * len(width), latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=emoji.SIDE,
+                         up_block_types=["UpDecoderBlock2D"] * len(width), latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=SIDE,
                          mid_block_add_attention=False, scaling_factor=1.0)
 
 
 def train_vae(data, args):
-    torch.manual_seed(mix(args.seed, 11))
+    torch.manual_seed(derive_seed(args.seed, 11))
     nets = Nets(dict(vae=make_vae(args.vae_width)))
     vae = nets["vae"]
     torch.nn.init.constant_(vae.quant_conv.bias[4:].detach(), -6.0)  # hardly any noise at first: with unit noise L1 stays at the median image, white
@@ -168,23 +171,20 @@ def picture(vae, data, args):
     x = data.images[index]
     y = ((vae.decode(encode(vae, x)).sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     print(f"vae: mean absolute error {(x.float() - y.float()).abs().mean():.2f} of 255", flush=True)
-    run.save_grid(Path(args.out) / "vae.png", [row for i in (0, 16) for row in (("images", x[i:i + 16]), ("reconstructed", y[i:i + 16]))])
-
-
-# ---- classifier --------------------------------------------------------------------------------------------------------------------------
+    save_grid(Path(args.out) / "vae.png", [row for i in (0, 16) for row in (("images", x[i:i + 16]), ("reconstructed", y[i:i + 16]))])
 
 
 def train_classifier(data, args):
     """SmallCNN on the subcategories; that of the category is its subcategory's. Held out: for one emoji of ten, one of its two styles, all skin tones."""
-    torch.manual_seed(mix(args.seed, 13))
+    torch.manual_seed(derive_seed(args.seed, 13))
     out = Path(args.out)
     hold = torch.tensor([hashlib.sha256(b.encode()).digest()[0] % 20 == (s == "noto") * 10 for b, s in zip(data.base, data.style)])
-    nets = Nets(dict(cnn=fid.SmallCNN(3, emoji.SIDE, len(data.kinds), stages=STAGES)))
+    nets = Nets(dict(cnn=fid.SmallCNN(3, SIDE, len(data.kinds), stages=STAGES)))
     kept = SimpleNamespace(weight=data.weight, held=hold | data.held)
 
     def loss(draw, it):
         index = pick(draw, kept)
-        torch.manual_seed(mix(args.seed, it, 14))  # of `jitter`
+        torch.manual_seed(derive_seed(args.seed, it, 14))  # of `jitter`
         x = jitter(data.images[index])
         with autocast():
             logits = nets["cnn"](x)[1]
@@ -203,7 +203,7 @@ def train_classifier(data, args):
     stats.update(features[rows])
     mu, sigma = stats.mean_cov()
     fid.save_stats(out / "stats.npz", mu, sigma, stats.n, "emoji-cnn", features[rows])
-    run.write_json(out / "classifier.json", dict(agreement=shares, seconds=seconds))
+    write_json(out / "classifier.json", dict(agreement=shares, seconds=seconds))
     return seconds
 
 
@@ -216,9 +216,6 @@ def reference(data):
     """Indices of the images that samples are compared with: each with a chance of its weight in training, none that is held out."""
     chance = torch.rand(len(data.images), generator=torch.Generator().manual_seed(0))
     return ((chance < data.weight) & ~data.held).nonzero()[:, 0]
-
-
-# ---- text model and UNet ------------------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(captions, folder, merges=1400):
@@ -261,7 +258,7 @@ def make_scheduler():
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def load(folder, part):
+def load_part(folder, part):
     """One component of a pipeline, as a stage has left it."""
     import diffusers
     import transformers
@@ -276,7 +273,7 @@ def load(folder, part):
 def draw_captions(draw, data, args, more):
     """Images (indices) of one batch and their captions, some of these empty."""
     index, u = pick(draw, data, more), torch.rand(args.batch, 4, generator=draw.gen).tolist()
-    return index, ["" if r[3] < args.drop else emoji.caption(data, i, r) for i, r in zip(index.tolist(), u)]
+    return index, ["" if r[3] < args.drop else caption(data, i, r) for i, r in zip(index.tolist(), u)]
 
 
 def tokens(tokenizer, captions):
@@ -284,14 +281,14 @@ def tokens(tokenizer, captions):
 
 
 def train_unet(data, args):
-    torch.manual_seed(mix(args.seed, 12))
+    torch.manual_seed(derive_seed(args.seed, 12))
     out = Path(args.out)
-    latents = encode(load(out, "vae").eval(), data.images)
+    latents = encode(load_part(out, "vae").eval(), data.images)
     if args.start:  # with its own tokenizer: another training of it breaks ties between equally frequent pairs another way
-        tokenizer, nets = load(args.start, "tokenizer"), Nets(dict(text=load(args.start, "text_encoder").train(), unet=load(args.start, "unet").train()))
+        tokenizer, nets = load_part(args.start, "tokenizer"), Nets(dict(text=load_part(args.start, "text_encoder").train(), unet=load_part(args.start, "unet").train()))
         shutil.copytree(Path(args.start) / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     else:
-        every = [emoji.caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
+        every = [caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
         tokenizer = make_tokenizer(every, out / "tokenizer")
         tokenizer.save_pretrained(out / "tokenizer")
         nets = Nets(dict(text=make_text(tokenizer, args.text_width, 2), unet=make_unet(tuple(args.width), args.text_width)))
@@ -311,9 +308,6 @@ def train_unet(data, args):
     nets["text"].save_pretrained(out / "text_encoder", safe_serialization=True)
     nets["unet"].save_pretrained(out / "unet", safe_serialization=True)
     return seconds
-
-
-# ---- the same text model and autoencoder with a flow transformer ------------------------------------------------------------------------------
 
 
 def projected(text):
@@ -349,10 +343,10 @@ class Repeated(TorchFunctionMode):
 
 
 def train_flow(data, args):
-    torch.manual_seed(mix(args.seed, 17))
+    torch.manual_seed(derive_seed(args.seed, 17))
     out = Path(args.out)
-    net = load(args.start, "transformer").train() if args.start else make_transformer(args.flow_width, args.depth, args.text_width)
-    latents, nets = encode(load(out, "vae").eval(), data.images), Nets(dict(transformer=net))
+    net = load_part(args.start, "transformer").train() if args.start else make_transformer(args.flow_width, args.depth, args.text_width)
+    latents, nets = encode(load_part(out, "vae").eval(), data.images), Nets(dict(transformer=net))
     pipe, more = pipeline(out, nets["transformer"], args.shift), factors(data, args.more)
 
     def loss(draw, it):
@@ -372,22 +366,25 @@ def train_flow(data, args):
     return seconds
 
 
-# ---- the teacher --------------------------------------------------------------------------------------------------------------------------
-
 EIGHT = ("red heart", "pizza", "dog face", "flag of france", "rocket", "smiling face with sunglasses", "red apple", "woman farmer with medium dark skin")
 
 
 def captions_of(data, rows, seed):
     """One caption of each image, its subcategory beside it, shuffled, without doubles."""
-    g = torch.Generator().manual_seed(mix(seed, 15))
+    g = torch.Generator().manual_seed(derive_seed(seed, 15))
     rows = [rows[i] for i in torch.randperm(len(rows), generator=g).tolist()]
-    return {emoji.caption(data, i, u): int(data.kind[i]) for i, u in zip(rows, torch.rand(len(rows), 3, generator=g).tolist())}
+    return {caption(data, i, u): int(data.kind[i]) for i, u in zip(rows, torch.rand(len(rows), 3, generator=g).tolist())}
 
 
 def pipeline(out, net, shift):
     """The parts that the stages have left in `out`, around a UNet or a flow transformer."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
-    vae, text, tokenizer = load(out, "vae"), load(out, "text_encoder"), load(out, "tokenizer")
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    vae, text, tokenizer = load_part(out, "vae"), load_part(out, "text_encoder"), load_part(out, "tokenizer")
     if isinstance(net, UNet2DConditionModel):
         return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=net, scheduler=make_scheduler(), safety_checker=None,
                                        feature_extractor=None, requires_safety_checker=False)
@@ -400,10 +397,10 @@ def save(data, args):
     """The teacher's folder: a pipeline in half precision, prompts with what shall be seen on their pictures, classifier and statistics."""
     start, out, to = time.time(), Path(args.out), Path(args.to or Path(args.out) / "teacher")
     name = "emoji" if args.net == "unet" else "emoji-flow"
-    pipe = pipeline(out, load(out, dict(unet="unet", flow="transformer")[args.net]), args.shift)
+    pipe = pipeline(out, load_part(out, dict(unet="unet", flow="transformer")[args.net]), args.shift)
     pipe.to(torch.float16).save_pretrained(to, safe_serialization=True)
     for config in [*to.glob("*/config.json"), to / "model_index.json"]:
-        run.write_json(config, {k: v for k, v in run.read_json(config).items() if k != "_name_or_path"}  # a folder of this machine
+        write_json(config, {k: v for k, v in read_json(config).items() if k != "_name_or_path"}  # a folder of this machine
                        | (dict(dtype="float32") if config.parent.name.startswith("text_encoder") else {}))  # what transformers 5 loads in, as diffusers does the rest
     for file in to.glob("text_encoder*/model.safetensors"):  # under the names that every version of transformers reads; 5 writes shorter ones
         tensors = {k if k.startswith("text_") else f"text_model.{k}": v for k, v in load_file(file).items()}
@@ -419,13 +416,13 @@ def save(data, args):
     seen = first | dict(list(seen.items())[:args.prompts - len(first)])
     for file, lines in dict(prompts=seen, held_out=unseen).items():
         (to / f"{file}.txt").write_text("".join(f"{line}\n" for line in lines))
-    run.write_json(to / "labels.json", seen | unseen)
-    known = run.read_json(out / "classifier.json")
+    write_json(to / "labels.json", seen | unseen)
+    known = read_json(out / "classifier.json")
     evaluation = dict(protocol="emoji-cnn", classifier="classifier.safetensors", reference="stats.npz", names=data.names, kinds=data.kinds, groups=groups(data),
                       stages=STAGES, labels="labels.json", agreement_of_images=known["agreement"])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log = [line for line in log if line["stage"] in ("vae", "unet", "classifier", args.net)]
-    run.write_json(to / "teacher.json", dict(name=name, evaluation=evaluation, seconds={line["stage"]: line["seconds"] for line in log},
+    write_json(to / "teacher.json", dict(name=name, evaluation=evaluation, seconds={line["stage"]: line["seconds"] for line in log},
                                              iterations={line["stage"]: line["it"] for line in log}))
     samples(to, args)
     return round(time.time() - start)
@@ -436,10 +433,10 @@ def write_images(data, args):
     from PIL import Image
     start, to, rows = time.time(), Path(args.to or Path(args.out) / "images"), reference(data).tolist()
     to.mkdir(parents=True, exist_ok=True)
-    u = torch.rand(len(rows), 3, generator=torch.Generator().manual_seed(mix(args.seed, 16))).tolist()
+    u = torch.rand(len(rows), 3, generator=torch.Generator().manual_seed(derive_seed(args.seed, 16))).tolist()
     for i in rows:
         Image.fromarray(data.images[i].permute(1, 2, 0).numpy()).save(to / f"{i:05d}.png")
-    lines = [json.dumps(dict(file_name=f"{i:05d}.png", text=emoji.caption(data, i, chosen))) for i, chosen in zip(rows, u)]
+    lines = [json.dumps(dict(file_name=f"{i:05d}.png", text=caption(data, i, chosen))) for i, chosen in zip(rows, u)]
     (to / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return round(time.time() - start)
 
@@ -448,18 +445,18 @@ def write_images(data, args):
 def samples(folder, args, steps=25):
     """samples.png: the first prompts in plain diffusers."""
     from diffusers import DiffusionPipeline
-    absent = {k: None for k, v in run.read_json(folder / "model_index.json").items() if v == [None, None]}  # which diffusers wants to hear of SD3's third encoder
+    absent = {k: None for k, v in read_json(folder / "model_index.json").items() if v == [None, None]}  # which diffusers wants to hear of SD3's third encoder
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for cfg in args.cfg:
-        pictures = pipe(list(EIGHT), height=emoji.SIDE, width=emoji.SIDE, num_inference_steps=steps, guidance_scale=cfg, generator=torch.Generator().manual_seed(args.seed), output_type="np").images
+        pictures = pipe(list(EIGHT), height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=cfg, generator=torch.Generator().manual_seed(args.seed), output_type="np").images
         rows.append((f"{steps} steps, w = {cfg:g}", torch.from_numpy((pictures * 255).round().astype("uint8")).permute(0, 3, 1, 2)))
-    run.save_grid(Path(args.out) / "samples.png", rows)
+    save_grid(Path(args.out) / "samples.png", rows)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m common.pretrain emoji", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="python -m recipes.emoji_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stage", choices=["vae", "unet", "flow", "classifier", "save", "images"])
     p.add_argument("--source", help="folder with emoji-datasource-google-VERSION.tgz and -twitter-; default: npm pack fetches them")
     p.add_argument("--out", default=str(ROOT / "out" / "teacher-emoji"))
@@ -485,10 +482,10 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    data = emoji.load(args.source)
+    data = load(args.source)
     seconds = dict(vae=train_vae, unet=train_unet, flow=train_flow, classifier=train_classifier, save=save, images=write_images)[args.stage](data, args)
     print(f"{args.stage}: {seconds} s, in {args.out}")
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

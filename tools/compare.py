@@ -5,6 +5,7 @@ Beside the picture (--grid, default out/compare.png) lie the table as .md and .j
 the student was trained for), over the first samples; images count as -1 to 1, points as they are. What a run did not record is shown as "-".
 `lines of method code`: of the method's script, without docstrings, comments, blank lines and the blocks that are the same in every script.
 """
+
 import ast
 import hashlib
 import io
@@ -17,16 +18,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import metrics, plots
-from common.run import ROOT, ImageNoise, UserError, atomic, near, read_json, revision, write_json
+from common import metrics
+from common.distributed import gather_rows, on_all_ranks
+from common.errors import UserError, did_you_mean
+from common.files import ROOT, atomic, git_revision, read_json, write_json
+from common.report import dumps
+from common.rng import PerImageNoise
+from tools.plot_log import by_angle, image_rows, read_log, scatter
 
 BESIDE = ("seed", "out", "device", "cache_prompts", "log_every", "sample_every", "eval_every", "eval_n", "save_every")  # flags that leave the student as it is
+
+
 HEADINGS = {  # of a row's keys, in the order of the table
     "name": "name", "nfe": "NFE", "passes": "passes per image", "seeds": "seeds", **{k: k.replace("_", " ") for k in metrics.METRICS if k != "kid_std"}, "kid": "KID",
     "fid": "FID", "agreement": "label agreement", "to_teacher": "to teacher", "images": "images needed", "networks": "networks trained",
     "passes_per_iteration": "passes per iteration", "iterations": "iterations", "train_seconds": "training seconds", "lines": "lines of method code",
     "command": "command"}
+
+
 EACH = ("fid", "fd", "energy_distance")  # the mean and every seed's value
+
+
 KEPT, KEPT_BYTES = 2000, 2**26  # samples of a row that are kept: at most so many, in so many bytes
 
 
@@ -44,16 +56,13 @@ def check(args):
     if args.left_out:
         args.runs = finished
     if args.sort and args.sort.lstrip("-") not in HEADINGS:
-        raise UserError(f"--sort {args.sort}: expected one of {', '.join(HEADINGS)}, with - before it for the largest first{near(args.sort, HEADINGS)}")
+        raise UserError(f"--sort {args.sort}: expected one of {', '.join(HEADINGS)}, with - before it for the largest first{did_you_mean(args.sort, HEADINGS)}")
 
 
 def teacher_steps(args, nfes):
     """Rows of the teacher -> list of (steps, Heun?). Euler with 50 steps and those of the students; --heun: also Heun, with at most as many calls as each."""
     euler = args.teacher_nfe or [50, *sorted(set(nfes) - {50}, reverse=True)]
     return [(n, False) for n in euler] + [(n, True) for n in dict.fromkeys((n + 1) // 2 for n in euler) if n > 1 and args.heun]
-
-
-# ---- what was measured --------------------------------------------------------------------------------------------------------------------
 
 
 class Book:
@@ -63,7 +72,7 @@ class Book:
     def __init__(self, args, rank, world):
         self.args, self.rank, self.world, self.known = args, rank, world, []
         self.home = Path(args.cache or Path(args.out).parent / "measured")
-        metrics.together(self.open if rank == 0 else lambda: None, world)
+        on_all_ranks(self.open if rank == 0 else lambda: None, world)
         self.start()
 
     def open(self):
@@ -95,7 +104,7 @@ class Book:
                 row["samples"] = torch.from_numpy(f["samples"])
             self.known.append(result["revision"])
             return result | row["facts"]
-        return metrics.together(lambda: look() if self.rank == 0 else None, self.world)[0]
+        return on_all_ranks(lambda: look() if self.rank == 0 else None, self.world)[0]
 
     def take(self, seed, index, images):
         """Of each batch of the first seed, what belongs to the samples that are kept."""
@@ -104,12 +113,12 @@ class Book:
             self.parts.append(images.cpu()[index < self.limit])
 
     def add(self, row, result):
-        row["samples"] = metrics.gather(torch.cat(self.parts), self.limit, self.rank, self.world)
+        row["samples"] = gather_rows(torch.cat(self.parts), self.limit, self.rank, self.world)
         self.start()
         if self.rank == 0:
             with atomic(row["files"][1]) as f:  # first: what find looks for is complete when the JSON file is there
                 np.savez_compressed(f, samples=row["samples"].numpy())
-            write_json(row["files"][0], json.loads(metrics.dumps(result)))
+            write_json(row["files"][0], json.loads(dumps(result)))
 
 
 def content(folder):
@@ -121,9 +130,6 @@ def content(folder):
             while part := f.read(1 << 24):
                 digest.update(part)
     return digest.hexdigest()
-
-
-# ---- the table ----------------------------------------------------------------------------------------------------------------------------
 
 
 def lines_of_code(path):
@@ -242,9 +248,6 @@ def markdown(lines):
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
 
 
-# ---- all of it ----------------------------------------------------------------------------------------------------------------------------
-
-
 def close(book, rows, results, say):
     """Table, picture and curves, by rank 0."""
     args, grid, pairs = book.args, Path(book.args.grid), list(zip(rows, results))
@@ -262,18 +265,18 @@ def close(book, rows, results, say):
               for w, (_, nfe) in target.items()]
     notes += [f"measured with {', '.join(dict.fromkeys(str(r[k]) for r in results))} ({k})" for k in ("dtype", "hardware", "revision")]
     if book.known:
-        notes.append(f"{len(book.known)} of {len(results)} rows were measured earlier, at {', '.join(dict.fromkeys(book.known))}, now {revision()}; --fresh measures again")
+        notes.append(f"{len(book.known)} of {len(results)} rows were measured earlier, at {', '.join(dict.fromkeys(book.known))}, now {git_revision()}; --fresh measures again")
     notes += [f"left out, no finished students: {', '.join(args.left_out)}"] * bool(args.left_out)
     table = markdown(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
     grid.with_suffix(".md").write_text(table + "\n")
-    write_json(grid.with_suffix(".json"), json.loads(metrics.dumps(dict(rows=lines, notes=notes))))
+    write_json(grid.with_suffix(".json"), json.loads(dumps(dict(rows=lines, notes=notes))))
     picture(grid, [(r, first[id(r)]) for r in lines], args)
     curves = 0
     for r in lines:
         runs = [Path(run["run"]) for run in r["runs"] if run["run"] and (Path(run["run"]) / "log.jsonl").is_file()]
         if runs and "best_of" not in r and r["nfe"] == first[id(r)]["info"]["nfe"]:
-            logs = [(f"seed {run['seed']}", plots.read_log(run["run"])) for run in r["runs"] if Path(run["run"]) in runs]
-            plots.curves(grid.with_name(grid.stem + "-curves") / f"{r['name']}.png", logs, r["name"])
+            logs = [(f"seed {run['seed']}", read_log(run["run"])) for run in r["runs"] if Path(run["run"]) in runs]
+            curves(grid.with_name(grid.stem + "-curves") / f"{r['name']}.png", logs, r["name"])
             curves += 1
     say("\n" + table)
     say(f"\nwritten: {grid}, {grid.with_suffix('.md').name}, {grid.with_suffix('.json').name}" + f", {grid.stem}-curves/ ({curves} pictures)" * (curves > 0))
@@ -287,8 +290,8 @@ def picture(path, lines, args):
     teacher = lines[0][1]["teacher"]
     if teacher.adapter == "toy":
         n = min(len(row["samples"]) for _, row in lines)
-        noise, mix = ImageNoise(args.seed, range(n))(*teacher.shape).numpy(), teacher.mixture
-        plots.scatter(path, [(caption(r, row), metric(r), row["samples"][:n].numpy()) for r, row in lines], plots.by_angle(noise),
+        noise, mix = PerImageNoise(args.seed, range(n))(*teacher.shape).numpy(), teacher.mixture
+        scatter(path, [(caption(r, row), metric(r), row["samples"][:n].numpy()) for r, row in lines], by_angle(noise),
                       [(*m, 2 * mix.std) for m in mix.means.tolist()])
     else:
-        plots.image_rows(path, [(caption(r, row), metric(r), row["samples"][:20]) for r, row in lines])
+        image_rows(path, [(caption(r, row), metric(r), row["samples"][:20]) for r, row in lines])

@@ -1,26 +1,19 @@
-"""A small trainable network beside a frozen generator, which is thereby told of a condition: ControlNet and what corresponds to it elsewhere.
+"""Branches: what nct.py puts beside a frozen generator's network.
+
+A small trainable network beside a frozen generator, which is thereby told of a condition: ControlNet and what corresponds to it elsewhere.
 
 Each branch is a copy of the generator's first layers that reads the condition and adds to the frozen network through layers of zeros: at first the
 output is the generator's, bit for bit. Branches see what the network is called with, by hooks, so the generator may be the student of any method, whatever
 that method does around its network. Gradients pass through the frozen network to the branch.
 """
+
 import contextlib
 import copy
-import hashlib
-import inspect
 import math
-from pathlib import Path
 
-import torch
 import torch.nn as nn
 
-from common import metrics, models
-from common.controls import Control
-from common.run import ImageNoise, UserError, read_json, write_json
-from common.students import network_of, read_student, sampler_of
-
-
-# ---- branches ---------------------------------------------------------------------------------------------------------------------------
+from common.errors import UserError
 
 
 def zero(layer):
@@ -246,188 +239,3 @@ def make_branch(net, control, scale=1, blocks=None):
     if cls is None:
         raise UserError(f"--generator: expected a UNet or transformer of diffusers, found {type(net).__name__}")
     return cls(net, control, scale, blocks).eval()
-
-
-# ---- the generator with its branch ----------------------------------------------------------------------------------------------------------
-
-
-class Controlled(nn.Module):
-    """A frozen one-step generator f and a branch. `f(z, cond)` is the generator alone, `self(z, c, cond)` with condition c; what is not said here (shape,
-    encode, decode, ...) the generator answers. Its weights are no parameters of this module: averages and checkpoints hold the branch only."""
-
-    def __init__(self, generator, info, sample, control, branch, blocks=None):
-        super().__init__()
-        fn = inspect.unwrap(sample)  # without its no_grad
-        own = dict(generator=generator, info=info, run=lambda z, cond: fn(generator, z, cond, 1, None, **info["sampler"]), control=control, blocks=blocks, folder=None)
-        self.__dict__.update(own)
-        self.sample, self.branch = sample, branch
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["generator"], name)
-
-    def __setattr__(self, name, value):
-        if name == "dtype":
-            self.generator.dtype = value
-        else:
-            super().__setattr__(name, value)
-
-    def _apply(self, fn, recurse=True):  # .to(device)
-        self.generator._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def train(self, mode=True):
-        return super().train(False)  # no dropout: the same function in all four uses of a step
-
-    def f(self, z, cond):
-        return self.run(z, cond)
-
-    def forward(self, z, c, cond):
-        with self.branch.attached(self.generator.net, c):
-            return self.run(z, cond)
-
-    def rehearsal(self, z, cond):
-        cond = {k: v.expand(len(z), *v.shape[1:]) for k, v in cond.items()}
-        return self(z, self.condition(z, torch.zeros(len(z), 4, device=z.device), cond), cond)
-
-    def condition(self, z, r, cond):
-        """Of another sample of the generator: independent of any noise that it will be used with. r: normal numbers, at least 4 a sample (2 on the toy)."""
-        return self.control(self.f(z, cond), torch.special.ndtr(r.flatten(1)[:, :4]))
-
-    def checkpoint_activations(self):
-        if not isinstance(self.branch, ControlNet):  # the hooks of the others would be gone when a block runs again
-            raise UserError("--grad-checkpoint: expected a generator of class UNet2DConditionModel and a --control that is a picture: only its ControlNet can do it")
-        self.branch.net.enable_gradient_checkpointing()
-        self.generator.checkpoint_activations()
-
-    def whole(self):
-        return self
-
-    def copy(self):
-        return Controlled(self.generator, self.info, self.sample, self.control, twin(self.branch), self.blocks)
-
-    def config(self):
-        return dict(adapter="controlled", control=self.control.config(), blocks=self.blocks)
-
-    def save(self, folder, info, name="distill.json"):
-        """The branch (ControlNet or IP-Adapter as diffusers knows them), in generator/ the generator, and `name` last."""
-        folder = Path(folder)
-        (folder / "generator").mkdir(parents=True, exist_ok=True)
-        self.generator.save(folder / "generator", {k: v for k, v in self.info.items() if k != "model"})
-        if isinstance(self.branch, ControlNet):
-            self.branch.net.save_pretrained(folder, safe_serialization=True)
-        elif isinstance(self.branch, IPAdapter):
-            models.save_weights(folder / IPAdapter.FILE, {IPAdapter.key(k): v for k, v in self.branch.state_dict().items()})
-        else:
-            models.save_weights(folder / models.WEIGHTS, self.branch.state_dict())
-        write_json(folder / name, dict(info, model=self.config()))
-
-
-def load_generator(folder, teacher, name):
-    """-> Model, distill.json, `sample` of a finished one-step student of this teacher; of a pipeline's folder: its network, asked once at the noise end."""
-    if (Path(folder) / "model_index.json").is_file():
-        info = dict(method="dmd2", teacher=name, nfe=1, sampler=dict(steps="999"), cfg=1.0)
-        return teacher, info, sampler_of(Path(folder), info)
-    home, info = read_student(folder)
-    if info["nfe"] != 1 or info["method"] == "nct":
-        found = "one that has a control already" if info["method"] == "nct" else f"one of {info['nfe']} steps"
-        raise UserError(f"--generator {folder}: expected a student of one step, found {found}")
-    sample = sampler_of(home, info)
-    generator = network_of(folder, home, info, teacher, name)
-    if isinstance(generator, models.Routed):
-        if len(generator.experts) > 1:
-            raise UserError(f"--generator {folder}: expected one network, found {len(generator.experts)} experts")
-        generator = generator.experts[0]
-    return generator.to(teacher.device), info, sample
-
-
-def weights_hash(model):
-    """Of all weights of a network in memory."""
-    digest = hashlib.sha256()
-    for name, v in sorted(model.state_dict().items()):
-        digest.update(name.encode() + v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def make(generator, info, sample, control, blocks=None):
-    scale = 1 if control.shape is None else control.shape[-1] // generator.shape[-1]
-    branch = make_branch(generator.net, control, scale, blocks).to(generator.device)
-    return Controlled(generator, info, sample, control, branch, blocks)
-
-
-def load_controlled(folder, info, teacher=None):
-    """What `Controlled.save` wrote. info: "model" of its distill.json."""
-    home, own = read_student(folder / "generator")
-    generator = models.load_model(home, own["model"], teacher).requires_grad_(False)
-    given = info.get("control")
-    if not isinstance(given, dict) or not isinstance(given.get("factor"), int) or not isinstance(given.get("name"), str) \
-            or not isinstance(given.get("folder") or "", str):
-        raise UserError(f"{folder / 'distill.json'}: model.control: expected an object with name and factor, found {given!r}")
-    if not (info.get("blocks") is None or isinstance(info["blocks"], int)):
-        raise UserError(f"{folder / 'distill.json'}: model.blocks: expected a number or null, found {info['blocks']!r}")
-    control = Control(given["name"], generator, teacher, given["factor"], given.get("folder"))
-    model = make(generator, own, sampler_of(home, own), control, info.get("blocks"))
-    if isinstance(model.branch, ControlNet):
-        models.load_weights(folder / models.WEIGHTS, model.branch.net)
-    elif isinstance(model.branch, IPAdapter):
-        models.load_weights(folder / IPAdapter.FILE, model.branch, IPAdapter.key)
-    else:
-        models.load_weights(folder / models.WEIGHTS, model.branch)
-    model.folder = folder
-    return model
-
-
-# ---- does it obey ---------------------------------------------------------------------------------------------------------------------------
-
-GROUP = 8  # noises under one condition
-
-
-@torch.no_grad()
-def obedience(model, n=1000, seed=0, batch=250):
-    """Conditions of samples of the generator, obeyed from other noise -> dict. error: mean distance of the condition and that of the output; chance: the
-    same without control; diversity: mean distance of two outputs under one condition, spread: of two samples without control, both RMS over an image."""
-    out = {k: [] for k in ("error", "chance", "diversity", "spread")}
-    if hasattr(model, "prompts"):  # large pictures
-        n, batch = min(n, 256), GROUP
-    n = max(GROUP, n // GROUP * GROUP)
-    for part in torch.arange(n).split(max(GROUP, batch // GROUP * GROUP)):
-        noise = ImageNoise(seed, part.tolist(), model.device)
-        first = torch.arange(len(part)) // GROUP * GROUP  # every group has the labels and the condition of its first
-        cond = model.encode(part[first] // GROUP % max(model.classes, 1))
-        z, other, r = noise(*model.shape), noise(*model.shape), noise(4)
-        c = model.condition(other, r, cond)[first.to(model.device)]
-        r = torch.special.ndtr(r)[first.to(model.device)]
-        for x, error, distance in ((model(z, c, cond), "error", "diversity"), (model.f(z, cond), "chance", "spread")):
-            out[error].append(model.control.error(model.control(x, r), c).double())
-            group = x.double().flatten(1).view(-1, GROUP, x[0].numel())
-            out[distance].append(torch.cdist(group, group).sum((1, 2)) / (GROUP * (GROUP - 1)) / x[0].numel() ** 0.5)
-    means = {k: float(torch.cat(v).mean()) for k, v in out.items()}
-    return dict(control=model.control.name, **means, ratio=means["error"] / max(means["chance"], 1e-12), n=n, conditions=n // GROUP, seed=seed)
-
-
-def summary(r):
-    """One line for people."""
-    what = f"accuracy {1 - r['error']:.4g}, by chance {1 - r['chance']:.4g}" if r["control"] == "class" else f"error {r['error']:.4g}, without control {r['chance']:.4g}"
-    return f"control {r['control']}: {what} (ratio {r['ratio']:.3f}); distance of two outputs {r['diversity']:.4g} under one condition, {r['spread']:.4g} without"
-
-
-@torch.no_grad()
-def rows(model, seed=0, n=20):
-    """Rows of a picture: the condition, the sample that it is of, what another noise makes of it, and the condition of that."""
-    n = 4 if hasattr(model, "prompts") else n
-    noise = ImageNoise(seed, range(n), model.device)
-    cond = model.encode(torch.arange(n) % max(model.classes, 1))
-    z, other, r = noise(*model.shape), noise(*model.shape), torch.special.ndtr(noise(4))
-    source = model.f(other, cond)
-    c = model.control(source, r)
-    x = model(z, c, cond)
-    name = model.control.name
-    if model.control.classes:
-        return [(f"{name}: {c.tolist()}", model.decode(source)), (f"obeyed: {model.control(x, r).tolist()}", model.decode(x)), ("the same noise, free", model.decode(model.f(z, cond)))]
-    if model.control.embedding:
-        return [("condition: the look of", model.decode(source)), ("output, other noise", model.decode(x)), ("the same noise, free", model.decode(model.f(z, cond)))]
-    show = lambda c: model.control.picture(c)
-    return [(f"condition, {name}", show(c)), ("its source", model.decode(source)), ("output, other noise", model.decode(x)), (f"{name} of the output", show(model.control(x, r))),
-            ("the same noise, free", model.decode(model.f(z, cond)))]
