@@ -34,6 +34,7 @@ Differences from the paper:
     - (7) and (8) share one batch: --boundary-frac of its rows have s = t = T. Where alpha_T = 0 (flow), (6) does not see y_T and (8) is a formality.
     - --solver midpoint asks the teacher again half way (second order, one more teacher call): used by others on top of BOOT's loss.
 """
+
 import math
 from typing import NamedTuple
 
@@ -50,51 +51,174 @@ from common.schedules import expand
 from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. All numbers are ours, the paper's are not public. toy: measured; mnist: two short trials
-    "mnist": dict(cfg=1.5, nfe=1, delta=1 / 16, boundary_frac=1 / 16, lr=1e-3, betas=(0.5, 0.99), weight_decay=0.01, clip=10.0, batch=64, iters=1650, warmup=20,
-                  cooldown=0.5, ema=2000),
-    "toy": dict(cfg=1.0, nfe=1, delta=1 / 32, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, batch=256, iters=1500, warmup=0, cooldown=0.5, ema=0),
-    "default": dict(cfg=1.0, nfe=1, delta=1 / 64, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, batch=256, iters=100000, warmup=500, cooldown=0.0,
-                    ema=1770000),  # 0.9999 per step
+    "mnist": dict(
+        cfg=1.5,
+        nfe=1,
+        delta=1 / 16,
+        boundary_frac=1 / 16,
+        lr=1e-3,
+        betas=(0.5, 0.99),
+        weight_decay=0.01,
+        clip=10.0,
+        batch=64,
+        iters=1650,
+        warmup=20,
+        cooldown=0.5,
+        ema=2000,
+    ),
+    "toy": dict(
+        cfg=1.0,
+        nfe=1,
+        delta=1 / 32,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        clip=1.0,
+        batch=256,
+        iters=1500,
+        warmup=0,
+        cooldown=0.5,
+        ema=0,
+    ),
+    "default": dict(
+        cfg=1.0,
+        nfe=1,
+        delta=1 / 64,
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        clip=1.0,
+        batch=256,
+        iters=100000,
+        warmup=500,
+        cooldown=0.0,
+        ema=1770000,
+    ),  # 0.9999 per step
 }
-PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, batch=32, iters=500)}
+PRESETS |= {
+    "toy-cond": PRESETS["toy"],
+    "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, batch=32, iters=500),
+}
 N = 1000  # nodes of the schedule's own grid that times are interpolated in
-READOUTS, PATH_STEPS, PATH_N = (0.75, 0.5, 0.25, 0.0), 32, 250  # of `fidelity`: times, DDIM steps of the teacher, noises at the end of a run
+READOUTS, PATH_STEPS, PATH_N = (
+    (0.75, 0.5, 0.25, 0.0),
+    32,
+    250,
+)  # of `fidelity`: times, DDIM steps of the teacher, noises at the end of a run
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.method.description = "all times are shares of the path: 1 is the teacher's noise end, 0 the image"
+    p.method.description = (
+        "all times are shares of the path: 1 is the teacher's noise end, 0 the image"
+    )
     p.method.add_argument("--delta", type=float, help="t - s in (6)")
-    p.method.add_argument("--grid", choices=["time", "logsnr"], default="time", help="even steps of time on the teacher's own schedule, or of log-SNR")
-    p.method.add_argument("--t-max", type=float, default=1.0, help="T; below 1 only where --coef euler needs alpha_T > 0")
+    p.method.add_argument(
+        "--grid",
+        choices=["time", "logsnr"],
+        default="time",
+        help="even steps of time on the teacher's own schedule, or of log-SNR",
+    )
+    p.method.add_argument(
+        "--t-max",
+        type=float,
+        default=1.0,
+        help="T; below 1 only where --coef euler needs alpha_T > 0",
+    )
     p.method.add_argument("--coef", choices=["exp", "euler"], default="exp", help="of (5)")
-    p.method.add_argument("--solver", choices=["ddim", "midpoint"], default="ddim", help="f of (6): at t, or half way to s (a second teacher call)")
-    p.method.add_argument("--weight", choices=["signal", "none"], default="signal", help="of (7): 1 / k^2, or 1")
-    p.method.add_argument("--k-min", type=float, help="least k in the weight, default 0.02; the target has the true k")
+    p.method.add_argument(
+        "--solver",
+        choices=["ddim", "midpoint"],
+        default="ddim",
+        help="f of (6): at t, or half way to s (a second teacher call)",
+    )
+    p.method.add_argument(
+        "--weight", choices=["signal", "none"], default="signal", help="of (7): 1 / k^2, or 1"
+    )
+    p.method.add_argument(
+        "--k-min", type=float, help="least k in the weight, default 0.02; the target has the true k"
+    )
     p.method.add_argument("--beta", type=float, default=1.0, help="weight of (8) in (9)")
-    p.method.add_argument("--boundary-frac", type=float, default=0.25, help="share of the batch that (8) has")
-    p.method.add_argument("--horizon-warmup", type=int, default=0, help="iterations over which the lower end of t and s falls from T to 0; 0: whole range at once")
-    p.method.add_argument("--clip-x0", choices=["none", "static", "dynamic"], default="none", help="of the guided f, for pixels in [-1, 1]: clamp, or Imagen's threshold")
-    p.method.add_argument("--at", type=float, default=0.0, help="time at which pictures and metrics read the signal; 0: the image")
-    p.method.add_argument("--fidelity-every", type=int, default=100, help="iterations between looks at 64 fixed noises beside the teacher; 0: only at the end")
+    p.method.add_argument(
+        "--boundary-frac", type=float, default=0.25, help="share of the batch that (8) has"
+    )
+    p.method.add_argument(
+        "--horizon-warmup",
+        type=int,
+        default=0,
+        help="iterations over which the lower end of t and s falls from T to 0; 0: whole range at once",
+    )
+    p.method.add_argument(
+        "--clip-x0",
+        choices=["none", "static", "dynamic"],
+        default="none",
+        help="of the guided f, for pixels in [-1, 1]: clamp, or Imagen's threshold",
+    )
+    p.method.add_argument(
+        "--at",
+        type=float,
+        default=0.0,
+        help="time at which pictures and metrics read the signal; 0: the image",
+    )
+    p.method.add_argument(
+        "--fidelity-every",
+        type=int,
+        default=100,
+        help="iterations between looks at 64 fixed noises beside the teacher; 0: only at the end",
+    )
     args = p.parse(PRESETS, argv)
     args.horizon_warmup = min(args.horizon_warmup, 1) if args.smoke else args.horizon_warmup
     for wrong, message in (
-        (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the student is a function of the noise alone, more passes are not defined"),
+        (
+            args.nfe != 1,
+            f"--nfe {args.nfe}: expected 1; the student is a function of the noise alone, more passes are not defined",
+        ),
         (args.data, f"--data {args.data}: this method never looks at images"),
-        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: this method has no second network"),
-        (not 0 < args.delta <= 1, f"--delta: expected a number above 0, at most 1, found {args.delta}"),
-        (not 0 < args.t_max <= 1, f"--t-max: expected a number above 0, at most 1, found {args.t_max}"),
-        (not 0 <= args.at <= args.t_max, f"--at: expected a time from 0 to --t-max, found {args.at}"),
-        (args.weight == "none" and args.k_min is not None, "--k-min: means something only with --weight signal"),
-        (not 0 < (0.02 if args.k_min is None else args.k_min) <= 1, f"--k-min: expected a number above 0, at most 1, found {args.k_min}"),
+        (
+            args.lr_fake is not None or args.lora_fake,
+            "--lr-fake, --lora-fake: this method has no second network",
+        ),
+        (
+            not 0 < args.delta <= 1,
+            f"--delta: expected a number above 0, at most 1, found {args.delta}",
+        ),
+        (
+            not 0 < args.t_max <= 1,
+            f"--t-max: expected a number above 0, at most 1, found {args.t_max}",
+        ),
+        (
+            not 0 <= args.at <= args.t_max,
+            f"--at: expected a time from 0 to --t-max, found {args.at}",
+        ),
+        (
+            args.weight == "none" and args.k_min is not None,
+            "--k-min: means something only with --weight signal",
+        ),
+        (
+            not 0 < (0.02 if args.k_min is None else args.k_min) <= 1,
+            f"--k-min: expected a number above 0, at most 1, found {args.k_min}",
+        ),
         (not 0 <= args.beta < math.inf, f"--beta: expected a number >= 0, found {args.beta}"),
-        (not 0 <= args.boundary_frac < 1, f"--boundary-frac: expected a share from 0 to below 1, found {args.boundary_frac}"),
-        ((args.beta > 0) != (int(args.boundary_frac * args.batch) > 0),
-         f"--beta {args.beta:g}, --boundary-frac {args.boundary_frac:g}: of {args.batch} samples (8) has {int(args.boundary_frac * args.batch)}; set both to 0 or none"),
-        (args.horizon_warmup < 0, f"--horizon-warmup: expected at least 0, found {args.horizon_warmup}"),
-        (args.horizon_warmup >= args.iters, f"--horizon-warmup {args.horizon_warmup}: expected less than --iters {args.iters}, or the image is never trained"),
-        (args.fidelity_every < 0, f"--fidelity-every: expected at least 0, found {args.fidelity_every}"),
+        (
+            not 0 <= args.boundary_frac < 1,
+            f"--boundary-frac: expected a share from 0 to below 1, found {args.boundary_frac}",
+        ),
+        (
+            (args.beta > 0) != (int(args.boundary_frac * args.batch) > 0),
+            f"--beta {args.beta:g}, --boundary-frac {args.boundary_frac:g}: of {args.batch} samples (8) has {int(args.boundary_frac * args.batch)}; set both to 0 or none",
+        ),
+        (
+            args.horizon_warmup < 0,
+            f"--horizon-warmup: expected at least 0, found {args.horizon_warmup}",
+        ),
+        (
+            args.horizon_warmup >= args.iters,
+            f"--horizon-warmup {args.horizon_warmup}: expected less than --iters {args.iters}, or the image is never trained",
+        ),
+        (
+            args.fidelity_every < 0,
+            f"--fidelity-every: expected at least 0, found {args.fidelity_every}",
+        ),
     ):
         if wrong:
             raise UserError(message)
@@ -114,7 +238,9 @@ def first_input(schedule, top, eps):
 
 def signal(student, eps, u, cond, top):
     """y at times u [B] (shares of the path), [B, *shape]. The image input and its level are those of T whatever u is."""
-    return student(first_input(top.schedule, top, eps), top.alpha, top.sigma, cond | dict(time=u))  # (3)
+    return student(
+        first_input(top.schedule, top, eps), top.alpha, top.sigma, cond | dict(time=u)
+    )  # (3)
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------------------------------------
@@ -144,13 +270,20 @@ def level(schedule, u, grid="time"):
         i = place.floor().long().clamp(max=len(nodes) - 2)
         t = torch.lerp(nodes[i], nodes[i + 1], place - i)
     t = torch.where(u >= 1, ends[1], torch.where(u <= 0, ends[0], t))
-    return Level(schedule, t, torch.where(u <= 0, 1.0, schedule.alpha(t)), torch.where(u <= 0, 0.0, schedule.sigma(t)))
+    return Level(
+        schedule,
+        t,
+        torch.where(u <= 0, 1.0, schedule.alpha(t)),
+        torch.where(u <= 0, 0.0, schedule.sigma(t)),
+    )
 
 
 def coefficient(t, s, coef="exp"):
     """k of the step from Level t to Level s: 0 for s = t, 1 for a clean s or an alpha_t of 0."""
     if coef == "euler":
-        k = (t.t - s.t) * (t.schedule.dsigma(t.t) / t.sigma - t.schedule.dalpha(t.t) / t.alpha)  # (5)
+        k = (t.t - s.t) * (
+            t.schedule.dsigma(t.t) / t.sigma - t.schedule.dalpha(t.t) / t.alpha
+        )  # (5)
     else:
         k = 1 - s.sigma * t.alpha / (t.sigma * s.alpha)  # (5)
     return torch.where(t.t == s.t, 0.0, k)  # there it may be 0 / 0
@@ -176,7 +309,11 @@ def clipped(f, how):
     """Guided pixels leave [-1, 1]. static: clamp; dynamic: divide each sample by its 99.5 % quantile of |f| if that is above 1, then clamp."""
     if how == "none":
         return f
-    top = f.float().abs().flatten(1).quantile(0.995, dim=1).clamp(min=1).view(-1, *[1] * (f.ndim - 1)) if how == "dynamic" else 1.0
+    top = (
+        f.float().abs().flatten(1).quantile(0.995, dim=1).clamp(min=1).view(-1, *[1] * (f.ndim - 1))
+        if how == "dynamic"
+        else 1.0
+    )
     return (f / top).clamp(-1, 1).to(f.dtype)
 
 
@@ -196,13 +333,19 @@ def bootstrap(student, teacher, eps, u_t, u_s, edge, cond, top, args):
     """Targets of one batch, [B, *shape], the k [B] that they were made with, and f - y_t. edge: rows of (8), u_t = u_s = T; their target is f(eps, T), k is 1."""
     t, s = (level(top.schedule, u, args.grid) for u in (u_t, u_s))
     column = edge.view(-1, *[1] * (eps.ndim - 1))
-    y_t = signal(student, eps, u_t, cond, top)  # the same weights that are trained, no average of them
+    y_t = signal(
+        student, eps, u_t, cond, top
+    )  # the same weights that are trained, no average of them
     x = torch.where(column, first_input(top.schedule, top, eps), point(y_t, eps, t))
     f = teacher_signal(teacher, x, t, cond, args.cfg, args.clip_x0)
     if args.solver == "midpoint":
         half = level(top.schedule, (u_t + u_s) / 2, args.grid)
         y_half = carried(y_t, f, coefficient(t, half, args.coef))
-        f = torch.where(column, f, teacher_signal(teacher, point(y_half, eps, half), half, cond, args.cfg, args.clip_x0))
+        f = torch.where(
+            column,
+            f,
+            teacher_signal(teacher, point(y_half, eps, half), half, cond, args.cfg, args.clip_x0),
+        )
     k = torch.where(edge, 1.0, coefficient(t, s, args.coef))
     return carried(y_t, f, k), k, f - y_t
 
@@ -210,7 +353,9 @@ def bootstrap(student, teacher, eps, u_t, u_s, edge, cond, top, args):
 def errors(y_s, target, k, weight="signal", k_min=0.02):
     """[B]; of a row with k = 1 this is the error of (8)."""
     each = (y_s - target.detach()).square().flatten(1).mean(1)
-    return each / k.clamp(min=k_min).square() if weight == "signal" else each.double()  # (7): what (2) is off by
+    return (
+        each / k.clamp(min=k_min).square() if weight == "signal" else each.double()
+    )  # (7): what (2) is off by
 
 
 def total(each, edge, beta, frac):
@@ -227,7 +372,13 @@ def sample(student, z, cond, nfe=1, noise=None, at=0.0, grid="time", t_max=1.0, 
     """z [B, *shape] -> the signal at time `at`, one pass; at = 0 is the image. noisy: the state x_t on the teacher's trajectory instead."""
     if nfe != 1:
         raise UserError(f"--nfe {nfe}: expected 1; the student is a function of the noise alone")
-    y = signal(student, z, torch.full((len(z),), at, dtype=torch.float64, device=z.device), cond, level(student.schedule, t_max, grid))  # (10)
+    y = signal(
+        student,
+        z,
+        torch.full((len(z),), at, dtype=torch.float64, device=z.device),
+        cond,
+        level(student.schedule, t_max, grid),
+    )  # (10)
     return point(y, z, level(student.schedule, at, grid)) if noisy else y
 
 
@@ -238,7 +389,9 @@ def teacher_path(teacher, z, cond, w, steps, grid="time", t_max=1.0):
     path = [first_input(teacher.schedule, levels[0], z)]
     for t, s in zip(levels, levels[1:]):
         x, f = path[-1].double(), teacher_signal(teacher, path[-1], t, cond, w).double()
-        path.append((s.sigma / t.sigma * x + (s.alpha - t.alpha * s.sigma / t.sigma) * f).to(z.dtype))
+        path.append(
+            (s.sigma / t.sigma * x + (s.alpha - t.alpha * s.sigma / t.sigma) * f).to(z.dtype)
+        )
     return path
 
 
@@ -252,8 +405,22 @@ class Fidelity:
             self.parts.append((z, cond, [path[round((1 - u) * PATH_STEPS)] for u in READOUTS]))
 
     def __call__(self, student):
-        distance = lambda u, z, cond, x: (sample(student, z, cond, at=u * self.args.t_max, grid=self.args.grid, t_max=self.args.t_max, noisy=True) - x).square()
-        each = [torch.cat([distance(u, z, cond, path[i]) for z, cond, path in self.parts]).mean() for i, u in enumerate(READOUTS)]
+        distance = lambda u, z, cond, x: (
+            sample(
+                student,
+                z,
+                cond,
+                at=u * self.args.t_max,
+                grid=self.args.grid,
+                t_max=self.args.t_max,
+                noisy=True,
+            )
+            - x
+        ).square()
+        each = [
+            torch.cat([distance(u, z, cond, path[i]) for z, cond, path in self.parts]).mean()
+            for i, u in enumerate(READOUTS)
+        ]
         return dict(zip(map(str, READOUTS), map(float, each)))
 
     def spread(self):
@@ -264,14 +431,18 @@ def main():
     args, networks = parse_args(), (1,)  # students: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("boot", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     top = level(schedule, torch.tensor(args.t_max, device=run.device), args.grid)
     if args.coef == "euler" and top.alpha == 0:
-        raise UserError(f"--coef euler: lambda' is infinite at the noise end of {args.teacher}, where alpha is 0; use --t-max 0.99 or --coef exp")
+        raise UserError(
+            f"--coef euler: lambda' is infinite at the noise end of {args.teacher}, where alpha is 0; use --t-max 0.99 or --coef exp"
+        )
     if args.clip_x0 != "none" and len(shape) < 3:
-        raise UserError(f"--clip-x0 {args.clip_x0}: expected a teacher of pixels, found samples of shape {list(shape)}")
+        raise UserError(
+            f"--clip-x0 {args.clip_x0}: expected a teacher of pixels, found samples of shape {list(shape)}"
+        )
     edges = boundary_rows(args.batch, args.boundary_frac).to(run.device).split(run.batch)
     frac = int(args.boundary_frac * args.batch) / args.batch
     student = teacher.copy(args.lora)
@@ -280,14 +451,25 @@ def main():
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_g = torch.optim.AdamW(
+        student.parameters(),
+        lr=args.lr,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(at=args.at, grid=args.grid, t_max=args.t_max)
     watch = Fidelity(teacher, args, 8 if args.smoke else 64) if args.fidelity_every else None
     asked = (1 if args.cfg == 1 else 2) * (2 if args.solver == "midpoint" else 1)
-    run.describe(student=student, teacher=teacher, steps="1, from pure noise", bootstrap=f"{args.delta:g} of the path, {args.grid}, {args.coef}, {args.solver}",
-                 boundary=f"{round(frac * args.batch)} of {args.batch} samples, alpha at T {float(top.alpha):.4g}",
-                 passes_per_iteration=f"{3 + 1 + asked}")  # one pass = one forward of the network; a backward counts two
+    run.print_summary(
+        student=student,
+        teacher=teacher,
+        steps="1, from pure noise",
+        bootstrap=f"{args.delta:g} of the path, {args.grid}, {args.coef}, {args.solver}",
+        boundary=f"{round(frac * args.batch)} of {args.batch} samples, alpha at T {float(top.alpha):.4g}",
+        passes_per_iteration=f"{3 + 1 + asked}",
+    )  # one pass = one forward of the network; a backward counts two
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema)
@@ -298,21 +480,31 @@ def main():
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
-        cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
-        eps = draw.normal(*shape)
-        edge = edges[run.slot[0]]
-        u_t, u_s = (args.t_max * torch.where(edge, 1.0, u) for u in pairs(draw.uniform(), args.delta, it, args.horizon_warmup))
+        cond = teacher.encode(draw.randint(0, max(teacher.classes, 1)))
+        eps = draw.randn(*shape)
+        edge = edges[run.data_shard[0]]
+        u_t, u_s = (
+            args.t_max * torch.where(edge, 1.0, u)
+            for u in pairs(draw.rand(), args.delta, it, args.horizon_warmup)
+        )
         target, k, gap = bootstrap(student, teacher, eps, u_t, u_s, edge, cond, top, args)
         each = errors(signal(G, eps, u_s, cond, top), target, k, args.weight, args.k_min)
         loss, bs, bc = total(each, edge, args.beta, frac)
         loss.backward()
         norm = run.step(opt_g, args.clip)
-        ema.update(run.stepped)
+        ema.update(run.images_stepped)
 
-        logs = dict(loss=loss, grad_student=norm, boundary=bc.mean(), increment=(gap.flatten(1).abs().mean(1) * ~edge).mean() / (1 - frac))
+        logs = dict(
+            loss=loss,
+            grad_student=norm,
+            boundary=bc.mean(),
+            increment=(gap.flatten(1).abs().mean(1) * ~edge).mean() / (1 - frac),
+        )
         quarter = (u_s / args.t_max * 4).long().clamp(max=3)
-        logs |= {f"bootstrap_{q}": (bs * (quarter == q)).mean() for q in range(4)}  # parts of L_BS from s in [q / 4, (q + 1) / 4): they add up to it
-        if watch and run.last and it % args.fidelity_every == 0:
+        logs |= {
+            f"bootstrap_{q}": (bs * (quarter == q)).mean() for q in range(4)
+        }  # parts of L_BS from s in [q / 4, (q + 1) / 4): they add up to it
+        if watch and run.is_last_microstep and it % args.fidelity_every == 0:
             logs |= {f"distance_{u}": d for u, d in watch(ema.model).items()}
 
         # ==== same in every script: log, pictures, checkpoint ====
@@ -332,16 +524,34 @@ def main():
     pictures(run, teacher, ema.model, sample, sampler, args.iters)
     evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
-    if run.main and args.eval_n:
+    if run.is_main and args.eval_n:
         fidelity = Fidelity(teacher, args, min(PATH_N, args.eval_n))
         result = fidelity(ema.model)
-        write_json(run.out / "path.json", dict(result, spread=fidelity.spread(), steps=PATH_STEPS, n=min(PATH_N, args.eval_n), cfg=args.cfg))
-        run.print(f"distance to the teacher from the same noise: {', '.join(f'{d:.4g} at {u}' for u, d in result.items())}; spread {fidelity.spread():.4g}")
+        write_json(
+            run.out / "path.json",
+            dict(
+                result,
+                spread=fidelity.spread(),
+                steps=PATH_STEPS,
+                n=min(PATH_N, args.eval_n),
+                cfg=args.cfg,
+            ),
+        )
+        run.print(
+            f"distance to the teacher from the same noise: {', '.join(f'{d:.4g} at {u}' for u, d in result.items())}; spread {fidelity.spread():.4g}"
+        )
         rows = []
         for u in (1.0, *READOUTS):
-            read = lambda m, z, c, noise: sample(m, z, c, at=u * args.t_max, grid=args.grid, t_max=args.t_max)
+            read = lambda m, z, c, noise: sample(
+                m, z, c, at=u * args.t_max, grid=args.grid, t_max=args.t_max
+            )
             n = 4000 if teacher.adapter == "toy" else 20
-            rows.append((f"signal at {u:g}", teacher.rows(next(generate(read, ema.model, n, args.seed, n))[2])))
+            rows.append(
+                (
+                    f"signal at {u:g}",
+                    teacher.rows(next(generate(read, ema.model, n, args.seed, n))[2]),
+                )
+            )
         save_grid(run.out / "samples" / "readout.png", rows)
 
 

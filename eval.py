@@ -19,6 +19,7 @@ A run of nct.py: metrics of images whose conditions are those of other samples o
 The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
 --compare: common/compare.py says what its columns mean and what makes two runs one row.
 """
+
 import argparse
 import datetime
 import math
@@ -61,70 +62,221 @@ def numbers(flag, text, kind, low, high=math.inf):
     except ValueError:
         values = [math.nan]
     if values is not None and not all(low <= v <= high and math.isfinite(v) for v in values):
-        raise UserError(f"{flag} {text}: expected numbers from {low}{f' to {high}' if high < math.inf else ''}, separated by commas")
+        raise UserError(
+            f"{flag} {text}: expected numbers from {low}{f' to {high}' if high < math.inf else ''}, separated by commas"
+        )
     return values
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("runs", nargs="*", help="folders of runs (or their student/): weights and distill.json")
-    what, how, out = p.add_argument_group("what"), p.add_argument_group("how"), p.add_argument_group("output")
-    what.add_argument("--teacher", help="toy, toy-cond, mnist or a teacher folder; with runs: instead of the teacher that distill.json names")
-    what.add_argument("--nfe", help="list; steps of the student (default: as trained) or of a teacher alone (default 16)")
-    what.add_argument("--cfg", help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training")
-    what.add_argument("--heun", action="store_true", help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's")
-    what.add_argument("--prompts", help="text-to-image: file of prompts, one per line; default: those of the training")
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "runs", nargs="*", help="folders of runs (or their student/): weights and distill.json"
+    )
+    what, how, out = (
+        p.add_argument_group("what"),
+        p.add_argument_group("how"),
+        p.add_argument_group("output"),
+    )
+    what.add_argument(
+        "--teacher",
+        help="toy, toy-cond, mnist or a teacher folder; with runs: instead of the teacher that distill.json names",
+    )
+    what.add_argument(
+        "--nfe",
+        help="list; steps of the student (default: as trained) or of a teacher alone (default 16)",
+    )
+    what.add_argument(
+        "--cfg",
+        help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training",
+    )
+    what.add_argument(
+        "--heun",
+        action="store_true",
+        help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's",
+    )
+    what.add_argument(
+        "--prompts",
+        help="text-to-image: file of prompts, one per line; default: those of the training",
+    )
     what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
-    what.add_argument("--size", type=parse_size, help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)")
-    what.add_argument("--frames", type=int, help="frames of a video, if other than what the teacher's pipeline makes by default")
+    what.add_argument(
+        "--size",
+        type=parse_size,
+        help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)",
+    )
+    what.add_argument(
+        "--frames",
+        type=int,
+        help="frames of a video, if other than what the teacher's pipeline makes by default",
+    )
     what.add_argument("--images", help="measure this folder instead of a model")
-    what.add_argument("--compare", action="store_true", help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row")
-    what.add_argument("--teacher-nfe", help=f"list; steps of the teacher's rows. Default: {TEACHER_NFE}; --compare: 50 and those of the students")
-    what.add_argument("--best-of", type=int, help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
-                      "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features")
-    what.add_argument("--verifier", choices=["classifier"], help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier")
-    how.add_argument("--inception", help="weights pt_inception-2015-12-05-6726825d.pth: FID instead of the teacher's protocol; needs --ref or --ref-images")
-    how.add_argument("--force-inception", action="store_true", help="accept weights with another hash; the metric is then called fd")
-    how.add_argument("--resize", choices=["tf1", "clean"], help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)")
-    how.add_argument("--ref", help="reference statistics: .npz with mu and sigma, as EDM publishes them; gives no KID, precision or recall")
-    how.add_argument("--ref-images", help="reference images: a folder, at their own size, subfolders included")
-    how.add_argument("--n", "--samples", type=int, 
-                     help="samples, default 5000; with --images: the first n files by name, default all. torchrun takes --n for its own: use --samples")
-    how.add_argument("--per-prompt", type=int, help="also this many images for each of the first 8 prompts or labels: `similarity`, mean cosine of the features of "
-                     "two of them. The higher, the less diverse; the teacher's is the scale")
+    what.add_argument(
+        "--compare",
+        action="store_true",
+        help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row",
+    )
+    what.add_argument(
+        "--teacher-nfe",
+        help=f"list; steps of the teacher's rows. Default: {TEACHER_NFE}; --compare: 50 and those of the students",
+    )
+    what.add_argument(
+        "--best-of",
+        type=int,
+        help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
+        "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features",
+    )
+    what.add_argument(
+        "--verifier",
+        choices=["classifier"],
+        help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier",
+    )
+    how.add_argument(
+        "--inception",
+        help="weights pt_inception-2015-12-05-6726825d.pth: FID instead of the teacher's protocol; needs --ref or --ref-images",
+    )
+    how.add_argument(
+        "--force-inception",
+        action="store_true",
+        help="accept weights with another hash; the metric is then called fd",
+    )
+    how.add_argument(
+        "--resize",
+        choices=["tf1", "clean"],
+        help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)",
+    )
+    how.add_argument(
+        "--ref",
+        help="reference statistics: .npz with mu and sigma, as EDM publishes them; gives no KID, precision or recall",
+    )
+    how.add_argument(
+        "--ref-images", help="reference images: a folder, at their own size, subfolders included"
+    )
+    how.add_argument(
+        "--n",
+        "--samples",
+        type=int,
+        help="samples, default 5000; with --images: the first n files by name, default all. torchrun takes --n for its own: use --samples",
+    )
+    how.add_argument(
+        "--per-prompt",
+        type=int,
+        help="also this many images for each of the first 8 prompts or labels: `similarity`, mean cosine of the features of "
+        "two of them. The higher, the less diverse; the teacher's is the scale",
+    )
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given")
-    how.add_argument("--batch", type=int, default=250, help="samples per pass and process; changes time and memory only")
+    how.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given",
+    )
+    how.add_argument(
+        "--batch",
+        type=int,
+        default=250,
+        help="samples per pass and process; changes time and memory only",
+    )
     how.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    how.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the network passes; auto: bf16 on CUDA")
-    out.add_argument("--out", default=str(ROOT / "out" / "eval.jsonl"), help="file to which each result is appended as a line")
-    out.add_argument("--save-images", help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each")
-    out.add_argument("--grid", help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png")
+    how.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of the network passes; auto: bf16 on CUDA",
+    )
+    out.add_argument(
+        "--out",
+        default=str(ROOT / "out" / "eval.jsonl"),
+        help="file to which each result is appended as a line",
+    )
+    out.add_argument(
+        "--save-images",
+        help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each",
+    )
+    out.add_argument(
+        "--grid",
+        help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png",
+    )
     add_flags(p.add_argument_group("--compare"))
-    out.add_argument("--latency", action="store_true", help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls")
+    out.add_argument(
+        "--latency",
+        action="store_true",
+        help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls",
+    )
 
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
     args = p.parse_args(argv)
-    args.nfe, args.cfg = numbers("--nfe", args.nfe, int, 1, 1000), numbers("--cfg", args.cfg, float, 0)
+    args.nfe, args.cfg = (
+        numbers("--nfe", args.nfe, int, 1, 1000),
+        numbers("--cfg", args.cfg, float, 0),
+    )
     args.teacher_nfe = numbers("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
-    for name, low in dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2).items():  # 8: k = 3 neighbours and a covariance need some
+    for name, low in dict(
+        n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2
+    ).items():  # 8: k = 3 neighbours and a covariance need some
         if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}")
-    of_models = ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid", "--latency", "--per-prompt")
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}"
+            )
+    of_models = (
+        "--nfe",
+        "--cfg",
+        "--heun",
+        "--compare",
+        "--best-of",
+        "--save-images",
+        "--grid",
+        "--latency",
+        "--per-prompt",
+    )
     models_only = [f for f in of_models if getattr(args, f[2:].replace("-", "_"))]
     pictures = args.compare or args.grid or args.best_of
     for wrong, message in (
-        (not (args.runs or args.teacher or args.images), "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them"),
-        (args.images and (args.runs or models_only), f"--images measures a folder, {' '.join(args.runs + models_only)} a model: leave one out"),
-        (args.images and not (args.inception or args.teacher), "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)"),
-        (args.ref and args.ref_images, "--ref and --ref-images contradict each other: choose one reference"),
-        (args.inception and not (args.ref or args.ref_images), "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER"),
-        ((args.resize or args.force_inception) and not args.inception, "--resize and --force-inception mean something only with --inception FILE"),
-        (args.teacher_nfe and not (args.runs and pictures), "--teacher-nfe: only beside run folders, with --compare, --grid or --best-of"),
-        (args.runs and (args.cfg or args.heun) and not pictures, "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare"),
-        (args.best_of and not args.runs, "--best-of: expected folders of runs, whose students preview the teacher's noises"),
+        (
+            not (args.runs or args.teacher or args.images),
+            "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them",
+        ),
+        (
+            args.images and (args.runs or models_only),
+            f"--images measures a folder, {' '.join(args.runs + models_only)} a model: leave one out",
+        ),
+        (
+            args.images and not (args.inception or args.teacher),
+            "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)",
+        ),
+        (
+            args.ref and args.ref_images,
+            "--ref and --ref-images contradict each other: choose one reference",
+        ),
+        (
+            args.inception and not (args.ref or args.ref_images),
+            "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER",
+        ),
+        (
+            (args.resize or args.force_inception) and not args.inception,
+            "--resize and --force-inception mean something only with --inception FILE",
+        ),
+        (
+            args.teacher_nfe and not (args.runs and pictures),
+            "--teacher-nfe: only beside run folders, with --compare, --grid or --best-of",
+        ),
+        (
+            args.runs and (args.cfg or args.heun) and not pictures,
+            "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare",
+        ),
+        (
+            args.best_of and not args.runs,
+            "--best-of: expected folders of runs, whose students preview the teacher's noises",
+        ),
         (args.verifier and not args.best_of, "--verifier: means something only with --best-of"),
-        (args.compare and not args.runs, "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are"),
+        (
+            args.compare and not args.runs,
+            "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are",
+        ),
     ):
         if wrong:
             raise UserError(message)
@@ -143,9 +295,13 @@ def load_student(folder, args, teachers):
     sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
     try:
-        teachers[name] = teacher = teachers.get(name) or load_teacher(name, text=text_of(args, info))
+        teachers[name] = teacher = teachers.get(name) or load_teacher(
+            name, text=text_of(args, info)
+        )
     except UserError as e:
-        raise UserError(f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")) from None
+        raise UserError(
+            f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")
+        ) from None
     return network_of(folder, home, info, teacher, name), sample, info, teacher, name
 
 
@@ -154,15 +310,33 @@ def text_of(args, info=None):
     trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
     kinds = dict(prompts=str, size=(int, list), frames=int, embedded_guidance=(int, float))
     old = {k: trained[k] if isinstance(trained.get(k), kind) else None for k, kind in kinds.items()}
-    size = args.size or (None if isinstance(old["size"], list) and list(map(type, old["size"])) != [int, int] else old["size"])
-    return dict(prompts=args.prompts or old["prompts"], size=size, frames=args.frames or old["frames"], guidance=old["embedded_guidance"],
-                cache=args.cache_prompts)  # never the student's cache: its folder may be somebody else's, and this one is written to
+    size = args.size or (
+        None
+        if isinstance(old["size"], list) and list(map(type, old["size"])) != [int, int]
+        else old["size"]
+    )
+    return dict(
+        prompts=args.prompts or old["prompts"],
+        size=size,
+        frames=args.frames or old["frames"],
+        guidance=old["embedded_guidance"],
+        cache=args.cache_prompts,
+    )  # never the student's cache: its folder may be somebody else's, and this one is written to
 
 
 def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
-    facts = dict(name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg) | (dict(heun=True) if heun else {})
-    return dict(model=teacher, teacher=teacher, facts=facts, measured=measured, folder=teacher.folder,
-                sampler=lambda m, z, c, noise: teacher_sample(m, z, c, nfe, cfg, heun), caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}")
+    facts = dict(
+        name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg
+    ) | (dict(heun=True) if heun else {})
+    return dict(
+        model=teacher,
+        teacher=teacher,
+        facts=facts,
+        measured=measured,
+        folder=teacher.folder,
+        sampler=lambda m, z, c, noise: teacher_sample(m, z, c, nfe, cfg, heun),
+        caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}",
+    )
 
 
 def student_row(folder, student, sample, info, teacher, name, nfe):
@@ -170,11 +344,25 @@ def student_row(folder, student, sample, info, teacher, name, nfe):
     sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
     home = Path(folder).resolve()
     home = home.parent if home.name == "student" else home
-    row = dict(model=student, teacher=teacher, facts=dict(name=home.name, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")), measured=True,
-               folder=student.folder, sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), caption=f"{home.name}, {nfe} step{'s' * (nfe > 1)}",
-               info=info, run=home)
-    if info["method"] == "nct":  # its cost is that with a condition at hand; to measure it one is made of another sample
-        row["cost"] = lambda m, z, c, noise: sample(m, z, c, nfe, noise, c=m.control.blank(len(z), z.device))
+    row = dict(
+        model=student,
+        teacher=teacher,
+        facts=dict(
+            name=home.name, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")
+        ),
+        measured=True,
+        folder=student.folder,
+        sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler),
+        caption=f"{home.name}, {nfe} step{'s' * (nfe > 1)}",
+        info=info,
+        run=home,
+    )
+    if (
+        info["method"] == "nct"
+    ):  # its cost is that with a condition at hand; to measure it one is made of another sample
+        row["cost"] = lambda m, z, c, noise: sample(
+            m, z, c, nfe, noise, c=m.control.blank(len(z), z.device)
+        )
     return row
 
 
@@ -191,73 +379,135 @@ def best_row(row, n, nfe, cfg, heun):
             logits = extractors[0](m.decode(preview(m.experts[1], z, cond, noise)))[1]
             wanted = extractors[0].classes(cond["labels"].cpu())
             if (wanted < 0).any():
-                raise UserError(f"--best-of: expected prompts of the teacher's own, whose class the classifier knows, found {teacher.prompts[cond['labels'][wanted < 0][0]]!r}")
+                raise UserError(
+                    f"--best-of: expected prompts of the teacher's own, whose class the classifier knows, found {teacher.prompts[cond['labels'][wanted < 0][0]]!r}"
+                )
             now = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
-            better = (now > score if i else torch.ones_like(now, dtype=torch.bool))
+            better = now > score if i else torch.ones_like(now, dtype=torch.bool)
             score = torch.where(better, now, score) if i else now
-            best = torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z
+            best = (
+                torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z
+            )
         return teacher_sample(m.experts[0], best, cond, nfe, cfg, heun)
 
-    facts = dict(row["facts"], name=f"teacher best-of-{n} {row['facts']['name']}", nfe=nfe, cfg=cfg, best_of=n, verifier="classifier")
+    facts = dict(
+        row["facts"],
+        name=f"teacher best-of-{n} {row['facts']['name']}",
+        nfe=nfe,
+        cfg=cfg,
+        best_of=n,
+        verifier="classifier",
+    )
     facts |= dict(heun=True) if heun else {}
-    both = Routed([teacher, row["model"]], "label", [0] * teacher.classes)  # answers as the teacher; the passes of both are counted
-    return dict(model=both, teacher=teacher, facts=facts, measured=True, folder=row["folder"], sampler=sampler,
-                caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}, best of {n} noises by {row['facts']['name']}")
+    both = Routed(
+        [teacher, row["model"]], "label", [0] * teacher.classes
+    )  # answers as the teacher; the passes of both are counted
+    return dict(
+        model=both,
+        teacher=teacher,
+        facts=facts,
+        measured=True,
+        folder=row["folder"],
+        sampler=sampler,
+        caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}, best of {n} noises by {row['facts']['name']}",
+    )
 
 
 def make_rows(args, dtype):
     """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
     if not args.runs:
         teacher = load_teacher(args.teacher, text=text_of(args))
-        rows = [teacher_row(teacher, args.teacher, n, w, args.heun) for n in args.nfe or [TEACHER_NFE] for w in args.cfg or [1.0]]
+        rows = [
+            teacher_row(teacher, args.teacher, n, w, args.heun)
+            for n in args.nfe or [TEACHER_NFE]
+            for w in args.cfg or [1.0]
+        ]
     else:
         teachers = {}
         loaded = [(folder, *load_student(folder, args, teachers)) for folder in args.runs]
         rows = [student_row(*one, nfe) for one in loaded for nfe in args.nfe or [one[3]["nfe"]]]
         if args.compare or args.grid or args.best_of:
             if len(teachers) > 1:
-                raise UserError(f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}")
+                raise UserError(
+                    f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}"
+                )
             name, teacher = next(iter(teachers.items()))
-            cfgs = args.cfg or list(dict.fromkeys(one[3].get("cfg") or 1.0 for one in loaded[:None if args.compare else 1]))
-            steps = teacher_steps(args, [row["facts"]["nfe"] for row in rows]) if args.compare else [(n, args.heun) for n in args.teacher_nfe or [TEACHER_NFE]]
+            cfgs = args.cfg or list(
+                dict.fromkeys(
+                    one[3].get("cfg") or 1.0 for one in loaded[: None if args.compare else 1]
+                )
+            )
+            steps = (
+                teacher_steps(args, [row["facts"]["nfe"] for row in rows])
+                if args.compare
+                else [(n, args.heun) for n in args.teacher_nfe or [TEACHER_NFE]]
+            )
             grid = [(n, w, heun) for n, heun in steps for w in cfgs]
-            best = [best_row(row, args.best_of, *g) for row in rows for g in grid] if args.best_of else []
+            best = (
+                [best_row(row, args.best_of, *g) for row in rows for g in grid]
+                if args.best_of
+                else []
+            )
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
         if getattr(row["teacher"], "video", False):
-            raise UserError(f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames")
+            raise UserError(
+                f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames"
+            )
         if args.best_of and row["teacher"].adapter == "toy":
-            raise UserError("--best-of: the verifier is the classifier of a teacher of images; the toy has none")
-        if row["teacher"].adapter == "toy" and (args.save_images or args.inception or args.ref or args.ref_images or args.per_prompt or args.n > 20000):
-            raise UserError("toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref, --ref-images, --per-prompt need images, "
-                            "and --n goes to 20000 (all pairs are compared)")
+            raise UserError(
+                "--best-of: the verifier is the classifier of a teacher of images; the toy has none"
+            )
+        if row["teacher"].adapter == "toy" and (
+            args.save_images
+            or args.inception
+            or args.ref
+            or args.ref_images
+            or args.per_prompt
+            or args.n > 20000
+        ):
+            raise UserError(
+                "toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref, --ref-images, --per-prompt need images, "
+                "and --n goes to 20000 (all pairs are compared)"
+            )
     return rows
 
 
 def make_extractor(args, teacher, device, rank, world):
     """Features and the reference that the flags ask for: Inception, or the teacher's own protocol."""
-    extractor = InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception) if args.inception else metrics.Extractor(teacher)
+    extractor = (
+        InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception)
+        if args.inception
+        else metrics.Extractor(teacher)
+    )
     if args.ref:
         try:
             stats = fid.load_stats(args.ref)
         except UserError as e:
             raise UserError(f"--ref {e}") from None
         if len(stats["mu"]) != extractor.dims:
-            raise UserError(f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}")
+            raise UserError(
+                f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}"
+            )
         extractor.use(stats, Path(args.ref).name)
     elif args.ref_images:
-        real, _ = folder_features(list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world)
+        real, _ = folder_features(
+            list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world
+        )
         stats = fid.Stats(extractor.dims)
         stats.update(real)
         mu, sigma = stats.mean_cov()
-        extractor.use(dict(mu=mu, sigma=sigma, n=stats.n), f"{Path(args.ref_images).name}:{stats.n}", real)
+        extractor.use(
+            dict(mu=mu, sigma=sigma, n=stats.n), f"{Path(args.ref_images).name}:{stats.n}", real
+        )
     return extractor
 
 
 def measure(row, args, folder, extractor, rank, world, take=None):
     """Metrics of one row, over the seeds -> result. folder: for PNG files, or None. take(seed, indices, uint8 images or points): sees every batch."""
     from PIL import Image
+
     values, seeds = [], [args.seed + s for s in range(args.seeds)]
     for seed in seeds:
         sub = folder / f"seed{seed}" if folder and len(seeds) > 1 else folder
@@ -267,51 +517,115 @@ def measure(row, args, folder, extractor, rank, world, take=None):
         def keep(index, images):
             if take:
                 take(seed, index, images)
-            for i, image in zip(index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy() if sub else ()):
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(sub / f"{i:06d}.png")
+            for i, image in zip(
+                index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy() if sub else ()
+            ):
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                    sub / f"{i:06d}.png"
+                )
 
-        with tqdm(total=len(range(rank, args.n, world)), desc=f"{row['caption']}, seed {seed}", disable=rank > 0, mininterval=bar_interval()) as bar:
-            values.append(metrics.evaluate(row["sampler"], row["model"], row["teacher"], args.n, seed, args.batch, rank, world, extractor, bar.update,
-                                           keep if sub or take else None))
+        with tqdm(
+            total=len(range(rank, args.n, world)),
+            desc=f"{row['caption']}, seed {seed}",
+            disable=rank > 0,
+            mininterval=bar_interval(),
+        ) as bar:
+            values.append(
+                metrics.evaluate(
+                    row["sampler"],
+                    row["model"],
+                    row["teacher"],
+                    args.n,
+                    seed,
+                    args.batch,
+                    rank,
+                    world,
+                    extractor,
+                    bar.update,
+                    keep if sub or take else None,
+                )
+            )
     result = dict(values[0], distinct=min(v["distinct"] for v in values))
     del result["seed"]
     if len(seeds) > 1:
         every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
-        result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(min={k: min(v) for k, v in every.items()}, all=every)
-        result["protocol"] = result["protocol"].replace(f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}")
+        result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(
+            min={k: min(v) for k, v in every.items()}, all=every
+        )
+        result["protocol"] = result["protocol"].replace(
+            f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}"
+        )
     if args.per_prompt:
-        result["similarity"] = similarity(row["sampler"], row["model"], extractor, args.per_prompt, args.seed, args.batch, rank, world)
+        result["similarity"] = similarity(
+            row["sampler"],
+            row["model"],
+            extractor,
+            args.per_prompt,
+            args.seed,
+            args.batch,
+            rank,
+            world,
+        )
     if row["facts"]["method"] == "nct":
-        result["control"] = on_all_ranks(lambda: control_error(row["model"], min(args.n, 2000), args.seed, args.batch) if rank == 0 else None, world)[0]
-    return dict(row["facts"], passes=count_nfe(row.get("cost", row["sampler"]), row["model"]), seeds=seeds, **result)
+        result["control"] = on_all_ranks(
+            lambda: (
+                control_error(row["model"], min(args.n, 2000), args.seed, args.batch)
+                if rank == 0
+                else None
+            ),
+            world,
+        )[0]
+    return dict(
+        row["facts"],
+        passes=count_nfe(row.get("cost", row["sampler"]), row["model"]),
+        seeds=seeds,
+        **result,
+    )
 
 
 def measure_folder(files, args, extractor, rank, world):
     """The same for --images."""
     name = Path(args.images).resolve().name
     features, ids = folder_features(files, extractor, args.batch, rank, world)
-    found = on_all_ranks(lambda: metrics.distances(extractor, features) if rank == 0 else None, world)[0]
-    return dict(name=name, images=args.images, teacher=args.teacher, protocol=extractor.describe(len(files), f"images={name}"), **found, n=len(files),
-                distinct=len(ids.unique()))
+    found = on_all_ranks(
+        lambda: metrics.distances(extractor, features) if rank == 0 else None, world
+    )[0]
+    return dict(
+        name=name,
+        images=args.images,
+        teacher=args.teacher,
+        protocol=extractor.describe(len(files), f"images={name}"),
+        **found,
+        n=len(files),
+        distinct=len(ids.unique()),
+    )
 
 
 def open_outputs(args):
     """Every place that will be written, tried before the first sample."""
-    for flag, path in (("--out", args.out), ("--grid", args.grid), ("--save-images", args.save_images)):
+    for flag, path in (
+        ("--out", args.out),
+        ("--grid", args.grid),
+        ("--save-images", args.save_images),
+    ):
         try:
             if path:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             if path and flag == "--save-images":
                 Path(path).mkdir(exist_ok=True)
                 if next(Path(path).iterdir(), None):
-                    raise UserError(f"{flag} {path}: expected a new or empty folder, since old files would be taken for samples; found files in it")
+                    raise UserError(
+                        f"{flag} {path}: expected a new or empty folder, since old files would be taken for samples; found files in it"
+                    )
             elif path:
                 new = not Path(path).exists()
                 open(path, "ab").close()
                 if new:
                     Path(path).unlink()
         except OSError as e:
-            raise UserError(f"{flag} {path}: expected a place that can be written, found: {e.strerror}") from None
+            raise UserError(
+                f"{flag} {path}: expected a place that can be written, found: {e.strerror}"
+            ) from None
 
 
 def main(argv=None):
@@ -322,9 +636,13 @@ def main(argv=None):
     args.n = args.n or (len(files) if files else 5000)
     args.grid = args.grid or (str(Path(args.out).parent / "compare.png") if args.compare else None)
     rows = [] if files else make_rows(args, dtype)
-    teachers = [row["teacher"].to(device) for row in rows] or [load_teacher(args.teacher, device) if args.teacher else None]
+    teachers = [row["teacher"].to(device) for row in rows] or [
+        load_teacher(args.teacher, device) if args.teacher else None
+    ]
     if files and not args.inception and teachers[0].adapter == "toy":
-        raise UserError(f"--teacher {args.teacher}: its samples are points; for images give a teacher of images, or --inception FILE")
+        raise UserError(
+            f"--teacher {args.teacher}: its samples are points; for images give a teacher of images, or --inception FILE"
+        )
     on_all_ranks(lambda: open_outputs(args) if rank == 0 else None, world)
     extractors = {}  # by teacher; Inception serves all
     for teacher in teachers:
@@ -333,7 +651,9 @@ def main(argv=None):
             extractors[key] = make_extractor(args, teacher, device, rank, world)
     extractor_of = lambda teacher: extractors.get("inception" if args.inception else teacher)
     if files and any(f.suffix.lower() in (".jpg", ".jpeg", ".webp") for f in files):
-        say("note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do")
+        say(
+            "note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do"
+        )
 
     measured, results = [row for row in rows if row["measured"]] or [None], []
     book = Book(args, rank, world) if args.compare else None
@@ -346,15 +666,40 @@ def main(argv=None):
             result = measure_folder(files, args, extractor, rank, world)
         else:
             row["model"].to(device)
-            slug = f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}" if len(measured) > 1 else ""
-            result = measure(row, args, Path(args.save_images) / slug if args.save_images else None, extractor, rank, world,
-                             book.take if book else None)
+            slug = (
+                f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}"
+                if len(measured) > 1
+                else ""
+            )
+            result = measure(
+                row,
+                args,
+                Path(args.save_images) / slug if args.save_images else None,
+                extractor,
+                rank,
+                world,
+                book.take if book else None,
+            )
             result["weights"] = hash_weights(row["folder"])
             if args.latency:  # on one process while the others wait
-                result["latency"] = on_all_ranks(lambda: latency(row.get("cost", row["sampler"]), row["model"], args.batch) if rank == 0 else None, world)[0]
-        result |= dict(dtype=str(dtype)[6:], hardware=hardware(device), threads=torch.get_num_threads(), world=world,
-                       seconds=round(time.time() - start, 1), torch=torch.__version__, revision=git_revision(),
-                       date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+                result["latency"] = on_all_ranks(
+                    lambda: (
+                        latency(row.get("cost", row["sampler"]), row["model"], args.batch)
+                        if rank == 0
+                        else None
+                    ),
+                    world,
+                )[0]
+        result |= dict(
+            dtype=str(dtype)[6:],
+            hardware=hardware(device),
+            threads=torch.get_num_threads(),
+            world=world,
+            seconds=round(time.time() - start, 1),
+            torch=torch.__version__,
+            revision=git_revision(),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
         results.append(result)
         if book:
             book.add(row, result)
@@ -362,12 +707,16 @@ def main(argv=None):
             with open(args.out, "a") as f:
                 f.write(dumps(result) + "\n")
         if extractor and result["n"] <= extractor.dims:
-            say(f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only")
+            say(
+                f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only"
+            )
         if "control" in result:
             say(f"{row['caption']}: {control_summary(result['control'])}")
         if "latency" in result:
             for b, t in result["latency"].items():
-                say(f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s")
+                say(
+                    f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s"
+                )
     if rank == 0 and book:
         close(book, measured, results, say)
     elif rank == 0 and args.grid:

@@ -33,6 +33,7 @@ Differences from the paper:
     - lambda compares norms after the weighting (7), and L is a mean over elements, where the paper may mean other constants (Adam divides them out).
     - the teacher is never asked below t = 0.001 or below its own least noise, where (1) is 0 / 0.
 """
+
 import math
 
 import torch
@@ -50,55 +51,172 @@ from common.schedules import expand
 from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper or its notes, [F] what NVlabs/FastGen uses for MeanFlow, ours = measured here
-    "mnist": dict(cfg=1.5, eps=0.1, lr=5e-4, lr_fake=1e-3, betas=(0.5, 0.99), weight_decay=0.01, batch=64, iters=900, warmup=20, cooldown=0.75, ema=2000, clip=10.0),
-    "toy": dict(cfg=1.0, lr=1e-3, lr_fake=1e-3, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=2000, warmup=0, cooldown=0.5, ema=0, clip=1.0,
-                eps=1.0),  # with eps 1e-3 the rows that are right already outweigh those at the end: energy distance 0.35 instead of 0.0014
+    "mnist": dict(
+        cfg=1.5,
+        eps=0.1,
+        lr=5e-4,
+        lr_fake=1e-3,
+        betas=(0.5, 0.99),
+        weight_decay=0.01,
+        batch=64,
+        iters=900,
+        warmup=20,
+        cooldown=0.75,
+        ema=2000,
+        clip=10.0,
+    ),
+    "toy": dict(
+        cfg=1.0,
+        lr=1e-3,
+        lr_fake=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        batch=256,
+        iters=2000,
+        warmup=0,
+        cooldown=0.5,
+        ema=0,
+        clip=1.0,
+        eps=1.0,
+    ),  # with eps 1e-3 the rows that are right already outweigh those at the end: energy distance 0.35 instead of 0.0014
     # ImageNet-256 with SiT-XL/2: batch 256, 1.5M iterations [P]; lr, betas, warm-up, average [F]; released students were sampled at w = 1.5 [P]; range: ours
-    "default": dict(cfg=1.5, cfg_range=(1.0, 3.0), lr=1e-4, lr_fake=1e-4, betas=(0.9, 0.95), weight_decay=0.0, batch=256, iters=1500000, warmup=1000,
-                    cooldown=0.0, ema=1770000, clip=1.0),
+    "default": dict(
+        cfg=1.5,
+        cfg_range=(1.0, 3.0),
+        lr=1e-4,
+        lr_fake=1e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        batch=256,
+        iters=1500000,
+        warmup=1000,
+        cooldown=0.0,
+        ema=1770000,
+        clip=1.0,
+    ),
 }
-PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, lr_fake=2e-4, batch=32, iters=350)}
+PRESETS |= {
+    "toy-cond": PRESETS["toy"],
+    "emoji": dict(PRESETS["mnist"], cfg=3.5, lr=2e-4, lr_fake=2e-4, batch=32, iters=350),
+}
 for preset in PRESETS.values():
     preset["nfe"] = 1
-READOUTS, PATH_STEPS, PATH_N = (0.25, 0.5, 0.75, 1.0), 32, 250  # of `fidelity`: durations, Euler steps of the teacher, noises
+READOUTS, PATH_STEPS, PATH_N = (
+    (0.25, 0.5, 0.75, 1.0),
+    32,
+    250,
+)  # of `fidelity`: durations, Euler steps of the teacher, noises
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.method.description = "--nfe is 1: the student is trained from pure noise only, so noising an image and asking it again is not valid"
-    p.method.add_argument("--form", choices=["jvp", "fd", "discrete"], default="jvp",
-                          help="of (5): forward-mode derivative, central difference (step 0.01), or (6); the first two run in float32")
-    p.method.add_argument("--grid", type=int, help="number of steps of --form discrete, default 32; durations are drawn on this grid")
-    p.method.add_argument("--correction", type=float, default=0.25, help="share of the batch that (8) has; 0: prediction alone, 1: correction alone")
+    p.method.add_argument(
+        "--form",
+        choices=["jvp", "fd", "discrete"],
+        default="jvp",
+        help="of (5): forward-mode derivative, central difference (step 0.01), or (6); the first two run in float32",
+    )
+    p.method.add_argument(
+        "--grid",
+        type=int,
+        help="number of steps of --form discrete, default 32; durations are drawn on this grid",
+    )
+    p.method.add_argument(
+        "--correction",
+        type=float,
+        default=0.25,
+        help="share of the batch that (8) has; 0: prediction alone, 1: correction alone",
+    )
     p.method.add_argument("--balance", type=float, default=1.0, help="factor of lambda in (9)")
-    p.method.add_argument("--k", type=float, default=1.0, help="exponent of (7); 0: plain squared error")
+    p.method.add_argument(
+        "--k", type=float, default=1.0, help="exponent of (7); 0: plain squared error"
+    )
     p.method.add_argument("--eps", type=float, default=1e-3, help="of (7)")
-    p.method.add_argument("--cfg-range", type=float, nargs=2, help="guidance scales the student is trained for, uniform; it is then an input; default: --cfg only")
-    p.method.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t at which (5) and (6) are guided")
-    p.method.add_argument("--interval-correction", type=float, nargs=2, default=(0.0, 0.7), help="times r at which (8) is guided")
-    p.method.add_argument("--at-end", type=float, default=0.1, help="share of the durations that are exactly 1; the others are uniform")
-    p.method.add_argument("--r-mean", type=float, default=0.8, help="of the normal number in (8); higher: more noise")
-    p.method.add_argument("--ratio", type=int, default=1, help="steps of the auxiliary network per student step")
+    p.method.add_argument(
+        "--cfg-range",
+        type=float,
+        nargs=2,
+        help="guidance scales the student is trained for, uniform; it is then an input; default: --cfg only",
+    )
+    p.method.add_argument(
+        "--interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        help="times t at which (5) and (6) are guided",
+    )
+    p.method.add_argument(
+        "--interval-correction",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.7),
+        help="times r at which (8) is guided",
+    )
+    p.method.add_argument(
+        "--at-end",
+        type=float,
+        default=0.1,
+        help="share of the durations that are exactly 1; the others are uniform",
+    )
+    p.method.add_argument(
+        "--r-mean", type=float, default=0.8, help="of the normal number in (8); higher: more noise"
+    )
+    p.method.add_argument(
+        "--ratio", type=int, default=1, help="steps of the auxiliary network per student step"
+    )
     args = p.parse(PRESETS, argv)
     args.grid, given = 32 if args.grid is None else args.grid, args.grid is not None
     low, high = args.cfg_range = tuple(args.cfg_range or (args.cfg, args.cfg))
     for wrong, message in (
-        (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the student is trained from pure noise only, more steps are not valid"),
+        (
+            args.nfe != 1,
+            f"--nfe {args.nfe}: expected 1; the student is trained from pure noise only, more steps are not valid",
+        ),
         (args.data, f"--data {args.data}: this method never looks at images"),
         (args.grid < 1, f"--grid: expected at least 1, found {args.grid}"),
         (given and args.form != "discrete", "--grid: means something only with --form discrete"),
-        (not 0 <= args.correction <= 1, f"--correction: expected a share from 0 to 1, found {args.correction}"),
-        (args.correction == 1 and args.form != "jvp", f"--form {args.form}: --correction 1 leaves no sample to the prediction"),
-        (args.correction == 0 and args.ratio != 1, f"--ratio {args.ratio}: --correction 0 has no auxiliary network to train"),
+        (
+            not 0 <= args.correction <= 1,
+            f"--correction: expected a share from 0 to 1, found {args.correction}",
+        ),
+        (
+            args.correction == 1 and args.form != "jvp",
+            f"--form {args.form}: --correction 1 leaves no sample to the prediction",
+        ),
+        (
+            args.correction == 0 and args.ratio != 1,
+            f"--ratio {args.ratio}: --correction 0 has no auxiliary network to train",
+        ),
         (args.ratio < 1, f"--ratio: expected at least 1, found {args.ratio}"),
-        (args.ratio > 1 < args.accumulate, f"--ratio {args.ratio}: with --accumulate the auxiliary network makes one step per iteration"),
+        (
+            args.ratio > 1 < args.accumulate,
+            f"--ratio {args.ratio}: with --accumulate the auxiliary network makes one step per iteration",
+        ),
         (not args.balance >= 0, f"--balance: expected a number >= 0, found {args.balance}"),
-        (not (args.k >= 0 and args.eps > 0), f"--k and --eps: expected k >= 0 and eps > 0, found {args.k} and {args.eps}"),
+        (
+            not (args.k >= 0 and args.eps > 0),
+            f"--k and --eps: expected k >= 0 and eps > 0, found {args.k} and {args.eps}",
+        ),
         (not math.isfinite(args.r_mean), f"--r-mean: expected a number, found {args.r_mean}"),
-        (not 0 <= args.at_end < 1, f"--at-end: expected a share from 0 to below 1, found {args.at_end}"),
-        (not 0 <= low <= args.cfg <= high, f"--cfg-range: expected 0 <= low <= --cfg <= high, found {low} {high} and --cfg {args.cfg}"),
-        *((not 0 <= i[0] <= i[1] <= 1, f"--{name}: expected 0 <= low <= high <= 1, found {i[0]} {i[1]}")
-          for name, i in (("interval", args.interval), ("interval-correction", args.interval_correction))),
+        (
+            not 0 <= args.at_end < 1,
+            f"--at-end: expected a share from 0 to below 1, found {args.at_end}",
+        ),
+        (
+            not 0 <= low <= args.cfg <= high,
+            f"--cfg-range: expected 0 <= low <= --cfg <= high, found {low} {high} and --cfg {args.cfg}",
+        ),
+        *(
+            (
+                not 0 <= i[0] <= i[1] <= 1,
+                f"--{name}: expected 0 <= low <= high <= 1, found {i[0]} {i[1]}",
+            )
+            for name, i in (
+                ("interval", args.interval),
+                ("interval-correction", args.interval_correction),
+            )
+        ),
     ):
         if wrong:
             raise UserError(message)
@@ -114,7 +232,9 @@ def parse_args(argv=None):
 def scalars(d, w):
     """New inputs of student and critic, for `Model.extend`. d is compressed so that no frequency of its embedding exceeds 4.7 rad per unit: derivatives
     along d multiply by it, and at the 12.6 rad of uncompressed inputs (7) with k = 0 is known to fail."""
-    return dict(duration=0.375 * d, guidance=((w if torch.is_tensor(w) else torch.full_like(d, w)) - 1) / 4)
+    return dict(
+        duration=0.375 * d, guidance=((w if torch.is_tensor(w) else torch.full_like(d, w)) - 1) / 4
+    )
 
 
 def velocity(net, x, t, cond):
@@ -123,7 +243,9 @@ def velocity(net, x, t, cond):
     Teachers differ (SiT: time 1 - t, output data - noise; SiT + REPA, SD3, FLUX, mnist: time t, output noise - data; EDM, VP: other schedules), but a Model
     is asked for its clean x at (alpha, sigma), and on the linear path that estimate has one velocity only."""
     s = getattr(net, "module", net).schedule  # of DDP's wrapper: what is wrapped
-    ratio = float(s.sigma(torch.tensor(s.t_min)) / s.alpha(torch.tensor(s.t_min)))  # its least noise
+    ratio = float(
+        s.sigma(torch.tensor(s.t_min)) / s.alpha(torch.tensor(s.t_min))
+    )  # its least noise
     t = torch.as_tensor(t, dtype=torch.float64).clamp(min=max(1e-3, ratio / (1 + ratio)))
     return ((net(x, 1 - t, t, cond).double() - x) / expand(t, x)).to(x.dtype)  # (1)
 
@@ -135,7 +257,11 @@ def guided_velocity(net, x, t, cond, w, interval):
         return c
     u = velocity(net, x, t, cond | net.null(len(x)))
     t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-    w = torch.where((t >= interval[0]) & (t <= interval[1]), torch.as_tensor(w, dtype=torch.float64, device=x.device), 1.0)
+    w = torch.where(
+        (t >= interval[0]) & (t <= interval[1]),
+        torch.as_tensor(w, dtype=torch.float64, device=x.device),
+        1.0,
+    )
     return (u + expand(w, x) * (c - u)).to(x.dtype)  # (2)
 
 
@@ -186,7 +312,11 @@ def per_sample(x):
 def prediction(student, teacher, z, d, cond, w, interval=(0, 1), form="jvp"):
     """D_G [B, *shape] with the derivative: where the student's velocity along its own path is not the teacher's there."""
     F, dF = derivative(student, z, d, cond, w, form)
-    return F + (expand(d, z) * dF).to(z.dtype) - guided_velocity(teacher, flow_map(z, d, F), 1 - d, cond, w, interval)  # (5)
+    return (
+        F
+        + (expand(d, z) * dF).to(z.dtype)
+        - guided_velocity(teacher, flow_map(z, d, F), 1 - d, cond, w, interval)
+    )  # (5)
 
 
 @torch.no_grad()
@@ -195,7 +325,9 @@ def prediction_discrete(F, student, teacher, z, d, cond, w, interval=(0, 1), gri
     before = (d - 1 / grid).clamp(min=0)
     Fb = average_velocity(student, z, before, cond, w)
     u = guided_velocity(teacher, flow_map(z, before, Fb), 1 - before, cond, w, interval)
-    return F - ((expand(before, z) * Fb + expand(d - before, z) * u) / expand(d, z)).to(z.dtype)  # (6)
+    return F - ((expand(before, z) * Fb + expand(d - before, z) * u) / expand(d, z)).to(
+        z.dtype
+    )  # (6)
 
 
 def weighted(D, k, eps):
@@ -206,16 +338,23 @@ def weighted(D, k, eps):
 def correction(critic, teacher, x, r, n, cond, w, interval=(0, 1)):
     """D_N [B, *shape]: velocity of the student's noised images minus that of the teacher's."""
     x_r = flow_map(x, r, n - x)
-    return velocity(critic, x_r, r, cond | scalars(r, w)) - guided_velocity(teacher, x_r, r, cond, w, interval)  # (8)
+    return velocity(critic, x_r, r, cond | scalars(r, w)) - guided_velocity(
+        teacher, x_r, r, cond, w, interval
+    )  # (8)
 
 
 def balance(G, D_N, factor, world, eps=1e-8):
     """lambda, 0-d, of all processes together. G, D_N: this process's rows of both parts; no G: nothing to be compared with, the factor itself."""
-    sums = torch.stack([per_sample(part).sqrt().sum() for part in (G, D_N)] + [torch.tensor(float(len(part)), device=G.device) for part in (G, D_N)])
+    sums = torch.stack(
+        [per_sample(part).sqrt().sum() for part in (G, D_N)]
+        + [torch.tensor(float(len(part)), device=G.device) for part in (G, D_N)]
+    )
     if world > 1:
         all_reduce(sums)
     means = sums[:2] / sums[2:].clamp(min=1)
-    return factor * means[0] / (means[1] + eps) if len(G) else torch.full_like(means[0], factor)  # (9)
+    return (
+        factor * means[0] / (means[1] + eps) if len(G) else torch.full_like(means[0], factor)
+    )  # (9)
 
 
 def student_loss(F, G):
@@ -224,7 +363,9 @@ def student_loss(F, G):
 
 def aux_loss(critic, x, r, n, cond, w):
     x = x.detach()
-    return (velocity(critic, flow_map(x, r, n - x), r, cond | scalars(r, w)) - (x - n)).square().mean()  # (11)
+    return (
+        (velocity(critic, flow_map(x, r, n - x), r, cond | scalars(r, w)) - (x - n)).square().mean()
+    )  # (11)
 
 
 # ---- sampler ----------------------------------------------------------------------------------------------------------------------------
@@ -244,7 +385,9 @@ def teacher_path(teacher, z, cond, w, steps, interval=(0, 1)):
     """States after 0, 1, ..., `steps` Euler steps on the linear path."""
     path = [z]
     for i in range(steps):
-        path.append(path[-1] + guided_velocity(teacher, path[-1], 1 - i / steps, cond, w, interval) / steps)
+        path.append(
+            path[-1] + guided_velocity(teacher, path[-1], 1 - i / steps, cond, w, interval) / steps
+        )
     return path
 
 
@@ -253,22 +396,31 @@ def fidelity(student, teacher, args):
     z, cond = next(generate(lambda m, z, c, noise: (z, c), teacher, PATH_N, args.seed, PATH_N))[2]
     path = teacher_path(teacher, z, cond, args.cfg, PATH_STEPS, args.interval)
     read = lambda d: sample(student, z, cond, w=args.cfg, duration=d)
-    result = {str(d): float((read(d) - path[round(d * PATH_STEPS)]).square().mean()) for d in READOUTS}
-    return result | dict(spread=float(path[-1].var(0).mean()), steps=PATH_STEPS, n=PATH_N, cfg=args.cfg)
+    result = {
+        str(d): float((read(d) - path[round(d * PATH_STEPS)]).square().mean()) for d in READOUTS
+    }
+    return result | dict(
+        spread=float(path[-1].var(0).mean()), steps=PATH_STEPS, n=PATH_N, cfg=args.cfg
+    )
 
 
 def main():
     args, networks = parse_args(), (1, 1)  # students, critics: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("flowmap", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     share, (low, high) = args.correction, args.cfg_range
     least = max(math.ceil(1 / s) for s in (share, 1 - share) if s > 0)
     if run.batch < least:
-        raise UserError(f"--batch {args.batch}: expected at least {least} samples per process (and part of --accumulate), so that each has some of both parts, found {run.batch}")
-    parts = [(role, (~role).nonzero()[:, 0], role.nonzero()[:, 0]) for role in roles(args.batch, share).to(run.device).split(run.batch)]
+        raise UserError(
+            f"--batch {args.batch}: expected at least {least} samples per process (and part of --accumulate), so that each has some of both parts, found {run.batch}"
+        )
+    parts = [
+        (role, (~role).nonzero()[:, 0], role.nonzero()[:, 0])
+        for role in roles(args.batch, share).to(run.device).split(run.batch)
+    ]
     student, critic = teacher.copy(args.lora), teacher.copy(args.lora_fake)
     torch.manual_seed(args.seed)  # new inputs start equal on all processes
     student.extend("duration", *["guidance"] * (low < high))
@@ -276,15 +428,43 @@ def main():
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.checkpoint_activations()
-    S, A = torch.compile(student) if args.compile else student, run.train(critic)  # the student's gradients are averaged below
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    S, A = (
+        torch.compile(student) if args.compile else student,
+        run.train(critic),
+    )  # the student's gradients are averaged below
+    opt_g = torch.optim.AdamW(
+        student.parameters(),
+        lr=args.lr,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    opt_c = torch.optim.AdamW(
+        critic.parameters(),
+        lr=args.lr_fake,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(w=args.cfg)
-    asked = 1 if low == high == 1 else 2  # one pass = one forward of the network; a backward counts two, a forward-mode derivative two with its forward
-    passes = 3 + (1 - share) * (dict(jvp=2, fd=3, discrete=1)[args.form] + asked) + (share > 0) * (share * (1 + asked) + 4 * args.ratio)
-    run.describe(student=student, critic=critic, teacher=teacher, steps="1, from pure noise", guidance=f"{low:g} to {high:g}, sampled at {args.cfg:g}",
-                 prediction=f"{args.batch - int(share * args.batch + 1e-9)} of {args.batch} samples, {args.form}", passes_per_iteration=f"{passes:.2f}")
+    asked = (
+        1 if low == high == 1 else 2
+    )  # one pass = one forward of the network; a backward counts two, a forward-mode derivative two with its forward
+    passes = (
+        3
+        + (1 - share) * (dict(jvp=2, fd=3, discrete=1)[args.form] + asked)
+        + (share > 0) * (share * (1 + asked) + 4 * args.ratio)
+    )
+    run.print_summary(
+        student=student,
+        critic=critic,
+        teacher=teacher,
+        steps="1, from pure noise",
+        guidance=f"{low:g} to {high:g}, sampled at {args.cfg:g}",
+        prediction=f"{args.batch - int(share * args.batch + 1e-9)} of {args.batch} samples, {args.form}",
+        passes_per_iteration=f"{passes:.2f}",
+    )
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
@@ -293,39 +473,61 @@ def main():
     # ==== end ====
 
     for it in run.loop(first, args.iters):
-        corrected, P, C = parts[run.slot[0]]  # rows of the prediction, of the correction
+        corrected, P, C = parts[run.data_shard[0]]  # rows of the prediction, of the correction
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
-        labels = lambda: teacher.encode(draw.integers(0, max(teacher.classes, 1)))
-        scale = lambda: low + (high - low) * draw.uniform() if low < high else args.cfg
+        labels = lambda: teacher.encode(draw.randint(0, max(teacher.classes, 1)))
+        scale = lambda: low + (high - low) * draw.rand() if low < high else args.cfg
 
         # student: one forward with gradient for both parts, then the direction G of each row
-        z, cond, w = draw.normal(*shape), labels(), scale()
-        d = torch.where(corrected, 1.0, durations(draw.uniform(), args.at_end, args.grid if args.form == "discrete" else None))
-        r, n = torch.sigmoid(args.r_mean + draw.normal().double()), draw.normal(*shape)
+        z, cond, w = draw.randn(*shape), labels(), scale()
+        d = torch.where(
+            corrected,
+            1.0,
+            durations(draw.rand(), args.at_end, args.grid if args.form == "discrete" else None),
+        )
+        r, n = torch.sigmoid(args.r_mean + draw.randn().double()), draw.randn(*shape)
         rows = lambda i: ({k: v[i] for k, v in cond.items()}, w[i] if torch.is_tensor(w) else w)
         F = average_velocity(S, z, d, cond, w)
         D_G, D_N, G = F.detach()[P], F.detach()[C], torch.empty_like(z)
         if len(P):
             if args.form == "discrete":
-                D_G = prediction_discrete(D_G, student, teacher, z[P], d[P], *rows(P), args.interval, args.grid)
+                D_G = prediction_discrete(
+                    D_G, student, teacher, z[P], d[P], *rows(P), args.interval, args.grid
+                )
             else:
                 D_G = prediction(student, teacher, z[P], d[P], *rows(P), args.interval, args.form)
         G[P] = G_P = weighted(D_G, args.k, args.eps)
         if len(C):
-            D_N = correction(critic, teacher, z[C] + F.detach()[C], r[C], n[C], *rows(C), args.interval_correction)
+            D_N = correction(
+                critic,
+                teacher,
+                z[C] + F.detach()[C],
+                r[C],
+                n[C],
+                *rows(C),
+                args.interval_correction,
+            )
         G[C] = (lam := balance(G_P, D_N, args.balance, run.world)) * D_N
         student_loss(F, G).backward()
         run.average_gradients(student.parameters())
         norm = run.step(opt_g, args.clip)
-        ema.update(run.stepped)
-        logs = {name: per_sample(D).mean() for name, D in (("prediction", D_G), ("correction", D_N)) if len(D)}
+        ema.update(run.images_stepped)
+        logs = {
+            name: per_sample(D).mean()
+            for name, D in (("prediction", D_G), ("correction", D_N))
+            if len(D)
+        }
         logs |= dict(grad_student=norm) | ({"lambda": lam} if len(C) else {})
 
         # auxiliary network: fresh images of the student
         for _ in range(args.ratio if share else 0):
             cond, w = labels(), scale()
-            x, n, r = sample(student, draw.normal(*shape), cond, w=w), draw.normal(*shape), draw.uniform()
+            x, n, r = (
+                sample(student, draw.randn(*shape), cond, w=w),
+                draw.randn(*shape),
+                draw.rand(),
+            )
             loss = aux_loss(A, x, r, n, cond, w)
             loss.backward()
             logs |= dict(aux=loss, std=x.std(), grad_critic=run.step(opt_c, args.clip))
@@ -347,9 +549,11 @@ def main():
     pictures(run, teacher, ema.model, sample, sampler, args.iters)
     evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
-    if run.main and args.eval_n:
+    if run.is_main and args.eval_n:
         write_json(run.out / "path.json", result := fidelity(ema.model, teacher, args))
-        run.print(f"distance to the teacher from the same noise: {', '.join(f'{result[str(d)]:.4g} after {d:g}' for d in READOUTS)}; spread {result['spread']:.4g}")
+        run.print(
+            f"distance to the teacher from the same noise: {', '.join(f'{result[str(d)]:.4g} after {d:g}' for d in READOUTS)}; spread {result['spread']:.4g}"
+        )
 
 
 if __name__ == "__main__":

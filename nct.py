@@ -34,6 +34,7 @@ Differences from the paper, whose code is not public and which gives no N, path,
     - the branch of an image prompt (--control image, UNets that read a prompt) is an IP-Adapter whose values are zero at first; what the paper
       starts its own from is not given.
 """
+
 import hashlib
 import json
 import math
@@ -57,30 +58,102 @@ from controls.measure import control_error, control_rows, control_summary
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Ours but for rate, betas, batch and average of the last two [P]. toy, mnist: measured
     # (docs/nct.md). lambda starts low, so that control comes first, and grows, since xi is out of reach: then the outputs get sharp
-    "mnist": dict(cfg=None, nfe=1, control="edges", N=32, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, clip=10.0, batch=32, iters=3500, warmup=30, cooldown=0.5,
-                  ema=2000, lambda0=2.0, eta=0.2, xi=0.003),
-    "toy": dict(cfg=None, nfe=1, control="class", N=16, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, batch=256, iters=2000, warmup=0, cooldown=0.5,
-                ema=0, lambda0=1.0, eta=0.1, xi=0.015),
-    "default": dict(cfg=None, nfe=1, control="edges", N=32, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, batch=128, iters=20000, warmup=500, cooldown=0.0,
-                    ema=900000, lambda0=1.0, eta=1.0, xi=3e-3),  # average 0.9999 per step
+    "mnist": dict(
+        cfg=None,
+        nfe=1,
+        control="edges",
+        N=32,
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        clip=10.0,
+        batch=32,
+        iters=3500,
+        warmup=30,
+        cooldown=0.5,
+        ema=2000,
+        lambda0=2.0,
+        eta=0.2,
+        xi=0.003,
+    ),
+    "toy": dict(
+        cfg=None,
+        nfe=1,
+        control="class",
+        N=16,
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        clip=1.0,
+        batch=256,
+        iters=2000,
+        warmup=0,
+        cooldown=0.5,
+        ema=0,
+        lambda0=1.0,
+        eta=0.1,
+        xi=0.015,
+    ),
+    "default": dict(
+        cfg=None,
+        nfe=1,
+        control="edges",
+        N=32,
+        lr=1e-5,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        clip=1.0,
+        batch=128,
+        iters=20000,
+        warmup=500,
+        cooldown=0.0,
+        ema=900000,
+        lambda0=1.0,
+        eta=1.0,
+        xi=3e-3,
+    ),  # average 0.9999 per step
 }
-PRESETS["image"] = dict(PRESETS["default"], lr=1e-4, drop=0.05)  # a folder with --control image: rate and empty prompts of the paper's IP-Adapter [P]
+PRESETS["image"] = dict(
+    PRESETS["default"], lr=1e-4, drop=0.05
+)  # a folder with --control image: rate and empty prompts of the paper's IP-Adapter [P]
 PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], lr=3e-4, iters=800)}
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.model.add_argument("--generator", help="finished one-step student, folder of a run; or of a one-step pipeline. Default out/dmd2-<teacher>; its teacher is found there")
-    p.model.add_argument("--blocks", type=int, help="transformer blocks, from the end, that the branch copies; default half of them")
-    p.method.add_argument("--control", help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (common/controls.py)")
+    p.model.add_argument(
+        "--generator",
+        help="finished one-step student, folder of a run; or of a one-step pipeline. Default out/dmd2-<teacher>; its teacher is found there",
+    )
+    p.model.add_argument(
+        "--blocks",
+        type=int,
+        help="transformer blocks, from the end, that the branch copies; default half of them",
+    )
+    p.method.add_argument(
+        "--control",
+        help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (common/controls.py)",
+    )
     p.method.add_argument("--factor", type=int, default=4, help="of --control sr")
-    p.method.add_argument("--control-model", help="folder of transformers: depth estimator for --control depth, CLIP vision encoder with projection for image")
-    p.method.add_argument("--drop", type=float, default=0.0, help="share of empty prompts; 0.05 with --control image")
+    p.method.add_argument(
+        "--control-model",
+        help="folder of transformers: depth estimator for --control depth, CLIP vision encoder with projection for image",
+    )
+    p.method.add_argument(
+        "--drop", type=float, default=0.0, help="share of empty prompts; 0.05 with --control image"
+    )
     p.method.add_argument("--N", type=int, help="steps from z to eps in (1)")
-    p.method.add_argument("--path", choices=["trig", "linear"], default="trig", help="sigma in (1): sin(pi t / 2) or t; alpha follows")
+    p.method.add_argument(
+        "--path",
+        choices=["trig", "linear"],
+        default="trig",
+        help="sigma in (1): sin(pi t / 2) or t; alpha follows",
+    )
     p.method.add_argument("--distance", choices=["l2", "huber"], default="l2", help="d in (3)")
     p.method.add_argument("--huber", type=float, help="a in (3), default 0.00054 sqrt(D)")
-    p.method.add_argument("--con-weight", type=float, help="w in (6), default N; 0: no consistency loss")
+    p.method.add_argument(
+        "--con-weight", type=float, help="w in (6), default N; 0: no consistency loss"
+    )
     p.method.add_argument("--lambda0", type=float, help="lambda at the start")
     p.method.add_argument("--eta", type=float, help="rate of lambda in (7); 0 keeps it")
     p.method.add_argument("--xi", type=float, help="what L_bound may be")
@@ -89,19 +162,44 @@ def parse_args(argv=None):
     given = p.parse_known_args(argv)[0]
     found = teacher_of(given.generator) if given.generator else None
     p.set_defaults(teacher=found or "mnist")
-    args = p.parse(dict(PRESETS, default=PRESETS["image" if given.control == "image" else "default"]), argv)
+    args = p.parse(
+        dict(PRESETS, default=PRESETS["image" if given.control == "image" else "default"]), argv
+    )
     for wrong, message in (
-        (args.nfe != 1, f"--nfe {args.nfe}: expected 1; the generator makes an image in one pass and so does its controlled form"),
+        (
+            args.nfe != 1,
+            f"--nfe {args.nfe}: expected 1; the generator makes an image in one pass and so does its controlled form",
+        ),
         (args.data, f"--data {args.data}: this method never looks at images"),
-        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: this method has no second network"),
-        (args.lora or args.shard, "--lora, --shard: nothing but the branch is trained here; leave them out"),
+        (
+            args.lr_fake is not None or args.lora_fake,
+            "--lr-fake, --lora-fake: this method has no second network",
+        ),
+        (
+            args.lora or args.shard,
+            "--lora, --shard: nothing but the branch is trained here; leave them out",
+        ),
         (not 0 <= args.drop <= 1, f"--drop: expected a share from 0 to 1, found {args.drop}"),
         (args.N < 1, f"--N: expected at least 1, found {args.N}"),
-        (args.huber is not None and args.distance == "l2", "--huber: means something only with --distance huber"),
-        (args.huber is not None and not 0 < args.huber < math.inf, f"--huber: expected a number > 0, found {args.huber}"),
-        *((getattr(args, n) is not None and not 0 <= getattr(args, n) < math.inf, f"--{n.replace('_', '-')}: expected a number >= 0, found {getattr(args, n)}")
-          for n in ("con_weight", "lambda0", "eta", "xi", "lambda_max")),
-        (args.lambda0 > args.lambda_max, f"--lambda0 {args.lambda0}: expected at most --lambda-max, found {args.lambda_max}"),
+        (
+            args.huber is not None and args.distance == "l2",
+            "--huber: means something only with --distance huber",
+        ),
+        (
+            args.huber is not None and not 0 < args.huber < math.inf,
+            f"--huber: expected a number > 0, found {args.huber}",
+        ),
+        *(
+            (
+                getattr(args, n) is not None and not 0 <= getattr(args, n) < math.inf,
+                f"--{n.replace('_', '-')}: expected a number >= 0, found {getattr(args, n)}",
+            )
+            for n in ("con_weight", "lambda0", "eta", "xi", "lambda_max")
+        ),
+        (
+            args.lambda0 > args.lambda_max,
+            f"--lambda0 {args.lambda0}: expected at most --lambda-max, found {args.lambda_max}",
+        ),
     ):
         if wrong:
             raise UserError(message)
@@ -123,7 +221,12 @@ class Multiplier:
 
     def __init__(self, args, device, what):
         self.value, self.seen = torch.tensor(float(args.lambda0), device=device), []
-        self.eta, self.xi, self.top, self.of = args.eta, args.xi, args.lambda_max, torch.tensor(int(hashlib.sha256(what.encode()).hexdigest()[:6], 16) / 2**24)
+        self.eta, self.xi, self.top, self.of = (
+            args.eta,
+            args.xi,
+            args.lambda_max,
+            torch.tensor(int(hashlib.sha256(what.encode()).hexdigest()[:6], 16) / 2**24),
+        )
 
     def update(self, bound, world=1, parts=1):
         """bound: L_bound of this process's part of the batch, 0-d. Nothing happens before all parts were given."""
@@ -134,7 +237,9 @@ class Multiplier:
         if world > 1:
             dist.all_reduce(bound := bound.clone())
             bound = bound / world
-        step = (self.eta * (bound - self.xi)).nan_to_num(0.0, 0.0, 0.0)  # a skipped step leaves lambda alone too
+        step = (self.eta * (bound - self.xi)).nan_to_num(
+            0.0, 0.0, 0.0
+        )  # a skipped step leaves lambda alone too
         self.value = (self.value + step).clamp(0, self.top)  # (7)
 
     def state_dict(self):
@@ -152,7 +257,11 @@ class Multiplier:
 def blend(z, eps, k, n, path="trig"):
     """z_k for k [B] in 0..n. Exactly z at 0 and eps at n."""
     t = k.double() / n
-    alpha, sigma = ((t * math.pi / 2).cos(), (t * math.pi / 2).sin()) if path == "trig" else ((1 - t * t).sqrt(), t)
+    alpha, sigma = (
+        ((t * math.pi / 2).cos(), (t * math.pi / 2).sin())
+        if path == "trig"
+        else ((1 - t * t).sqrt(), t)
+    )
     alpha = torch.where(k == n, 0.0, alpha)
     return (expand(alpha, z) * z + expand(sigma, z) * eps).to(z.dtype)  # (1)
 
@@ -208,12 +317,17 @@ def sample(student, z, cond, nfe=1, noise=None, c=None):
 
 
 def main():
-    args, networks = parse_args(), (1, 0, 1)  # students, critics, averages (here the generator): for the estimate of memory
+    args, networks = (
+        parse_args(),
+        (1, 0, 1),
+    )  # students, critics, averages (here the generator): for the estimate of memory
     if not os.path.isdir(args.generator):
-        raise UserError(f"--generator {args.generator}: expected the folder of a finished one-step run, found none; `python dmd2.py --teacher {args.teacher}` makes one")
+        raise UserError(
+            f"--generator {args.generator}: expected the folder of a finished one-step run, found none; `python dmd2.py --teacher {args.teacher}` makes one"
+        )
     # ==== same in every script: setup ====
     run = Run("nct", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     generator, info, sampler_f = load_generator(args.generator, teacher, args.teacher)
@@ -225,15 +339,30 @@ def main():
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_g = torch.optim.AdamW(
+        student.parameters(),
+        lr=args.lr,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     ema = EMA(student, args.ema, args.ema_cpu)
     multiplier = Multiplier(args, run.device, json.dumps([control.config(), hash_model(generator)]))
     sampler = {}
-    share = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in generator.parameters())
-    run.describe(student=student, generator=generator, teacher=teacher, steps="1, from pure noise", control=f"{control.config()}",
-                 consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}", graph=dict(student=2),
-                 boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
-                 passes_per_iteration=f"{4 + 2 * getattr(student.branch, 'behind', 1) + 7 * share:.2f}")  # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
+    share = sum(p.numel() for p in student.parameters()) / sum(
+        p.numel() for p in generator.parameters()
+    )
+    run.print_summary(
+        student=student,
+        generator=generator,
+        teacher=teacher,
+        steps="1, from pure noise",
+        control=f"{control.config()}",
+        consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}",
+        graph=dict(student=2),
+        boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
+        passes_per_iteration=f"{4 + 2 * getattr(student.branch, 'behind', 1) + 7 * share:.2f}",
+    )  # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(multiplier=multiplier)
@@ -244,19 +373,25 @@ def main():
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
-        cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
+        cond = teacher.encode(draw.randint(0, max(teacher.classes, 1)))
         if args.drop:
-            cond = teacher.emptied(cond, draw.uniform() < args.drop)
-        z, eps, r = draw.normal(*shape), draw.normal(*shape), draw.normal(4)
+            cond = teacher.drop_condition(cond, draw.rand() < args.drop)
+        z, eps, r = draw.randn(*shape), draw.randn(*shape), draw.randn(4)
         x, c = pairs(student.f, control, z, torch.special.ndtr(r), cond)
-        con, bound = losses(G, student, z, eps, draw.integers(0, args.N), x, c, cond, args)
+        con, bound = losses(G, student, z, eps, draw.randint(0, args.N), x, c, cond, args)
         loss = total(con, bound, args.con_weight, multiplier.value)
         loss.backward()
         norm = run.step(opt_g, args.clip)
         multiplier.update(bound.mean(), run.world, args.accumulate)
-        ema.update(run.stepped)
+        ema.update(run.images_stepped)
 
-        logs = dict(con=con.mean(), bound=bound.mean(), multiplier=multiplier.value if run.last else None, loss=loss, grad_student=norm)
+        logs = dict(
+            con=con.mean(),
+            bound=bound.mean(),
+            multiplier=multiplier.value if run.is_last_microstep else None,
+            loss=loss,
+            grad_student=norm,
+        )
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:
@@ -275,7 +410,7 @@ def main():
     pictures(run, teacher, ema.model, sample, sampler, args.iters)
     evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
     # ==== end ====
-    if run.main and args.eval_n:
+    if run.is_main and args.eval_n:
         result = control_error(ema.model, min(args.eval_n, 2000), args.seed)
         write_json(run.out / "control.json", json.loads(dumps(result)))
         run.print(control_summary(result))

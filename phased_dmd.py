@@ -36,6 +36,7 @@ Differences from the paper:
       --margin 0.02, --critic-on full (its critic sees complete rollouts only), --ida 0.97. Not here: its alternation between phases, the losses for
       diversity and on real data, the limits of t for teachers that are experts themselves (Wan 2.2).
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -50,51 +51,164 @@ from common.teachers.load import load_teacher
 
 PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, ours = measured here
     # mnist, toy: ours, except 4 steps in 2 phases [P] and the toy's ratio 5 [P]
-    "mnist": dict(cfg=1.5, nfe=4, phases=2, phase_iters=[600], iters=1370, step_shift=1.0, shift=0.3, normaliser="dmd2", lr=1e-3, lr_fake=1e-3, betas=(0.5, 0.99),
-                  ratio=3, batch=64, warmup=20, cooldown=0.5, ema=2000),
-    "toy": dict(cfg=1.0, nfe=4, phases=2, phase_iters=[600], iters=3600, step_shift=3.0, shift=1.0, normaliser="dmd2", lr=2e-4, lr_fake=1e-3, betas=(0.9, 0.999),
-                ratio=5, batch=256, warmup=0, cooldown=0.0, ema=0),
+    "mnist": dict(
+        cfg=1.5,
+        nfe=4,
+        phases=2,
+        phase_iters=[600],
+        iters=1370,
+        step_shift=1.0,
+        shift=0.3,
+        normaliser="dmd2",
+        lr=1e-3,
+        lr_fake=1e-3,
+        betas=(0.5, 0.99),
+        ratio=3,
+        batch=64,
+        warmup=20,
+        cooldown=0.5,
+        ema=2000,
+    ),
+    "toy": dict(
+        cfg=1.0,
+        nfe=4,
+        phases=2,
+        phase_iters=[600],
+        iters=3600,
+        step_shift=3.0,
+        shift=1.0,
+        normaliser="dmd2",
+        lr=2e-4,
+        lr_fake=1e-3,
+        betas=(0.9, 0.999),
+        ratio=5,
+        batch=256,
+        warmup=0,
+        cooldown=0.0,
+        ema=0,
+    ),
     # any other folder: [P] batch 64, shift 5, ratio 5, Adam, critic's rate, (7) with the weight of eq. 10; [C] full fine-tune at 2e-6 (paper: LoRA, 5e-5),
     # clip 1, guidance 4, 4,000 rounds of 5 critic steps
-    "default": dict(cfg=4.0, nfe=4, phases=2, phase_iters=[10000], iters=20000, step_shift=5.0, shift=5.0, normaliser="paper", lr=2e-6, lr_fake=4e-7,
-                    betas=(0.0, 0.999), ratio=5, batch=64, warmup=0, cooldown=0.0, ema=0, clip=1.0),
+    "default": dict(
+        cfg=4.0,
+        nfe=4,
+        phases=2,
+        phase_iters=[10000],
+        iters=20000,
+        step_shift=5.0,
+        shift=5.0,
+        normaliser="paper",
+        lr=2e-6,
+        lr_fake=4e-7,
+        betas=(0.0, 0.999),
+        ratio=5,
+        batch=64,
+        warmup=0,
+        cooldown=0.0,
+        ema=0,
+        clip=1.0,
+    ),
 }
-PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, shift=1.0, lr=1e-4, lr_fake=1e-4, batch=32, iters=700, phase_iters=[300])}
+PRESETS |= {
+    "toy-cond": PRESETS["toy"],
+    "emoji": dict(
+        PRESETS["mnist"],
+        cfg=3.5,
+        shift=1.0,
+        lr=1e-4,
+        lr_fake=1e-4,
+        batch=32,
+        iters=700,
+        phase_iters=[300],
+    ),
+}
 N = 1000  # noise levels of the grid from which t is drawn
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.method.add_argument("--phases", type=int, help="K: number of experts; the steps are shared out evenly")
-    p.method.add_argument("--phase-iters", type=int, nargs="+", help="iterations of each phase but the last, which has the rest of --iters: one number for all, or K - 1")
+    p.method.add_argument(
+        "--phases", type=int, help="K: number of experts; the steps are shared out evenly"
+    )
+    p.method.add_argument(
+        "--phase-iters",
+        type=int,
+        nargs="+",
+        help="iterations of each phase but the last, which has the rest of --iters: one number for all, or K - 1",
+    )
     p.method.add_argument("--ratio", type=int, help="critic steps per student step")
-    p.method.add_argument("--step-shift", type=float, help="multiplies t / (1 - t) of the student's steps; above 1: steps at higher noise")
-    p.method.add_argument("--shift", type=float, help="multiplies t / (1 - t) of all levels drawn in (3); the paper has one shift for steps and levels")
-    p.method.add_argument("--margin", type=float, default=0.0, help="share of the grid of levels left out next to s and next to 1; official code: 0.02")
-    p.method.add_argument("--clamp", choices=["inner", "all", "none"], default="inner", help="phases in which (5) has min(1, 10 h^2): those with s > 0, all, none")
-    p.method.add_argument("--normaliser", choices=["paper", "dmd2"], help="d in (7): the paper's equation 10, or one number per sample from the clean estimates")
-    p.method.add_argument("--space", choices=["xs", "x0"], default="xs", help="sample that carries the gradient in (8): x_s, or the clean estimate of the same pass")
-    p.method.add_argument("--critic-on", choices=["truncated", "full"], default="truncated", help="critic's samples: those of (2), or rollouts of all steps")
-    p.method.add_argument("--ida", type=float, default=1.0, help="after each student step critic <- ida critic + (1 - ida) expert; official code: 0.97; 1: off")
+    p.method.add_argument(
+        "--step-shift",
+        type=float,
+        help="multiplies t / (1 - t) of the student's steps; above 1: steps at higher noise",
+    )
+    p.method.add_argument(
+        "--shift",
+        type=float,
+        help="multiplies t / (1 - t) of all levels drawn in (3); the paper has one shift for steps and levels",
+    )
+    p.method.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        help="share of the grid of levels left out next to s and next to 1; official code: 0.02",
+    )
+    p.method.add_argument(
+        "--clamp",
+        choices=["inner", "all", "none"],
+        default="inner",
+        help="phases in which (5) has min(1, 10 h^2): those with s > 0, all, none",
+    )
+    p.method.add_argument(
+        "--normaliser",
+        choices=["paper", "dmd2"],
+        help="d in (7): the paper's equation 10, or one number per sample from the clean estimates",
+    )
+    p.method.add_argument(
+        "--space",
+        choices=["xs", "x0"],
+        default="xs",
+        help="sample that carries the gradient in (8): x_s, or the clean estimate of the same pass",
+    )
+    p.method.add_argument(
+        "--critic-on",
+        choices=["truncated", "full"],
+        default="truncated",
+        help="critic's samples: those of (2), or rollouts of all steps",
+    )
+    p.method.add_argument(
+        "--ida",
+        type=float,
+        default=1.0,
+        help="after each student step critic <- ida critic + (1 - ida) expert; official code: 0.97; 1: off",
+    )
     args = p.parse(PRESETS, argv)
     for name in ("ratio", "phases"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(args, name)}")
     if args.phases > args.nfe:
-        raise UserError(f"--phases {args.phases}: expected at most one per step, found --nfe {args.nfe}")
+        raise UserError(
+            f"--phases {args.phases}: expected at most one per step, found --nfe {args.nfe}"
+        )
     if args.smoke:  # three iterations of everything: also of every phase
         args.iters, args.phase_iters = max(args.iters, args.phases), [1]
     if len(args.phase_iters) not in (1, args.phases - 1) or min(args.phase_iters) < 1:
-        raise UserError(f"--phase-iters: expected one number or {args.phases - 1} (--phases {args.phases}), each at least 1, found {args.phase_iters}")
+        raise UserError(
+            f"--phase-iters: expected one number or {args.phases - 1} (--phases {args.phases}), each at least 1, found {args.phase_iters}"
+        )
     for name in ("step_shift", "shift"):
         if not 0 < getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')}: expected a number > 0, found {getattr(args, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected a number > 0, found {getattr(args, name)}"
+            )
     if not 0 <= args.margin < 0.5:
         raise UserError(f"--margin: expected a share from 0 to below 0.5, found {args.margin}")
     if not 0 <= args.ida <= 1:
         raise UserError(f"--ida: expected a share from 0 to 1, found {args.ida}")
     if args.ida < 1 and (args.lora or args.lora_fake):
-        raise UserError(f"--ida {args.ida:g}: mixes the weights of critic and expert, which adapters (--lora, --lora-fake) have no part of alike")
+        raise UserError(
+            f"--ida {args.ida:g}: mixes the weights of critic and expert, which adapters (--lora, --lora-fake) have no part of alike"
+        )
     if args.data:
         raise UserError(f"--data {args.data}: this method does not look at images")
     return args
@@ -142,7 +256,9 @@ def levels(grid, s, margin):
 
 def transition(t, s):
     """a and h of (3), float64: from x_s to x_t, s < t."""
-    return (1 - t) / (1 - s), ((t - s) * (t + s - 2 * t * s)).sqrt() / (1 - s)  # t^2 - a^2 s^2, without cancellation
+    return (1 - t) / (1 - s), ((t - s) * (t + s - 2 * t * s)).sqrt() / (
+        1 - s
+    )  # t^2 - a^2 s^2, without cancellation
 
 
 def combine(a, x, b, y):
@@ -169,12 +285,21 @@ def rollout(student, times, j, cond, z):
 
 def fake_target(x_s, eps, t, s):
     """x* of (4), for x_t made from x_s with eps. t: [B], s: 0-d."""
-    return combine(1 / (1 - s) * torch.ones_like(t), x_s, -(1 - t) * s**2 / ((1 - s) ** 2 * transition(t, s)[1]), eps)  # (4)
+    return combine(
+        1 / (1 - s) * torch.ones_like(t),
+        x_s,
+        -(1 - t) * s**2 / ((1 - s) ** 2 * transition(t, s)[1]),
+        eps,
+    )  # (4)
 
 
 def fake_weight(t, s, clamp):
     """min(1, 10 h^2) where the phase has it: the variance of (4) grows like 1 / h^2 as t falls to s > 0. [B]"""
-    return (10 * transition(t, s)[1] ** 2).clamp(max=1) if clamp == "all" or clamp == "inner" and s > 0 else torch.ones_like(t)
+    return (
+        (10 * transition(t, s)[1] ** 2).clamp(max=1)
+        if clamp == "all" or clamp == "inner" and s > 0
+        else torch.ones_like(t)
+    )
 
 
 def fake_loss(critic, x_s, x_t, eps, t, s, cond, weight):
@@ -190,7 +315,9 @@ def dm_gradient(x0, x_t, t, s, cond, real, fake, cfg, normaliser):
         f = fake(x_t, 1 - t, t, cond)
         w = (x0 - r).abs().flatten(1).mean(1)  # one number per sample
         d = (1 - s) * t**2 / (1 - t) ** 2 if normaliser == "paper" else w
-        g = (f - r) / expand(d.where(d != 0, torch.inf), x0).to(x0.dtype)  # (7); 0 / 0 is 0, and t = 1 has d = inf; a nan stays and is counted
+        g = (f - r) / expand(d.where(d != 0, torch.inf), x0).to(
+            x0.dtype
+        )  # (7); 0 / 0 is 0, and t = 1 has d = inf; a nan stays and is counted
     return g, r, f, w
 
 
@@ -209,37 +336,86 @@ def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
 
 def main():
     args = parse_args()
-    networks = (args.phases, 1, 0, True)  # students, critics, further averages, each student one network: for the estimate of memory
+    networks = (
+        args.phases,
+        1,
+        0,
+        True,
+    )  # students, critics, further averages, each student one network: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("phased_dmd", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     if args.ida < 1 and isinstance(teacher, Routed):
-        raise UserError(f"--ida {args.ida:g}: mixes the weights of critic and expert, and the critic of {args.teacher} has {len(teacher.experts)} experts itself")
-    times, ends, starts = step_times(args.nfe, args.step_shift), phase_ends(args.nfe, args.phases), phase_starts(args.phases, args.phase_iters)
+        raise UserError(
+            f"--ida {args.ida:g}: mixes the weights of critic and expert, and the critic of {args.teacher} has {len(teacher.experts)} experts itself"
+        )
+    times, ends, starts = (
+        step_times(args.nfe, args.step_shift),
+        phase_ends(args.nfe, args.phases),
+        phase_starts(args.phases, args.phase_iters),
+    )
     grid = Flow(args.shift).grid(N)
     ranges = [levels(grid, times[b], args.margin) for b in ends]
     grid = grid.to(run.device)
-    table = [float(times[b] / (1 - times[b])) for b in ends[:-1]]  # the step at s_k itself is the next expert's
-    student, critic = Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table), teacher.copy(args.lora_fake)
+    table = [
+        float(times[b] / (1 - times[b])) for b in ends[:-1]
+    ]  # the step at s_k itself is the next expert's
+    student, critic = (
+        Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table),
+        teacher.copy(args.lora_fake),
+    )
     if args.grad_checkpoint:
         student.checkpoint_activations()
         critic.checkpoint_activations()
     C, G = run.train(critic), None
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)  # skips what has no gradient
-    opt_c = torch.optim.AdamW(critic.parameters(), lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_g = torch.optim.AdamW(
+        student.parameters(),
+        lr=args.lr,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )  # skips what has no gradient
+    opt_c = torch.optim.AdamW(
+        critic.parameters(),
+        lr=args.lr_fake,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(step_shift=args.step_shift)
     # one pass = one forward of the network; a backward counts two. The last pass of the rollout is shared by both turns.
     turn_passes = (2 + (1 if args.cfg == 1 else 2) + 1) / args.ratio
-    passes = [a + (b - a - 1) / 2 + 1 + 3 + turn_passes + (b / args.ratio + (1 - 1 / args.ratio) * (b - a - 1) / 2 if args.critic_on == "full" else 0)
-              for a, b in zip([0, *ends], ends)]
-    run.describe(student=student, critic=critic, teacher=teacher, steps=[round(float(t), 4) for t in times[:-1]],
-                 phases=", ".join(f"{k + 1}: to s = {float(times[b]):.4g} from iteration {i}" for k, (b, i) in enumerate(zip(ends, starts))),
-                 passes_per_iteration=" / ".join(f"{n:.2f}" for n in passes))
+    passes = [
+        a
+        + (b - a - 1) / 2
+        + 1
+        + 3
+        + turn_passes
+        + (
+            b / args.ratio + (1 - 1 / args.ratio) * (b - a - 1) / 2
+            if args.critic_on == "full"
+            else 0
+        )
+        for a, b in zip([0, *ends], ends)
+    ]
+    run.print_summary(
+        student=student,
+        critic=critic,
+        teacher=teacher,
+        steps=[round(float(t), 4) for t in times[:-1]],
+        phases=", ".join(
+            f"{k + 1}: to s = {float(times[b]):.4g} from iteration {i}"
+            for k, (b, i) in enumerate(zip(ends, starts))
+        ),
+        passes_per_iteration=" / ".join(f"{n:.2f}" for n in passes),
+    )
     if starts[-1] >= args.iters:
-        run.warn(f"--iters {args.iters} ends before the last phase begins (iteration {starts[-1]}, --phase-iters): its expert stays the teacher")
+        run.warn(
+            f"--iters {args.iters} ends before the last phase begins (iteration {starts[-1]}, --phase-iters): its expert stays the teacher"
+        )
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
@@ -249,50 +425,82 @@ def main():
 
     for it in run.loop(first, args.iters):
         k = sum(it >= i for i in starts) - 1  # phase, a function of the iteration
-        if begins := it == starts[k] and run.part == 0:  # a phase
-            student.load_state_dict(ema.model.state_dict())  # finished experts stay as they are sampled
-            critic.load_state_dict((teacher.copy(args.lora_fake) if args.lora_fake else teacher).state_dict())
+        if begins := it == starts[k] and run.microstep == 0:  # a phase
+            student.load_state_dict(
+                ema.model.state_dict()
+            )  # finished experts stay as they are sampled
+            critic.load_state_dict(
+                (teacher.copy(args.lora_fake) if args.lora_fake else teacher).state_dict()
+            )
             opt_c.state.clear()
         if G is None or begins:
-            G = run.train(student.experts[k])  # the only expert that is called with gradient in this phase
+            G = run.train(
+                student.experts[k]
+            )  # the only expert that is called with gradient in this phase
         begin, end, s = [0, *ends][k], ends[k], times[ends[k]]
         draw = run.draw(it)
-        run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake), span=(starts[k], [*starts, args.iters][k + 1]))
-        cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
+        run.set_rates(
+            it,
+            (opt_g, args.lr),
+            (opt_c, args.lr_fake),
+            span=(starts[k], [*starts, args.iters][k + 1]),
+        )
+        cond = teacher.encode(draw.randint(0, max(teacher.classes, 1)))
         turn = (it - starts[k]) % args.ratio == 0  # of the student
         logs = dict(phase=k + 1)
 
         def noisy(x_s):  # (3)
-            t, eps = grid[draw.integers(*ranges[k])], draw.like(x_s)
+            t, eps = grid[draw.randint(*ranges[k])], draw.randn_like(x_s)
             a, h = transition(t, s)
             return combine(a, x_s, h, eps), eps, t
 
         # the student's sample: one rollout serves both turns
         full = args.critic_on == "full"
-        j = end - 1 if full and not turn else draw.shared_int(begin, end)
+        j = end - 1 if full and not turn else draw.shared_randint(begin, end)
         with torch.no_grad():
-            x_j = rollout(student, times, j, cond, draw.normal(*shape))
+            x_j = rollout(student, times, j, cond, draw.randn(*shape))
         with torch.set_grad_enabled(turn):
             x_s, x0 = step(G if turn else student.experts[k], x_j, times[j], s, cond)  # (2)
 
         if turn:
             x_t, _, t = noisy(x_s.detach())
-            g, r, f, w = dm_gradient(x0, x_t, t, s, cond, teacher, critic, args.cfg, args.normaliser)
+            g, r, f, w = dm_gradient(
+                x0, x_t, t, s, cond, teacher, critic, args.cfg, args.normaliser
+            )
             loss = dm_loss(x_s if args.space == "xs" else x0, g)
             loss.backward()
             norm = run.step(opt_g, args.clip)
-            ema.update(run.stepped)
-            if args.ida < 1 and run.last:
+            ema.update(run.images_stepped)
+            if args.ida < 1 and run.is_last_microstep:
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(critic.parameters()), list(student.experts[k].parameters()), 1 - args.ida)
-            logs |= dict(dm=loss, grad_student=norm, dm_norm=w.mean(), real_gap=(x0 - r).square().mean(), fake_gap=(x0 - f).square().mean())
+                    torch._foreach_lerp_(
+                        list(critic.parameters()),
+                        list(student.experts[k].parameters()),
+                        1 - args.ida,
+                    )
+            logs |= dict(
+                dm=loss,
+                grad_student=norm,
+                dm_norm=w.mean(),
+                real_gap=(x0 - r).square().mean(),
+                fake_gap=(x0 - f).square().mean(),
+            )
             if full:
                 with torch.no_grad():
-                    x_s = rollout(student, times, end, cond, draw.normal(*shape))
+                    x_s = rollout(student, times, end, cond, draw.randn(*shape))
 
         x_s = x_s.detach()
         x_t, eps, t = noisy(x_s)
-        loss = fake_loss(C, x_s, x_t, eps, t, s, cond, fake_weight(t, s, args.clamp) * teacher.weight(1 - t, t))
+        loss = fake_loss(
+            C,
+            x_s,
+            x_t,
+            eps,
+            t,
+            s,
+            cond,
+            fake_weight(t, s, args.clamp) * teacher.native_loss_weight(1 - t, t),
+        )
         loss.backward()
         norm = run.step(opt_c, args.clip)
         logs |= dict(fake=loss, grad_critic=norm, mean=x_s.mean(), std=x_s.std())

@@ -36,6 +36,7 @@ Differences from the paper:
       so asks its frozen teacher at t / 2 where r = t (our reading). Its LoRA of Qwen-Image has --lora 64 --lr 1e-4.
     - the presets mnist, emoji, toy, and the exported average of the student (--ema), are ours; which weights the paper samples from is not said.
 """
+
 import math
 
 import torch
@@ -49,46 +50,152 @@ from common.run import Run
 from common.schedules import expand
 from common.teachers.load import load_teacher
 
-PAPER = dict(nfe=1, order=2, target_decay=0.99, weight_decay=0.0, rect_weight=0.5, clip=1.0)  # [P] paper, but for the last two: [C] official code
+PAPER = dict(
+    nfe=1, order=2, target_decay=0.99, weight_decay=0.0, rect_weight=0.5, clip=1.0
+)  # [P] paper, but for the last two: [C] official code
 PRESETS = {  # the flags of a teacher; every one can be overridden. mnist and toy: ours; in two dimensions the normalised distance and the clamps are biased
-    "mnist": dict(PAPER, cfg=1.5, distance="barron", clamp=1.0, lr=1e-3, betas=(0.9, 0.99), batch=64, iters=1600, warmup=20, cooldown=0.5, ema=2000),
-    "toy": dict(PAPER, cfg=1.0, distance="l2", clamp=0.0, lr=1e-3, betas=(0.9, 0.99), batch=256, iters=2000, warmup=0, cooldown=0.0, ema=0),
+    "mnist": dict(
+        PAPER,
+        cfg=1.5,
+        distance="barron",
+        clamp=1.0,
+        lr=1e-3,
+        betas=(0.9, 0.99),
+        batch=64,
+        iters=1600,
+        warmup=20,
+        cooldown=0.5,
+        ema=2000,
+    ),
+    "toy": dict(
+        PAPER,
+        cfg=1.0,
+        distance="l2",
+        clamp=0.0,
+        lr=1e-3,
+        betas=(0.9, 0.99),
+        batch=256,
+        iters=2000,
+        warmup=0,
+        cooldown=0.0,
+        ema=0,
+    ),
     # any other folder: text to image, SANA-0.6B of table 6 [P]; cfg 5, i.e. k = 0.8, distance and clamp [C]
-    "default": dict(PAPER, cfg=5.0, distance="barron", clamp=1.0, lr=1e-4, betas=(0.9, 0.95), batch=128, iters=30000, warmup=0, cooldown=0.0, ema=0),
+    "default": dict(
+        PAPER,
+        cfg=5.0,
+        distance="barron",
+        clamp=1.0,
+        lr=1e-4,
+        betas=(0.9, 0.95),
+        batch=128,
+        iters=30000,
+        warmup=0,
+        cooldown=0.0,
+        ema=0,
+    ),
 }
-PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], cfg=3.5, nfe=4, lr=3e-4, batch=32, iters=700)}
+PRESETS |= {
+    "toy-cond": PRESETS["toy"],
+    "emoji": dict(PRESETS["mnist"], cfg=3.5, nfe=4, lr=3e-4, batch=32, iters=700),
+}
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.method.add_argument("--order", type=int, help="N of (4): calls of the target network per sample; 0 is plain flow matching, 1 the MeanFlow limit")
-    p.method.add_argument("--groups", type=int, nargs=4, default=(1, 1, 1, 1), metavar="n", help="rows of e2e, mul, any, adv in turn; 1 1 1 0: RCGM alone")
-    p.method.add_argument("--target-decay", type=float, help="F^-: average of the weights with this decay per iteration, warmed up from 0; 0: the student itself")
-    p.method.add_argument("--guide", choices=["target", "frozen"], default="target", help="Fg of (3): F^-, or the frozen teacher")
-    p.method.add_argument("--image-free", action="store_true", help="no images: the student's own samples and the frozen teacher's velocity; add --guide frozen")
+    p.method.add_argument(
+        "--order",
+        type=int,
+        help="N of (4): calls of the target network per sample; 0 is plain flow matching, 1 the MeanFlow limit",
+    )
+    p.method.add_argument(
+        "--groups",
+        type=int,
+        nargs=4,
+        default=(1, 1, 1, 1),
+        metavar="n",
+        help="rows of e2e, mul, any, adv in turn; 1 1 1 0: RCGM alone",
+    )
+    p.method.add_argument(
+        "--target-decay",
+        type=float,
+        help="F^-: average of the weights with this decay per iteration, warmed up from 0; 0: the student itself",
+    )
+    p.method.add_argument(
+        "--guide",
+        choices=["target", "frozen"],
+        default="target",
+        help="Fg of (3): F^-, or the frozen teacher",
+    )
+    p.method.add_argument(
+        "--image-free",
+        action="store_true",
+        help="no images: the student's own samples and the frozen teacher's velocity; add --guide frozen",
+    )
     p.method.add_argument("--rect-weight", type=float, help="mu in (10)")
     p.method.add_argument("--distance", choices=["barron", "l2"], help="d of (7)")
     p.method.add_argument("--clamp", type=float, help="bound of R and g, elementwise; 0 is none")
     p.method.add_argument("--flat", action="store_true", help="w = 1 in (6)")
-    p.method.add_argument("--mode", choices=["auto", "few", "any", "mul"], default="auto", help="sampler, see `sample`; auto: few to 2 steps, any to 8, mul above")
-    p.method.add_argument("--steps", help="times of the sampler's steps in units of T, falling, e.g. 0.999,0.7; default: the official grids")
+    p.method.add_argument(
+        "--mode",
+        choices=["auto", "few", "any", "mul"],
+        default="auto",
+        help="sampler, see `sample`; auto: few to 2 steps, any to 8, mul above",
+    )
+    p.method.add_argument(
+        "--steps",
+        help="times of the sampler's steps in units of T, falling, e.g. 0.999,0.7; default: the official grids",
+    )
     args = p.parse(PRESETS, argv)
     turn, (e2e, mul, _, adv) = sum(args.groups), args.groups
     for wrong, message in (
-        (min(args.groups) < 0 or turn == 0, f"--groups: expected four numbers >= 0, not all 0, found {' '.join(map(str, args.groups))}"),
-        (args.batch < turn, f"--batch {args.batch}: expected at least {turn}, one row for each of --groups"),
-        (not min(args.order, args.rect_weight) >= 0, f"--order and --rect-weight: expected numbers >= 0, found {args.order} and {args.rect_weight}"),
+        (
+            min(args.groups) < 0 or turn == 0,
+            f"--groups: expected four numbers >= 0, not all 0, found {' '.join(map(str, args.groups))}",
+        ),
+        (
+            args.batch < turn,
+            f"--batch {args.batch}: expected at least {turn}, one row for each of --groups",
+        ),
+        (
+            not min(args.order, args.rect_weight) >= 0,
+            f"--order and --rect-weight: expected numbers >= 0, found {args.order} and {args.rect_weight}",
+        ),
         (not args.clamp >= 0, f"--clamp: expected a number >= 0, found {args.clamp}"),
-        (args.rect_weight and not (e2e and adv), "--groups: (9) needs e2e rows and a fake velocity learnt on adv rows; add --rect-weight 0"),
-        (args.order == 0 and not (mul or adv), "--order 0: only mul and adv rows train, and --groups has none of them"),
-        (not 0 <= args.target_decay < 1, f"--target-decay: expected 0 <= decay < 1, found {args.target_decay}; for a frozen guide: --guide frozen"),
-        (args.image_free and args.guide != "frozen", "--image-free: the velocity comes from the frozen teacher; add --guide frozen"),
-        (args.image_free and args.data, f"--data {args.data}: this run would not look at images (--image-free)"),
-        (args.guide == "frozen" and args.cfg == 1 and not args.image_free, "--guide frozen: nothing is guided at --cfg 1"),
-        (args.guide == "target" and args.cfg <= 0.5, f"--cfg: expected more than 0.5 where the network guides itself, found {args.cfg}"),
-        (args.lr_fake is not None or args.lora_fake, "--lr-fake, --lora-fake: there is no second network to train"),
+        (
+            args.rect_weight and not (e2e and adv),
+            "--groups: (9) needs e2e rows and a fake velocity learnt on adv rows; add --rect-weight 0",
+        ),
+        (
+            args.order == 0 and not (mul or adv),
+            "--order 0: only mul and adv rows train, and --groups has none of them",
+        ),
+        (
+            not 0 <= args.target_decay < 1,
+            f"--target-decay: expected 0 <= decay < 1, found {args.target_decay}; for a frozen guide: --guide frozen",
+        ),
+        (
+            args.image_free and args.guide != "frozen",
+            "--image-free: the velocity comes from the frozen teacher; add --guide frozen",
+        ),
+        (
+            args.image_free and args.data,
+            f"--data {args.data}: this run would not look at images (--image-free)",
+        ),
+        (
+            args.guide == "frozen" and args.cfg == 1 and not args.image_free,
+            "--guide frozen: nothing is guided at --cfg 1",
+        ),
+        (
+            args.guide == "target" and args.cfg <= 0.5,
+            f"--cfg: expected more than 0.5 where the network guides itself, found {args.cfg}",
+        ),
+        (
+            args.lr_fake is not None or args.lora_fake,
+            "--lr-fake, --lora-fake: there is no second network to train",
+        ),
     ):
         if wrong:
             raise UserError(message)
@@ -123,7 +230,9 @@ def velocity(net, x_t, t, r, cond):
     if not len(x_t):
         return x_t  # a process may hold no row of a group
     s = t.abs()
-    two = dict(r=torch.stack([r, t - r], 1), fake=torch.stack([s, (t < 0).double()], 1))  # (2): each number with its factor
+    two = dict(
+        r=torch.stack([r, t - r], 1), fake=torch.stack([s, (t < 0).double()], 1)
+    )  # (2): each number with its factor
     xhat = net(x_t, 1 - s, s, cond | two)
     return ((x_t.double() - xhat.double()) / expand(s.clamp(min=1e-6), x_t)).to(x_t.dtype)  # (1)
 
@@ -141,8 +250,13 @@ def partition(batch, groups, rank=0, world=1, device="cpu"):
     """Place i of the global batch belongs to the group whose turn it is. -> rows of each group on this process [n], and their mean number over processes."""
     turn = [name for name, n in zip(GROUPS, groups) for _ in range(n)]
     names, local = [turn[i % len(turn)] for i in range(batch)], batch // world
-    rows = {g: [i for i, name in enumerate(names[rank * local:(rank + 1) * local]) if name == g] for g in GROUPS}
-    return {g: torch.tensor(rows[g], dtype=torch.long, device=device) for g in GROUPS}, {g: names.count(g) / world for g in GROUPS}
+    rows = {
+        g: [i for i, name in enumerate(names[rank * local : (rank + 1) * local]) if name == g]
+        for g in GROUPS
+    }
+    return {g: torch.tensor(rows[g], dtype=torch.long, device=device) for g in GROUPS}, {
+        g: names.count(g) / world for g in GROUPS
+    }
 
 
 def times(u, w, rows, T):
@@ -172,7 +286,13 @@ def one_step(net, z, cond, T):
 
 def strength(scale, guide, image_free):
     """k of (3) for an effective guidance scale, and the scale in terms of k."""
-    return (scale, "k") if image_free else (scale - 1, "1 + k") if guide == "frozen" else (1 - 1 / scale, "1 / (1 - k)")
+    return (
+        (scale, "k")
+        if image_free
+        else (scale - 1, "1 + k")
+        if guide == "frozen"
+        else (1 - 1 / scale, "1 / (1 - k)")
+    )
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------------------------------
@@ -229,7 +349,9 @@ def time_grid(nfe, mode="auto", steps=None):
     if steps is not None:
         t = [float(s) for s in str(steps).split(",") if s.strip().replace(".", "", 1).isdigit()]
         if len(t) != nfe or t != sorted(set(t), reverse=True) or not all(0 < s <= 1 for s in t):
-            raise UserError(f"--steps {steps}: expected {nfe} falling times in (0, 1] (--nfe {nfe})")
+            raise UserError(
+                f"--steps {steps}: expected {nfe} falling times in (0, 1] (--nfe {nfe})"
+            )
         return mode, [*t, 0.0]
     if mode == "mul":
         u = torch.linspace(0.001, 1, nfe + 1, dtype=torch.float64)[:-1]
@@ -247,8 +369,12 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
     T = end_time(student.schedule)
     x = T * z.double()
     for t, after in zip(grid[:-1], grid[1:]):
-        t, after = (torch.full((len(z),), T * s, dtype=torch.float64, device=z.device) for s in (t, after))
-        F = velocity(student, x.to(z.dtype), t, dict(few=0 * t, any=after, mul=t)[mode], cond).double()
+        t, after = (
+            torch.full((len(z),), T * s, dtype=torch.float64, device=z.device) for s in (t, after)
+        )
+        F = velocity(
+            student, x.to(z.dtype), t, dict(few=0 * t, any=after, mul=t)[mode], cond
+        ).double()
         xhat, zhat = x - expand(t, x) * F, x + expand(1 - t, x) * F
         x = mix(xhat, noise().double() if mode == "few" and after[0] > 0 else zhat, after)
     return x.to(z.dtype)
@@ -256,18 +382,31 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
 
 def main():
     args = parse_args()
-    networks = (1, 0, int(args.target_decay > 0))  # students, critics, averages: for the estimate of memory
+    networks = (
+        1,
+        0,
+        int(args.target_decay > 0),
+    )  # students, critics, averages: for the estimate of memory
     # ==== same in every script: setup ====
     run = Run("twinflow", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.loading(*networks))
+    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
     schedule, shape = teacher.schedule, teacher.shape
     # ==== end ====
     T, clamp = end_time(schedule), args.clamp or math.inf
     k, relation = strength(args.cfg, args.guide, args.image_free)
-    places = [partition(args.batch, args.groups, run.rank * args.accumulate + i, run.slot[1], run.device) for i in range(args.accumulate)]
+    places = [
+        partition(
+            args.batch, args.groups, run.rank * args.accumulate + i, run.data_shard[1], run.device
+        )
+        for i in range(args.accumulate)
+    ]
     share = places[0][1]
-    mean = lambda a, g: a[rows[g]].flatten(1).mean(1).sum() / max(share[g], 1e-9)  # averaged over processes: the mean over the global batch
-    kept = [g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))]  # the base loss of order 0 is flow matching, for these only
+    mean = lambda a, g: (
+        a[rows[g]].flatten(1).mean(1).sum() / max(share[g], 1e-9)
+    )  # averaged over processes: the mean over the global batch
+    kept = [
+        g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))
+    ]  # the base loss of order 0 is flow matching, for these only
     images = None if args.image_free else data.load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
     student = teacher.copy(args.lora).extend("r", "fake")
@@ -276,14 +415,36 @@ def main():
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
-    opt_g = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    opt_g = torch.optim.AdamW(
+        student.parameters(),
+        lr=args.lr,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     sampler = dict(mode=args.mode) | (dict(steps=args.steps) if args.steps else {})
     mode, grid = time_grid(args.nfe, **sampler)
-    e2e, mul, anyr, adv = (n / sum(args.groups) for n in args.groups)  # one pass = one forward of the network on the whole batch; a backward counts two
-    passes = 3 + args.order * (1 - adv) + (1 if args.image_free else adv) + 2 * (mul + anyr) * bool(k or args.image_free) + 2 * e2e * bool(args.rect_weight)
-    run.describe(student=student, target=f"decay {args.target_decay:g}" if args.target_decay else "the student itself", teacher=teacher, images=images,
-                 guidance=f"k = {k:.4g} by the {args.guide} network: effective scale {relation} = {args.cfg:g}", T=f"{T:.4f}", steps=f"{mode}: "
-                 + ", ".join(f"{T * t:.4f}" for t in grid), groups=", ".join(f"{g} {share[g] * run.slot[1]:g}" for g in GROUPS), passes_per_iteration=f"{passes:.2f}")
+    e2e, mul, anyr, adv = (
+        n / sum(args.groups) for n in args.groups
+    )  # one pass = one forward of the network on the whole batch; a backward counts two
+    passes = (
+        3
+        + args.order * (1 - adv)
+        + (1 if args.image_free else adv)
+        + 2 * (mul + anyr) * bool(k or args.image_free)
+        + 2 * e2e * bool(args.rect_weight)
+    )
+    run.print_summary(
+        student=student,
+        target=f"decay {args.target_decay:g}" if args.target_decay else "the student itself",
+        teacher=teacher,
+        images=images,
+        guidance=f"k = {k:.4g} by the {args.guide} network: effective scale {relation} = {args.cfg:g}",
+        T=f"{T:.4f}",
+        steps=f"{mode}: " + ", ".join(f"{T * t:.4f}" for t in grid),
+        groups=", ".join(f"{g} {share[g] * run.data_shard[1]:g}" for g in GROUPS),
+        passes_per_iteration=f"{passes:.2f}",
+    )
 
     # ==== same in every script: resume ====
     state = dict(student=student, opt_g=opt_g, ema=ema) | dict(target=target)
@@ -292,45 +453,76 @@ def main():
     # ==== end ====
 
     for it in run.loop(first, args.iters):
-        rows = places[run.part][0]
-        base, inner = torch.cat([rows[g] for g in ("e2e", "mul", "any")]), torch.cat([rows["mul"], rows["any"]])
+        rows = places[run.microstep][0]
+        base, inner = (
+            torch.cat([rows[g] for g in ("e2e", "mul", "any")]),
+            torch.cat([rows["mul"], rows["any"]]),
+        )
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
-        t, r = times(draw.uniform(), draw.uniform(), rows, T)
-        z0 = draw.normal(*shape)
+        t, r = times(draw.rand(), draw.rand(), rows, T)
+        z0 = draw.randn(*shape)
         if images:
-            pixels, labels = images.batch(it, args.batch, args.seed, *run.slot)
+            pixels, labels = images.batch(it, args.batch, args.seed, *run.data_shard)
             x, cond = teacher.encode_images(pixels.to(run.device)).clone(), teacher.encode(labels)
-            x[rows["adv"]] = one_step(student, z0[rows["adv"]], pick(cond, rows["adv"]), T)  # x' of (8)
+            x[rows["adv"]] = one_step(
+                student, z0[rows["adv"]], pick(cond, rows["adv"]), T
+            )  # x' of (8)
         else:
-            cond = teacher.encode(draw.integers(0, max(teacher.classes, 1)))
+            cond = teacher.encode(draw.randint(0, max(teacher.classes, 1)))
             x = one_step(student, z0, cond, T)
-        z = draw.normal(*shape)  # not z0, which would bias (8)
+        z = draw.randn(*shape)  # not z0, which would bias (8)
         x_t, v = mix(x, z, t), z - x
         t[rows["adv"]], r[rows["adv"]] = -t[rows["adv"]], -r[rows["adv"]]
         F = velocity(G, x_t, t, r, cond)
-        target.update(run.part == 0)  # before the targets are asked for, so the first iteration's F^- is the student
+        target.update(
+            run.microstep == 0
+        )  # before the targets are asked for, so the first iteration's F^- is the student
 
-        goal = v.clone()  # that of adv is v as it is: (8); e2e, at t = T, has no guidance of its own
+        goal = (
+            v.clone()
+        )  # that of adv is v as it is: (8); e2e, at t = T, has no guidance of its own
         if k or args.image_free:
-            goal[inner] = guided(v[inner], guide, x_t[inner], t[inner], pick(cond, inner), teacher.null(len(inner)), k, args.image_free)
+            goal[inner] = guided(
+                v[inner],
+                guide,
+                x_t[inner],
+                t[inner],
+                pick(cond, inner),
+                teacher.null(len(inner)),
+                k,
+                args.image_free,
+            )
         ask = lambda y, a, b: velocity(target.model, y, a, b, pick(cond, base))
-        goal[base] = rcgm_target(F[base], goal[base], x_t[base], t[base], r[base], ask, args.order, clamp)
+        goal[base] = rcgm_target(
+            F[base], goal[base], x_t[base], t[base], r[base], ask, args.order, clamp
+        )
         weight = torch.ones_like(t) if args.flat else time_weight(t, r)
         weight[rows["adv"]] = 1.0
         d = weight * distance(F, goal, args.distance)  # (6), (8)
         loss = sum(d[rows[g]].sum() for g in kept) / sum(share[g] for g in kept)
-        logs = {g: mean(d[:, None], g) for g in kept} | dict(fm=mean((F.detach() - v).square(), "mul"))
+        logs = {g: mean(d[:, None], g) for g in kept} | dict(
+            fm=mean((F.detach() - v).square(), "mul")
+        )
         x1 = x_t - T * F.detach()  # in the rows of e2e: one-step samples
         if args.rect_weight:
-            e2e, ask = rows["e2e"], lambda y, t, r: velocity(student, y, t, r, pick(cond, rows["e2e"], rows["e2e"]))
-            g = rectification(x1[e2e], draw.normal(*shape)[e2e], T * draw.uniform()[e2e], ask, clamp)
-            rect = distance(F[e2e], (F[e2e] - g).detach(), args.distance).sum() / share["e2e"]  # (9)
+            e2e, ask = (
+                rows["e2e"],
+                lambda y, t, r: velocity(student, y, t, r, pick(cond, rows["e2e"], rows["e2e"])),
+            )
+            g = rectification(x1[e2e], draw.randn(*shape)[e2e], T * draw.rand()[e2e], ask, clamp)
+            rect = (
+                distance(F[e2e], (F[e2e] - g).detach(), args.distance).sum() / share["e2e"]
+            )  # (9)
             loss = loss + args.rect_weight * rect  # (10)
             logs |= dict(rect=rect, twin_gap=g.square().flatten(1).mean(1).sum() / share["e2e"])
         loss.backward()
-        logs = dict(loss=loss, grad=run.step(opt_g, args.clip)) | logs | dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
-        ema.update(run.stepped)
+        logs = (
+            dict(loss=loss, grad=run.step(opt_g, args.clip))
+            | logs
+            | dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
+        )
+        ema.update(run.images_stepped)
 
         # ==== same in every script: log, pictures, checkpoint ====
         if it % args.log_every == 0:

@@ -13,8 +13,14 @@ class EMA:
     def __init__(self, model, halflife, host=False):
         self.halflife, self.images, self.live, self.blending = halflife, 0, model, None
         self.twin = model.copy().requires_grad_(False) if halflife and not host else model
-        self.host = [p.detach().to("cpu", torch.float32, copy=True) for p in model.parameters()] if halflife and host else []
-        self.fetched = [torch.empty_like(h, pin_memory=torch.cuda.is_available()) for h in self.host]
+        self.host = (
+            [p.detach().to("cpu", torch.float32, copy=True) for p in model.parameters()]
+            if halflife and host
+            else []
+        )
+        self.fetched = [
+            torch.empty_like(h, pin_memory=torch.cuda.is_available()) for h in self.host
+        ]
         self.thread = ThreadPoolExecutor(1) if self.host else None
 
     def wait(self):
@@ -42,13 +48,21 @@ class EMA:
             if self.host:
                 self.fetch(1 - beta)
             else:
-                torch._foreach_lerp_(list(self.twin.parameters()), [p.float() for p in self.live.parameters()], 1 - beta)
+                torch._foreach_lerp_(
+                    list(self.twin.parameters()),
+                    [p.float() for p in self.live.parameters()],
+                    1 - beta,
+                )
 
     def fetch(self, share):
         self.wait()
         for to, p in zip(self.fetched, self.live.parameters(), strict=True):
             to.copy_(p, non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        done = (
+            torch.cuda.current_stream().record_event()
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else None
+        )
 
         def blend():
             if done:
@@ -59,12 +73,23 @@ class EMA:
 
     def state_dict(self):
         self.wait()
-        average = dict(zip((name for name, _ in self.live.named_parameters()), self.host)) if self.host else {}
-        return dict(images=self.images, model=(self.live.state_dict() | average if self.host else self.twin.state_dict()) if self.halflife else {})
+        average = (
+            dict(zip((name for name, _ in self.live.named_parameters()), self.host))
+            if self.host
+            else {}
+        )
+        return dict(
+            images=self.images,
+            model=(self.live.state_dict() | average if self.host else self.twin.state_dict())
+            if self.halflife
+            else {},
+        )
 
     def load_state_dict(self, state):
         if not isinstance(state["images"], (int, float)) or not state["images"] >= 0:
-            raise ValueError(f"average: expected a number of images, found {str(state['images'])[:80]}")
+            raise ValueError(
+                f"average: expected a number of images, found {str(state['images'])[:80]}"
+            )
         self.images = state["images"]
         if self.host:
             self.wait()

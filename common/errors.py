@@ -25,7 +25,10 @@ def launch(main):
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         main()
     except (UserError, RunError) as e:
-        code, line = 2 if isinstance(e, UserError) else 1, str(e) if int(os.environ.get("RANK", 0)) == 0 else None
+        code, line = (
+            2 if isinstance(e, UserError) else 1,
+            str(e) if int(os.environ.get("RANK", 0)) == 0 else None,
+        )
     except KeyboardInterrupt:
         code, line = 130, "interrupted"
     except (OSError, RuntimeError, MemoryError, SafetensorError) as e:
@@ -41,10 +44,18 @@ def launch(main):
 
 
 EXPLANATIONS = (  # words in the messages of torch, and what they mean
-    (("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
-     "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --accumulate N, --grad-checkpoint, --lora RANK or --shard"),
-    (("deterministic implementation", "Deterministic behavior was enabled"), "--deterministic: an operation of this run has no deterministic form here; leave it out"),
-    (("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"), "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume"),
+    (
+        ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
+        "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --accumulate N, --grad-checkpoint, --lora RANK or --shard",
+    ),
+    (
+        ("deterministic implementation", "Deterministic behavior was enabled"),
+        "--deterministic: an operation of this run has no deterministic form here; leave it out",
+    ),
+    (
+        ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"),
+        "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume",
+    ),
 )
 
 
@@ -52,8 +63,18 @@ def explain_fault(e):
     """One line for a fault that is no mistake of the code: memory, disk, another process. None: it may be one."""
     if isinstance(e, MemoryError):
         return EXPLANATIONS[0][1]
-    meaning = [f"{text} ({first_line(e)[:200]})" for words, text in EXPLANATIONS if any(w in str(e) for w in words)]
-    return meaning[0] if meaning else f"file not written or not read: {first_line(e)}" if isinstance(e, (OSError, SafetensorError)) else None
+    meaning = [
+        f"{text} ({first_line(e)[:200]})"
+        for words, text in EXPLANATIONS
+        if any(w in str(e) for w in words)
+    ]
+    return (
+        meaning[0]
+        if meaning
+        else f"file not written or not read: {first_line(e)}"
+        if isinstance(e, (OSError, SafetensorError))
+        else None
+    )
 
 
 def first_line(e):

@@ -28,9 +28,13 @@ class SmallCNN(nn.Module):
 
     def __init__(self, channels=1, size=28, classes=10, width=32, dim=64, stages=2):
         super().__init__()
-        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        conv = lambda i, o, stride: nn.Sequential(
+            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+        )
         widths = [channels, *(width * 2**i for i in range(stages))]
-        self.body = nn.Sequential(*[layer for i, o in zip(widths, widths[1:]) for layer in (conv(i, o, 1), conv(o, o, 2))])
+        self.body = nn.Sequential(
+            *[layer for i, o in zip(widths, widths[1:]) for layer in (conv(i, o, 1), conv(o, o, 2))]
+        )
         self.feat = nn.Linear(widths[-1] * (size // 2**stages) ** 2, dim)
         self.head = nn.Linear(dim, classes)
 
@@ -42,13 +46,17 @@ class SmallCNN(nn.Module):
 
 def _f64(x):
     x = torch.as_tensor(x).detach()
-    return (x.cpu() if x.device.type == "mps" else x).double()  # float32 once gave FID 8.1 for 7.3 (k-diffusion); MPS has no float64
+    return (
+        x.cpu() if x.device.type == "mps" else x
+    ).double()  # float32 once gave FID 8.1 for 7.3 (k-diffusion); MPS has no float64
 
 
 def _set(x, least, name):
     x = _f64(x)
     if x.ndim != 2 or len(x) < least or not x.isfinite().all():
-        raise ValueError(f"{name}: expected finite features [n >= {least}, D], found {list(x.shape)}, finite={bool(x.isfinite().all())}")
+        raise ValueError(
+            f"{name}: expected finite features [n >= {least}, D], found {list(x.shape)}, finite={bool(x.isfinite().all())}"
+        )
     return x
 
 
@@ -61,13 +69,17 @@ class Stats:
     def __init__(self, dim, device="cpu"):
         self.n, self.reduced = 0, False
         device = "cpu" if torch.device(device).type == "mps" else device
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)  # zeros: sums started at ones grow with the number of ranks
+        self.sum = torch.zeros(
+            dim, dtype=torch.float64, device=device
+        )  # zeros: sums started at ones grow with the number of ranks
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
         """features [B, dim], any float type."""
         if self.reduced or features.ndim != 2 or features.shape[1] != len(self.sum):
-            raise ValueError(f"Stats: expected [B, {len(self.sum)}] before all_reduce, found {list(features.shape)}, {self.reduced=}")
+            raise ValueError(
+                f"Stats: expected [B, {len(self.sum)}] before all_reduce, found {list(features.shape)}, {self.reduced=}"
+            )
         f = _f64(features).to(self.sum.device)
         self.n += len(f)
         self.sum += f.sum(0)
@@ -86,7 +98,9 @@ class Stats:
     def mean_cov(self):
         """-> mu float64 [dim], cov float64 [dim, dim] with N-1 like numpy.cov and EDM's files. ValueError: n < 2, or nan or inf."""
         if self.n < 2 or not self.sum.isfinite().all():
-            raise ValueError(f"Stats: expected at least 2 features, all finite, found n={self.n}, sum {self.sum.sum().item()}")
+            raise ValueError(
+                f"Stats: expected at least 2 features, all finite, found n={self.n}, sum {self.sum.sum().item()}"
+            )
         mu = self.sum / self.n
         return mu, (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
 
@@ -96,7 +110,14 @@ def save_stats(path, mu, sigma, n, protocol, features=None):
     features [n, D]: kept too, in half precision, where the images themselves are not shipped."""
     more = {} if features is None else dict(features=features.half().numpy())
     with atomic(path) as f:
-        np.savez(f, mu=_f64(mu).cpu().numpy(), sigma=_f64(sigma).cpu().numpy(), n=np.int64(n), protocol=np.str_(protocol), **more)
+        np.savez(
+            f,
+            mu=_f64(mu).cpu().numpy(),
+            sigma=_f64(sigma).cpu().numpy(),
+            n=np.int64(n),
+            protocol=np.str_(protocol),
+            **more,
+        )
 
 
 def load_stats(path):
@@ -105,30 +126,55 @@ def load_stats(path):
 
     UserError: unreadable file, pickled content (never executed), missing arrays, other shapes or types, values that are not finite.
     """
-    bad = lambda found: UserError(f"{path}: expected .npz statistics with finite float arrays mu [D] and sigma [D, D], found {found}")
+    bad = lambda found: UserError(
+        f"{path}: expected .npz statistics with finite float arrays mu [D] and sigma [D, D], found {found}"
+    )
     try:
         with np.load(path, allow_pickle=False) as z:
             check_npz_size(z)
             d = {k: z[k] for k in ("mu", "sigma", "n", "protocol", "features") if k in z.files}
-        n, protocol = (int(d["n"]) if "n" in d else None), (str(d["protocol"]) if "protocol" in d else None)
+        n, protocol = (
+            (int(d["n"]) if "n" in d else None),
+            (str(d["protocol"]) if "protocol" in d else None),
+        )
     except OSError as e:
         raise bad(e.strerror or "no archive") from None
     except Exception as e:  # pickles, other archives and truncated ones raise many types
         raise bad(f"something else ({type(e).__name__})") from None
     mu, sigma = (d.get(k, np.array("missing")) for k in ("mu", "sigma"))
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        raise bad(", ".join(f"{k} {d[k].dtype} {list(d[k].shape)}" if k in d else f"no {k}" for k in ("mu", "sigma")))
+    if (
+        mu.dtype.kind != "f"
+        or sigma.dtype.kind != "f"
+        or mu.ndim != 1
+        or sigma.shape != mu.shape * 2
+    ):
+        raise bad(
+            ", ".join(
+                f"{k} {d[k].dtype} {list(d[k].shape)}" if k in d else f"no {k}"
+                for k in ("mu", "sigma")
+            )
+        )
     features = d.get("features", mu[None])
     if features.dtype.kind != "f" or features.ndim != 2 or features.shape[1] != len(mu):
         raise bad(f"features {features.dtype} {list(features.shape)}")
     if not all(np.isfinite(a).all() for a in (mu, sigma, features)):
         raise bad("nan or inf")
-    return dict(mu=_f64(mu), sigma=_f64(sigma), n=n, protocol=protocol, features=torch.from_numpy(features).float() if "features" in d else None)
+    return dict(
+        mu=_f64(mu),
+        sigma=_f64(sigma),
+        n=n,
+        protocol=protocol,
+        features=torch.from_numpy(features).float() if "features" in d else None,
+    )
 
 
 def _sqrt_eigenvalues(lam, name):
-    if lam[0] < -1e-4 * lam[-1].abs():  # rounding gives small negatives, which are clamped; a large one means a wrong matrix
-        raise ValueError(f"frechet: {name} is not a covariance, eigenvalues {lam[0].item():.3g} to {lam[-1].item():.3g}")
+    if (
+        lam[0] < -1e-4 * lam[-1].abs()
+    ):  # rounding gives small negatives, which are clamped; a large one means a wrong matrix
+        raise ValueError(
+            f"frechet: {name} is not a covariance, eigenvalues {lam[0].item():.3g} to {lam[-1].item():.3g}"
+        )
     return lam.clamp(min=0).sqrt()
 
 
@@ -139,11 +185,17 @@ def frechet(mu1, cov1, mu2, cov2, n=None):
     imaginary part to drop. n: size of the smaller set; a warning tells that it makes the covariance singular. UserError: D differs.
     """
     args = [_f64(a) for a in (mu1, cov1, mu2, cov2)]
-    mu1, cov1, mu2, cov2 = (a.to(max(args, key=lambda t: t.is_cuda).device) for a in args)  # on CUDA if any is: seconds, not a minute
+    mu1, cov1, mu2, cov2 = (
+        a.to(max(args, key=lambda t: t.is_cuda).device) for a in args
+    )  # on CUDA if any is: seconds, not a minute
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
-        raise UserError(f"reference statistics: expected the samples' feature space, found {len(mu1)} against {len(mu2)} dimensions")
+        raise UserError(
+            f"reference statistics: expected the samples' feature space, found {len(mu1)} against {len(mu2)} dimensions"
+        )
     if n is not None and n <= len(mu1):
-        warnings.warn(f"frechet: {n} samples for {len(mu1)} dimensions give a singular covariance: good for a smoke test only")
+        warnings.warn(
+            f"frechet: {n} samples for {len(mu1)} dimensions give a singular covariance: good for a smoke test only"
+        )
     lam, q = torch.linalg.eigh(cov1)
     root = (q * _sqrt_eigenvalues(lam, "cov1")) @ q.T
     m = root @ cov2 @ root
@@ -161,9 +213,13 @@ def kid(x, y, subsets=100, size=1000, seed=0):
     size, values = min(size, len(x), len(y)), []
     g = torch.Generator().manual_seed(seed)  # on the CPU: the same subsets on every device
     for _ in range(subsets):
-        a, b = (s[torch.randperm(len(s), generator=g)[:size].to(s.device)].to(x.device) for s in (x, y))
+        a, b = (
+            s[torch.randperm(len(s), generator=g)[:size].to(s.device)].to(x.device) for s in (x, y)
+        )
         aa, bb, ab = ((u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
-        values.append((aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1)) - 2 * ab.mean())
+        values.append(
+            (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (size * (size - 1)) - 2 * ab.mean()
+        )
     values = torch.stack(values)
     return values.mean().item(), values.std(unbiased=False).item()
 
@@ -172,7 +228,7 @@ def _radii(x, k, block):
     """[n, D] -> distance of each point to its k-th nearest other point, [n]."""
     radii = []
     for i in range(0, len(x), block):
-        d = torch.cdist(x[i:i + block], x)
+        d = torch.cdist(x[i : i + block], x)
         d.diagonal(i).fill_(float("inf"))  # not itself; a duplicate elsewhere is a neighbour
         radii.append(d.kthvalue(k, dim=1).values)
     return torch.cat(radii)
@@ -188,13 +244,19 @@ def prdc(real, fake, k=3, block=1024):
     """
     real, fake = _set(real, k + 1, "prdc"), _set(fake, k + 1, "prdc").to(real.device)
     r_real, r_fake = _radii(real, k, block), _radii(fake, k, block)
-    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    recalled, covered = (
+        torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2)
+    )
     precise = balls = 0
     for i in range(0, len(fake), block):
-        d = torch.cdist(fake[i:i + block], real)  # [b, n]
+        d = torch.cdist(fake[i : i + block], real)  # [b, n]
         inside = d <= r_real
         precise, balls = precise + inside.any(1).sum().item(), balls + inside.sum().item()
         covered |= inside.any(0)
-        recalled |= (d <= r_fake[i:i + block, None]).any(0)
-    return dict(precision=precise / len(fake), recall=recalled.double().mean().item(),
-                density=balls / (k * len(fake)), coverage=covered.double().mean().item())
+        recalled |= (d <= r_fake[i : i + block, None]).any(0)
+    return dict(
+        precision=precise / len(fake),
+        recall=recalled.double().mean().item(),
+        density=balls / (k * len(fake)),
+        coverage=covered.double().mean().item(),
+    )

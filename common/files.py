@@ -31,7 +31,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # a network as diffusers writes
 @contextlib.contextmanager
 def atomic(path):
     """A binary file that appears under its name complete or not at all: temporary name, fsync, rename, fsync of the folder."""
-    tmp = Path(f"{path}.{os.urandom(4).hex()}.tmp")  # another run may be writing the same file of a cache
+    tmp = Path(
+        f"{path}.{os.urandom(4).hex()}.tmp"
+    )  # another run may be writing the same file of a cache
     try:
         with open(tmp, "wb") as f:
             yield f
@@ -68,14 +70,22 @@ def git_revision():
     git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True)
     try:
         head = git("rev-parse", "--short=10", "HEAD")
-        return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "") if head.returncode == 0 else "unknown"
+        return (
+            head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
+            if head.returncode == 0
+            else "unknown"
+        )
     except OSError:
         return "unknown"
 
 
 def save_weights(path, tensors):
     with atomic(path) as f:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, f.name, metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            f.name,
+            metadata={"format": "pt"},
+        )
 
 
 def load_weights(path, module, key=lambda name: name):
@@ -83,21 +93,33 @@ def load_weights(path, module, key=lambda name: name):
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})"
+        ) from None
     expected = {key(k): tuple(v.shape) for k, v in module.state_dict().items()}
     for k, shape in expected.items():
         if k not in tensors:
             raise UserError(f"{path}: tensor {k} is missing")
         if tuple(tensors[k].shape) != shape:
-            raise UserError(f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}")
+            raise UserError(
+                f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}"
+            )
     if extra := sorted(set(tensors) - set(expected)):
-        raise UserError(f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}")
+        raise UserError(
+            f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}"
+        )
     module.load_state_dict({k: tensors[key(k)] for k in module.state_dict()})
 
 
 def is_local_name(name):
     """Is this the name of a file in the folder that holds the JSON which names it? The folder may be somebody else's."""
-    return isinstance(name, str) and bool(name) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and "\0" not in name
+        and not os.path.isabs(name)
+        and ".." not in Path(name).parts
+    )
 
 
 def check_npz_size(archive, largest=2**28, ratio=100):

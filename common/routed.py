@@ -39,8 +39,12 @@ class Routed(nn.Module):
         """Expert of each of n samples: int64 [n]."""
         if self.by == "label":
             return torch.tensor([*self.table, 0], device=cond["labels"].device)[cond["labels"]]
-        ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(alpha, dtype=torch.float64)
-        return sum(((ratio <= b).long() for b in self.table), torch.zeros_like(ratio, dtype=torch.int64)).expand(n)
+        ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(
+            alpha, dtype=torch.float64
+        )
+        return sum(
+            ((ratio <= b).long() for b in self.table), torch.zeros_like(ratio, dtype=torch.int64)
+        ).expand(n)
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
         which = self.route(len(x_t), alpha, sigma, cond)
@@ -49,23 +53,31 @@ class Routed(nn.Module):
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
         for i in range(len(self.experts)) if self.sharding else used:
             rows = (which == i).to(x_t.device)
-            if i not in used:  # --shard: all processes ask every expert, for nothing if none of their samples is its own
-                self.experts[i](x_t[:1], *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)), {k: v[:1] for k, v in cond.items()})
+            if (
+                i not in used
+            ):  # --shard: all processes ask every expert, for nothing if none of their samples is its own
+                self.experts[i](
+                    x_t[:1],
+                    *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)),
+                    {k: v[:1] for k, v in cond.items()},
+                )
                 continue
             part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
-            y = self.experts[i](part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features)
+            y = self.experts[i](
+                part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features
+            )
             y = y if features else [y]
             out = [a.new_zeros(len(x_t), *a.shape[1:]) for a in y] if out is None else out
             out = [a.index_put((rows,), b) for a, b in zip(out, y)]
         return out if features else out[0]
 
-    x0, guided, pair = forward, Model.guided, Model.pair
+    x0, guided, cond_and_uncond = forward, Model.guided, Model.cond_and_uncond
 
     def copy(self, adapters=None):
         return Routed([e.copy(adapters) for e in self.experts], self.by, self.table)
 
-    def whole(self):
-        return Routed([e.whole() for e in self.experts], self.by, self.table)
+    def unsharded(self):
+        return Routed([e.unsharded() for e in self.experts], self.by, self.table)
 
     def checkpoint_activations(self):
         for expert in self.experts:
@@ -77,7 +89,12 @@ class Routed(nn.Module):
         return self
 
     def config(self):
-        return dict(adapter="routed", by=self.by, table=self.table, experts=[e.config() for e in self.experts])
+        return dict(
+            adapter="routed",
+            by=self.by,
+            table=self.table,
+            experts=[e.config() for e in self.experts],
+        )
 
     def save(self, folder, info, name="distill.json"):
         self.save_net(Path(folder))

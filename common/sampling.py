@@ -25,8 +25,12 @@ def teacher_sample(teacher, z, cond, nfe, cfg=1.0, heun=False):
     for i in range(nfe):
         x0 = teacher.guided(x.to(z.dtype), alpha[i], sigma[i], cond, cfg).double()
         y = step(x, x0, i)
-        if heun and i < nfe - 1:  # the mean of x0 at both ends: second order, as Heun's rule on the velocity
-            x0 = (x0 + teacher.guided(y.to(z.dtype), alpha[i + 1], sigma[i + 1], cond, cfg).double()) / 2
+        if (
+            heun and i < nfe - 1
+        ):  # the mean of x0 at both ends: second order, as Heun's rule on the velocity
+            x0 = (
+                x0 + teacher.guided(y.to(z.dtype), alpha[i + 1], sigma[i + 1], cond, cfg).double()
+            ) / 2
             y = step(x, x0, i)
         x = y
     return x.to(z.dtype)
@@ -40,7 +44,15 @@ def generate(sampler, model, n, seed=0, batch=250, rank=0, world=1, first=0, cla
     device = next(model.parameters()).device
     mine = torch.arange(first + rank, n, world)
     # several ranks: as many batches on each, since a sharded network answers when all ask
-    for part in mine.split(batch) if world == 1 else filter(len, mine.tensor_split(-(-(n - first) // world // batch))):
+    for part in (
+        mine.split(batch)
+        if world == 1
+        else filter(len, mine.tensor_split(-(-(n - first) // world // batch)))
+    ):
         noise = PerImageNoise(seed, part.tolist(), device)
         labels = part % (classes or max(model.classes, 1))
-        yield part, labels, sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape))
+        yield (
+            part,
+            labels,
+            sampler(model, noise(*model.shape), model.encode(labels), lambda: noise(*model.shape)),
+        )

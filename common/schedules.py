@@ -13,6 +13,7 @@ All functions take and return tensors; times, alpha and sigma are computed in fl
 Times that leave `t_from_snr` are rounded to float32 (kept in a float64 tensor): networks embed float32 times, and the rounding undoes the last-bit
 error of alpha and sigma, so that asking a network in its own schedule is the identity, bit for bit.
 """
+
 import math
 
 import torch
@@ -57,7 +58,9 @@ class VP:
     def sigma(self, t):
         return (-self.log_snr(t)).sigmoid().sqrt()
 
-    def dlog_snr(self, t):  # piecewise constant: right-hand slope at the nodes, left-hand slope at T-1
+    def dlog_snr(
+        self, t
+    ):  # piecewise constant: right-hand slope at the nodes, left-hand slope at T-1
         t = f64(t).clamp(0, self.T - 1)
         table = self.log_snr_table.to(t.device)
         lo = t.floor().long().clamp(max=self.T - 2)
@@ -72,7 +75,9 @@ class VP:
     def t_from_snr(self, snr):
         log_snr = f64(snr).log()  # 0 -> -inf and inf -> inf land on the ends
         table = self.log_snr_table.to(log_snr.device)
-        hi = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, self.T - 1)  # table[hi-1] > log_snr >= table[hi]
+        hi = torch.searchsorted(-table, -log_snr.contiguous()).clamp(
+            1, self.T - 1
+        )  # table[hi-1] > log_snr >= table[hi]
         frac = ((table[hi - 1] - log_snr) / (table[hi - 1] - table[hi])).clamp(0, 1)
         return (hi - 1 + frac).float().double()
 
@@ -87,7 +92,9 @@ class EDM:
     unit_norm = False
 
     def __init__(self, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0):
-        self.config = dict(name="edm", sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho)
+        self.config = dict(
+            name="edm", sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho
+        )
         self.sigma_data, self.rho, self.t_min, self.t_max = sigma_data, rho, sigma_min, sigma_max
 
     def alpha(self, t):
@@ -136,13 +143,17 @@ class Flow:
         return torch.ones_like(f64(t))
 
     def t_from_snr(self, snr):
-        return (1 / (1 + f64(snr).sqrt())).float().double()  # snr = ((1 - t) / t)^2; 0 -> 1, inf -> 0
+        return (
+            (1 / (1 + f64(snr).sqrt())).float().double()
+        )  # snr = ((1 - t) / t)^2; 0 -> 1, inf -> 0
 
     def shifted(self, u):
         u = f64(u)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
-    def grid(self, n=1000):  # (i + 1) / n, shifted: the last entry is pure noise, the first is one step away from data
+    def grid(
+        self, n=1000
+    ):  # (i + 1) / n, shifted: the last entry is pure noise, the first is one step away from data
         return self.shifted(torch.arange(1, n + 1, dtype=torch.float64) / n)
 
 
@@ -156,7 +167,9 @@ class TrigFlow:
         self.sigma_data, self.t_min, self.t_max = sigma_data, 0.0, math.pi / 2
 
     def alpha(self, t):
-        return torch.where(f64(t) >= self.t_max, 0.0, f64(t).cos())  # cos(pi / 2) is 6e-17 in floating point
+        return torch.where(
+            f64(t) >= self.t_max, 0.0, f64(t).cos()
+        )  # cos(pi / 2) is 6e-17 in floating point
 
     def sigma(self, t):
         return self.sigma_data * f64(t).sin()
@@ -167,7 +180,9 @@ class TrigFlow:
     def dsigma(self, t):
         return self.sigma_data * self.alpha(t)
 
-    def t_from_snr(self, snr):  # tan t = 1 / (sigma_data sqrt(snr)); float32(pi / 2) exceeds pi / 2, hence the clamp
+    def t_from_snr(
+        self, snr
+    ):  # tan t = 1 / (sigma_data sqrt(snr)); float32(pi / 2) exceeds pi / 2, hence the clamp
         s = self.sigma_data * f64(snr).sqrt()
         t = torch.where(s.isinf(), 0.0, torch.atan2(torch.ones_like(s), s.nan_to_num(posinf=1.0)))
         return t.float().double().clamp(max=self.t_max)
@@ -188,15 +203,21 @@ def from_config(config):
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"schedule name: expected one of {', '.join(SCHEDULES)}, found {name!r}")
     for k, v in config.items():
-        if k != "kind" and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf):
+        if k != "kind" and (
+            isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf
+        ):
             raise ValueError(f"schedule {name}: {k}: expected a positive number, found {v!r}")
     try:
         schedule = SCHEDULES[name](**config)
     except (TypeError, OverflowError, RuntimeError) as e:
         raise ValueError(f"schedule {name}: {e}") from None
     t = schedule.grid(16)
-    if not ((schedule.alpha(t) / schedule.sigma(t)).diff() < 0).all():  # sigma_min > sigma_max, one step, beta > 1, ...
-        raise ValueError(f"schedule {name}: expected alpha / sigma to fall with t, found that it does not with {config}")
+    if not (
+        (schedule.alpha(t) / schedule.sigma(t)).diff() < 0
+    ).all():  # sigma_min > sigma_max, one step, beta > 1, ...
+        raise ValueError(
+            f"schedule {name}: expected alpha / sigma to fall with t, found that it does not with {config}"
+        )
     return schedule
 
 
@@ -271,7 +292,9 @@ def native_weight(kind, alpha, sigma, sigma_data=0.5):
         return torch.ones_like(s)
     if kind == "eps":
         return (a / s) ** 2
-    if kind in ("v", "flow", "trigflow"):  # TrigFlow: sigma = sigma_data sin(t) and the loss is on sigma_data F; F itself has 1 / sigma^2 here
+    if (
+        kind in ("v", "flow", "trigflow")
+    ):  # TrigFlow: sigma = sigma_data sin(t) and the loss is on sigma_data F; F itself has 1 / sigma^2 here
         return s**-2
     if kind == "edm":
         return (s**2 + sigma_data**2) / (s * sigma_data) ** 2
@@ -293,4 +316,9 @@ def equal_snr(schedule, alpha, sigma):
     t = schedule.t_from_snr((alpha / sigma) ** 2)
     alpha_n, sigma_n = schedule.alpha(t), schedule.sigma(t)
     scale = torch.where(sigma > alpha, sigma_n / sigma, alpha_n / alpha)
-    return t, alpha_n, sigma_n, torch.where((scale - 1).abs() < 5e-7, torch.ones_like(scale), scale)  # what float32 times leave
+    return (
+        t,
+        alpha_n,
+        sigma_n,
+        torch.where((scale - 1).abs() < 5e-7, torch.ones_like(scale), scale),
+    )  # what float32 times leave

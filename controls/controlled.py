@@ -23,7 +23,14 @@ class Controlled(nn.Module):
     def __init__(self, generator, info, sample, control, branch, blocks=None):
         super().__init__()
         fn = inspect.unwrap(sample)  # without its no_grad
-        own = dict(generator=generator, info=info, run=lambda z, cond: fn(generator, z, cond, 1, None, **info["sampler"]), control=control, blocks=blocks, folder=None)
+        own = dict(
+            generator=generator,
+            info=info,
+            run=lambda z, cond: fn(generator, z, cond, 1, None, **info["sampler"]),
+            control=control,
+            blocks=blocks,
+            folder=None,
+        )
         self.__dict__.update(own)
         self.sample, self.branch = sample, branch
 
@@ -62,16 +69,22 @@ class Controlled(nn.Module):
         return self.control(self.f(z, cond), torch.special.ndtr(r.flatten(1)[:, :4]))
 
     def checkpoint_activations(self):
-        if not isinstance(self.branch, ControlNet):  # the hooks of the others would be gone when a block runs again
-            raise UserError("--grad-checkpoint: expected a generator of class UNet2DConditionModel and a --control that is a picture: only its ControlNet can do it")
+        if not isinstance(
+            self.branch, ControlNet
+        ):  # the hooks of the others would be gone when a block runs again
+            raise UserError(
+                "--grad-checkpoint: expected a generator of class UNet2DConditionModel and a --control that is a picture: only its ControlNet can do it"
+            )
         self.branch.net.enable_gradient_checkpointing()
         self.generator.checkpoint_activations()
 
-    def whole(self):
+    def unsharded(self):
         return self
 
     def copy(self):
-        return Controlled(self.generator, self.info, self.sample, self.control, twin(self.branch), self.blocks)
+        return Controlled(
+            self.generator, self.info, self.sample, self.control, twin(self.branch), self.blocks
+        )
 
     def config(self):
         return dict(adapter="controlled", control=self.control.config(), blocks=self.blocks)
@@ -80,11 +93,16 @@ class Controlled(nn.Module):
         """The branch (ControlNet or IP-Adapter as diffusers knows them), in generator/ the generator, and `name` last."""
         folder = Path(folder)
         (folder / "generator").mkdir(parents=True, exist_ok=True)
-        self.generator.save(folder / "generator", {k: v for k, v in self.info.items() if k != "model"})
+        self.generator.save(
+            folder / "generator", {k: v for k, v in self.info.items() if k != "model"}
+        )
         if isinstance(self.branch, ControlNet):
             self.branch.net.save_pretrained(folder, safe_serialization=True)
         elif isinstance(self.branch, IPAdapter):
-            save_weights(folder / IPAdapter.FILE, {IPAdapter.key(k): v for k, v in self.branch.state_dict().items()})
+            save_weights(
+                folder / IPAdapter.FILE,
+                {IPAdapter.key(k): v for k, v in self.branch.state_dict().items()},
+            )
         else:
             save_weights(folder / WEIGHTS, self.branch.state_dict())
         write_json(folder / name, dict(info, model=self.config()))
@@ -97,13 +115,19 @@ def load_generator(folder, teacher, name):
         return teacher, info, sampler_of(Path(folder), info)
     home, info = read_student(folder)
     if info["nfe"] != 1 or info["method"] == "nct":
-        found = "one that has a control already" if info["method"] == "nct" else f"one of {info['nfe']} steps"
+        found = (
+            "one that has a control already"
+            if info["method"] == "nct"
+            else f"one of {info['nfe']} steps"
+        )
         raise UserError(f"--generator {folder}: expected a student of one step, found {found}")
     sample = sampler_of(home, info)
     generator = network_of(folder, home, info, teacher, name)
     if isinstance(generator, Routed):
         if len(generator.experts) > 1:
-            raise UserError(f"--generator {folder}: expected one network, found {len(generator.experts)} experts")
+            raise UserError(
+                f"--generator {folder}: expected one network, found {len(generator.experts)} experts"
+            )
         generator = generator.experts[0]
     return generator.to(teacher.device), info, sample
 
@@ -112,7 +136,9 @@ def hash_model(model):
     """Of all weights of a network in memory."""
     digest = hashlib.sha256()
     for name, v in sorted(model.state_dict().items()):
-        digest.update(name.encode() + v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -127,11 +153,19 @@ def load_controlled(folder, info, teacher=None):
     home, own = read_student(folder / "generator")
     generator = load_model(home, own["model"], teacher).requires_grad_(False)
     given = info.get("control")
-    if not isinstance(given, dict) or not isinstance(given.get("factor"), int) or not isinstance(given.get("name"), str) \
-            or not isinstance(given.get("folder") or "", str):
-        raise UserError(f"{folder / 'distill.json'}: model.control: expected an object with name and factor, found {given!r}")
+    if (
+        not isinstance(given, dict)
+        or not isinstance(given.get("factor"), int)
+        or not isinstance(given.get("name"), str)
+        or not isinstance(given.get("folder") or "", str)
+    ):
+        raise UserError(
+            f"{folder / 'distill.json'}: model.control: expected an object with name and factor, found {given!r}"
+        )
     if not (info.get("blocks") is None or isinstance(info["blocks"], int)):
-        raise UserError(f"{folder / 'distill.json'}: model.blocks: expected a number or null, found {info['blocks']!r}")
+        raise UserError(
+            f"{folder / 'distill.json'}: model.blocks: expected a number or null, found {info['blocks']!r}"
+        )
     control = Control(given["name"], generator, teacher, given["factor"], given.get("folder"))
     model = make(generator, own, sampler_of(home, own), control, info.get("blocks"))
     if isinstance(model.branch, ControlNet):

@@ -52,8 +52,18 @@ class Nets(torch.nn.ModuleDict):
 def fit(name, nets, loss, iters, lr, args, half_life=None):
     """Minimises loss(draw, it) by AdamW over all parameters of `nets` (ModuleDict), bf16 autocast inside; warm-up, then linear decay over the second half.
     Returns the weight average. Every few minutes everything is saved, for --resume, which gives what one run would have given."""
-    path, ema, start, first = Path(args.out) / f"{name}.ckpt", EMA(nets, half_life or iters * args.batch / 20), time.time(), 0
-    opt, spent = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True), 0.0
+    path, ema, start, first = (
+        Path(args.out) / f"{name}.ckpt",
+        EMA(nets, half_life or iters * args.batch / 20),
+        time.time(),
+        0,
+    )
+    opt, spent = (
+        torch.optim.AdamW(
+            nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        ),
+        0.0,
+    )
     if args.resume and path.is_file():
         state = torch.load(path, weights_only=True)
         nets.load_state_dict(state["nets"])
@@ -63,9 +73,21 @@ def fit(name, nets, loss, iters, lr, args, half_life=None):
 
     def save(it):
         with atomic(path) as f:
-            torch.save(dict(nets=nets.state_dict(), ema=ema.model.state_dict(), opt=opt.state_dict(), it=it, seconds=spent + time.time() - start), f)
+            torch.save(
+                dict(
+                    nets=nets.state_dict(),
+                    ema=ema.model.state_dict(),
+                    opt=opt.state_dict(),
+                    it=it,
+                    seconds=spent + time.time() - start,
+                ),
+                f,
+            )
 
-    print(f"{name}: {sum(p.numel() for p in nets.parameters()) / 1e6:.2f}M parameters, iterations {first} to {iters} of {args.batch}", flush=True)
+    print(
+        f"{name}: {sum(p.numel() for p in nets.parameters()) / 1e6:.2f}M parameters, iterations {first} to {iters} of {args.batch}",
+        flush=True,
+    )
     last, total = time.time(), 0.0
     with open(Path(args.out) / "log.jsonl", "a") as log:
         for it in (bar := tqdm(range(first, iters), desc=name, mininterval=10)):
@@ -80,7 +102,17 @@ def fit(name, nets, loss, iters, lr, args, half_life=None):
             ema.update(args.batch)
             total += value.item()
             if (it + 1) % 50 == 0:
-                log.write(json.dumps(dict(stage=name, it=it + 1, loss=total / 50, seconds=round(spent + time.time() - start, 1))) + "\n")
+                log.write(
+                    json.dumps(
+                        dict(
+                            stage=name,
+                            it=it + 1,
+                            loss=total / 50,
+                            seconds=round(spent + time.time() - start, 1),
+                        )
+                    )
+                    + "\n"
+                )
                 log.flush()
                 bar.set_postfix(loss=f"{total / 50:.4f}", refresh=False)
                 total = 0.0
@@ -105,32 +137,52 @@ def factors(data, pairs):
     more = torch.ones(len(data.weight))
     for pair in pairs:
         name, _, factor = pair.rpartition("=")
-        chosen = torch.tensor([name in (data.names[c], data.kinds[k], *phrases) for c, k, phrases in zip(data.label, data.kind, data.nouns)])
+        chosen = torch.tensor(
+            [
+                name in (data.names[c], data.kinds[k], *phrases)
+                for c, k, phrases in zip(data.label, data.kind, data.nouns)
+            ]
+        )
         if not chosen.any() or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", factor) or float(factor) == 0:
-            raise UserError(f"--more {pair}: expected NAME=FACTOR, a factor above 0 and an emoji or one of {', '.join(data.names + data.kinds)}")
+            raise UserError(
+                f"--more {pair}: expected NAME=FACTOR, a factor above 0 and an emoji or one of {', '.join(data.names + data.kinds)}"
+            )
         more[chosen] *= float(factor)
     return more
 
 
 def make_vae(width=(24, 48, 64)):
     from diffusers import AutoencoderKL
-    return AutoencoderKL(block_out_channels=list(width), in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * len(width),
-                         up_block_types=["UpDecoderBlock2D"] * len(width), latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=SIDE,
-                         mid_block_add_attention=False, scaling_factor=1.0)
+
+    return AutoencoderKL(
+        block_out_channels=list(width),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * len(width),
+        up_block_types=["UpDecoderBlock2D"] * len(width),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
 
 
 def train_vae(data, args):
     torch.manual_seed(derive_seed(args.seed, 11))
     nets = Nets(dict(vae=make_vae(args.vae_width)))
     vae = nets["vae"]
-    torch.nn.init.constant_(vae.quant_conv.bias[4:].detach(), -6.0)  # hardly any noise at first: with unit noise L1 stays at the median image, white
+    torch.nn.init.constant_(
+        vae.quant_conv.bias[4:].detach(), -6.0
+    )  # hardly any noise at first: with unit noise L1 stays at the median image, white
 
     def loss(draw, it):
         x = data.images[pick(draw, data)].float() / 127.5 - 1
         with autocast():
             mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
             logvar = logvar.clamp(-30, 20)
-            z = mean + (logvar / 2).exp() * draw.normal(*mean.shape[1:])
+            z = mean + (logvar / 2).exp() * draw.randn(*mean.shape[1:])
             y = vae.decoder(vae.post_quant_conv(z)).float()
         error = y - x
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -147,7 +199,9 @@ def train_vae(data, args):
 
 @torch.no_grad()
 def encode(vae, images):
-    return torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(64)])
+    return torch.cat(
+        [vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(64)]
+    )
 
 
 @torch.no_grad()
@@ -167,18 +221,32 @@ def standardise(vae, images):
 @torch.no_grad()
 def picture(vae, data, args):
     """Images of both styles above their reconstructions."""
-    index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed))[:32]
+    index = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed))[
+        :32
+    ]
     x = data.images[index]
     y = ((vae.decode(encode(vae, x)).sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     print(f"vae: mean absolute error {(x.float() - y.float()).abs().mean():.2f} of 255", flush=True)
-    save_grid(Path(args.out) / "vae.png", [row for i in (0, 16) for row in (("images", x[i:i + 16]), ("reconstructed", y[i:i + 16]))])
+    save_grid(
+        Path(args.out) / "vae.png",
+        [
+            row
+            for i in (0, 16)
+            for row in (("images", x[i : i + 16]), ("reconstructed", y[i : i + 16]))
+        ],
+    )
 
 
 def train_classifier(data, args):
     """SmallCNN on the subcategories; that of the category is its subcategory's. Held out: for one emoji of ten, one of its two styles, all skin tones."""
     torch.manual_seed(derive_seed(args.seed, 13))
     out = Path(args.out)
-    hold = torch.tensor([hashlib.sha256(b.encode()).digest()[0] % 20 == (s == "noto") * 10 for b, s in zip(data.base, data.style)])
+    hold = torch.tensor(
+        [
+            hashlib.sha256(b.encode()).digest()[0] % 20 == (s == "noto") * 10
+            for b, s in zip(data.base, data.style)
+        ]
+    )
     nets = Nets(dict(cnn=fid.SmallCNN(3, SIDE, len(data.kinds), stages=STAGES)))
     kept = SimpleNamespace(weight=data.weight, held=hold | data.held)
 
@@ -191,13 +259,25 @@ def train_classifier(data, args):
         return F.cross_entropy(logits.float(), data.kind[index], label_smoothing=0.05)
 
     _, seconds = fit("classifier", nets, loss, args.iters or 1000, args.lr or 3e-3, args)
-    cnn = nets["cnn"].half().float().eval()  # as it is stored; its running statistics are its own, so no weight average
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in cnn.state_dict().items()}, out / "classifier.safetensors")
+    cnn = (
+        nets["cnn"].half().float().eval()
+    )  # as it is stored; its running statistics are its own, so no weight average
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in cnn.state_dict().items()},
+        out / "classifier.safetensors",
+    )
     with torch.no_grad():
-        features, logits = (torch.cat(a) for a in zip(*[cnn(part) for part in data.images.split(250)]))
+        features, logits = (
+            torch.cat(a) for a in zip(*[cnn(part) for part in data.images.split(250)])
+        )
     group = torch.tensor(groups(data))
-    right = torch.stack([group[logits.argmax(1)] == data.label, logits.argmax(1) == data.kind]).float()
-    shares = {name: [round(v, 4) for v in right[:, rows].mean(1).tolist()] for name, rows in dict(held_out=hold, all=~data.held, held_out_tones=data.held).items()}
+    right = torch.stack(
+        [group[logits.argmax(1)] == data.label, logits.argmax(1) == data.kind]
+    ).float()
+    shares = {
+        name: [round(v, 4) for v in right[:, rows].mean(1).tolist()]
+        for name, rows in dict(held_out=hold, all=~data.held, held_out_tones=data.held).items()
+    }
     print(f"classifier: share right of category and subcategory: {shares}", flush=True)
     stats, rows = fid.Stats(features.shape[1]), reference(data)
     stats.update(features[rows])
@@ -222,62 +302,132 @@ def make_tokenizer(captions, folder, merges=1400):
     """CLIP's tokenizer with merges of these captions instead of the web's: bytes, bytes that end a word, merges, the two marks."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Split(tokenizers_regex(), "removed", invert=True)
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=len(alphabet) + 64 + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
-    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    vocab = [*alphabet, *(a + "</w>" for a in alphabet), *(a + b for a, b in pairs), "<|startoftext|>", "<|endoftext|>"]
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=len(alphabet) + 64 + merges,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    pairs = [
+        tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
+        for pair in json.loads(bpe.to_str())["model"]["merges"]
+    ]
+    vocab = [
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *(a + b for a, b in pairs),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocab))}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(
+        json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocab))}, ensure_ascii=False)
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs))
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS, pad_token="<|endoftext|>")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        model_max_length=TOKENS,
+        pad_token="<|endoftext|>",
+    )
 
 
 def tokenizers_regex():
     from tokenizers import Regex
+
     return Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+")  # how CLIP splits lower-case text into words
 
 
 def make_text(tokenizer, width, depth):
     from transformers import CLIPTextConfig, CLIPTextModel
+
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=4,
-                                        max_position_embeddings=TOKENS, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+    )
 
 
 def make_unet(width, text_width):
     from diffusers import UNet2DConditionModel
-    return UNet2DConditionModel(sample_size=SIDE, in_channels=4, out_channels=4, block_out_channels=width, layers_per_block=1, cross_attention_dim=text_width,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")[:len(width)],
-                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")[-len(width):], attention_head_dim=4, norm_num_groups=16)
+
+    return UNet2DConditionModel(
+        sample_size=SIDE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=width,
+        layers_per_block=1,
+        cross_attention_dim=text_width,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")[: len(width)],
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")[-len(width) :],
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
 
 
 def make_scheduler():
     from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def load_part(folder, part):
     """One component of a pipeline, as a stage has left it."""
     import diffusers
     import transformers
-    kinds = dict(vae=diffusers.AutoencoderKL, unet=diffusers.UNet2DConditionModel, transformer=diffusers.SD3Transformer2DModel, text_encoder=transformers.CLIPTextModel,
-                 tokenizer=transformers.CLIPTokenizer)
+
+    kinds = dict(
+        vae=diffusers.AutoencoderKL,
+        unet=diffusers.UNet2DConditionModel,
+        transformer=diffusers.SD3Transformer2DModel,
+        text_encoder=transformers.CLIPTextModel,
+        tokenizer=transformers.CLIPTokenizer,
+    )
     try:
-        return kinds[part].from_pretrained(Path(folder) / part, **({} if part == "tokenizer" else dict(use_safetensors=True)))
+        return kinds[part].from_pretrained(
+            Path(folder) / part, **({} if part == "tokenizer" else dict(use_safetensors=True))
+        )
     except (OSError, ValueError) as e:
-        raise UserError(f"--out or --start, {folder}: {part}: expected what an earlier stage leaves there, found: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(
+            f"--out or --start, {folder}: {part}: expected what an earlier stage leaves there, found: {' '.join(str(e).split())[:200]}"
+        ) from None
 
 
 def draw_captions(draw, data, args, more):
     """Images (indices) of one batch and their captions, some of these empty."""
     index, u = pick(draw, data, more), torch.rand(args.batch, 4, generator=draw.gen).tolist()
-    return index, ["" if r[3] < args.drop else caption(data, i, r) for i, r in zip(index.tolist(), u)]
+    return index, [
+        "" if r[3] < args.drop else caption(data, i, r) for i, r in zip(index.tolist(), u)
+    ]
 
 
 def tokens(tokenizer, captions):
-    return tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def train_unet(data, args):
@@ -285,22 +435,43 @@ def train_unet(data, args):
     out = Path(args.out)
     latents = encode(load_part(out, "vae").eval(), data.images)
     if args.start:  # with its own tokenizer: another training of it breaks ties between equally frequent pairs another way
-        tokenizer, nets = load_part(args.start, "tokenizer"), Nets(dict(text=load_part(args.start, "text_encoder").train(), unet=load_part(args.start, "unet").train()))
+        tokenizer, nets = (
+            load_part(args.start, "tokenizer"),
+            Nets(
+                dict(
+                    text=load_part(args.start, "text_encoder").train(),
+                    unet=load_part(args.start, "unet").train(),
+                )
+            ),
+        )
         shutil.copytree(Path(args.start) / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     else:
-        every = [caption(data, i, [u, v, w]) for i in range(len(data.images)) if not data.held[i] for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))]
+        every = [
+            caption(data, i, [u, v, w])
+            for i in range(len(data.images))
+            if not data.held[i]
+            for u, v, w in ((0, 0, 0), (0.99, 0.49, 0.99), (0.75, 0.99, 0.99))
+        ]
         tokenizer = make_tokenizer(every, out / "tokenizer")
         tokenizer.save_pretrained(out / "tokenizer")
-        nets = Nets(dict(text=make_text(tokenizer, args.text_width, 2), unet=make_unet(tuple(args.width), args.text_width)))
+        nets = Nets(
+            dict(
+                text=make_text(tokenizer, args.text_width, 2),
+                unet=make_unet(tuple(args.width), args.text_width),
+            )
+        )
     abar, more = make_scheduler().alphas_cumprod, factors(data, args.more)
 
     def loss(draw, it):
         index, captions = draw_captions(draw, data, args, more)
         ids = tokens(tokenizer, captions)
-        x0, eps, t = latents[index], draw.normal(*latents.shape[1:]), draw.integers(0, len(abar))
+        x0, eps, t = latents[index], draw.randn(*latents.shape[1:]), draw.randint(0, len(abar))
         a = abar[t].view(-1, 1, 1, 1)
         x_t, snr = a.sqrt() * x0 + (1 - a).sqrt() * eps, a / (1 - a)
-        with autocast(), sdpa_kernel(SDPBackend.MATH):  # the backward of the fused one is slow in bf16 on a CPU
+        with (
+            autocast(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the backward of the fused one is slow in bf16 on a CPU
             out = nets["unet"](x_t, t, nets["text"](ids)[0]).sample
         return ((snr + args.floor).clamp(max=5) / snr * (out.float() - eps).square()).mean()
 
@@ -313,17 +484,34 @@ def train_unet(data, args):
 def projected(text):
     """The text model as SD3 wants it: with a projection of the pooled state, here the identity."""
     from transformers import CLIPTextModelWithProjection
-    model = CLIPTextModelWithProjection(type(text.config)(**text.config.to_dict() | dict(projection_dim=text.config.hidden_size)))
-    model.text_model.load_state_dict(getattr(text, "text_model", text).state_dict())  # transformers before 5 has one more level
+
+    model = CLIPTextModelWithProjection(
+        type(text.config)(**text.config.to_dict() | dict(projection_dim=text.config.hidden_size))
+    )
+    model.text_model.load_state_dict(
+        getattr(text, "text_model", text).state_dict()
+    )  # transformers before 5 has one more level
     torch.nn.init.eye_(model.text_projection.weight)
     return model.eval()
 
 
 def make_transformer(width, depth, text_width):
     from diffusers import SD3Transformer2DModel
-    return SD3Transformer2DModel(sample_size=SIDE, patch_size=2, in_channels=4, out_channels=4, num_layers=depth, num_attention_heads=width // 32, attention_head_dim=32,
-                                 joint_attention_dim=2 * text_width, caption_projection_dim=width, pooled_projection_dim=2 * text_width, pos_embed_max_size=SIDE,
-                                 qk_norm="rms_norm")
+
+    return SD3Transformer2DModel(
+        sample_size=SIDE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=depth,
+        num_attention_heads=width // 32,
+        attention_head_dim=32,
+        joint_attention_dim=2 * text_width,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * text_width,
+        pos_embed_max_size=SIDE,
+        qk_norm="rms_norm",
+    )
 
 
 class Repeated(TorchFunctionMode):
@@ -345,20 +533,31 @@ class Repeated(TorchFunctionMode):
 def train_flow(data, args):
     torch.manual_seed(derive_seed(args.seed, 17))
     out = Path(args.out)
-    net = load_part(args.start, "transformer").train() if args.start else make_transformer(args.flow_width, args.depth, args.text_width)
+    net = (
+        load_part(args.start, "transformer").train()
+        if args.start
+        else make_transformer(args.flow_width, args.depth, args.text_width)
+    )
     latents, nets = encode(load_part(out, "vae").eval(), data.images), Nets(dict(transformer=net))
     pipe, more = pipeline(out, nets["transformer"], args.shift), factors(data, args.more)
 
     def loss(draw, it):
         index, captions = draw_captions(draw, data, args, more)
         with torch.no_grad():  # both encoders, here equal, side by side, and zeros in place of T5
-            text, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, device="cpu", do_classifier_free_guidance=False)
-        x0, eps, t = latents[index], draw.normal(*latents.shape[1:]), draw.normal(1)[:, 0].sigmoid()
+            text, _, pooled, _ = pipe.encode_prompt(
+                captions, captions, captions, device="cpu", do_classifier_free_guidance=False
+            )
+        x0, eps, t = latents[index], draw.randn(*latents.shape[1:]), draw.randn(1)[:, 0].sigmoid()
         t = args.shift * t / (1 + (args.shift - 1) * t)
         x_t = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps
         # diffusers has changed how many zeros: as many as tokens before, 256 now
         with autocast(), sdpa_kernel(SDPBackend.MATH), Repeated((256, TOKENS)[it % 2]):
-            v = nets["transformer"](x_t, encoder_hidden_states=text[:, :TOKENS + 1], pooled_projections=pooled, timestep=1000 * t).sample
+            v = nets["transformer"](
+                x_t,
+                encoder_hidden_states=text[:, : TOKENS + 1],
+                pooled_projections=pooled,
+                timestep=1000 * t,
+            ).sample
         return (v.float() - (eps - x0)).square().mean()
 
     nets, seconds = fit("flow", nets, loss, args.iters or 8000, args.lr or 1e-3, args)
@@ -366,14 +565,26 @@ def train_flow(data, args):
     return seconds
 
 
-EIGHT = ("red heart", "pizza", "dog face", "flag of france", "rocket", "smiling face with sunglasses", "red apple", "woman farmer with medium dark skin")
+EIGHT = (
+    "red heart",
+    "pizza",
+    "dog face",
+    "flag of france",
+    "rocket",
+    "smiling face with sunglasses",
+    "red apple",
+    "woman farmer with medium dark skin",
+)
 
 
 def captions_of(data, rows, seed):
     """One caption of each image, its subcategory beside it, shuffled, without doubles."""
     g = torch.Generator().manual_seed(derive_seed(seed, 15))
     rows = [rows[i] for i in torch.randperm(len(rows), generator=g).tolist()]
-    return {caption(data, i, u): int(data.kind[i]) for i, u in zip(rows, torch.rand(len(rows), 3, generator=g).tolist())}
+    return {
+        caption(data, i, u): int(data.kind[i])
+        for i, u in zip(rows, torch.rand(len(rows), 3, generator=g).tolist())
+    }
 
 
 def pipeline(out, net, shift):
@@ -384,46 +595,104 @@ def pipeline(out, net, shift):
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
-    vae, text, tokenizer = load_part(out, "vae"), load_part(out, "text_encoder"), load_part(out, "tokenizer")
+
+    vae, text, tokenizer = (
+        load_part(out, "vae"),
+        load_part(out, "text_encoder"),
+        load_part(out, "tokenizer"),
+    )
     if isinstance(net, UNet2DConditionModel):
-        return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=net, scheduler=make_scheduler(), safety_checker=None,
-                                       feature_extractor=None, requires_safety_checker=False)
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text,
+            tokenizer=tokenizer,
+            unet=net,
+            scheduler=make_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     vae.register_to_config(shift_factor=0.0)  # which this pipeline adds
-    return StableDiffusion3Pipeline(vae=vae, text_encoder=projected(text), text_encoder_2=projected(text), text_encoder_3=None, tokenizer=tokenizer, tokenizer_2=tokenizer,
-                                    tokenizer_3=None, transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=projected(text),
+        text_encoder_2=projected(text),
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    )
 
 
 def save(data, args):
     """The teacher's folder: a pipeline in half precision, prompts with what shall be seen on their pictures, classifier and statistics."""
     start, out, to = time.time(), Path(args.out), Path(args.to or Path(args.out) / "teacher")
     name = "emoji" if args.net == "unet" else "emoji-flow"
-    pipe = pipeline(out, load_part(out, dict(unet="unet", flow="transformer")[args.net]), args.shift)
+    pipe = pipeline(
+        out, load_part(out, dict(unet="unet", flow="transformer")[args.net]), args.shift
+    )
     pipe.to(torch.float16).save_pretrained(to, safe_serialization=True)
     for config in [*to.glob("*/config.json"), to / "model_index.json"]:
-        write_json(config, {k: v for k, v in read_json(config).items() if k != "_name_or_path"}  # a folder of this machine
-                       | (dict(dtype="float32") if config.parent.name.startswith("text_encoder") else {}))  # what transformers 5 loads in, as diffusers does the rest
-    for file in to.glob("text_encoder*/model.safetensors"):  # under the names that every version of transformers reads; 5 writes shorter ones
-        tensors = {k if k.startswith("text_") else f"text_model.{k}": v for k, v in load_file(file).items()}
+        write_json(
+            config,
+            {
+                k: v for k, v in read_json(config).items() if k != "_name_or_path"
+            }  # a folder of this machine
+            | (dict(dtype="float32") if config.parent.name.startswith("text_encoder") else {}),
+        )  # what transformers 5 loads in, as diffusers does the rest
+    for file in to.glob(
+        "text_encoder*/model.safetensors"
+    ):  # under the names that every version of transformers reads; 5 writes shorter ones
+        tensors = {
+            k if k.startswith("text_") else f"text_model.{k}": v for k, v in load_file(file).items()
+        }
         save_file(tensors, file, metadata={"format": "pt"})
-    for words in to.glob("tokenizer*"):  # transformers before 5 reads these two files, from 5 on it writes another
+    for words in to.glob(
+        "tokenizer*"
+    ):  # transformers before 5 reads these two files, from 5 on it writes another
         shutil.copy(out / "tokenizer" / "vocab.json", words)
         shutil.copy(out / "tokenizer" / "merges.txt", words)
     for file in ("classifier.safetensors", "stats.npz"):
         shutil.copyfile(out / file, to / file)
     nouns = {noun: int(kind) for nouns, kind in zip(data.nouns, data.kind) for noun in nouns}
-    first = {text: nouns[max((noun for noun in nouns if text.startswith(noun)), key=len)] for text in EIGHT if any(map(text.startswith, nouns))}
-    seen, unseen = (captions_of(data, rows.tolist(), args.seed) for rows in (reference(data), data.held.nonzero()[:, 0]))
-    seen = first | dict(list(seen.items())[:args.prompts - len(first)])
+    first = {
+        text: nouns[max((noun for noun in nouns if text.startswith(noun)), key=len)]
+        for text in EIGHT
+        if any(map(text.startswith, nouns))
+    }
+    seen, unseen = (
+        captions_of(data, rows.tolist(), args.seed)
+        for rows in (reference(data), data.held.nonzero()[:, 0])
+    )
+    seen = first | dict(list(seen.items())[: args.prompts - len(first)])
     for file, lines in dict(prompts=seen, held_out=unseen).items():
         (to / f"{file}.txt").write_text("".join(f"{line}\n" for line in lines))
     write_json(to / "labels.json", seen | unseen)
     known = read_json(out / "classifier.json")
-    evaluation = dict(protocol="emoji-cnn", classifier="classifier.safetensors", reference="stats.npz", names=data.names, kinds=data.kinds, groups=groups(data),
-                      stages=STAGES, labels="labels.json", agreement_of_images=known["agreement"])
+    evaluation = dict(
+        protocol="emoji-cnn",
+        classifier="classifier.safetensors",
+        reference="stats.npz",
+        names=data.names,
+        kinds=data.kinds,
+        groups=groups(data),
+        stages=STAGES,
+        labels="labels.json",
+        agreement_of_images=known["agreement"],
+    )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log = [line for line in log if line["stage"] in ("vae", "unet", "classifier", args.net)]
-    write_json(to / "teacher.json", dict(name=name, evaluation=evaluation, seconds={line["stage"]: line["seconds"] for line in log},
-                                             iterations={line["stage"]: line["it"] for line in log}))
+    write_json(
+        to / "teacher.json",
+        dict(
+            name=name,
+            evaluation=evaluation,
+            seconds={line["stage"]: line["seconds"] for line in log},
+            iterations={line["stage"]: line["it"] for line in log},
+        ),
+    )
     samples(to, args)
     return round(time.time() - start)
 
@@ -431,12 +700,22 @@ def save(data, args):
 def write_images(data, args):
     """A folder for --data of the scripts: the images that samples are compared with, each with a caption."""
     from PIL import Image
-    start, to, rows = time.time(), Path(args.to or Path(args.out) / "images"), reference(data).tolist()
+
+    start, to, rows = (
+        time.time(),
+        Path(args.to or Path(args.out) / "images"),
+        reference(data).tolist(),
+    )
     to.mkdir(parents=True, exist_ok=True)
-    u = torch.rand(len(rows), 3, generator=torch.Generator().manual_seed(derive_seed(args.seed, 16))).tolist()
+    u = torch.rand(
+        len(rows), 3, generator=torch.Generator().manual_seed(derive_seed(args.seed, 16))
+    ).tolist()
     for i in rows:
         Image.fromarray(data.images[i].permute(1, 2, 0).numpy()).save(to / f"{i:05d}.png")
-    lines = [json.dumps(dict(file_name=f"{i:05d}.png", text=caption(data, i, chosen))) for i, chosen in zip(rows, u)]
+    lines = [
+        json.dumps(dict(file_name=f"{i:05d}.png", text=caption(data, i, chosen)))
+        for i, chosen in zip(rows, u)
+    ]
     (to / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return round(time.time() - start)
 
@@ -445,45 +724,102 @@ def write_images(data, args):
 def samples(folder, args, steps=25):
     """samples.png: the first prompts in plain diffusers."""
     from diffusers import DiffusionPipeline
-    absent = {k: None for k, v in read_json(folder / "model_index.json").items() if v == [None, None]}  # which diffusers wants to hear of SD3's third encoder
+
+    absent = {
+        k: None for k, v in read_json(folder / "model_index.json").items() if v == [None, None]
+    }  # which diffusers wants to hear of SD3's third encoder
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for cfg in args.cfg:
-        pictures = pipe(list(EIGHT), height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=cfg, generator=torch.Generator().manual_seed(args.seed), output_type="np").images
-        rows.append((f"{steps} steps, w = {cfg:g}", torch.from_numpy((pictures * 255).round().astype("uint8")).permute(0, 3, 1, 2)))
+        pictures = pipe(
+            list(EIGHT),
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="np",
+        ).images
+        rows.append(
+            (
+                f"{steps} steps, w = {cfg:g}",
+                torch.from_numpy((pictures * 255).round().astype("uint8")).permute(0, 3, 1, 2),
+            )
+        )
     save_grid(Path(args.out) / "samples.png", rows)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m recipes.emoji_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m recipes.emoji_teacher",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("stage", choices=["vae", "unet", "flow", "classifier", "save", "images"])
-    p.add_argument("--source", help="folder with emoji-datasource-google-VERSION.tgz and -twitter-; default: npm pack fetches them")
+    p.add_argument(
+        "--source",
+        help="folder with emoji-datasource-google-VERSION.tgz and -twitter-; default: npm pack fetches them",
+    )
     p.add_argument("--out", default=str(ROOT / "out" / "teacher-emoji"))
     p.add_argument("--iters", type=int)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float)
     p.add_argument("--vae-width", type=int, nargs="+", default=[24, 48, 64])
-    p.add_argument("--width", type=int, nargs="+", default=[64, 112, 112], help="of the UNet's levels, multiples of 16")
+    p.add_argument(
+        "--width",
+        type=int,
+        nargs="+",
+        default=[64, 112, 112],
+        help="of the UNet's levels, multiples of 16",
+    )
     p.add_argument("--text-width", type=int, default=128)
-    p.add_argument("--start", help="unet, flow: folder of a teacher whose network (unet: and text model) is trained on")
-    p.add_argument("--more", nargs="+", default=[], metavar="NAME=FACTOR", help="unet, flow: draw a category, a subcategory or one emoji FACTOR times as often, such as 'Food & Drink=4' pizza=2")
-    p.add_argument("--floor", type=float, default=0.3, help="least weight of a squared error of x0, UNet")
-    p.add_argument("--flow-width", type=int, default=160, help="of the flow transformer, a multiple of 32")
+    p.add_argument(
+        "--start",
+        help="unet, flow: folder of a teacher whose network (unet: and text model) is trained on",
+    )
+    p.add_argument(
+        "--more",
+        nargs="+",
+        default=[],
+        metavar="NAME=FACTOR",
+        help="unet, flow: draw a category, a subcategory or one emoji FACTOR times as often, such as 'Food & Drink=4' pizza=2",
+    )
+    p.add_argument(
+        "--floor", type=float, default=0.3, help="least weight of a squared error of x0, UNet"
+    )
+    p.add_argument(
+        "--flow-width", type=int, default=160, help="of the flow transformer, a multiple of 32"
+    )
     p.add_argument("--depth", type=int, default=4, help="of the flow transformer")
     p.add_argument("--shift", type=float, default=2.0, help="of the flow's times, towards noise")
-    p.add_argument("--net", choices=["unet", "flow"], default="unet", help="save: which of the two teachers")
+    p.add_argument(
+        "--net", choices=["unet", "flow"], default="unet", help="save: which of the two teachers"
+    )
     p.add_argument("--drop", type=float, default=0.1, help="share of captions that are empty")
     p.add_argument("--to", help="save, images: folder; default OUT/teacher, OUT/images")
     p.add_argument("--prompts", type=int, default=2000, help="save: captions in prompts.txt")
-    p.add_argument("--cfg", type=float, nargs="+", default=[1.0, 2.0, 4.0, 7.5], help="save: guidance of the sample picture's rows")
+    p.add_argument(
+        "--cfg",
+        type=float,
+        nargs="+",
+        default=[1.0, 2.0, 4.0, 7.5],
+        help="save: guidance of the sample picture's rows",
+    )
     p.add_argument("--save-minutes", type=float, default=4, help="between checkpoints")
     p.add_argument("--resume", action="store_true")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     data = load(args.source)
-    seconds = dict(vae=train_vae, unet=train_unet, flow=train_flow, classifier=train_classifier, save=save, images=write_images)[args.stage](data, args)
+    seconds = dict(
+        vae=train_vae,
+        unet=train_unet,
+        flow=train_flow,
+        classifier=train_classifier,
+        save=save,
+        images=write_images,
+    )[args.stage](data, args)
     print(f"{args.stage}: {seconds} s, in {args.out}")
 
 

@@ -16,6 +16,7 @@ same machine at the same time. overhead = time of the loop / sum of its bare pas
 batch size, as counted: a backward to the weights 2, to the input alone 1, a jvp 2 in all; what stops at the feature sites counts whole, heads not at all, and those of
 nct's branch are not counted (null).
 """
+
 import importlib
 import json
 import math
@@ -65,8 +66,20 @@ def kind_of(model, x_t, features):
 def bare(model, kind, cond, sync):
     """Seconds of one pass of this kind on random tensors: the network and nothing else."""
     mode, batch, features = kind
-    run = (branch if isinstance(model, Controlled) else heads if isinstance(model, torch.nn.ModuleList) else network)(model, mode, batch, features, cond, sync)
-    params = [] if mode == "jvp" else [*model.net.parameters(), *model.extras.parameters()] if isinstance(model, Model) else list(model.parameters())
+    run = (
+        branch
+        if isinstance(model, Controlled)
+        else heads
+        if isinstance(model, torch.nn.ModuleList)
+        else network
+    )(model, mode, batch, features, cond, sync)
+    params = (
+        []
+        if mode == "jvp"
+        else [*model.net.parameters(), *model.extras.parameters()]
+        if isinstance(model, Model)
+        else list(model.parameters())
+    )
     before = [(p, p.requires_grad, p.grad) for p in params]
     for p in params:
         p.requires_grad_(mode != "forward" and not mode.endswith("to x"))
@@ -87,19 +100,33 @@ def bare(model, kind, cond, sync):
 
 def network(model, mode, batch, features, cond, sync):
     """A Model's pass -> function that makes it."""
-    x, t = torch.randn(batch, *model.shape, device=sync.device), torch.rand(batch, device=sync.device).clamp(0.01)
+    x, t = (
+        torch.randn(batch, *model.shape, device=sync.device),
+        torch.rand(batch, device=sync.device).clamp(0.01),
+    )
     cond = {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
     x.requires_grad_(mode.endswith("to x"))
 
     def run():
         if mode == "jvp":  # fused attention has no derivative in forward mode
             with sdpa_kernel(SDPBackend.MATH), model.extended(cond):
-                return torch.func.jvp(lambda x, t: model.predict(x, t, cond), (x, t), (torch.ones_like(x), torch.ones_like(t)))[1]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16), model.extended(cond):  # with what a student reads beside t
+                return torch.func.jvp(
+                    lambda x, t: model.predict(x, t, cond),
+                    (x, t),
+                    (torch.ones_like(x), torch.ones_like(t)),
+                )[1]
+        with (
+            torch.autocast(x.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16),
+            model.extended(cond),
+        ):  # with what a student reads beside t
             if model.sharding:  # what gathers the weights hangs on the model's own call
                 out = model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond, features)
             else:
-                out = model.run_to_sites(x, t, cond, *[features] * (features is not True)) if features else model.predict(x, t, cond)
+                out = (
+                    model.run_to_features(x, t, cond, *[features] * (features is not True))
+                    if features
+                    else model.predict(x, t, cond)
+                )
             return (out[-1] if features else out).float().sum()
 
     return run
@@ -107,7 +134,10 @@ def network(model, mode, batch, features, cond, sync):
 
 def branch(model, mode, batch, features, cond, sync):
     """nct: a pass of the frozen generator with the trained branch."""
-    x, cond = torch.randn(batch, *model.generator.shape, device=sync.device), {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()}
+    x, cond = (
+        torch.randn(batch, *model.generator.shape, device=sync.device),
+        {k: v[:1].expand(batch, *v.shape[1:]).contiguous() for k, v in cond.items()},
+    )
     c = cond.pop("c")
     return lambda: model(x, c, cond).float().sum()
 
@@ -132,8 +162,18 @@ def random_weights(flags):
     def load_teacher(name, device="cpu", dtype=torch.float32, text=None, **loading):
         return random_teachers.load(random_teachers.entry(name, tiny), device, dtype, **loading)
 
-    load_teacher, data.load_images = load_teacher, lambda path, teacher, say: random_teachers.images(teacher)
-    return ["--dtype", "bf16", "--grad-checkpoint", "--batch", "4", *[f for f in flags if f not in ("--random-weights", "--tiny")]]
+    load_teacher, data.load_images = (
+        load_teacher,
+        lambda path, teacher, say: random_teachers.images(teacher),
+    )
+    return [
+        "--dtype",
+        "bf16",
+        "--grad-checkpoint",
+        "--batch",
+        "4",
+        *[f for f in flags if f not in ("--random-weights", "--tiny")],
+    ]
 
 
 def take(argv, flag, default=None):
@@ -144,33 +184,57 @@ def take(argv, flag, default=None):
     if at + 1 == len(argv):
         raise SystemExit(f"{flag}: expected a value")
     value = argv[at + 1]
-    del argv[at:at + 2]
+    del argv[at : at + 2]
     return value
 
 
 def versus(script, rev, pairs, argv):
     """This tree and revision `rev`, in turns (which comes first alternates), by this bench; other load on the machine hits both."""
+
     def once(root):
-        done = subprocess.run([sys.executable, "tests/bench.py", script, *argv], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "tests/bench.py", script, *argv],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"bench of {script} in {root} failed:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
     with tempfile.TemporaryDirectory() as folder:
         old, found = os.path.join(folder, "tree"), []
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=ROOT, check=True
+        )
         try:
             for name in ("bench.py", "random_teachers.py", "networks.json"):
                 shutil.copy(ROOT / "tests" / name, os.path.join(old, "tests", name))
             for i in range(pairs):
                 a, b = (once(ROOT), once(old)) if i % 2 == 0 else reversed([once(old), once(ROOT)])
                 found.append((a, b))
-                print(f"pair {i + 1}: here {a['s_per_iteration']:.4f} s, {rev} {b['s_per_iteration']:.4f} s, ratio {a['s_per_iteration'] / b['s_per_iteration']:.3f}", flush=True)
+                print(
+                    f"pair {i + 1}: here {a['s_per_iteration']:.4f} s, {rev} {b['s_per_iteration']:.4f} s, ratio {a['s_per_iteration'] / b['s_per_iteration']:.3f}",
+                    flush=True,
+                )
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
     ratios = sorted(round(a["s_per_iteration"] / b["s_per_iteration"], 3) for a, b in found)
-    print(json.dumps(dict(script=script, vs=rev, seconds_ratio=statistics.median(ratios), seconds_ratios=ratios, overhead=[a["overhead"] for a, _ in found],
-                          overhead_vs=[b["overhead"] for _, b in found], peak_mb=found[-1][0]["peak_mb"], peak_mb_vs=found[-1][1]["peak_mb"], flags=argv)))
+    print(
+        json.dumps(
+            dict(
+                script=script,
+                vs=rev,
+                seconds_ratio=statistics.median(ratios),
+                seconds_ratios=ratios,
+                overhead=[a["overhead"] for a, _ in found],
+                overhead_vs=[b["overhead"] for _, b in found],
+                peak_mb=found[-1][0]["peak_mb"],
+                peak_mb_vs=found[-1][1]["peak_mb"],
+                flags=argv,
+            )
+        )
+    )
 
 
 def main():
@@ -190,7 +254,9 @@ def main():
     forward, loop, controlled, inside = Model.forward, Run.loop, Controlled.forward, [0]
 
     def counted_heads(net, features):
-        mode = "heads, forward+backward" + " to x" * (not any(p.requires_grad for p in net.parameters()))
+        mode = "heads, forward+backward" + " to x" * (
+            not any(p.requires_grad for p in net.parameters())
+        )
         kind = mode, len(features[0]), False
         counts[kind] += 1
         example.setdefault(kind, net)
@@ -198,7 +264,15 @@ def main():
         return logits(net, features)
 
     def counted_branch(self, z, c, cond):
-        kind = ("forward, with branch" if not torch.is_grad_enabled() else "forward+backward, with branch"), len(z), False
+        kind = (
+            (
+                "forward, with branch"
+                if not torch.is_grad_enabled()
+                else "forward+backward, with branch"
+            ),
+            len(z),
+            False,
+        )
         counts[kind] += 1
         example.setdefault(kind, self)
         cond_seen.setdefault(kind, {k: v.detach() for k, v in cond.items()} | dict(c=c.detach()))
@@ -235,7 +309,13 @@ def main():
             wait()
             seconds, kinds = CLOCK[0]() - start, dict(counts)
             peak[0] = max(peak[0], self.peak_mb())  # of the loop, not of the bare passes
-            work.update({kind: flops(example[kind], kind, cond_seen[kind], wait) for kind in kinds if kind not in work})
+            work.update(
+                {
+                    kind: flops(example[kind], kind, cond_seen[kind], wait)
+                    for kind in kinds
+                    if kind not in work
+                }
+            )
             passes = {kind: bare(example[kind], kind, cond_seen[kind], wait) for kind in kinds}
             if it >= SKIP:
                 loop_seconds.append(seconds)
@@ -247,9 +327,18 @@ def main():
         if trace:
             wait()
             profiler.stop()
-            print(profiler.key_averages().table(sort_by="self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total", row_limit=25))
+            print(
+                profiler.key_averages().table(
+                    sort_by="self_device_time_total"
+                    if self.device.type == "cuda"
+                    else "self_cpu_time_total",
+                    row_limit=25,
+                )
+            )
             profiler.export_chrome_trace(trace)
-            print(f"{trace}: {iters - SKIP} iterations, for chrome://tracing or https://ui.perfetto.dev")
+            print(
+                f"{trace}: {iters - SKIP} iterations, for chrome://tracing or https://ui.perfetto.dev"
+            )
             raise SystemExit(0)
         report(self, loop_seconds, bare_seconds, per_iter)
         raise SystemExit(0)
@@ -261,30 +350,68 @@ def main():
         for seconds, kinds in zip(loop_seconds, per_iter):
             groups[tuple(sorted(kinds.items(), key=repr))].append(seconds)
         measured = sum(statistics.median(s) * len(s) for s in groups.values()) / len(loop_seconds)
-        floor = sum(sum(typical[kind] * n for kind, n in pattern) * len(s) for pattern, s in groups.items()) / len(loop_seconds)
-        if not run.main:
+        floor = sum(
+            sum(typical[kind] * n for kind, n in pattern) * len(s) for pattern, s in groups.items()
+        ) / len(loop_seconds)
+        if not run.is_main:
             return
-        done = sum(work[kind] * n for kinds in per_iter for kind, n in kinds.items()) / len(per_iter)  # of one process
+        done = sum(work[kind] * n for kinds in per_iter for kind, n in kinds.items()) / len(
+            per_iter
+        )  # of one process
         ceiling = random_teachers.matmul_ceiling(run.device, run.dtype)
-        print(f"{script} on {run.args.teacher}, {run.device}, {torch.get_num_threads()} threads, batch {run.args.batch}, {len(loop_seconds)} iterations")
+        print(
+            f"{script} on {run.args.teacher}, {run.device}, {torch.get_num_threads()} threads, batch {run.args.batch}, {len(loop_seconds)} iterations"
+        )
         passes = 0
         for kind in sorted(typical, key=repr):
             mode, batch, features = kind
             n = sum(kinds.get(kind, 0) for kinds in per_iter) / len(per_iter)
-            passes += n * batch / run.args.batch * (0 if mode.startswith("heads") else COST.get(mode, math.nan))
-            print(f"  {mode + (', to the feature sites' if features else ''):44s} batch {batch:5d}  {typical[kind] * 1e3:8.1f} ms  x {n:.2f} per iteration")
-        result = dict(script=script, teacher=run.args.teacher, device=str(run.device), threads=torch.get_num_threads(), batch=run.args.batch,
-                      s_per_iteration=round(measured, 5), bare_passes_s=round(floor, 5), overhead=round(measured / floor, 3),
-                      passes=None if math.isnan(passes) else round(passes, 2), images_per_s=float(f"{run.args.batch / measured:.4g}"), peak_mb=round(peak[0]), processes=run.world,
-                      tflop_per_iteration=float(f"{done / 1e12:.4g}"), tflop_per_s=float(f"{done / measured / 1e12:.4g}"),
-                      of_matmul_ceiling=float(f"{done / measured / ceiling:.3g}"), iterations=len(loop_seconds), torch=torch.__version__)
+            passes += (
+                n
+                * batch
+                / run.args.batch
+                * (0 if mode.startswith("heads") else COST.get(mode, math.nan))
+            )
+            print(
+                f"  {mode + (', to the feature sites' if features else ''):44s} batch {batch:5d}  {typical[kind] * 1e3:8.1f} ms  x {n:.2f} per iteration"
+            )
+        result = dict(
+            script=script,
+            teacher=run.args.teacher,
+            device=str(run.device),
+            threads=torch.get_num_threads(),
+            batch=run.args.batch,
+            s_per_iteration=round(measured, 5),
+            bare_passes_s=round(floor, 5),
+            overhead=round(measured / floor, 3),
+            passes=None if math.isnan(passes) else round(passes, 2),
+            images_per_s=float(f"{run.args.batch / measured:.4g}"),
+            peak_mb=round(peak[0]),
+            processes=run.world,
+            tflop_per_iteration=float(f"{done / 1e12:.4g}"),
+            tflop_per_s=float(f"{done / measured / 1e12:.4g}"),
+            of_matmul_ceiling=float(f"{done / measured / ceiling:.3g}"),
+            iterations=len(loop_seconds),
+            torch=torch.__version__,
+        )
         print(json.dumps(result), flush=True)
 
     Model.forward, Run.loop, Controlled.forward = counted, timed_loop, counted_branch
     if logits := getattr(method, "logits", None):
         method.logits = counted_heads
     with tempfile.TemporaryDirectory() as out:
-        sys.argv = [f"{script}.py", "--out", os.path.join(out, "run"), "--sample-every", "0", "--save-every", "0", "--eval-n", "0", *flags]
+        sys.argv = [
+            f"{script}.py",
+            "--out",
+            os.path.join(out, "run"),
+            "--sample-every",
+            "0",
+            "--save-every",
+            "0",
+            "--eval-n",
+            "0",
+            *flags,
+        ]
         try:
             method.main()
         finally:

@@ -1,4 +1,5 @@
 """What the tests over all scripts try with each of them: a second set of flags, mistakes of the user, runs on the toy."""
+
 import atexit
 import functools
 import os
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from common.teachers.load import load_teacher
 
-FULL = os.environ.get("DISTIL_FAULTS") == "full"  # tests/test_faults.py, tests/test_untrusted.py, tests/test_fuzz.py: all cases instead of a sample
+FULL = (
+    os.environ.get("DISTIL_FAULTS") == "full"
+)  # tests/test_faults.py, tests/test_untrusted.py, tests/test_fuzz.py: all cases instead of a sample
 SEED = int(os.environ.get("SEED", 0))  # of the sample
 
 
@@ -16,13 +19,17 @@ SEED = int(os.environ.get("SEED", 0))  # of the sample
 def generator():
     """Folder of a one-step student of the toy, its network's weights moved a little: nct.py builds on one."""
     import torch
+
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     student = load_teacher("toy").copy()
     with torch.no_grad():
         for i, p in enumerate(student.parameters()):
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    student.save(Path(folder) / "student", dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999")))
+    student.save(
+        Path(folder) / "student",
+        dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999")),
+    )
     return folder
 
 
@@ -34,15 +41,122 @@ def needs(script):
 # a second set of flags that reaches other parts of the script
 MORE = {
     "dmd2": ["--gan", "--nfe", 2, "--ema", 1000],
-    "sid": ["--gan", "--gan-warmup", 32, "--nfe", 2, "--ema", 1000, "--drop", 0.2, "--cfg", 2, "--k3", 1],
-    "decoupled_dmd": ["--teacher", "toy-cond", "--gan", "--nfe", 4, "--rollout", "deterministic", "--ema", 1000],
-    "phased_dmd": ["--phases", 3, "--phase-iters", 2, 7, "--ema", 1000, "--critic-on", "full", "--ida", 0.9],
-    "msd": ["--teacher", "toy-cond", "--students", 2, "--small", "width=32", "depth=2", "--tsm", 0.2, "--adm", 0.5, "--ema", 1000, "--ratio", 2],
-    "sana_sprint": ["--cfg-train", 1, 1.5, 2, "--cfg", 1.5, "--adaptive-weight", "clamped", "--prior", "--misaligned", "--d-levels", "own", "--nfe", 2, "--ema", 1000],
-    "twinflow": ["--image-free", "--guide", "frozen", "--teacher", "toy-cond", "--cfg", 2, "--target-decay", 0],
+    "sid": [
+        "--gan",
+        "--gan-warmup",
+        32,
+        "--nfe",
+        2,
+        "--ema",
+        1000,
+        "--drop",
+        0.2,
+        "--cfg",
+        2,
+        "--k3",
+        1,
+    ],
+    "decoupled_dmd": [
+        "--teacher",
+        "toy-cond",
+        "--gan",
+        "--nfe",
+        4,
+        "--rollout",
+        "deterministic",
+        "--ema",
+        1000,
+    ],
+    "phased_dmd": [
+        "--phases",
+        3,
+        "--phase-iters",
+        2,
+        7,
+        "--ema",
+        1000,
+        "--critic-on",
+        "full",
+        "--ida",
+        0.9,
+    ],
+    "msd": [
+        "--teacher",
+        "toy-cond",
+        "--students",
+        2,
+        "--small",
+        "width=32",
+        "depth=2",
+        "--tsm",
+        0.2,
+        "--adm",
+        0.5,
+        "--ema",
+        1000,
+        "--ratio",
+        2,
+    ],
+    "sana_sprint": [
+        "--cfg-train",
+        1,
+        1.5,
+        2,
+        "--cfg",
+        1.5,
+        "--adaptive-weight",
+        "clamped",
+        "--prior",
+        "--misaligned",
+        "--d-levels",
+        "own",
+        "--nfe",
+        2,
+        "--ema",
+        1000,
+    ],
+    "twinflow": [
+        "--image-free",
+        "--guide",
+        "frozen",
+        "--teacher",
+        "toy-cond",
+        "--cfg",
+        2,
+        "--target-decay",
+        0,
+    ],
     "flowmap": ["--form", "discrete", "--cfg-range", 0.5, 2, "--ratio", 2, "--ema", 1000],
-    "boot": ["--teacher", "toy-cond", "--cfg", 2, "--grid", "logsnr", "--solver", "midpoint", "--horizon-warmup", 3, "--fidelity-every", 4, "--ema", 1000],
-    "nct": ["--N", 4, "--path", "linear", "--distance", "huber", "--eta", 1, "--xi", 0.01, "--ema", 1000],
+    "boot": [
+        "--teacher",
+        "toy-cond",
+        "--cfg",
+        2,
+        "--grid",
+        "logsnr",
+        "--solver",
+        "midpoint",
+        "--horizon-warmup",
+        3,
+        "--fidelity-every",
+        4,
+        "--ema",
+        1000,
+    ],
+    "nct": [
+        "--N",
+        4,
+        "--path",
+        "linear",
+        "--distance",
+        "huber",
+        "--eta",
+        1,
+        "--xi",
+        0.01,
+        "--ema",
+        1000,
+    ],
 }
 
 # flags that must be refused in one line, and what the line says
@@ -56,7 +170,10 @@ MISTAKES = {
         ("--alternate --ratio 1", "--alternate"),
         ("--seed 1000000000000000000000", "--seed: expected a number of ordinary size"),
         ("--accumulate 0", "--accumulate: expected at least 1"),
-        ("--accumulate 3 --batch 32", "--batch 32: expected a multiple of the number of processes times --accumulate, found 1 x 3"),
+        (
+            "--accumulate 3 --batch 32",
+            "--batch 32: expected a multiple of the number of processes times --accumulate, found 1 x 3",
+        ),
         ("--t-range 0.9 0.1", "--t-range"),
         ("--t-range 0.5 1.5", "--t-range"),
         ("--dm-weight 0", "--gan"),
@@ -95,7 +212,10 @@ MISTAKES = {
         ("--normaliser guided", "--normaliser guided.*--schedule shared"),
         ("--regulariser none", "--regulariser none.*--cfg"),
         ("--regulariser none --cfg 2 --schedule shared", "--schedule shared.*--regulariser none"),
-        ("--regulariser none --cfg 2 --schedule constrained", "--schedule constrained.*--regulariser none"),
+        (
+            "--regulariser none --cfg 2 --schedule constrained",
+            "--schedule constrained.*--regulariser none",
+        ),
         ("--regulariser moments --cfg 2", "--regulariser moments.*--moments"),
         ("--regulariser moments --cfg 2 --moments 0 0", "--moments"),
         ("--levels unshifted", "--levels unshifted"),
@@ -118,9 +238,15 @@ MISTAKES = {
     "msd": [
         ("--nfe 2", "--nfe 2: the students of MSD make a sample in one pass"),
         ("--students 0", "--students"),
-        ("--students 2", "--students 2: expected at most 1, the number of different conditions of --teacher toy"),
+        (
+            "--students 2",
+            "--students 2: expected at most 1, the number of different conditions of --teacher toy",
+        ),
         ("--teacher toy-cond --students 9", "--students 9: expected at most 8"),
-        ("--teacher toy-cond --students 4 --iters 3", "--iters 3: expected one for each of 4 students"),
+        (
+            "--teacher toy-cond --students 4 --iters 3",
+            "--iters 3: expected one for each of 4 students",
+        ),
         ("--ratio 0", "--ratio"),
         ("--shift 0", "--shift"),
         ("--adm 1.5", "--adm"),
@@ -140,7 +266,10 @@ MISTAKES = {
         ("--steps 1.3,1.5 --nfe 2", "--steps 1.3,1.5"),
         ("--steps 1.5,1.3", "--steps 1.5,1.3.*--nfe 1"),
         ("--steps 1.6", "--steps 1.6"),
-        ("--cfg-train 4 5 --cfg 3", "--cfg: expected a scale within --cfg-train 4.0 5.0, found 3.0"),
+        (
+            "--cfg-train 4 5 --cfg 3",
+            "--cfg: expected a scale within --cfg-train 4.0 5.0, found 3.0",
+        ),
         ("--p-scm nan 1", "--p-scm"),
         ("--p-adv 0 -1", "--p-adv"),
         ("--max-time 1.5", "--max-time"),
@@ -219,7 +348,10 @@ MISTAKES = {
     "nct": [
         ("--lora 4", "--lora, --shard: nothing but the branch is trained"),
         ("--lora-fake 4", "--lr-fake, --lora-fake: this method has no second network"),
-        ("--generator {tmp}/nowhere", "--generator .*nowhere: expected the folder of a finished one-step run.*dmd2.py --teacher toy"),
+        (
+            "--generator {tmp}/nowhere",
+            "--generator .*nowhere: expected the folder of a finished one-step run.*dmd2.py --teacher toy",
+        ),
         ("--generator {tmp}/pictures", "pictures: expected a student of this project"),
         ("--generator {assets}", "expected a student of this project, found a teacher"),
         ("--control edges", "--control edges: expected class for this generator"),
@@ -255,6 +387,12 @@ SHORT = {  # iterations that do it with a factor of two to spare
     "boot": 1000,  # 0.0021, 0.0019, 0.0018
     "nct": 1000,
 }
-FLAGS = {"dmd2": [[], ["--nfe", 2], ["--gan"]]}  # slow tests: the toy's preset, and others beside it
-LOOSE = {("dmd2", "--nfe 2"): 0.03}  # 0.012: one critic for all steps holds the mixture of their outputs, the last step alone is freer (docs/LOG.md)
-PLANNED = {"msd"}  # with the second flags, what an iteration is for follows from --iters: seven of seven are not the first seven of fourteen
+FLAGS = {
+    "dmd2": [[], ["--nfe", 2], ["--gan"]]
+}  # slow tests: the toy's preset, and others beside it
+LOOSE = {
+    ("dmd2", "--nfe 2"): 0.03
+}  # 0.012: one critic for all steps holds the mixture of their outputs, the last step alone is freer (docs/LOG.md)
+PLANNED = {
+    "msd"
+}  # with the second flags, what an iteration is for follows from --iters: seven of seven are not the first seven of fourteen

@@ -3,6 +3,7 @@
 A server process imports torch once; every script is a fork of it that runs `python SCRIPT FLAGS` from the first line (runpy, __main__), with its own
 exit code, output, signals and locks. Modules of this repository are imported by the fork, so a missing import still shows.
 """
+
 import atexit
 import json
 import os
@@ -41,17 +42,26 @@ def serve():
             continue
         if "wait" in job:
             _, status, used = os.wait4(job["wait"], 0)
-            print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]), flush=True)
+            print(
+                json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]),
+                flush=True,
+            )
             continue
         pid = os.fork()
         if pid:
             print(json.dumps(pid), flush=True)
             continue
-        for fd, path, mode in ((0, "/dev/null", os.O_RDONLY), (1, job["out"], os.O_WRONLY | os.O_CREAT), (2, job["err"], os.O_WRONLY | os.O_CREAT)):
+        for fd, path, mode in (
+            (0, "/dev/null", os.O_RDONLY),
+            (1, job["out"], os.O_WRONLY | os.O_CREAT),
+            (2, job["err"], os.O_WRONLY | os.O_CREAT),
+        ):
             os.dup2(os.open(path, mode), fd)
         os.environ.update(job["env"])
         sys.argv, sys.path[0] = job["argv"], str(ROOT)
-        exec(os.environ.pop("BEFORE", ""), {})  # what a test does to the process before the script runs
+        exec(
+            os.environ.pop("BEFORE", ""), {}
+        )  # what a test does to the process before the script runs
         end(lambda: runpy.run_path(job["argv"][0], run_name="__main__"))
 
 
@@ -80,7 +90,14 @@ def end(run):
 class Server:
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
 
@@ -93,7 +110,12 @@ class Server:
         """-> Process. flags: anything; env: more environment variables; BEFORE: code that runs ahead of the script, to break something."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
-        pid = self.ask(argv=[str(ROOT / script), *needs(script), *map(str, flags)], out=str(out), err=str(err), env={k: str(v) for k, v in env.items()})
+        pid = self.ask(
+            argv=[str(ROOT / script), *needs(script), *map(str, flags)],
+            out=str(out),
+            err=str(err),
+            env={k: str(v) for k, v in env.items()},
+        )
         return Process(self, pid, out, err)
 
     def load(self, *modules):
@@ -104,7 +126,9 @@ class Server:
     def run(self, script, *flags, code=0, **env):
         """Runs to the end and asserts the exit code. -> finished Process."""
         p = self.start(script, *flags, **env)
-        assert p.wait() == code, f"exit code {p.code}, expected {code}: {' '.join(map(str, flags))}\n{p.out}\n{p.err}"
+        assert p.wait() == code, (
+            f"exit code {p.code}, expected {code}: {' '.join(map(str, flags))}\n{p.out}\n{p.err}"
+        )
         return p
 
     def close(self):

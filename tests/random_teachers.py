@@ -2,6 +2,7 @@
 
 Parameters of `sd15`, `sdxl`, `sana`, `sd3`: the counts of the published networks (test_memory.py compares). `tiny`: the same code at a size for tests.
 """
+
 import json
 import math
 from pathlib import Path
@@ -20,14 +21,19 @@ PROMPTS = 8
 
 def entry(name, tiny=False):
     if name not in TABLE:
-        raise UserError(f"--teacher {name}: expected one of {', '.join(TABLE)} with --random-weights{did_you_mean(name, TABLE)}")
+        raise UserError(
+            f"--teacher {name}: expected one of {', '.join(TABLE)} with --random-weights{did_you_mean(name, TABLE)}"
+        )
     e = dict(TABLE[name])
-    return e | dict(network=e["network"] | e["tiny"]["network"], text=e["tiny"]["text"]) if tiny else e
+    return (
+        e | dict(network=e["network"] | e["tiny"]["network"], text=e["tiny"]["text"]) if tiny else e
+    )
 
 
 def network(e, device, dtype=torch.float32):
     """The network of an entry, on the meta device too."""
     import diffusers
+
     diffusers.utils.logging.set_verbosity_error()
     with torch.device(device):
         return getattr(diffusers, PIPELINES[e["pipeline"]].network)(**e["network"]).to(dtype)
@@ -36,16 +42,27 @@ def network(e, device, dtype=torch.float32):
 def load(e, device, dtype, seed=0, budget=lambda **sizes: None, place=None):
     """What load_pipeline gives for a folder. No VAE: its latents are random numbers of the right shape."""
     cls, generator = PIPELINES[e["pipeline"]], torch.Generator().manual_seed(seed)
-    budget(network=sum(p.numel() for p in network(e, "meta").parameters()), vae=e["vae"]["parameters"], width=dtype.itemsize)
+    budget(
+        network=sum(p.numel() for p in network(e, "meta").parameters()),
+        vae=e["vae"]["parameters"],
+        width=dtype.itemsize,
+    )
     torch.manual_seed(seed)  # equal on all processes
     net = network(e, "cpu" if place else device, dtype)
     for p in net.parameters():
         if p.ndim > 1 and not p.any():  # layers that start at zero
             torch.nn.init.normal_(p, 0, 0.02)
     model = cls(net, SimpleNamespace(config=SimpleNamespace(**e["vae"])), e["scheduler"])
-    rows = lambda n: {k: torch.ones(n, *shape, dtype=torch.int64) if k == "mask" else torch.randn(n, *shape, generator=generator).to(dtype) for k, shape in e["text"].items()}
+    rows = lambda n: {
+        k: torch.ones(n, *shape, dtype=torch.int64)
+        if k == "mask"
+        else torch.randn(n, *shape, generator=generator).to(dtype)
+        for k, shape in e["text"].items()
+    }
     model.attach(Path("random"), PromptEmbeddings([rows(PROMPTS)], rows(1)), ["random"] * PROMPTS)
-    model.encode_images = lambda images: torch.randn(len(images), *model.shape, device=images.device)
+    model.encode_images = lambda images: torch.randn(
+        len(images), *model.shape, device=images.device
+    )
     model.dtype = dtype
     return (place or (lambda model: model.to(device)))(model.requires_grad_(False))
 
@@ -58,8 +75,13 @@ def images(model, n=PROMPTS):
 def matmul_ceiling(device, dtype, seconds=1.0):
     """FLOP/s of one large matrix product, the best of a second's worth."""
     import time
+
     n = 8192 if torch.device(device).type == "cuda" else 768
-    a, best, end = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter() + seconds
+    a, best, end = (
+        torch.randn(n, n, device=device, dtype=dtype),
+        math.inf,
+        time.perf_counter() + seconds,
+    )
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a

@@ -1,4 +1,5 @@
 """Invariants of BOOT (arXiv 2306.05544) on a closed-form Gaussian, then who gets gradients in a real run. Numbers were derived apart from the code."""
+
 import math
 import signal
 import sys
@@ -55,7 +56,9 @@ class Gauss(nn.Module):
 def exact(eps, u, schedule=COSINE):
     """y at share u of the exact trajectory from eps."""
     at = boot.level(schedule, u)
-    return MU + expand(((at.alpha * S) ** 2 + at.sigma**2).sqrt().sub(at.sigma) / at.alpha, eps) * eps
+    return (
+        MU + expand(((at.alpha * S) ** 2 + at.sigma**2).sqrt().sub(at.sigma) / at.alpha, eps) * eps
+    )
 
 
 class Oracle(nn.Module):
@@ -66,8 +69,12 @@ class Oracle(nn.Module):
         self.top, self.schedule = top, top.schedule
 
     def forward(self, x, alpha, sigma, cond):
-        assert torch.equal(alpha, self.top.alpha) and torch.equal(sigma, self.top.sigma)  # the image input is at T, always
-        return exact(x if self.schedule.unit_norm else x / self.top.sigma, cond["time"], self.schedule)
+        assert torch.equal(alpha, self.top.alpha) and torch.equal(
+            sigma, self.top.sigma
+        )  # the image input is at T, always
+        return exact(
+            x if self.schedule.unit_norm else x / self.top.sigma, cond["time"], self.schedule
+        )
 
 
 class Table(dict):
@@ -83,7 +90,11 @@ class Net(nn.Module):
     def __init__(self, schedule=COSINE):
         super().__init__()
         torch.manual_seed(0)
-        self.schedule, self.image, self.time = schedule, nn.Linear(3, 3).double(), nn.Linear(1, 3).double()
+        self.schedule, self.image, self.time = (
+            schedule,
+            nn.Linear(3, 3).double(),
+            nn.Linear(1, 3).double(),
+        )
 
     def forward(self, x, alpha, sigma, cond):
         return self.image(x).sin() + self.time(cond["time"][:, None]).cos()
@@ -96,7 +107,9 @@ def no_edge(u):
 def residual(u_t, u_s, eps, schedule=COSINE, **changes):
     """(y*_s - target) / k of the exact trajectory."""
     top = boot.level(schedule, f64(1.0))
-    target, k, _ = boot.bootstrap(Oracle(top), Gauss(schedule), eps, u_t, u_s, no_edge(u_t), {}, top, args(**changes))
+    target, k, _ = boot.bootstrap(
+        Oracle(top), Gauss(schedule), eps, u_t, u_s, no_edge(u_t), {}, top, args(**changes)
+    )
     return (exact(eps, u_s, schedule) - target) / expand(k, eps)
 
 
@@ -107,7 +120,9 @@ def fixed_point(n, t_max=0.999, schedule=COSINE, eps=1.0, **changes):
     edge = torch.tensor([True])
     student[round(t_max, 9)] = torch.zeros(1, dtype=torch.float64)
     for u_t, u_s in [(t_max, t_max), *zip(times, times[1:])]:  # the boundary first
-        target = boot.bootstrap(student, Gauss(schedule), eps, f64([u_t]), f64([u_s]), edge, {}, top, args(**changes))[0]
+        target = boot.bootstrap(
+            student, Gauss(schedule), eps, f64([u_t]), f64([u_s]), edge, {}, top, args(**changes)
+        )[0]
         edge = torch.tensor([False])
         student[round(u_s, 9)] = target[0]
     return student[0.0].item()
@@ -116,9 +131,15 @@ def fixed_point(n, t_max=0.999, schedule=COSINE, eps=1.0, **changes):
 # ---- B1, B3: the Signal-ODE -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("u, lam, dlam, y, x, f", [
-    (0.1, -1.8427, 10.1664, 1.366102, 1.505717, 1.476657), (0.5, 0.0, 3.1416, 1.118034, 1.497676, 1.223607),
-    (0.9, 1.8427, 10.1664, 1.019767, 1.147215, 1.039473), (0.99, 4.1535, 100.0165, 1.001964, 1.015615, 1.003927)])
+@pytest.mark.parametrize(
+    "u, lam, dlam, y, x, f",
+    [
+        (0.1, -1.8427, 10.1664, 1.366102, 1.505717, 1.476657),
+        (0.5, 0.0, 3.1416, 1.118034, 1.497676, 1.223607),
+        (0.9, 1.8427, 10.1664, 1.019767, 1.147215, 1.039473),
+        (0.99, 4.1535, 100.0165, 1.001964, 1.015615, 1.003927),
+    ],
+)
 def test_signal_ode(u, lam, dlam, y, x, f):
     at, eps = boot.level(COSINE, f64([u])), f64([[1.0]])
     assert (at.sigma / at.alpha).log().item() == pytest.approx(lam, abs=5e-5)
@@ -134,9 +155,13 @@ def test_signal_ode(u, lam, dlam, y, x, f):
 
 
 def test_boundary_value_is_the_teachers_guess():
-    assert [exact(f64([[1.0]]), f64([u])).item() for u in (0.9, 0.99, 0.999)] == pytest.approx([1.019767, 1.001964, 1.000196], abs=1e-6)
+    assert [exact(f64([[1.0]]), f64([u])).item() for u in (0.9, 0.99, 0.999)] == pytest.approx(
+        [1.019767, 1.001964, 1.000196], abs=1e-6
+    )
     at = boot.level(COSINE, f64([0.999]))
-    assert boot.teacher_signal(Gauss(), f64([[1.0]]), at, {}, 1.0).item() == pytest.approx(1.000392, abs=1e-6)
+    assert boot.teacher_signal(Gauss(), f64([[1.0]]), at, {}, 1.0).item() == pytest.approx(
+        1.000392, abs=1e-6
+    )
 
 
 # ---- B2, B5: the step -------------------------------------------------------------------------------------------------------------------------
@@ -145,7 +170,10 @@ def test_boundary_value_is_the_teachers_guess():
 @schedules
 @pytest.mark.parametrize("grid", ["time", "logsnr"])
 def test_a_step_is_ddim(schedule, grid):
-    t, s = boot.level(schedule, f64([0.8, 0.5, 0.999]), grid), boot.level(schedule, f64([0.55, 0.0, 0.2]), grid)
+    t, s = (
+        boot.level(schedule, f64([0.8, 0.5, 0.999]), grid),
+        boot.level(schedule, f64([0.55, 0.0, 0.2]), grid),
+    )
     y, f, eps = normal(3, 5), normal(3, 5, seed=1), normal(3, 5, seed=2)
     x_s = boot.point(boot.carried(y, f, boot.coefficient(t, s)), eps, s)
     x_t, ratio = boot.point(y, eps, t), expand(s.sigma / t.sigma, y)
@@ -153,21 +181,36 @@ def test_a_step_is_ddim(schedule, grid):
     assert (x_s - ddim).abs().max() < 1e-14 * max(1, float(t.sigma.max()))
     if schedule is COSINE and grid == "time":
         assert 1 - boot.coefficient(t, s)[0].item() == pytest.approx(0.380432, abs=1e-6)
-    if isinstance(schedule, EDM):  # alpha = 1: Euler's step of dx / dsigma = (x - D) / sigma, and both coefficients are one
+    if isinstance(
+        schedule, EDM
+    ):  # alpha = 1: Euler's step of dx / dsigma = (x - D) / sigma, and both coefficients are one
         euler = x_t + expand(s.sigma - t.sigma, y) * (x_t - f) / expand(t.sigma, y)
         assert (x_s - euler)[[0, 2]].abs().max() < 1e-12
-        assert torch.allclose(boot.coefficient(t, s)[[0, 2]], boot.coefficient(t, s, "euler")[[0, 2]], atol=1e-12)
+        assert torch.allclose(
+            boot.coefficient(t, s)[[0, 2]], boot.coefficient(t, s, "euler")[[0, 2]], atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("u, delta, euler, k", [(0.9, 1 / 16, 0.6354, 0.3930), (0.5, 1 / 16, 0.1963, 0.1793), (0.1, 1 / 16, 0.6354, 0.6277), (0.99, 1 / 64, 1.5628, 0.6099),
-                                                (0.99, 1 / 16, 6.25, 0.8627), (0.999, 1 / 16, 62.5, 0.9843)])
+@pytest.mark.parametrize(
+    "u, delta, euler, k",
+    [
+        (0.9, 1 / 16, 0.6354, 0.3930),
+        (0.5, 1 / 16, 0.1963, 0.1793),
+        (0.1, 1 / 16, 0.6354, 0.6277),
+        (0.99, 1 / 64, 1.5628, 0.6099),
+        (0.99, 1 / 16, 6.25, 0.8627),
+        (0.999, 1 / 16, 62.5, 0.9843),
+    ],
+)
 def test_coefficients(u, delta, euler, k):
     t, s = boot.level(COSINE, f64(u)), boot.level(COSINE, f64(u - delta))
     assert boot.coefficient(t, s).item() == pytest.approx(k, abs=5e-5)
     assert boot.coefficient(t, s, "euler").item() == pytest.approx(euler, rel=3e-4)
 
 
-@pytest.mark.parametrize("t, s, k", [(999, 979, 0.1128), (999, 949, 0.2539), (500, 480, 0.0643), (40, 20, 0.3068)])
+@pytest.mark.parametrize(
+    "t, s, k", [(999, 979, 0.1128), (999, 949, 0.2539), (500, 480, 0.0643), (40, 20, 0.3068)]
+)
 def test_coefficients_of_sd(t, s, k):
     vp = VP()
     t, s = (boot.Level(vp, f64(i), vp.alpha(f64(i)), vp.sigma(f64(i))) for i in (t, s))
@@ -180,11 +223,17 @@ def test_limits(schedule, grid):
     """B8: a step of length 0 changes nothing, a step to the clean end gives f; on the whole path k is in [0, 1]."""
     u = torch.linspace(0.01, 1, 100, dtype=torch.float64)
     at, clean = boot.level(schedule, u, grid), boot.level(schedule, torch.zeros_like(u), grid)
-    assert torch.equal(boot.coefficient(at, at), torch.zeros_like(u)) and torch.equal(boot.coefficient(at, clean), torch.ones_like(u))
+    assert torch.equal(boot.coefficient(at, at), torch.zeros_like(u)) and torch.equal(
+        boot.coefficient(at, clean), torch.ones_like(u)
+    )
     k = boot.coefficient(at, boot.level(schedule, u - 0.01, grid))
-    assert ((k > 0) & (k <= 1)).all() and (k[-1] == 1) == (schedule.config["name"] in ("flow", "trigflow"))
+    assert ((k > 0) & (k <= 1)).all() and (k[-1] == 1) == (
+        schedule.config["name"] in ("flow", "trigflow")
+    )
     y, f = normal(100, 2), normal(100, 2, seed=1)
-    assert torch.equal(boot.carried(y, f, 0 * k), y) and torch.allclose(boot.carried(y, f, torch.ones_like(k)), f, atol=1e-15)
+    assert torch.equal(boot.carried(y, f, 0 * k), y) and torch.allclose(
+        boot.carried(y, f, torch.ones_like(k)), f, atol=1e-15
+    )
 
 
 # ---- levels and times -------------------------------------------------------------------------------------------------------------------------
@@ -198,14 +247,23 @@ def test_levels(schedule, grid):
     lam = (at.sigma / at.alpha).log()
     assert (lam.diff() > 0).all() and (at.t.diff() > 0).all()
     assert (at.alpha[0], at.sigma[0]) == (1, 0) and at.t[-1] == schedule.t_max
-    assert (at.alpha[-1], at.sigma[-1]) == (schedule.alpha(f64(schedule.t_max)), schedule.sigma(f64(schedule.t_max)))
+    assert (at.alpha[-1], at.sigma[-1]) == (
+        schedule.alpha(f64(schedule.t_max)),
+        schedule.sigma(f64(schedule.t_max)),
+    )
     one = boot.level(schedule, 0.3, grid)
-    assert one.t.ndim == 0 and one.t == pytest.approx(boot.level(schedule, f64([0.3]), grid).t.item())
+    assert one.t.ndim == 0 and one.t == pytest.approx(
+        boot.level(schedule, f64([0.3]), grid).t.item()
+    )
     if grid == "logsnr":
         inside = lam[1:-1].diff()
         assert torch.allclose(inside, inside.mean(), rtol=2e-3)  # t_from_snr rounds to float32
     elif isinstance(schedule, EDM):
-        assert torch.allclose(at.sigma[1:] ** (1 / 7), torch.lerp(f64(0.002 ** (1 / 7)), f64(80 ** (1 / 7)), u[1:]), atol=1e-5)
+        assert torch.allclose(
+            at.sigma[1:] ** (1 / 7),
+            torch.lerp(f64(0.002 ** (1 / 7)), f64(80 ** (1 / 7)), u[1:]),
+            atol=1e-5,
+        )
     elif isinstance(schedule, Flow):
         assert torch.allclose(at.t, schedule.shifted(u), atol=1e-5 if schedule.shift > 1 else 1e-14)
     else:
@@ -215,10 +273,23 @@ def test_levels(schedule, grid):
 def test_pairs():
     v, delta = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000, 1 / 16
     u_t, u_s = boot.pairs(v, delta, 0, 0)
-    assert (0 < u_t).all() and (u_t <= 1).all() and (0 <= u_s).all() and (u_s < 1).all() and (u_s < u_t).all() and (u_t - u_s <= delta + 1e-15).all()
+    assert (
+        (0 < u_t).all()
+        and (u_t <= 1).all()
+        and (0 <= u_s).all()
+        and (u_s < 1).all()
+        and (u_s < u_t).all()
+        and (u_t - u_s <= delta + 1e-15).all()
+    )
     inner = (u_t < 1) & (u_s > 0)
-    assert torch.allclose((u_t - u_s)[inner], f64(delta)) and inner.double().mean() == pytest.approx((1 - delta) / (1 + delta), abs=1e-4)
-    assert (u_s == 0).double().mean() == (u_t == 1).double().mean() == pytest.approx(delta / (1 + delta), abs=1e-4)
+    assert torch.allclose(
+        (u_t - u_s)[inner], f64(delta)
+    ) and inner.double().mean() == pytest.approx((1 - delta) / (1 + delta), abs=1e-4)
+    assert (
+        (u_s == 0).double().mean()
+        == (u_t == 1).double().mean()
+        == pytest.approx(delta / (1 + delta), abs=1e-4)
+    )
     assert u_t[u_s == 0].min() < 1e-4  # to the image from everywhere within delta
     edges = boot.pairs(f64([0.0, 1 - 2**-53]), delta, 0, 0)
     assert all(((0 <= u) & (u <= 1)).all() for u in edges) and edges[0][1] > 0
@@ -228,12 +299,19 @@ def test_pairs():
 def test_progressive_horizon(it, low):
     v, delta = torch.linspace(0, 1, 1000, dtype=torch.float64), 0.1
     u_t, u_s = boot.pairs(v, delta, it, 100)
-    assert u_t.min() == pytest.approx(low, abs=1e-12) and u_s.min() == pytest.approx(max(low - delta, 0), abs=1e-12) and u_t.max() == 1
+    assert (
+        u_t.min() == pytest.approx(low, abs=1e-12)
+        and u_s.min() == pytest.approx(max(low - delta, 0), abs=1e-12)
+        and u_t.max() == 1
+    )
     if low == 0:
         assert all(torch.equal(a, b) for a, b in zip((u_t, u_s), boot.pairs(v, delta, 0, 0)))
 
 
-@pytest.mark.parametrize("batch, share, count", [(64, 0.25, 16), (64, 1 / 16, 4), (10, 0.25, 2), (7, 0.0, 0), (32, 0.99, 31)])
+@pytest.mark.parametrize(
+    "batch, share, count",
+    [(64, 0.25, 16), (64, 1 / 16, 4), (10, 0.25, 2), (7, 0.0, 0), (32, 0.99, 31)],
+)
 def test_boundary_rows(batch, share, count):
     rows = boot.boundary_rows(batch, share)
     assert rows.shape == (batch,) and rows.dtype == torch.bool and rows.sum() == count
@@ -244,14 +322,27 @@ def test_boundary_rows(batch, share, count):
 # ---- B4, B6: the exact trajectory nearly solves it, the grid solution is DDIM --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coef, expected", [("exp", (5.12e-2, 2.47e-2, 1.21e-2, 6.00e-3, 2.98e-3)), ("euler", (3.94e-2, None, None, None, 2.21e-3))])
+@pytest.mark.parametrize(
+    "coef, expected",
+    [
+        ("exp", (5.12e-2, 2.47e-2, 1.21e-2, 6.00e-3, 2.98e-3)),
+        ("euler", (3.94e-2, None, None, None, 2.21e-3)),
+    ],
+)
 def test_residual_of_the_exact_trajectory(coef, expected):
     """In units of the signal, first order in delta. It is linear in eps, and the specification's numbers are those of |eps| = 2.178, over the exact k in both forms."""
     for delta, value in zip((1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256), expected):
         u = torch.linspace(delta + 0.02, 0.98, 4000, dtype=torch.float64)
-        r = residual(u, u - delta, torch.full((4000, 1), 2.178, dtype=torch.float64), coef=coef)[:, 0]
-        k = [boot.coefficient(boot.level(COSINE, u), boot.level(COSINE, u - delta), c) for c in (coef, "exp")]
-        assert value is None or (r * k[0] / k[1]).abs().max().item() == pytest.approx(value, rel=5e-3)
+        r = residual(u, u - delta, torch.full((4000, 1), 2.178, dtype=torch.float64), coef=coef)[
+            :, 0
+        ]
+        k = [
+            boot.coefficient(boot.level(COSINE, u), boot.level(COSINE, u - delta), c)
+            for c in (coef, "exp")
+        ]
+        assert value is None or (r * k[0] / k[1]).abs().max().item() == pytest.approx(
+            value, rel=5e-3
+        )
 
 
 @schedules
@@ -264,16 +355,38 @@ def test_the_exact_trajectory_solves_it_on_every_schedule(schedule, grid):
             top = boot.level(schedule, f64(1.0), grid)
             x = lambda u: boot.level(schedule, u, grid)
             eps, teacher = torch.ones(200, 1, dtype=torch.float64), Gauss(schedule)
-            y = lambda u: MU + (((x(u).alpha * S) ** 2 + x(u).sigma**2).sqrt() - x(u).sigma)[:, None] / x(u).alpha[:, None]
+            y = lambda u: (
+                MU
+                + (((x(u).alpha * S) ** 2 + x(u).sigma ** 2).sqrt() - x(u).sigma)[:, None]
+                / x(u).alpha[:, None]
+            )
             student = lambda inp, a, s, cond: y(cond["time"])
-            target, k, gap = boot.bootstrap(student, teacher, eps, u, u - delta, no_edge(u), {}, top, args(grid=grid, solver=solver))
+            target, k, gap = boot.bootstrap(
+                student,
+                teacher,
+                eps,
+                u,
+                u - delta,
+                no_edge(u),
+                {},
+                top,
+                args(grid=grid, solver=solver),
+            )
             assert len(teacher.inputs) == (2 if solver == "midpoint" else 1)
-            size[solver, delta] = (y(u - delta) - target).abs().max().item()  # error of one step: delta^2, or delta^3
+            size[solver, delta] = (
+                (y(u - delta) - target).abs().max().item()
+            )  # error of one step: delta^2, or delta^3
     assert size["ddim", 0.02] / size["ddim", 0.01] == pytest.approx(4, rel=0.15)
-    assert size["midpoint", 0.02] / size["midpoint", 0.01] == pytest.approx(8, rel=0.3) and size["midpoint", 0.01] < 0.1 * size["ddim", 0.01]
+    assert (
+        size["midpoint", 0.02] / size["midpoint", 0.01] == pytest.approx(8, rel=0.3)
+        and size["midpoint", 0.01] < 0.1 * size["ddim", 0.01]
+    )
 
 
-@pytest.mark.parametrize("n, expected", [(1, 1.000393), (2, 1.200267), (4, 1.333615), (8, 1.411474), (32, 1.476486), (128, 1.494019)])
+@pytest.mark.parametrize(
+    "n, expected",
+    [(1, 1.000393), (2, 1.200267), (4, 1.333615), (8, 1.411474), (32, 1.476486), (128, 1.494019)],
+)
 def test_bootstrapping_on_a_grid(n, expected):
     assert fixed_point(n) == pytest.approx(expected, abs=1.5e-6)
 
@@ -284,13 +397,21 @@ def test_the_grid_solution_is_the_teachers_sampler(n):
     for schedule in (Flow(), VP()):
         teacher, z = Gauss(schedule), normal(6, 1)
         path = boot.teacher_path(teacher, z, {}, 1.0, n)
-        assert len(path) == n + 1 and (path[-1] - teacher_sample(teacher, z, {}, n)).abs().max() < 1e-12
-    assert fixed_point(n, 1.0, Flow(), 0.7) == pytest.approx(teacher_sample(Gauss(Flow()), f64([[0.7]]), {}, n).item(), abs=1e-12)
-    assert fixed_point(n, 1.0, Flow(), 0.7, grid="logsnr") == pytest.approx(boot.teacher_path(Gauss(Flow()), f64([[0.7]]), {}, 1.0, n, "logsnr")[-1].item(), abs=1e-12)
+        assert (
+            len(path) == n + 1
+            and (path[-1] - teacher_sample(teacher, z, {}, n)).abs().max() < 1e-12
+        )
+    assert fixed_point(n, 1.0, Flow(), 0.7) == pytest.approx(
+        teacher_sample(Gauss(Flow()), f64([[0.7]]), {}, n).item(), abs=1e-12
+    )
+    assert fixed_point(n, 1.0, Flow(), 0.7, grid="logsnr") == pytest.approx(
+        boot.teacher_path(Gauss(Flow()), f64([[0.7]]), {}, 1.0, n, "logsnr")[-1].item(), abs=1e-12
+    )
 
 
 def test_the_boundary_matters_as_far_as_alpha_does():
     """What +1 in y_T does to y_0 (spec, pitfall 4), in 1,000 steps; nothing at all on a flow whose T is pure noise."""
+
     def change(schedule, t_max):
         at = boot.level(schedule, t_max * (1 - torch.arange(1001, dtype=torch.float64) / 1000))
         levels = [boot.Level(schedule, *part) for part in zip(*at[1:])]
@@ -298,11 +419,17 @@ def test_the_boundary_matters_as_far_as_alpha_does():
         for extra in (0.0, 1.0):
             y = teacher(eps, levels[0].alpha, levels[0].sigma, {}) + extra
             for t, s in zip(levels, levels[1:]):
-                y = boot.carried(y, boot.teacher_signal(teacher, boot.point(y, eps, t), t, {}, 1.0), boot.coefficient(t, s))
+                y = boot.carried(
+                    y,
+                    boot.teacher_signal(teacher, boot.point(y, eps, t), t, {}, 1.0),
+                    boot.coefficient(t, s),
+                )
             ends.append(y.item())
         return ends[1] - ends[0]
 
-    assert change(COSINE, 0.99) == pytest.approx(0.008, abs=5e-4) and change(COSINE, 0.9) == pytest.approx(0.079, abs=1e-3)
+    assert change(COSINE, 0.99) == pytest.approx(0.008, abs=5e-4) and change(
+        COSINE, 0.9
+    ) == pytest.approx(0.079, abs=1e-3)
     assert change(VP(), 1.0) == pytest.approx(0.034, abs=1e-3) and change(Flow(), 1.0) == 0
 
 
@@ -320,7 +447,9 @@ def test_target_is_that_of_the_discrete_flow_map():
     before, after = (1 - u_t)[:, None], (1 - u_s)[:, None]
     F = student(z, None, None, dict(time=u_t)) - z
     x = z + before * F
-    velocity = (teacher(x, before[:, 0], 1 - before[:, 0], {}) - x) / (1 - before)  # towards the data
+    velocity = (teacher(x, before[:, 0], 1 - before[:, 0], {}) - x) / (
+        1 - before
+    )  # towards the data
     F_star = (before * F + (after - before) * velocity) / after
     assert (target - (z + F_star)).abs().max() < 1e-13
     t, s = boot.level(schedule, f64(0.7)), boot.level(schedule, f64(0.6))
@@ -340,18 +469,31 @@ def test_student_starts_as_the_teachers_guess(name):
     student = teacher.copy().extend("time")
     guess = teacher(boot.first_input(teacher.schedule, top, eps), top.alpha, top.sigma, cond)
     u = f64([1.0, 0.6, 0.3, 0.0])
-    assert torch.equal(boot.signal(student, eps, u, cond, top), guess) and torch.equal(boot.signal(student, eps, 0 * u + 1, cond, top), guess)
+    assert torch.equal(boot.signal(student, eps, u, cond, top), guess) and torch.equal(
+        boot.signal(student, eps, 0 * u + 1, cond, top), guess
+    )
     edge = torch.ones(4, dtype=torch.bool)
-    target, k, gap = boot.bootstrap(student, teacher, eps, 0 * u + 1, 0 * u + 1, edge, cond, top, ARGS)
-    assert torch.equal(target, guess) and boot.errors(boot.signal(student, eps, 0 * u + 1, cond, top), target, k).max() == 0
-    nn.init.normal_(next(iter(student.extras["time"].layers[2].parameters())))  # the time does reach the network
-    assert (boot.signal(student, eps, u, cond, top) - boot.signal(student, eps, u / 2, cond, top)).abs().max() > 1e-3
+    target, k, gap = boot.bootstrap(
+        student, teacher, eps, 0 * u + 1, 0 * u + 1, edge, cond, top, ARGS
+    )
+    assert (
+        torch.equal(target, guess)
+        and boot.errors(boot.signal(student, eps, 0 * u + 1, cond, top), target, k).max() == 0
+    )
+    nn.init.normal_(
+        next(iter(student.extras["time"].layers[2].parameters()))
+    )  # the time does reach the network
+    assert (
+        boot.signal(student, eps, u, cond, top) - boot.signal(student, eps, u / 2, cond, top)
+    ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("schedule, factor", [(VP(), 1.0), (EDM(), 80.0), (Flow(), 1.0)])
 def test_first_input(schedule, factor):
     eps = torch.randn(3, 2)
-    assert torch.equal(boot.first_input(schedule, boot.level(schedule, f64(1.0)), eps), factor * eps)
+    assert torch.equal(
+        boot.first_input(schedule, boot.level(schedule, f64(1.0)), eps), factor * eps
+    )
 
 
 # ---- B8, B9: guidance, losses, gradients ----------------------------------------------------------------------------------------------------------------
@@ -359,13 +501,28 @@ def test_first_input(schedule, factor):
 
 def test_guidance_and_clipping():
     teacher, x = load_teacher("toy-cond"), 2 * normal(64, 2)
-    cond, at = teacher.encode(torch.arange(64) % 8), boot.level(teacher.schedule, torch.full((64,), 0.4, dtype=torch.float64))
+    cond, at = (
+        teacher.encode(torch.arange(64) % 8),
+        boot.level(teacher.schedule, torch.full((64,), 0.4, dtype=torch.float64)),
+    )
     c, u = (teacher(x, at.alpha, at.sigma, k) for k in (cond, teacher.null(64)))
     assert torch.equal(boot.teacher_signal(teacher, x, at, cond, 1.0), c)
-    assert torch.allclose(boot.teacher_signal(teacher, x, at, cond, 3.0), u + 3 * (c - u), atol=1e-12, rtol=0) and (c - u).abs().max() > 0.1
+    assert (
+        torch.allclose(
+            boot.teacher_signal(teacher, x, at, cond, 3.0), u + 3 * (c - u), atol=1e-12, rtol=0
+        )
+        and (c - u).abs().max() > 0.1
+    )
     e = lambda clean: (x - expand(at.alpha, x) * clean) / expand(at.sigma, x)
-    assert torch.allclose((x - expand(at.sigma, x) * (e(u) + 3 * (e(c) - e(u)))) / expand(at.alpha, x), u + 3 * (c - u), atol=1e-12, rtol=0)
-    f = torch.stack([torch.linspace(-3, 3, 1000), torch.linspace(-0.5, 0.5, 1000)]).view(2, 1, 20, 50)
+    assert torch.allclose(
+        (x - expand(at.sigma, x) * (e(u) + 3 * (e(c) - e(u)))) / expand(at.alpha, x),
+        u + 3 * (c - u),
+        atol=1e-12,
+        rtol=0,
+    )
+    f = torch.stack([torch.linspace(-3, 3, 1000), torch.linspace(-0.5, 0.5, 1000)]).view(
+        2, 1, 20, 50
+    )
     assert boot.clipped(f, "none") is f and torch.equal(boot.clipped(f, "static"), f.clamp(-1, 1))
     dynamic, top = boot.clipped(f, "dynamic"), f[0].abs().flatten().quantile(0.995)
     assert torch.allclose(dynamic[0], (f[0] / top).clamp(-1, 1)) and torch.equal(dynamic[1], f[1])
@@ -378,31 +535,49 @@ def test_gradient(solver):
     u_t = torch.linspace(0.2, 1.0, 8, dtype=torch.float64)
     u_s, edge, top = u_t - 0.1, torch.arange(8) == 7, boot.level(COSINE, f64(1.0))
     u_s[7] = 1.0
-    target, k, gap = boot.bootstrap(student, teacher, eps, u_t, u_s, edge, {}, top, args(solver=solver))
+    target, k, gap = boot.bootstrap(
+        student, teacher, eps, u_t, u_s, edge, {}, top, args(solver=solver)
+    )
     assert not (target.requires_grad or k.requires_grad or gap.requires_grad) and k[7] == 1
-    assert torch.equal(target[7], teacher(eps, top.alpha, top.sigma, {})[7].detach())  # the boundary's target is f(eps, T), not f(alpha y + sigma eps)
+    assert torch.equal(
+        target[7], teacher(eps, top.alpha, top.sigma, {})[7].detach()
+    )  # the boundary's target is f(eps, T), not f(alpha y + sigma eps)
     y_s = boot.signal(student, eps, u_s, {}, top)
     loss, bs, bc = boot.total(boot.errors(y_s, target, k), edge, 1.7, 1 / 8)
     loss.backward()
     assert teacher.mean.grad is None
     weight = torch.where(edge, f64(1.7 * 8), f64(8 / 7)) / k**2
     y_again = boot.signal(student, eps, u_s, {}, top)
-    by_hand = torch.autograd.grad(y_again, list(student.parameters()), 2 * weight[:, None] * (y_again - target).detach() / eps.numel())
-    assert all(torch.allclose(p.grad, g, atol=1e-14, rtol=1e-12) for p, g in zip(student.parameters(), by_hand))
+    by_hand = torch.autograd.grad(
+        y_again,
+        list(student.parameters()),
+        2 * weight[:, None] * (y_again - target).detach() / eps.numel(),
+    )
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-14, rtol=1e-12)
+        for p, g in zip(student.parameters(), by_hand)
+    )
     # in units of the signal: (7) is the mean square of (y_s - y_t) / k + y_t - f, the residual of (2)
     y_t = boot.signal(student, eps, u_t, {}, top)
     plain = ((y_s - y_t) / k[:, None] - gap).square().mean(1)
     assert torch.allclose(plain[:7], boot.errors(y_s, target, k)[:7], rtol=1e-10)
-    assert torch.allclose(bs.mean(), plain[:7].mean()) and torch.allclose(bc.mean(), (y_s - target)[7].square().mean())
+    assert torch.allclose(bs.mean(), plain[:7].mean()) and torch.allclose(
+        bc.mean(), (y_s - target)[7].square().mean()
+    )
 
 
 def test_weight():
     y, target, k = normal(4, 3), normal(4, 3, seed=1), f64([1.0, 0.5, 0.1, 1e-6])
     each = (y - target).square().mean(1)
     assert torch.equal(boot.errors(y, target, k, "none"), each)
-    assert torch.allclose(boot.errors(y, target, k), each / f64([1.0, 0.25, 0.01, 4e-4]))  # --k-min is for the weight alone ...
+    assert torch.allclose(
+        boot.errors(y, target, k), each / f64([1.0, 0.25, 0.01, 4e-4])
+    )  # --k-min is for the weight alone ...
     tiny = f64([1e-6])
-    assert boot.carried(y[:1], target[:1], tiny).sub(y[:1] + 1e-6 * (target - y)[:1]).abs().max() < 1e-15  # ... the target has the true k
+    assert (
+        boot.carried(y[:1], target[:1], tiny).sub(y[:1] + 1e-6 * (target - y)[:1]).abs().max()
+        < 1e-15
+    )  # ... the target has the true k
 
 
 @pytest.mark.parametrize("k", [1e-3, 1e-2, 0.0122])
@@ -411,14 +586,18 @@ def test_the_coefficient_is_never_rounded_to_bf16(k):
     t = boot.level(COSINE, torch.tensor(0.5, dtype=torch.float32))
     assert t.alpha.dtype == boot.coefficient(t, boot.level(COSINE, 0.4)).dtype == torch.float64
     y = torch.zeros(1, 2)
-    assert boot.carried(y, y + 1, f64([k])).dtype == torch.float32 and torch.allclose(boot.carried(y, y + 1, f64([k])), torch.tensor(k, dtype=torch.float32))
+    assert boot.carried(y, y + 1, f64([k])).dtype == torch.float32 and torch.allclose(
+        boot.carried(y, y + 1, f64([k])), torch.tensor(k, dtype=torch.float32)
+    )
 
 
 def test_loss_of_two_processes_is_that_of_one():
     each, edge = normal(64).abs(), boot.boundary_rows(64, 0.1)
     whole = boot.total(each, edge, 2.0, 6 / 64)[0]
     parts = [boot.total(each[i], edge[i], 2.0, 6 / 64)[0] for i in (slice(0, 32), slice(32, 64))]
-    assert torch.allclose(whole, sum(parts) / 2) and torch.allclose(whole, each[~edge].mean() + 2 * each[edge].mean())
+    assert torch.allclose(whole, sum(parts) / 2) and torch.allclose(
+        whole, each[~edge].mean() + 2 * each[edge].mean()
+    )
     assert torch.allclose(boot.total(each, edge & False, 0.0, 0.0)[0], each.mean())
 
 
@@ -433,7 +612,11 @@ def broken_next_state(right):  # where the formula has the clean estimate, the s
     def teacher_signal(teacher, x, at, cond, w, clip="none"):
         s = boot.level(at.schedule, (at.t / at.schedule.t_max - 1 / 32).clamp(min=0))
         f = right["teacher_signal"](teacher, x, at, cond, w, clip)
-        return expand(s.sigma / at.sigma, x) * x + expand(s.alpha - at.alpha * s.sigma / at.sigma, x) * f
+        return (
+            expand(s.sigma / at.sigma, x) * x
+            + expand(s.alpha - at.alpha * s.sigma / at.sigma, x) * f
+        )
+
     return dict(teacher_signal=teacher_signal)
 
 
@@ -442,14 +625,28 @@ def broken_state(right):  # the teacher is shown the signal, not the noisy state
 
 
 def broken_boundary(right):  # y_T taken to be the noise, while alpha_T is not small
-    return dict(signal=lambda student, eps, u, cond, top: torch.where((u == 0.9)[:, None], eps * 3, right["signal"](student, eps, u, cond, top)))
+    return dict(
+        signal=lambda student, eps, u, cond, top: torch.where(
+            (u == 0.9)[:, None], eps * 3, right["signal"](student, eps, u, cond, top)
+        )
+    )
 
 
-@pytest.mark.parametrize("change, t_max", [(broken_sign, 0.999), (broken_next_state, 0.999), (broken_state, 0.999), (broken_boundary, 0.9)])
+@pytest.mark.parametrize(
+    "change, t_max",
+    [
+        (broken_sign, 0.999),
+        (broken_next_state, 0.999),
+        (broken_state, 0.999),
+        (broken_boundary, 0.9),
+    ],
+)
 def test_a_broken_target_has_another_fixed_point(monkeypatch, change, t_max):
     right = fixed_point(32, t_max)
     assert right == pytest.approx(1.476486, abs=0.02)
-    for name, mutant in change({k: getattr(boot, k) for k in ("coefficient", "teacher_signal", "point", "signal")}).items():
+    for name, mutant in change(
+        {k: getattr(boot, k) for k in ("coefficient", "teacher_signal", "point", "signal")}
+    ).items():
         monkeypatch.setattr(boot, name, mutant)
     wrong = fixed_point(32, t_max)
     assert not abs(wrong - right) < 0.05, wrong
@@ -462,11 +659,15 @@ def test_a_broken_target_has_another_fixed_point(monkeypatch, change, t_max):
 def test_read_out_at_any_time(schedule):
     eps, teacher = normal(5, 1), Gauss(schedule)
     student = Oracle(boot.level(schedule, f64(1.0)))
-    assert torch.allclose(boot.sample(student, eps, {}), MU + S * eps) and torch.allclose(boot.sample(student, eps, {}, noisy=True), MU + S * eps)
+    assert torch.allclose(boot.sample(student, eps, {}), MU + S * eps) and torch.allclose(
+        boot.sample(student, eps, {}, noisy=True), MU + S * eps
+    )
     for u in (0.75, 0.5, 0.1):
         at = boot.level(schedule, u)
         y, x = (boot.sample(student, eps, {}, at=u, noisy=noisy) for noisy in (False, True))
-        assert torch.allclose(y, exact(eps, f64(u).expand(5), schedule)) and torch.allclose(x, at.alpha * y + at.sigma * eps)
+        assert torch.allclose(y, exact(eps, f64(u).expand(5), schedule)) and torch.allclose(
+            x, at.alpha * y + at.sigma * eps
+        )
         # that state lies on the trajectory: x / std of the marginal keeps its place, and the teacher goes on from there to the same image
         assert torch.allclose((x - at.alpha * MU) / ((at.alpha * S) ** 2 + at.sigma**2).sqrt(), eps)
     with pytest.raises(UserError, match="--nfe 2"):
@@ -478,8 +679,14 @@ def test_a_sample_does_not_depend_on_its_batch():
     nn.init.normal_(student.extras["time"].layers[2].weight)
     sampler = lambda m, z, c, noise: boot.sample(m, z, c, 1, noise)
     whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
-    assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
+    parts = {
+        i: row
+        for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2)
+        for i, row in zip(part.tolist(), x)
+    }
+    assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(
+        torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items()
+    )
     assert count_nfe(sampler, student) == 1
 
 
@@ -487,12 +694,22 @@ def test_fidelity():
     """0 for a student that walks the teacher's own path; the spread is the variance of its images."""
     teacher = load_teacher("toy-cond")
     watch = boot.Fidelity(teacher, SimpleNamespace(seed=0, cfg=2.0, grid="time", t_max=1.0), 50)
-    assert [len(z) for z, _, _ in watch.parts] == [32, 18] and sorted(watch(teacher.copy().extend("time"))) == sorted(map(str, boot.READOUTS))
-    z, cond, path = (torch.cat([p[0] for p in watch.parts]), None, [torch.cat([p[2][i] for p in watch.parts]) for i in range(4)])
+    assert [len(z) for z, _, _ in watch.parts] == [32, 18] and sorted(
+        watch(teacher.copy().extend("time"))
+    ) == sorted(map(str, boot.READOUTS))
+    z, cond, path = (
+        torch.cat([p[0] for p in watch.parts]),
+        None,
+        [torch.cat([p[2][i] for p in watch.parts]) for i in range(4)],
+    )
     image = teacher_sample  # an independent sampler ends nearby: another grid near the image
     near = image(teacher, z, teacher.encode(torch.arange(50) % 8), 32, 2.0)
-    assert (near - path[3]).square().mean() < 1e-3 and watch.spread() == pytest.approx(float(path[3].var(0).mean()))
-    known = lambda z, cond, u: {round(float(a[0]), 6): b for a, b in zip(z.double(), path[boot.READOUTS.index(u)])}
+    assert (near - path[3]).square().mean() < 1e-3 and watch.spread() == pytest.approx(
+        float(path[3].var(0).mean())
+    )
+    known = lambda z, cond, u: {
+        round(float(a[0]), 6): b for a, b in zip(z.double(), path[boot.READOUTS.index(u)])
+    }
 
     class Walker(nn.Module):
         schedule = teacher.schedule
@@ -500,7 +717,12 @@ def test_fidelity():
         def forward(self, x, alpha, sigma, cond):
             u = float(cond["time"][0])
             at, eps = boot.level(self.schedule, u), x / sigma.to(x.dtype)
-            rows = torch.stack([known(z, cond, u)[round(float(a[0]), 6)] for a in z[[int((z - e).abs().sum(1).argmin()) for e in eps]].double()])
+            rows = torch.stack(
+                [
+                    known(z, cond, u)[round(float(a[0]), 6)]
+                    for a in z[[int((z - e).abs().sum(1).argmin()) for e in eps]].double()
+                ]
+            )
             return ((rows.double() - at.sigma * eps.double()) / at.alpha).float()
 
     assert all(d < 1e-9 for d in watch(Walker()).values())
@@ -523,7 +745,21 @@ class Trace(list):
         monkeypatch.setattr(boot, "bootstrap", lambda *a: self.seen.append(a[3:6]) or targets(*a))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
-        default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0", "--eval-n", "0"]
+        default = [
+            "--teacher",
+            "toy-cond",
+            "--batch",
+            "16",
+            "--out",
+            str(tmp_path / "out"),
+            "--overwrite",
+            "--save-every",
+            "0",
+            "--sample-every",
+            "0",
+            "--eval-n",
+            "0",
+        ]
         monkeypatch.setattr(sys, "argv", ["boot.py", *default, *map(str, flags)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -544,8 +780,14 @@ class Trace(list):
         params = [p for group in opt.param_groups for p in group["params"]]
         student = self.made["ema"].live
         assert [id(p) for p in params] == [id(p) for p in student.parameters()]
-        entry = dict(lr=opt.param_groups[0]["lr"], grads={k: p.grad.clone() for k, p in student.named_parameters()}, before=self.flat())
-        assert all(p.grad is None and not p.requires_grad for p in self.made["teacher"].parameters())
+        entry = dict(
+            lr=opt.param_groups[0]["lr"],
+            grads={k: p.grad.clone() for k, p in student.named_parameters()},
+            before=self.flat(),
+        )
+        assert all(
+            p.grad is None and not p.requires_grad for p in self.made["teacher"].parameters()
+        )
         norm = step(run, opt, clip)
         self.append(entry | dict(after=self.flat(), images=self.made["ema"].images))
         return norm
@@ -556,8 +798,17 @@ def trace(monkeypatch, tmp_path):
     return lambda *flags: Trace(monkeypatch, tmp_path, *flags)
 
 
-VARIANTS = ["", "--cfg 2.5", "--grid logsnr", "--solver midpoint", "--coef euler", "--weight none", "--beta 0 --boundary-frac 0", "--horizon-warmup 2 --ema 100",
-            "--t-max 0.9 --at 0.5"]
+VARIANTS = [
+    "",
+    "--cfg 2.5",
+    "--grid logsnr",
+    "--solver midpoint",
+    "--coef euler",
+    "--weight none",
+    "--beta 0 --boundary-frac 0",
+    "--horizon-warmup 2 --ema 100",
+    "--t-max 0.9 --at 0.5",
+]
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
@@ -566,24 +817,49 @@ def test_gradient_routing(trace, flags):
     steps = trace("--iters", 4, *flags.split())
     assert len(steps) == 4 and [s["images"] for s in steps] == [0, 16, 32, 48]
     for s in steps:
-        assert all(g.isfinite().all() for g in s["grads"].values()) and not torch.equal(s["before"], s["after"])
+        assert all(g.isfinite().all() for g in s["grads"].values()) and not torch.equal(
+            s["before"], s["after"]
+        )
     assert steps[0]["grads"]["extras.time.layers.2.weight"].norm() > 0
     assert all(torch.equal(a["after"], b["before"]) for a, b in zip(steps, steps[1:]))
     fresh = load_teacher("toy-cond")
-    assert all(torch.equal(p, q) for p, q in zip(steps.made["teacher"].parameters(), fresh.parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(steps.made["teacher"].parameters(), fresh.parameters())
+    )
 
 
 def test_times_of_a_run(trace):
-    steps = trace("--iters", 3, "--batch", 400, "--t-max", 0.8, "--delta", 0.125, "--boundary-frac", 0.2, "--horizon-warmup", 2)
+    steps = trace(
+        "--iters",
+        3,
+        "--batch",
+        400,
+        "--t-max",
+        0.8,
+        "--delta",
+        0.125,
+        "--boundary-frac",
+        0.2,
+        "--horizon-warmup",
+        2,
+    )
     assert steps.inputs == [(0.125, it, 2) for it in range(3)]
     for u_t, u_s, edge in steps.seen:
-        assert edge.sum() == 80 and (u_t[edge] == 0.8).all() and (u_s[edge] == 0.8).all() and u_t.max() == 0.8 and u_s.min() >= 0
+        assert (
+            edge.sum() == 80
+            and (u_t[edge] == 0.8).all()
+            and (u_s[edge] == 0.8).all()
+            and u_t.max() == 0.8
+            and u_s.min() >= 0
+        )
     assert [round(float(u_s.min()), 1) for _, u_s, _ in steps.seen] == [0.7, 0.3, 0.0]
 
 
 def test_rates_and_average(trace):
     steps = trace("--iters", 10, "--warmup", 4, "--lr", 1e-3, "--ema", 50, "--cooldown", 0.5)
-    assert [s["lr"] for s in steps] == pytest.approx([1e-3 * f for f in (0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2)])
+    assert [s["lr"] for s in steps] == pytest.approx(
+        [1e-3 * f for f in (0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2)]
+    )
     ema = steps.made["ema"]
     assert not torch.equal(torch.cat([p.flatten() for p in ema.model.parameters()]), steps.flat())
 
@@ -594,9 +870,15 @@ def test_the_first_gradient_by_hand(trace):
     teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     torch.manual_seed(0)
     student, s = teacher.copy().extend("time"), teacher.schedule
-    cond, eps, v = teacher.encode(draw.integers(0, 8)), draw.normal(2), draw.uniform()
+    cond, eps, v = teacher.encode(draw.randint(0, 8)), draw.randn(2), draw.rand()
     nodes = s.grid(1000)
-    sigma = lambda u: torch.where(u == 0, 0.0, torch.stack([torch.lerp(nodes[int(p)], nodes[min(int(p) + 1, 999)], p - int(p)) for p in u * 999]))
+    sigma = lambda u: torch.where(
+        u == 0,
+        0.0,
+        torch.stack(
+            [torch.lerp(nodes[int(p)], nodes[min(int(p) + 1, 999)], p - int(p)) for p in u * 999]
+        ),
+    )
     v = 33 / 32 * (1 - v)
     u_t, u_s = v.clamp(max=1), (v - 1 / 32).clamp(min=0)
     edge = torch.arange(16) % 4 == 3
@@ -612,7 +894,9 @@ def test_the_first_gradient_by_hand(trace):
     error = (y_s - target).square().mean(1)
     ((error / k.clamp(min=0.02) ** 2)[~edge].mean() + 0.5 * error[edge].mean()).backward()
     for name, p in student.named_parameters():
-        assert torch.allclose(steps[0]["grads"][name], p.grad, rtol=1e-4, atol=1e-6 * float(p.grad.abs().max() + 1)), name
+        assert torch.allclose(
+            steps[0]["grads"][name], p.grad, rtol=1e-4, atol=1e-6 * float(p.grad.abs().max() + 1)
+        ), name
 
 
 def test_no_images_are_loaded(trace, monkeypatch):
@@ -620,7 +904,13 @@ def test_no_images_are_loaded(trace, monkeypatch):
     assert len(trace("--iters", 1)) == 1 and "data" not in vars(boot)
 
 
-@pytest.mark.parametrize("flags, expected", [(["--teacher", "mnist", "--coef", "euler"], "--coef euler.*--t-max"), (["--clip-x0", "static"], "--clip-x0 static")])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--teacher", "mnist", "--coef", "euler"], "--coef euler.*--t-max"),
+        (["--clip-x0", "static"], "--clip-x0 static"),
+    ],
+)
 def test_what_only_the_teacher_can_tell(trace, flags, expected):
     with pytest.raises(UserError, match=expected):
         trace("--iters", 1, *flags)

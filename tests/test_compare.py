@@ -1,4 +1,5 @@
 """eval.py --compare and tests/reproduce.py: what is one row, whose numbers stand there, what is measured again, pictures without clipped text."""
+
 import json
 import math
 import shutil
@@ -32,8 +33,18 @@ from tools.plot_log import (
 )
 
 FLAGS = dict(teacher="toy", iters=20, seed=0, out="x", eval_n=10)
-RECORD = dict(images=0, passes_per_iteration="4.80", networks=dict(student=3, critic=4), seconds=7, iterations=20, batch=8, threads=1, hardware="a CPU", date="today",
-              command="python dmd2.py --teacher toy --iters 20 --seed 1 --out x")
+RECORD = dict(
+    images=0,
+    passes_per_iteration="4.80",
+    networks=dict(student=3, critic=4),
+    seconds=7,
+    iterations=20,
+    batch=8,
+    threads=1,
+    hardware="a CPU",
+    date="today",
+    command="python dmd2.py --teacher toy --iters 20 --seed 1 --out x",
+)
 
 
 def student(folder, seed, move=0.05, log=True, **info):
@@ -43,10 +54,29 @@ def student(folder, seed, move=0.05, log=True, **info):
     with torch.no_grad():
         for p in model.parameters():
             p += move * torch.randn(p.shape, generator=g)
-    record = dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999"), flags=dict(FLAGS, seed=seed, out=str(folder)), seed=seed, training=RECORD)
+    record = dict(
+        method="dmd2",
+        teacher="toy",
+        nfe=1,
+        cfg=1.0,
+        sampler=dict(steps="999"),
+        flags=dict(FLAGS, seed=seed, out=str(folder)),
+        seed=seed,
+        training=RECORD,
+    )
     model.save(folder / "student", {k: v for k, v in (record | info).items() if v is not None})
     if log:
-        lines = [dict(it=it, images=8 * it, skipped=0, loss=1 / (it + 1), sometimes=seed, time=dict(seconds=it)) for it in range(0, 200, 10)]
+        lines = [
+            dict(
+                it=it,
+                images=8 * it,
+                skipped=0,
+                loss=1 / (it + 1),
+                sometimes=seed,
+                time=dict(seconds=it),
+            )
+            for it in range(0, 200, 10)
+        ]
         del lines[3]["sometimes"]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -58,7 +88,15 @@ def toys(tmp_path_factory):
     student(toys / "dmd2", 0)
     student(toys / "dmd2-s1", 1, training=RECORD | dict(seconds=10))
     student(toys / "old", 2, flags=None, training=None, log=False)
-    student(toys / "long", 3, flags=dict(FLAGS, iters=40), log=False, nfe=2, sampler=dict(steps="999,499"), training=RECORD | dict(images=9, networks=dict(one_student=1)))
+    student(
+        toys / "long",
+        3,
+        flags=dict(FLAGS, iters=40),
+        log=False,
+        nfe=2,
+        sampler=dict(steps="999,499"),
+        training=RECORD | dict(images=9, networks=dict(one_student=1)),
+    )
     (toys / "old" / "metrics.json").write_text(json.dumps(dict(train_seconds=1234)))
     return toys
 
@@ -66,12 +104,23 @@ def toys(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, capsys):
     """run(*flags) -> rows of compare.json; .results: the last line; .text: all that was printed."""
+
     def go(*flags):
         capsys.readouterr()
-        script.main([*map(str, flags), "--compare", "--out", str(tmp_path / "eval.jsonl"), "--device", "cpu"])
+        script.main(
+            [
+                *map(str, flags),
+                "--compare",
+                "--out",
+                str(tmp_path / "eval.jsonl"),
+                "--device",
+                "cpu",
+            ]
+        )
         go.text = capsys.readouterr().out
         go.results = json.loads(go.text.splitlines()[-1])["results"]
         return json.loads((tmp_path / "compare.json").read_text())["rows"]
+
     return go
 
 
@@ -79,43 +128,117 @@ def run(tmp_path, capsys):
 
 
 def test_rows(toys, run, tmp_path):
-    rows = run(*(toys / name for name in ("old", "dmd2", "dmd2-s1", "long")), "--n", 60, "--heun", "--teacher-nfe", "3,1,2")
+    rows = run(
+        *(toys / name for name in ("old", "dmd2", "dmd2-s1", "long")),
+        "--n",
+        60,
+        "--heun",
+        "--teacher-nfe",
+        "3,1,2",
+    )
     assert [(r["name"], r["nfe"], r["passes"]) for r in rows] == [
-        ("teacher, 3 steps, w = 1", 3, 3), ("teacher, 1 step, w = 1", 1, 1), ("teacher, 2 steps, w = 1", 2, 2), ("teacher, Heun, 2 steps, w = 1", 3, 3),
-        ("old", 1, 1), ("dmd2", 1, 1), ("long", 2, 2)]
+        ("teacher, 3 steps, w = 1", 3, 3),
+        ("teacher, 1 step, w = 1", 1, 1),
+        ("teacher, 2 steps, w = 1", 2, 2),
+        ("teacher, Heun, 2 steps, w = 1", 3, 3),
+        ("old", 1, 1),
+        ("dmd2", 1, 1),
+        ("long", 2, 2),
+    ]
     teacher, old, dmd2, long = rows[0], *rows[4:]
 
     assert dmd2["seeds"] == [0, 1] and len(dmd2["runs"]) == 2 and old["seeds"] == [2]
     singles = {r["name"]: r for r in run.results}
     for key in ("energy_distance", "sliced_wasserstein", "mode_max"):
-        assert dmd2["each"][key] == [singles["dmd2"][key], singles["dmd2-s1"][key]] and dmd2["each"][key][0] != dmd2["each"][key][1]
+        assert (
+            dmd2["each"][key] == [singles["dmd2"][key], singles["dmd2-s1"][key]]
+            and dmd2["each"][key][0] != dmd2["each"][key][1]
+        )
         assert dmd2[key] == pytest.approx(np.mean(dmd2["each"][key]))
 
     # the distance, from its definition
     toy, gap = load_teacher("toy"), {}
-    target = torch.cat([x for *_, x in generate(lambda m, z, c, noise: teacher_sample(m, z, c, 3), toy, 60)])
+    target = torch.cat(
+        [x for *_, x in generate(lambda m, z, c, noise: teacher_sample(m, z, c, 3), toy, 60)]
+    )
     for name in ("dmd2", "dmd2-s1"):
-        model, sample, info, *_ = script.load_student(toys / name, script.parse_args([str(toys)]), {})
-        x = torch.cat([x for *_, x in generate(lambda m, z, c, noise: sample(m, z, c, 1, noise, **info["sampler"]), model, 60)])
+        model, sample, info, *_ = script.load_student(
+            toys / name, script.parse_args([str(toys)]), {}
+        )
+        x = torch.cat(
+            [
+                x
+                for *_, x in generate(
+                    lambda m, z, c, noise: sample(m, z, c, 1, noise, **info["sampler"]), model, 60
+                )
+            ]
+        )
         gap[name] = float((x - target).square().mean())
     assert dmd2["to_teacher"] == pytest.approx((gap["dmd2"] + gap["dmd2-s1"]) / 2, rel=1e-5)
-    assert teacher["to_teacher"] == 0 < rows[3]["to_teacher"] < rows[2]["to_teacher"] < rows[1]["to_teacher"]
+    assert (
+        teacher["to_teacher"]
+        == 0
+        < rows[3]["to_teacher"]
+        < rows[2]["to_teacher"]
+        < rows[1]["to_teacher"]
+    )
 
-    assert (dmd2["images"], dmd2["networks"], dmd2["passes_per_iteration"], dmd2["iterations"]) == ("no", "student, critic", "4.80", 20)
-    assert dmd2["train_seconds"] == 8.5 and dmd2["command"] == ["python dmd2.py --teacher toy --iters 20"] and dmd2["lines"] == lines_of_code(ROOT / "dmd2.py")
-    assert [old[k] for k in ("images", "networks", "passes_per_iteration", "iterations", "command")] == [None] * 5 and old["train_seconds"] == 1234
+    assert (dmd2["images"], dmd2["networks"], dmd2["passes_per_iteration"], dmd2["iterations"]) == (
+        "no",
+        "student, critic",
+        "4.80",
+        20,
+    )
+    assert (
+        dmd2["train_seconds"] == 8.5
+        and dmd2["command"] == ["python dmd2.py --teacher toy --iters 20"]
+        and dmd2["lines"] == lines_of_code(ROOT / "dmd2.py")
+    )
+    assert [
+        old[k] for k in ("images", "networks", "passes_per_iteration", "iterations", "command")
+    ] == [None] * 5 and old["train_seconds"] == 1234
     assert long["images"] == "yes"
 
     text = (tmp_path / "compare.md").read_text()
-    table = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    table = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     cells = [dict(zip(table[0], row)) for row in table[2:]]
-    assert cells[5]["energy distance"] == f"{dmd2['energy_distance']:.4f} ({dmd2['each']['energy_distance'][0]:.4f}, {dmd2['each']['energy_distance'][1]:.4f})"
-    assert cells[5]["seeds"] == "0, 1" and cells[5]["training seconds"] == "8" and cells[4]["training seconds"] == "1,234"
-    assert cells[4]["networks trained"] == cells[4]["command"] == cells[0]["seeds"] == cells[0]["lines of method code"] == "-" and "fd" not in cells[0]
+    assert (
+        cells[5]["energy distance"]
+        == f"{dmd2['energy_distance']:.4f} ({dmd2['each']['energy_distance'][0]:.4f}, {dmd2['each']['energy_distance'][1]:.4f})"
+    )
+    assert (
+        cells[5]["seeds"] == "0, 1"
+        and cells[5]["training seconds"] == "8"
+        and cells[4]["training seconds"] == "1,234"
+    )
+    assert (
+        cells[4]["networks trained"]
+        == cells[4]["command"]
+        == cells[0]["seeds"]
+        == cells[0]["lines of method code"]
+        == "-"
+        and "fd" not in cells[0]
+    )
     assert cells[3]["command"] == "`python eval.py --teacher toy --nfe 2 --cfg 1 --heun`"
     assert table[0][:4] == ["name", "NFE", "passes per image", "seeds"] and table[0][-8:] == [
-        "to teacher", "images needed", "networks trained", "passes per iteration", "iterations", "training seconds", "lines of method code", "command"]
-    assert "toy exact n=60 seed=0" in text and "teacher's 3 Euler steps" in text and text.rstrip() in run.text
+        "to teacher",
+        "images needed",
+        "networks trained",
+        "passes per iteration",
+        "iterations",
+        "training seconds",
+        "lines of method code",
+        "command",
+    ]
+    assert (
+        "toy exact n=60 seed=0" in text
+        and "teacher's 3 Euler steps" in text
+        and text.rstrip() in run.prompt_kwargs
+    )
     assert [p.name for p in (tmp_path / "compare-curves").iterdir()] == ["dmd2.png"]
     assert (tmp_path / "compare.png").stat().st_size > 1000
 
@@ -124,50 +247,114 @@ def test_teacher_rows():
     args = script.parse_args(["x", "--compare"])
     assert teacher_steps(args, [1, 4, 1]) == [(50, False), (4, False), (1, False)]
     args = script.parse_args(["x", "--compare", "--heun"])
-    assert teacher_steps(args, [50, 1, 2, 4]) == [(50, False), (4, False), (2, False), (1, False), (25, True), (2, True)]  # 2 n - 1 calls: 49, 3; with 1 it is Euler
-    assert teacher_steps(script.parse_args(["x", "--compare", "--heun", "--teacher-nfe", "7,8,16"]), [1]) == [(7, False), (8, False), (16, False), (4, True), (8, True)]
+    assert teacher_steps(args, [50, 1, 2, 4]) == [
+        (50, False),
+        (4, False),
+        (2, False),
+        (1, False),
+        (25, True),
+        (2, True),
+    ]  # 2 n - 1 calls: 49, 3; with 1 it is Euler
+    assert teacher_steps(
+        script.parse_args(["x", "--compare", "--heun", "--teacher-nfe", "7,8,16"]), [1]
+    ) == [(7, False), (8, False), (16, False), (4, True), (8, True)]
 
 
 def pair(seed=0, nfe=1, method="dmd2", **flags):
-    info = dict(method=method, seed=seed, flags=dict(FLAGS, seed=seed) | flags) if seed is not None else dict(method=method)
+    info = (
+        dict(method=method, seed=seed, flags=dict(FLAGS, seed=seed) | flags)
+        if seed is not None
+        else dict(method=method)
+    )
     return dict(info=info), dict(method=method, nfe=nfe)
 
 
-@pytest.mark.parametrize("pairs,sizes", [
-    ([pair(0), pair(1), pair(2)], [3]), ([pair(0), pair(1, iters=40), pair(2)], [2, 1]), ([pair(0), pair(1, nfe=2)], [1, 1]), ([pair(0), pair(1, method="sid")], [1, 1]),
-    ([pair(0, out="a", log_every=1, save_every=2, eval_n=3), pair(1, out="b")], [2]), ([pair(None), pair(None)], [1, 1]),
-    ([pair(0), pair(1), pair(0), pair(1)], [2, 2]),  # all of it a second time: not four seeds
-])
+@pytest.mark.parametrize(
+    "pairs,sizes",
+    [
+        ([pair(0), pair(1), pair(2)], [3]),
+        ([pair(0), pair(1, iters=40), pair(2)], [2, 1]),
+        ([pair(0), pair(1, nfe=2)], [1, 1]),
+        ([pair(0), pair(1, method="sid")], [1, 1]),
+        ([pair(0, out="a", log_every=1, save_every=2, eval_n=3), pair(1, out="b")], [2]),
+        ([pair(None), pair(None)], [1, 1]),
+        ([pair(0), pair(1), pair(0), pair(1)], [2, 2]),  # all of it a second time: not four seeds
+    ],
+)
 def test_groups(pairs, sizes):
     assert [len(g) for g in groups(pairs)] == sizes
 
 
 def test_order():
-    rows = [dict(name="b", fd=2.0, seeds=[3]), dict(name="c", fd=None), dict(name="a", fd=1.0, seeds=[1])]
+    rows = [
+        dict(name="b", fd=2.0, seeds=[3]),
+        dict(name="c", fd=None),
+        dict(name="a", fd=1.0, seeds=[1]),
+    ]
     names = lambda key: "".join(r["name"] for r in order(rows, key))
-    assert [names(k) for k in (None, "fd", "-fd", "name", "-name", "seeds", "kid")] == ["bca", "abc", "bac", "abc", "cba", "abc", "bca"]
+    assert [names(k) for k in (None, "fd", "-fd", "name", "-name", "seeds", "kid")] == [
+        "bca",
+        "abc",
+        "bac",
+        "abc",
+        "cba",
+        "abc",
+        "bca",
+    ]
 
 
 def test_sorted_table(toys, run):
-    rows = run(toys / "dmd2", toys / "dmd2-s1", "--n", 20, "--teacher-nfe", "1,2", "--sort=-energy_distance")
+    rows = run(
+        toys / "dmd2",
+        toys / "dmd2-s1",
+        "--n",
+        20,
+        "--teacher-nfe",
+        "1,2",
+        "--sort=-energy_distance",
+    )
     values = [r["energy_distance"] for r in rows]
     assert values == sorted(values, reverse=True) and rows[0]["name"].startswith("teacher, 1 step,")
 
 
-@pytest.mark.parametrize("info,nfe,expected", [
-    (dict(nfe=1, training=dict(command="python dmd2.py --seed 2 --iters 5 --out 'a b' --lr 1")), 1, ["python dmd2.py --iters 5 --lr 1"]),
-    (dict(nfe=1, training=dict(command="python dmd2.py --out=x --overwrite --data 'a b'")), 4, ["python dmd2.py --data 'a b'", "python eval.py OUT --nfe 4"]),
-    (dict(nfe=1), 1, None), (dict(nfe=1, training=None), 2, None),
-])
+@pytest.mark.parametrize(
+    "info,nfe,expected",
+    [
+        (
+            dict(
+                nfe=1, training=dict(command="python dmd2.py --seed 2 --iters 5 --out 'a b' --lr 1")
+            ),
+            1,
+            ["python dmd2.py --iters 5 --lr 1"],
+        ),
+        (
+            dict(nfe=1, training=dict(command="python dmd2.py --out=x --overwrite --data 'a b'")),
+            4,
+            ["python dmd2.py --data 'a b'", "python eval.py OUT --nfe 4"],
+        ),
+        (dict(nfe=1), 1, None),
+        (dict(nfe=1, training=None), 2, None),
+    ],
+)
 def test_command(info, nfe, expected):
     assert command(info, nfe) == expected
 
 
-@pytest.mark.parametrize("trained,experts,expected", [
-    (dict(student=1, critic=2), None, "student, critic"), (dict(one_student=1, critic=1), 4, "4 x student, critic"), (dict(student=1), 2, "2 x student"),
-    (dict(student=1), 1, "student"), (dict(one_student=1), 1, "student"), (None, None, None)])
+@pytest.mark.parametrize(
+    "trained,experts,expected",
+    [
+        (dict(student=1, critic=2), None, "student, critic"),
+        (dict(one_student=1, critic=1), 4, "4 x student, critic"),
+        (dict(student=1), 2, "2 x student"),
+        (dict(student=1), 1, "student"),
+        (dict(one_student=1), 1, "student"),
+        (None, None, None),
+    ],
+)
 def test_networks(trained, experts, expected):
-    info = dict(model=dict(experts=[{}] * experts) if experts else {}) | (dict(training=dict(networks=trained)) if trained else {})
+    info = dict(model=dict(experts=[{}] * experts) if experts else {}) | (
+        dict(training=dict(networks=trained)) if trained else {}
+    )
     assert networks(info) == expected
 
 
@@ -195,7 +382,10 @@ that counts"""  # 3 and 4
 
 
 def test_distance():
-    a, b = torch.tensor([[0, 255], [7, 7]], dtype=torch.uint8), torch.tensor([[255, 255]], dtype=torch.uint8)
+    a, b = (
+        torch.tensor([[0, 255], [7, 7]], dtype=torch.uint8),
+        torch.tensor([[255, 255]], dtype=torch.uint8),
+    )
     assert distance(a, b) == 2.0  # black and white are 2 apart; only as many as both have
     assert distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 2.5
 
@@ -207,25 +397,60 @@ def test_measured_once(toys, run, tmp_path, monkeypatch):
     for name in ("dmd2", "old"):
         shutil.copytree(toys / name, tmp_path / name)
     seen, evaluate = [], metrics.evaluate
-    monkeypatch.setattr(metrics, "evaluate", lambda sampler, model, teacher, n, seed, *a, **kw: seen.append((n, seed)) or evaluate(sampler, model, teacher, n, seed, *a, **kw))
-    measured = lambda *flags: (seen.clear(), run(tmp_path / "dmd2", tmp_path / "old", "--n", 40, "--teacher-nfe", 2, *flags), len(seen))[1:]
+    monkeypatch.setattr(
+        metrics,
+        "evaluate",
+        lambda sampler, model, teacher, n, seed, *a, **kw: (
+            seen.append((n, seed)) or evaluate(sampler, model, teacher, n, seed, *a, **kw)
+        ),
+    )
+    measured = lambda *flags: (
+        seen.clear(),
+        run(tmp_path / "dmd2", tmp_path / "old", "--n", 40, "--teacher-nfe", 2, *flags),
+        len(seen),
+    )[1:]
     first, count = measured()
     assert count == 3
     picture = (tmp_path / "compare.png").read_bytes()
     again, count = measured("--sort", "name")
-    assert count == 0 and {r["name"]: r for r in again} == {r["name"]: r for r in first} and "3 of 3 rows were measured earlier" in run.text
+    assert (
+        count == 0
+        and {r["name"]: r for r in again} == {r["name"]: r for r in first}
+        and "3 of 3 rows were measured earlier" in run.prompt_kwargs
+    )
     measured()
-    assert (tmp_path / "compare.png").read_bytes() == picture and len((tmp_path / "eval.jsonl").read_text().splitlines()) == 3
-    assert [measured(*f)[1] for f in (("--seed", 1), ("--nfe", 2), ("--cfg", 2), ("--dtype", "bf16"), ("--fresh",), ("--seeds", 2), ())] == [3, 2, 1, 3, 3, 6, 0]
-    assert {len(np.load(path)["samples"]) for path in (tmp_path / "measured").glob("*.npz")} == {40}  # of the first seed only
+    assert (tmp_path / "compare.png").read_bytes() == picture and len(
+        (tmp_path / "eval.jsonl").read_text().splitlines()
+    ) == 3
+    assert [
+        measured(*f)[1]
+        for f in (
+            ("--seed", 1),
+            ("--nfe", 2),
+            ("--cfg", 2),
+            ("--dtype", "bf16"),
+            ("--fresh",),
+            ("--seeds", 2),
+            (),
+        )
+    ] == [3, 2, 1, 3, 3, 6, 0]
+    assert {len(np.load(path)["samples"]) for path in (tmp_path / "measured").glob("*.npz")} == {
+        40
+    }  # of the first seed only
     shutil.copytree(tmp_path / "dmd2", tmp_path / "copy")  # another name is no other student
     seen.clear()
     assert run(tmp_path / "copy", "--n", 40, "--teacher-nfe", 2)[1]["name"] == "copy" and not seen
     student(tmp_path / "old", 5, flags=None)  # the same name with other weights is
     now, count = measured()
-    assert count == 1 and now[1]["energy_distance"] == first[1]["energy_distance"] and now[2]["energy_distance"] != first[2]["energy_distance"]
+    assert (
+        count == 1
+        and now[1]["energy_distance"] == first[1]["energy_distance"]
+        and now[2]["energy_distance"] != first[2]["energy_distance"]
+    )
     info = tmp_path / "dmd2" / "student" / "distill.json"
-    info.write_text(info.read_text().replace('"999"', '"499"'))  # the same weights with another sampler are, too
+    info.write_text(
+        info.read_text().replace('"999"', '"499"')
+    )  # the same weights with another sampler are, too
     assert measured()[1] == 1
 
 
@@ -239,29 +464,65 @@ def test_pictures_and_times_are_made_anew(toys, run, tmp_path):
 def test_two_processes(toys, run, tmp_path):
     flags = [toys / "dmd2", toys / "long", "--n", 41, "--batch", 16, "--teacher-nfe", 2]
     one = run(*flags)
-    out = two_processes(False, tmp_path / "two", *[f if f != "--n" else "--samples" for f in flags], "--compare", "--grid", tmp_path / "two.png", "--cache", tmp_path / "cache")
+    out = two_processes(
+        False,
+        tmp_path / "two",
+        *[f if f != "--n" else "--samples" for f in flags],
+        "--compare",
+        "--grid",
+        tmp_path / "two.png",
+        "--cache",
+        tmp_path / "cache",
+    )
     two = json.loads((tmp_path / "two.json").read_text())["rows"]
     for a, b in zip(one, two, strict=True):
         assert a["to_teacher"] == pytest.approx(b["to_teacher"], abs=1e-9)
-        same({k: a[k] for k in metrics.METRICS if k in a}, {k: b[k] for k in metrics.METRICS if k in b}, 1e-6)
+        same(
+            {k: a[k] for k in metrics.METRICS if k in a},
+            {k: b[k] for k in metrics.METRICS if k in b},
+            1e-6,
+        )
     assert out.count('{"results"') == 1
-    two_processes(False, tmp_path / "two", *[f if f != "--n" else "--samples" for f in flags], "--compare", "--grid", tmp_path / "two.png", "--cache", tmp_path / "cache")
-    assert json.loads((tmp_path / "two.json").read_text())["rows"] == two and len((tmp_path / "two.jsonl").read_text().splitlines()) == 3  # nothing measured twice
+    two_processes(
+        False,
+        tmp_path / "two",
+        *[f if f != "--n" else "--samples" for f in flags],
+        "--compare",
+        "--grid",
+        tmp_path / "two.png",
+        "--cache",
+        tmp_path / "cache",
+    )
+    assert (
+        json.loads((tmp_path / "two.json").read_text())["rows"] == two
+        and len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
+    )  # nothing measured twice
 
 
 def test_what_is_no_run_is_left_out(toys, run, tmp_path):
     (tmp_path / "measured").mkdir()
     (tmp_path / "eval.jsonl").write_text("")
     run(tmp_path / "measured", toys / "old", tmp_path / "eval.jsonl", "--n", 20, "--teacher-nfe", 1)
-    assert "left out, no finished students: measured, eval.jsonl" in (tmp_path / "compare.md").read_text()
+    assert (
+        "left out, no finished students: measured, eval.jsonl"
+        in (tmp_path / "compare.md").read_text()
+    )
     with pytest.raises(UserError, match="gone: expected the folder of a run, found nothing"):
         run(toys / "old", tmp_path / "gone")
     with pytest.raises(UserError, match="no student/distill.json"):
         run(tmp_path / "measured")
 
 
-@pytest.mark.parametrize("flags,expected", [("--compare --sort recal", "did you mean recall"), ("--sort fd", "only with --compare"), ("--fresh", "only with --compare"),
-                                            ("--cache x", "only with --compare"), ("--compare --cache file/x", "--cache file/x: expected a folder")])
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--compare --sort recal", "did you mean recall"),
+        ("--sort fd", "only with --compare"),
+        ("--fresh", "only with --compare"),
+        ("--cache x", "only with --compare"),
+        ("--compare --cache file/x", "--cache file/x: expected a folder"),
+    ],
+)
 def test_mistakes(toys, tmp_path, monkeypatch, flags, expected):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
@@ -270,12 +531,28 @@ def test_mistakes(toys, tmp_path, monkeypatch, flags, expected):
 
 
 def test_students_say_what_their_training_took(scripts, tmp_path):
-    scripts.run("dmd2.py", "--teacher", "toy", "--gan", "--smoke", "--eval-n", 0, "--out", tmp_path / "run")
+    scripts.run(
+        "dmd2.py", "--teacher", "toy", "--gan", "--smoke", "--eval-n", 0, "--out", tmp_path / "run"
+    )
     record = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())["training"]
-    assert (record["images"], list(record["networks"]), record["iterations"], record["batch"]) == (20000, ["student", "critic"], 3, 256)
-    assert record["passes_per_iteration"] == "4.80 and those of the GAN head" and record["seconds"] >= 0 and record["hardware"] and record["dtype"] == "float32"
+    assert (record["images"], list(record["networks"]), record["iterations"], record["batch"]) == (
+        20000,
+        ["student", "critic"],
+        3,
+        256,
+    )
+    assert (
+        record["passes_per_iteration"] == "4.80 and those of the GAN head"
+        and record["seconds"] >= 0
+        and record["hardware"]
+        and record["dtype"] == "float32"
+    )
     net = load_teacher("toy").copy()
-    assert record["networks"]["student"] == sum(p.numel() for p in net.parameters()) < record["networks"]["critic"]
+    assert (
+        record["networks"]["student"]
+        == sum(p.numel() for p in net.parameters())
+        < record["networks"]["critic"]
+    )
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------------------------------
@@ -285,16 +562,37 @@ def clean_margin(path, width=4):
     """Nothing touches the border: no text is cut there."""
     a = np.array(Image.open(path).convert("L"))
     inner = a[width:-width, width:-width]
-    return inner.min() < 100 and all((edge == 255).all() for edge in (a[:width], a[-width:], a[:, :width], a[:, -width:]))
+    return inner.min() < 100 and all(
+        (edge == 255).all() for edge in (a[:width], a[-width:], a[:, :width], a[:, -width:])
+    )
 
 
 def test_pictures_are_not_clipped(tmp_path):
     long = "a name that is much longer than it should be, with more words than fit"
-    image_rows(tmp_path / "rows.png", [(long, "second line", torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), ("b", "", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))])
+    image_rows(
+        tmp_path / "rows.png",
+        [
+            (long, "second line", torch.zeros(3, 1, 8, 8, dtype=torch.uint8)),
+            ("b", "", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)),
+        ],
+    )
     for n in (1, 5, 13):
-        scatter(tmp_path / f"scatter{n}.png", [(long, long, np.array([[9.0, 9.0], [0, float("nan")]]))] * n, [(0, 0, 0)] * 2)
+        scatter(
+            tmp_path / f"scatter{n}.png",
+            [(long, long, np.array([[9.0, 9.0], [0, float("nan")]]))] * n,
+            [(0, 0, 0)] * 2,
+        )
         assert clean_margin(tmp_path / f"scatter{n}.png")
-    logs = [(f"seed {k}", {"x" * 60: (np.arange(30), np.arange(30) * 12345.678 * (k - 2)), "y": (np.array([0]), np.array([float("nan")]))}) for k in range(9)]
+    logs = [
+        (
+            f"seed {k}",
+            {
+                "x" * 60: (np.arange(30), np.arange(30) * 12345.678 * (k - 2)),
+                "y": (np.array([0]), np.array([float("nan")])),
+            },
+        )
+        for k in range(9)
+    ]
     curves(tmp_path / "curves.png", logs, long)
     assert clean_margin(tmp_path / "rows.png") and clean_margin(tmp_path / "curves.png")
 
@@ -304,11 +602,20 @@ def test_image_rows_show_the_images(tmp_path):
     images[1, 0] = 200
     image_rows(tmp_path / "a.png", [("x", "", images)], margin=10, gap=2)
     a = np.array(Image.open(tmp_path / "a.png"))
-    assert (a[10:66, -66:-10] == [200, 0, 0]).all() and (a[10:66, -124:-68] == 0).all() and (a[10:66, -68:-66] == 255).all()
+    assert (
+        (a[10:66, -66:-10] == [200, 0, 0]).all()
+        and (a[10:66, -124:-68] == 0).all()
+        and (a[10:66, -68:-66] == 255).all()
+    )
 
 
 def test_scatter_puts_points_where_they_are(tmp_path):
-    scatter(tmp_path / "a.png", [("a", "", np.array([[0.8, 0.8], [-0.8, 5.0]]))], [(255, 0, 0), (0, 0, 255)], side=200)
+    scatter(
+        tmp_path / "a.png",
+        [("a", "", np.array([[0.8, 0.8], [-0.8, 5.0]]))],
+        [(255, 0, 0), (0, 0, 255)],
+        side=200,
+    )
     a = np.array(Image.open(tmp_path / "a.png")).astype(int)
     top = a.shape[0] - 14 - 200
     red, blue = (np.argwhere((a[..., c] - a[..., 2 - c]) > 100).mean(0) - [top, 14] for c in (0, 2))
@@ -320,14 +627,23 @@ def test_colours_are_directions():
     angle = np.linspace(0, 2 * math.pi, 9)[:-1] + 0.01
     points = np.stack([np.cos(angle), np.sin(angle)], 1)
     colours = by_angle(points)
-    assert len(set(colours)) == 8 and by_angle(5 * points) == colours and colours[0][0] > 200 and colours[3][1] > 200
+    assert (
+        len(set(colours)) == 8
+        and by_angle(5 * points) == colours
+        and colours[0][0] > 200
+        and colours[3][1] > 200
+    )
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=40), st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
 def test_running_mean(values, window):
     y, half = np.array(values), window // 2
-    assert np.allclose(running_mean(y, window), [y[max(0, i - half):i + half + 1].mean() for i in range(len(y))], atol=1e-9)
+    assert np.allclose(
+        running_mean(y, window),
+        [y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))],
+        atol=1e-9,
+    )
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-6, 1e6), st.booleans())
@@ -335,18 +651,29 @@ def test_running_mean(values, window):
 def test_ticks(low, span, log):
     low, span = (low % 10, span % 12 + 1.0) if log else (low, max(span, abs(low) * 1e-6))
     found = ticks(low, low + span, log)
-    assert 1 <= len(found) <= 6 and all(low - 1e-6 * span - 1e-9 <= v <= low + span + 1e-6 * span + 1e-9 for v in found) and found == sorted(set(found))
+    assert (
+        1 <= len(found) <= 6
+        and all(low - 1e-6 * span - 1e-9 <= v <= low + span + 1e-6 * span + 1e-9 for v in found)
+        and found == sorted(set(found))
+    )
     assert log or len(found) >= 2
 
 
 def test_logs(toys, tmp_path):
     log = read_log(toys / "dmd2-s1")
     assert set(log) == {"loss", "sometimes"}  # nothing was skipped, and times are no result
-    assert log["loss"][0].tolist() == list(range(0, 200, 10)) and 30 not in log["sometimes"][0] and log["loss"][1][1] == 1 / 11
+    assert (
+        log["loss"][0].tolist() == list(range(0, 200, 10))
+        and 30 not in log["sometimes"][0]
+        and log["loss"][1][1] == 1 / 11
+    )
     main([str(toys / "dmd2"), str(toys / "dmd2-s1"), "--out", str(tmp_path / "log.png")])
     assert clean_margin(tmp_path / "log.png")
     (tmp_path / "log.jsonl").write_text("{")
-    for folder, expected in ((toys / "old", "expected the log of a run"), (tmp_path, "one JSON object per line")):
+    for folder, expected in (
+        (toys / "old", "expected the log of a run"),
+        (tmp_path, "one JSON object per line"),
+    ):
         with pytest.raises(UserError, match=expected):
             read_log(folder)
 
@@ -380,11 +707,24 @@ text
 def test_reading_results():
     rows = reproduce.read_rows(PAGE)
     assert [("why" in r, r["values"], r["seeds"], r["metric"]) for r in rows] == [
-        (False, [15.83, 13.73, 13.39], [0, 1, 2], "fd"), (False, [9.08], [0], "fd"), (True, [13.62, 9.5], [0, 1], "fd"), (False, [69.3], [0], "fd"), (True, [1.0], [0], "fd"),
-        (True, [], [0], "fd"), (True, [1.0, 2.0, 3.0, 4.0], [0, 1, 2], "fd"), (True, [2.0], [0], "fd"), (False, [0.002, 0.0022], [3, 5], "energy_distance"), (False, [0.6786], [0], "energy_distance")]
+        (False, [15.83, 13.73, 13.39], [0, 1, 2], "fd"),
+        (False, [9.08], [0], "fd"),
+        (True, [13.62, 9.5], [0, 1], "fd"),
+        (False, [69.3], [0], "fd"),
+        (True, [1.0], [0], "fd"),
+        (True, [], [0], "fd"),
+        (True, [1.0, 2.0, 3.0, 4.0], [0, 1, 2], "fd"),
+        (True, [2.0], [0], "fd"),
+        (False, [0.002, 0.0022], [3, 5], "energy_distance"),
+        (False, [0.6786], [0], "energy_distance"),
+    ]
     assert rows[1]["commands"] == ["python dmd2.py --iters 3", "python dmd2.py --iters 4 --resume"]
-    assert reproduce.accepted(rows[0], 0.15) == pytest.approx((13.39 - 0.15 * 14.3167, 15.83 + 0.15 * 14.3167), abs=1e-3)
-    assert reproduce.accepted(rows[8], 0.1) == pytest.approx((0.002 - 0.00021 - 0.002, 0.0022 + 0.00021 + 0.002))
+    assert reproduce.accepted(rows[0], 0.15) == pytest.approx(
+        (13.39 - 0.15 * 14.3167, 15.83 + 0.15 * 14.3167), abs=1e-3
+    )
+    assert reproduce.accepted(rows[8], 0.1) == pytest.approx(
+        (0.002 - 0.00021 - 0.002, 0.0022 + 0.00021 + 0.002)
+    )
 
 
 def test_the_page_has_rows_that_can_be_run():
@@ -414,18 +754,32 @@ def reproduced(monkeypatch, capsys, page, out, *flags, fails=False, **found):
 
 def test_reproduce(monkeypatch, capsys, tmp_path):
     page = tmp_path / "RESULTS.md"
-    one = lambda out, *flags, **found: reproduced(monkeypatch, capsys, page, tmp_path / out, *flags, **found)
+    one = lambda out, *flags, **found: reproduced(
+        monkeypatch, capsys, page, tmp_path / out, *flags, **found
+    )
     code, lines, calls = one("a", "--match", "dmd2.py$", fd=17.0)
-    assert code == 0 and lines[-1] == "OK" and "| within |" in lines[2] and len(calls) == 1 and calls[0][:2] == ["dmd2.py", "--seed"]
+    assert (
+        code == 0
+        and lines[-1] == "OK"
+        and "| within |" in lines[2]
+        and len(calls) == 1
+        and calls[0][:2] == ["dmd2.py", "--seed"]
+    )
     code, lines, _ = one("b", "--match", "dmd2.py$", fd=18.1)
     assert code == 1 and "OUTSIDE" in lines[2] and lines[-1].startswith("1 outside")
     code, _, calls = one("c", "--match", "dmd2.py$", "--every-seed", fd=14.0)
-    assert [c[c.index("--seed") + 1] for c in calls] == ["0", "1", "2"] and len({c[-1] for c in calls}) == 3
+    assert [c[c.index("--seed") + 1] for c in calls] == ["0", "1", "2"] and len(
+        {c[-1] for c in calls}
+    ) == 3
     code, _, calls = one("c", "--match", "dmd2.py$", "--every-seed", fd=14.0)
     assert code == 0 and calls == []  # all of it is there
 
     code, _, calls = one("d", "--match", "resume", fd=9.0)
-    assert calls[0][:3] == ["dmd2.py", "--iters", "3"] and calls[1].count("--resume") == 1 and calls[0][-1] == calls[1][-1]
+    assert (
+        calls[0][:3] == ["dmd2.py", "--iters", "3"]
+        and calls[1].count("--resume") == 1
+        and calls[0][-1] == calls[1][-1]
+    )
     code, _, calls = one("e", "--match", "boot.*toy", energy_distance=0.001)
     assert calls[1][:4] == ["eval.py", calls[0][-1], "--nfe", "1"] and code == 0
     code, lines, calls = one("f", "--match", "eval.py --teacher", energy_distance=0.7)
@@ -437,7 +791,15 @@ def test_reproduce(monkeypatch, capsys, tmp_path):
     stopped = tmp_path / "h" / "sana-sprint.py-seed0" / "ckpt" / "it-00000005.pt"
     stopped.touch()
     assert one("h", "--match", "sana", fd=69.0)[2][0][-1] == "--resume"
-    picks = {tuple(c[0] for c in one(f"i{k}", "--rows", "2", "--choice", str(k), fd=14.0, energy_distance=0.0)[2]) for k in range(6)}
+    picks = {
+        tuple(
+            c[0]
+            for c in one(f"i{k}", "--rows", "2", "--choice", str(k), fd=14.0, energy_distance=0.0)[
+                2
+            ]
+        )
+        for k in range(6)
+    }
     assert len(picks) > 2
 
 
@@ -447,9 +809,21 @@ def test_reproduce_runs_what_is_written(scripts, monkeypatch, capsys, tmp_path):
     scripts.run("boot.py", *flags, "--seed", 2, "--out", tmp_path / "run")
     value = json.loads((tmp_path / "run" / "metrics.json").read_text())["energy_distance"]
     page = tmp_path / "RESULTS.md"
-    page.write_text(f"| command | energy distance | seeds |\n|---|---|---|\n| `python boot.py {' '.join(flags)}` | {value:.6f} | 2 |\n")
+    page.write_text(
+        f"| command | energy distance | seeds |\n|---|---|---|\n| `python boot.py {' '.join(flags)}` | {value:.6f} | 2 |\n"
+    )
     monkeypatch.setattr(reproduce, "call", lambda words, log: scripts.run(words[0], *words[1:]).out)
-    assert reproduce.main(["--results", str(page), "--tolerance", "1e-4", "--out", str(tmp_path / "again")]) == 0
+    assert (
+        reproduce.main(
+            ["--results", str(page), "--tolerance", "1e-4", "--out", str(tmp_path / "again")]
+        )
+        == 0
+    )
     page.write_text(page.read_text().replace(f"{value:.6f}", f"{value + 0.01:.6f}"))
-    assert reproduce.main(["--results", str(page), "--tolerance", "1e-4", "--out", str(tmp_path / "again")]) == 1
+    assert (
+        reproduce.main(
+            ["--results", str(page), "--tolerance", "1e-4", "--out", str(tmp_path / "again")]
+        )
+        == 1
+    )
     assert "OUTSIDE" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """common/data.py and the parts of common/run.py that a loop stands on: order of images, random numbers, weight average, atomic files, guarded steps."""
+
 import json
 import os
 import re
@@ -28,7 +29,9 @@ def numbered(n):
 
 def test_every_epoch_is_a_permutation():
     data = numbered(30)
-    seen = torch.cat([data.batch(it, 7)[1] for it in range(30)])  # 210 = 7 epochs, batches across their borders
+    seen = torch.cat(
+        [data.batch(it, 7)[1] for it in range(30)]
+    )  # 210 = 7 epochs, batches across their borders
     epochs = seen.view(7, 30)
     assert torch.equal(epochs.sort(1).values, torch.arange(30).expand(7, 30))
     assert len({tuple(e.tolist()) for e in epochs}) == 7  # each in its own order
@@ -36,7 +39,11 @@ def test_every_epoch_is_a_permutation():
 
 def test_batch_larger_than_the_set():
     images, labels = numbered(3).batch(2, 10)
-    assert images.shape == (10, 1, 1, 1) and labels.bincount().tolist() in ([3, 3, 4], [3, 4, 3], [4, 3, 3])
+    assert images.shape == (10, 1, 1, 1) and labels.bincount().tolist() in (
+        [3, 3, 4],
+        [3, 4, 3],
+        [4, 3, 3],
+    )
 
 
 def test_image_and_label_stay_together():
@@ -48,7 +55,9 @@ def test_image_and_label_stay_together():
 def test_ranks_make_up_the_global_batch(world):
     data = numbered(30)
     for it in (0, 3, 11):
-        parts = torch.cat([numbered(30).batch(it, 8, seed=2, rank=r, world=world)[1] for r in range(world)])
+        parts = torch.cat(
+            [numbered(30).batch(it, 8, seed=2, rank=r, world=world)[1] for r in range(world)]
+        )
         assert torch.equal(parts, data.batch(it, 8, seed=2)[1])
 
 
@@ -68,7 +77,13 @@ def test_order_is_a_function_of_the_iteration():
 
 
 def all_draws(d):
-    return [d.normal(3), d.uniform(), d.integers(0, 1000), d.like(torch.zeros(2, 4, 4)), d.normal(3)]
+    return [
+        d.randn(3),
+        d.rand(),
+        d.randint(0, 1000),
+        d.randn_like(torch.zeros(2, 4, 4)),
+        d.randn(3),
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -77,21 +92,27 @@ def test_draw_does_not_depend_on_the_world_size(world):
     ranks = [BatchRandom(0, 7, 8, r, world) for r in range(world)]
     for whole, *parts in zip(all_draws(one), *[all_draws(r) for r in ranks]):
         assert torch.equal(torch.cat(parts), whole)
-    shared = [[d.shared_int(0, 1000) for _ in range(20)] for d in (one, *ranks)]
+    shared = [[d.shared_randint(0, 1000) for _ in range(20)] for d in (one, *ranks)]
     assert all(s == shared[0] for s in shared) and len(set(shared[0])) > 10
 
 
 def test_draws_of_other_iterations_and_seeds_differ():
-    first = {(seed, it): tuple(BatchRandom(seed, it, 4).normal(1).flatten().tolist()) for seed in (0, 1, 2) for it in range(50)}
+    first = {
+        (seed, it): tuple(BatchRandom(seed, it, 4).normal(1).flatten().tolist())
+        for seed in (0, 1, 2)
+        for it in range(50)
+    }
     assert len(set(first.values())) == 150  # (seed 0, it 1) is not (seed 1, it 0)
-    assert len({BatchRandom(0, it, 1).shared_int(0, 10**9) for it in range(50)}) == 50
+    assert len({BatchRandom(0, it, 1).shared_randint(0, 10**9) for it in range(50)}) == 50
     x = torch.stack([BatchRandom(0, it, 64).normal(1).flatten() for it in range(400)])
-    assert abs(float((x[1:] * x[:-1]).mean())) < 4 / (399 * 64) ** 0.5  # neighbours are uncorrelated: 4 standard errors
+    assert (
+        abs(float((x[1:] * x[:-1]).mean())) < 4 / (399 * 64) ** 0.5
+    )  # neighbours are uncorrelated: 4 standard errors
 
 
 def test_draw_ranges():
     d = BatchRandom(0, 0, 100000)
-    i, u = d.integers(20, 981), d.uniform()
+    i, u = d.randint(20, 981), d.rand()
     assert (int(i.min()), int(i.max())) == (20, 980)  # DMD2's times, both ends included
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005
 
@@ -108,7 +129,9 @@ def test_image_noise_does_not_depend_on_the_batch():
     for part in ([0, 1, 2], [9], [5, 1]):
         noise = PerImageNoise(3, part)
         assert torch.equal(noise(1, 4, 4), z[part]) and torch.equal(noise(2), more[part])
-    assert len({float(v) for v in z[:, 0, 0, 0]}) == 10 and not torch.equal(PerImageNoise(4, [0])(1, 4, 4), z[:1])
+    assert len({float(v) for v in z[:, 0, 0, 0]}) == 10 and not torch.equal(
+        PerImageNoise(4, [0])(1, 4, 4), z[:1]
+    )
 
 
 # ---- folders of images ------------------------------------------------------------------------------------------------------------------
@@ -130,7 +153,14 @@ def folder(tmp_path):
 def test_class_subfolders(folder):
     lines = []
     data = load_folder(folder, 1, 8, lines.append)
-    assert data.names == ["a", "b", "c"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]  # sorted by name
+    assert data.names == ["a", "b", "c"] and data.labels.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]  # sorted by name
     assert data.images.shape == (6, 1, 8, 8) and data.images.dtype == torch.uint8
     assert data.images[:, 0, 4, 4].tolist() == [10, 10, 30, 30, 50, 50]
     assert "6 images, 3 classes, 0 skipped" in lines[-1]
@@ -157,23 +187,38 @@ def bad_png(path):
 
 
 def truncated_jpeg(path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(path, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(
+        path, "JPEG"
+    )
     path.write_bytes(path.read_bytes()[:600])
 
 
-@pytest.mark.parametrize("write", [lambda p: p.write_bytes(b"not an image"), lambda p: p.write_bytes(b""), bad_png, truncated_jpeg, lambda p: p.mkdir()],
-                         ids=["text", "empty", "bad png", "truncated jpeg", "folder"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.write_bytes(b"not an image"),
+        lambda p: p.write_bytes(b""),
+        bad_png,
+        truncated_jpeg,
+        lambda p: p.mkdir(),
+    ],
+    ids=["text", "empty", "bad png", "truncated jpeg", "folder"],
+)
 def test_corrupt_image_is_named_and_skipped(folder, write):
     write(folder / "b" / "broken.png")
     lines = []
     data = load_folder(folder, 1, 8, lines.append)
     assert len(data) == 6 and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert [line for line in lines if "broken.png" in line and "skipped" in line] and "1 skipped" in lines[-1]
+    assert [
+        line for line in lines if "broken.png" in line and "skipped" in line
+    ] and "1 skipped" in lines[-1]
 
 
 def test_decompression_bombs_are_refused(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    picture(folder / "a" / "warned.png", (40, 40))  # between the limit and twice the limit pillow only warns
+    picture(
+        folder / "a" / "warned.png", (40, 40)
+    )  # between the limit and twice the limit pillow only warns
     picture(folder / "a" / "refused.png", (60, 60))
     lines = []
     assert len(load_folder(folder, 1, 8, lines.append)) == 6
@@ -188,7 +233,17 @@ def test_a_long_strip_is_not_enlarged(folder):
     assert image.shape == (1, 256, 256) and (image == 99).all() and time.time() - start < 5
 
 
-@pytest.mark.parametrize("mode, color", [("RGB", (9, 9, 9)), ("RGBA", (9, 9, 9, 255)), ("P", 9), ("I;16", 9), ("1", 1), ("CMYK", (0, 0, 0, 0))])
+@pytest.mark.parametrize(
+    "mode, color",
+    [
+        ("RGB", (9, 9, 9)),
+        ("RGBA", (9, 9, 9, 255)),
+        ("P", 9),
+        ("I;16", 9),
+        ("1", 1),
+        ("CMYK", (0, 0, 0, 0)),
+    ],
+)
 def test_modes_and_sizes(tmp_path, mode, color):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     picture(path, (13, 29), color, mode)
@@ -201,7 +256,9 @@ def test_the_central_square_is_taken(tmp_path):
     a[:, 10:20] = 255
     Image.fromarray(a).save(tmp_path / "x.png")
     assert (read_image(tmp_path / "x.png", 1, 10) == 255).all()  # same size: no resampling
-    assert (read_image(tmp_path / "x.png", 1, 5) > 235).all()  # the Lanczos kernel reaches over the border
+    assert (
+        read_image(tmp_path / "x.png", 1, 5) > 235
+    ).all()  # the Lanczos kernel reaches over the border
     Image.fromarray(a.T.copy()).save(tmp_path / "x.png")
     assert (read_image(tmp_path / "x.png", 1, 20) > 195).all()
 
@@ -211,20 +268,39 @@ def test_other_formats(tmp_path):
     a = np.full((10, 40), 7, np.uint8)
     a[:, 10:30] = np.where(np.arange(20) < 10, 60, 200)
     Image.fromarray(a).save(tmp_path / "x.png")
-    wide, high = read_image(tmp_path / "x.png", 1, (10, 20)), read_image(tmp_path / "x.png", 3, (20, 10))
+    wide, high = (
+        read_image(tmp_path / "x.png", 1, (10, 20)),
+        read_image(tmp_path / "x.png", 3, (20, 10)),
+    )
     assert wide.shape == (1, 10, 20) and wide[0, 0].tolist() == [60] * 10 + [200] * 10
-    assert high.shape == (3, 20, 10) and high.min() > 40 and high[0, 9, :3].float().mean() < 80 < 180 < high[0, 9, -3:].float().mean()
+    assert (
+        high.shape == (3, 20, 10)
+        and high.min() > 40
+        and high[0, 9, :3].float().mean() < 80 < 180 < high[0, 9, -3:].float().mean()
+    )
     Image.fromarray(a.T.copy()).save(tmp_path / "x.png")
     assert torch.equal(read_image(tmp_path / "x.png", 1, (20, 10)), wide.transpose(1, 2))
 
 
-@pytest.mark.parametrize("link, says", [
-    (lambda home, out: (home / "a" / "z.png").symlink_to(out / "x.png"), "image: .*a way out of it: .*z.png"),
-    (lambda home, out: (home / "d").symlink_to(out), "class: .*a way out of it: .*/d"),
-    (lambda home, out: (home / "a" / "deep").symlink_to(out), None),  # not followed
-    (lambda home, out: (home / "a" / "loop.png").symlink_to(home / "a" / "loop.png"), "image: .*a way out"),
-    (lambda home, out: (home / "a" / "z.png").symlink_to(home / "b" / "0.png"), None),  # stays inside
-])
+@pytest.mark.parametrize(
+    "link, says",
+    [
+        (
+            lambda home, out: (home / "a" / "z.png").symlink_to(out / "x.png"),
+            "image: .*a way out of it: .*z.png",
+        ),
+        (lambda home, out: (home / "d").symlink_to(out), "class: .*a way out of it: .*/d"),
+        (lambda home, out: (home / "a" / "deep").symlink_to(out), None),  # not followed
+        (
+            lambda home, out: (home / "a" / "loop.png").symlink_to(home / "a" / "loop.png"),
+            "image: .*a way out",
+        ),
+        (
+            lambda home, out: (home / "a" / "z.png").symlink_to(home / "b" / "0.png"),
+            None,
+        ),  # stays inside
+    ],
+)
 def test_links_out_of_the_folder_are_not_followed(link, says, folder, tmp_path):
     """The folder may be somebody else's: as with captions, nothing outside of it is read."""
     picture(tmp_path / "outside" / "x.png")
@@ -277,21 +353,42 @@ GOOD = dict(images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 1, 0], 
 
 def test_npz(tmp_path):
     data = load_npz(npz(tmp_path / "x.npz", **GOOD))
-    assert data.images.shape == (4, 1, 8, 8) and data.labels.tolist() == [0, 1, 1, 0] and data.labels.dtype == torch.int64 and data.names == ["0", "1"]
-    assert load_npz(npz(tmp_path / "x.npz", images=np.zeros((4, 8, 6, 3), np.uint8), labels=GOOD["labels"])).images.shape == (4, 3, 8, 6)
+    assert (
+        data.images.shape == (4, 1, 8, 8)
+        and data.labels.tolist() == [0, 1, 1, 0]
+        and data.labels.dtype == torch.int64
+        and data.names == ["0", "1"]
+    )
+    assert load_npz(
+        npz(tmp_path / "x.npz", images=np.zeros((4, 8, 6, 3), np.uint8), labels=GOOD["labels"])
+    ).images.shape == (4, 3, 8, 6)
 
 
-@pytest.mark.parametrize("arrays", [dict(images=GOOD["images"]), dict(GOOD, labels=np.zeros(3, np.uint8)), dict(GOOD, images=np.zeros((4, 8, 8))),
-                                    dict(GOOD, labels=np.array([0, 1, -1, 0])), dict(GOOD, labels=np.zeros(4)), dict(GOOD, labels=np.array(list("abcd"))),
-                                    dict(images=GOOD["images"][:0], labels=GOOD["labels"][:0]), dict(GOOD, labels=np.array([0, 1, None, 2]))],
-                         ids=["missing", "length", "dtype", "negative", "float", "text", "empty", "pickled"])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        dict(images=GOOD["images"]),
+        dict(GOOD, labels=np.zeros(3, np.uint8)),
+        dict(GOOD, images=np.zeros((4, 8, 8))),
+        dict(GOOD, labels=np.array([0, 1, -1, 0])),
+        dict(GOOD, labels=np.zeros(4)),
+        dict(GOOD, labels=np.array(list("abcd"))),
+        dict(images=GOOD["images"][:0], labels=GOOD["labels"][:0]),
+        dict(GOOD, labels=np.array([0, 1, None, 2])),
+    ],
+    ids=["missing", "length", "dtype", "negative", "float", "text", "empty", "pickled"],
+)
 def test_bad_npz(tmp_path, arrays):
     with pytest.raises(UserError, match="x.npz: expected"):
         load_npz(npz(tmp_path / "x.npz", **arrays))
 
 
 def test_damaged_npz(tmp_path):
-    path = npz(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8), labels=np.zeros(40, np.uint8))
+    path = npz(
+        tmp_path / "x.npz",
+        images=np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8),
+        labels=np.zeros(40, np.uint8),
+    )
     raw = path.read_bytes()
     for damaged in (b"", b"no", raw[:1000], raw[:500] + bytes(60) + raw[560:]):
         path.write_bytes(damaged)
@@ -305,7 +402,9 @@ def test_damaged_npz(tmp_path):
 
 def test_images_of_a_teacher_must_fit_it(tmp_path):
     npz(tmp_path / "x.npz", **GOOD)
-    teacher = SimpleNamespace(adapter="dit", shape=(1, 8, 8), classes=2, folder=tmp_path, evaluation=dict(images="x.npz"))
+    teacher = SimpleNamespace(
+        adapter="dit", shape=(1, 8, 8), classes=2, folder=tmp_path, evaluation=dict(images="x.npz")
+    )
     assert len(load_images(None, teacher)) == 4
     for change in (dict(classes=1), dict(shape=(3, 8, 8))):
         with pytest.raises(UserError, match="x.npz: expected images"):
@@ -349,7 +448,9 @@ def test_ema_is_fp32_frozen_and_moves_only_on_update():
     assert float(ema.model.w[0]) == 1.0  # the student moved, but nobody called update
     ema.update(1)
     assert ema.model.w.dtype == torch.float32 and not ema.model.w.requires_grad
-    assert float(ema.model.w[0]) == pytest.approx(1 + 1 - 0.5**0.001, rel=1e-6)  # a step that bf16 could not hold
+    assert float(ema.model.w[0]) == pytest.approx(
+        1 + 1 - 0.5**0.001, rel=1e-6
+    )  # a step that bf16 could not hold
     assert live.w.dtype == torch.bfloat16 and live.w.requires_grad
 
 
@@ -357,7 +458,12 @@ def test_ema_off_is_the_model_itself():
     live = Weights(1.0)
     ema = EMA(live, 0)
     ema.update(64)
-    assert ema.model is live and ema.images == 64 and live.w.requires_grad and ema.state_dict()["model"] == {}
+    assert (
+        ema.model is live
+        and ema.images == 64
+        and live.w.requires_grad
+        and ema.state_dict()["model"] == {}
+    )
 
 
 def test_ema_resumes_bit_for_bit():
@@ -384,7 +490,9 @@ def test_ema_of_a_model():
         student.net.out.bias += 1
     ema.update(64)
     assert not ema.model.exact and torch.allclose(ema.model.net.out.bias, student.net.out.bias)
-    assert not any(p.requires_grad for p in ema.model.parameters()) and all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in ema.model.parameters()) and all(
+        p.requires_grad for p in student.parameters()
+    )
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------------------
@@ -410,7 +518,7 @@ def test_json_files(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", dict(a=object()))
     assert json.loads((tmp_path / "x.json").read_text()) == dict(a=[1, None])
-    for text in ("", "{", "[]", "NaN", "\"a\""):
+    for text in ("", "{", "[]", "NaN", '"a"'):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(UserError, match="x.json"):
             read_json(tmp_path / "x.json")
@@ -420,7 +528,9 @@ def test_json_files(tmp_path):
 
 
 def stepper():
-    run = SimpleNamespace(bad={}, skipped=0, last=True, args=SimpleNamespace(shard=False, accumulate=1))
+    run = SimpleNamespace(
+        bad={}, skipped=0, last=True, args=SimpleNamespace(shard=False, accumulate=1)
+    )
     return run, lambda opt: Run.step(run, opt, 1.0)
 
 
@@ -439,17 +549,28 @@ def test_non_finite_gradient_leaves_weights_and_moments(poison):
     for _ in range(3):
         set_grads(params, 0.5)
         step(opt)
-    before = [v.clone() for p in params for v in (p, *opt.state[p].values())]  # weight, step count, both moments
+    before = [
+        v.clone() for p in params for v in (p, *opt.state[p].values())
+    ]  # weight, step count, both moments
     for n in (1, 2):
         set_grads(params, 0.5)
         params[0].grad[0].fill_(poison)  # 1e38: each entry is finite, but their norm is not
         norm = step(opt)
-        assert not norm.isfinite() and ([int(b) for b in run.bad.values()], int(run.skipped)) == ([n], n)
-        assert all(torch.equal(a, b) for a, b in zip(before, [v for p in params for v in (p, *opt.state[p].values())]))
+        assert not norm.isfinite() and ([int(b) for b in run.bad.values()], int(run.skipped)) == (
+            [n],
+            n,
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(before, [v for p in params for v in (p, *opt.state[p].values())])
+        )
         assert all(p.grad is None for p in params)
     set_grads(params, 0.5)
     step(opt)
-    assert ([int(b) for b in run.bad.values()], int(run.skipped)) == ([0], 2)  # in a row, and in all
+    assert ([int(b) for b in run.bad.values()], int(run.skipped)) == (
+        [0],
+        2,
+    )  # in a row, and in all
     assert not torch.equal(params[0], before[0]) and all(p.isfinite().all() for p in params)
 
 

@@ -4,6 +4,7 @@ undisturbed one, or with a clean refusal; it leaves no litter and a log without 
     python -m pytest -m "slow or not slow" tests/test_faults.py                          # a sample of it, about two minutes; without -m a smaller one
     DISTIL_FAULTS=full python -m pytest -m "slow or not slow" tests/test_faults.py       # all of it: 20 moments of death for every script; SEED=n: others
 """
+
 import fcntl
 import json
 import os
@@ -22,9 +23,30 @@ from safetensors.torch import load_file
 from test_scripts import ROOT, SCRIPTS, checkpoint, log, one_line, processes, same
 
 N = 12
-FLAGS = ["--teacher", "toy", "--batch", 32, "--iters", N, "--log-every", 1, "--save-every", 2, "--sample-every", 0, "--eval-n", 8, "--cooldown", 0, "--ema", 500]
+FLAGS = [
+    "--teacher",
+    "toy",
+    "--batch",
+    32,
+    "--iters",
+    N,
+    "--log-every",
+    1,
+    "--save-every",
+    2,
+    "--sample-every",
+    0,
+    "--eval-n",
+    8,
+    "--cooldown",
+    0,
+    "--ema",
+    500,
+]
 slow = pytest.mark.slow
-some = pytest.mark.parametrize("script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SCRIPTS])
+some = pytest.mark.parametrize(
+    "script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SCRIPTS]
+)
 full = pytest.mark.parametrize("script", SCRIPTS if FULL else SCRIPTS[:1])
 
 # Code that runs in the process before the script (tests/forks.py, BEFORE).
@@ -112,7 +134,9 @@ def go(scripts, script, out, *more, **env):
 
 def again(scripts, script, out, **env):
     """What a user does after a crash: --resume, or a new start where nothing was saved yet."""
-    return go(scripts, script, out, *["--resume"] * bool(list((out / "ckpt").glob("it-*.pt"))), **env)
+    return go(
+        scripts, script, out, *["--resume"] * bool(list((out / "ckpt").glob("it-*.pt"))), **env
+    )
 
 
 def clean(p, script):
@@ -136,10 +160,14 @@ def files(out):
 def equal(whole, out):
     same(whole, out, N)
     assert [line["it"] for line in lines(out / "log.jsonl")] == list(range(N))
-    assert [line["it"] for line in lines(out / "eval.jsonl")] == [N] and lines(out / "run.jsonl")[0]["first"] == 0
+    assert [line["it"] for line in lines(out / "eval.jsonl")] == [N] and lines(out / "run.jsonl")[
+        0
+    ]["first"] == 0
     kept = [[f for f in files(folder) if f.startswith("ckpt/")] for folder in (whole, out)]
     assert set(files(whole)) - set(kept[0]) == set(files(out)) - set(kept[1])  # no litter either
-    assert len(kept[0]) == len(kept[1]) == 2 and kept[0][-1] == kept[1][-1]  # the one before the last may be that of a stop between two saves
+    assert (
+        len(kept[0]) == len(kept[1]) == 2 and kept[0][-1] == kept[1][-1]
+    )  # the one before the last may be that of a stop between two saves
     for name in files(out / "student"):
         a, b = whole / "student" / name, out / "student" / name
         assert a.read_bytes() == b.read_bytes() if a.suffix == ".safetensors" else True, name
@@ -153,7 +181,9 @@ def undisturbed(scripts, tmp_path_factory):
     def make(script):
         if script not in known:
             home = tmp_path_factory.mktemp(script)
-            before = TOUCH.format(n=10**9, out=str(home / "run"), signum=0, count=str(home / "count"))
+            before = TOUCH.format(
+                n=10**9, out=str(home / "run"), signum=0, count=str(home / "count")
+            )
             p = go(scripts, script, home / "run", BEFORE=before)
             assert p.wait() == 0, p.err
             size = sum(f.stat().st_size for f in (home / "run" / "ckpt").iterdir()) * N // 4
@@ -163,7 +193,11 @@ def undisturbed(scripts, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("script, moments", [(s, 1) for s in ("dmd2", "phased_dmd", "nct")] + [pytest.param(s, 20 if FULL else 2, marks=slow) for s in SCRIPTS])
+@pytest.mark.parametrize(
+    "script, moments",
+    [(s, 1) for s in ("dmd2", "phased_dmd", "nct")]
+    + [pytest.param(s, 20 if FULL else 2, marks=slow) for s in SCRIPTS],
+)
 def test_kill_9(script, moments, scripts, undisturbed, tmp_path):
     """SIGKILL at random moments, in turn before some touch of a file, in the middle of writing a checkpoint, and at any time; some of the runs that go on are killed too."""
     whole, touches, size, cpu = undisturbed(script)
@@ -173,10 +207,16 @@ def test_kill_9(script, moments, scripts, undisturbed, tmp_path):
         p = None
         while p is None or p.code and done < moments and rng.random() < 0.75:
             kind = (BYTES, TOUCH, TIME)[done % 3]
-            n = {TOUCH: rng.randint(1, touches), BYTES: rng.randint(0, size - 1), TIME: rng.uniform(0.2, 0.9) * cpu}[kind]
+            n = {
+                TOUCH: rng.randint(1, touches),
+                BYTES: rng.randint(0, size - 1),
+                TIME: rng.uniform(0.2, 0.9) * cpu,
+            }[kind]
             before = kind.format(n=n, out=str(out), signum=int(signal.SIGKILL), count="")
             p = again(scripts, script, out, BEFORE=before)
-            assert p.wait() in (0, -signal.SIGKILL), f"{n=}\n{p.err}\n{before}"  # 0: what was left of the run was shorter
+            assert p.wait() in (0, -signal.SIGKILL), (
+                f"{n=}\n{p.err}\n{before}"
+            )  # 0: what was left of the run was shorter
             done += p.code != 0
         if p.code:
             p = again(scripts, script, out)
@@ -188,8 +228,18 @@ def test_kill_9(script, moments, scripts, undisturbed, tmp_path):
     pytest.fail(f"only {done} of {moments} runs died")
 
 
-@pytest.mark.parametrize("script, signum", [(SCRIPTS[0], signal.SIGTERM), *(pytest.param(s, n, marks=slow) for n in (signal.SIGTERM, signal.SIGINT)
-                                                                            for s in (SCRIPTS if FULL or n == signal.SIGTERM else SCRIPTS[:1]) if (s, n) != (SCRIPTS[0], signal.SIGTERM))])
+@pytest.mark.parametrize(
+    "script, signum",
+    [
+        (SCRIPTS[0], signal.SIGTERM),
+        *(
+            pytest.param(s, n, marks=slow)
+            for n in (signal.SIGTERM, signal.SIGINT)
+            for s in (SCRIPTS if FULL or n == signal.SIGTERM else SCRIPTS[:1])
+            if (s, n) != (SCRIPTS[0], signal.SIGTERM)
+        ),
+    ],
+)
 def test_stopped(script, signum, scripts, undisturbed, tmp_path):
     """SIGTERM and Ctrl-C while some file is touched: the iteration is finished and saved, exit code 143 or 130. Before the run has its folder there is nothing to
     save (the first five touches); after the last checkpoint the run goes on to its end, exit code 0."""
@@ -197,12 +247,23 @@ def test_stopped(script, signum, scripts, undisturbed, tmp_path):
     rng, codes = random.Random(f"{script} {signum} {SEED}"), []
     for case in range(3 if FULL and signum == signal.SIGTERM else 1):
         out = tmp_path / str(case)
-        p = go(scripts, script, out, BEFORE=TOUCH.format(n=rng.randint(6, touches), out=str(out), signum=int(signum), count=""))
+        p = go(
+            scripts,
+            script,
+            out,
+            BEFORE=TOUCH.format(
+                n=rng.randint(6, touches), out=str(out), signum=int(signum), count=""
+            ),
+        )
         clean(p, script)
         codes.append(p.code)
         assert p.code in (0, 128 + signum)
         if p.code:
-            assert "go on with --resume" in p.err and (out / "ckpt").exists() and not (out / "student").exists()
+            assert (
+                "go on with --resume" in p.err
+                and (out / "ckpt").exists()
+                and not (out / "student").exists()
+            )
             assert again(scripts, script, out).wait() == 0
         equal(whole, out)
     print(codes)
@@ -213,8 +274,21 @@ def test_ctrl_c_before_and_after(scripts, tmp_path):
     at_import = "import os, signal, sys\nsignal.signal(2, signal.default_int_handler)\nsys.addaudithook(lambda event, args: event == 'import' and args[0] == 'common.metrics' and os.kill(os.getpid(), 2))"
     p = go(scripts, "dmd2", tmp_path / "a", BEFORE=at_import)
     assert p.wait() in (130, -signal.SIGINT) and p.err == "interrupted\n"
-    p = go(scripts, "dmd2", tmp_path / "b", BEFORE=LINE.format(n=3, rank=0, do="os.kill(os.getpid(), 2); os.kill(os.getpid(), 2); import time; time.sleep(9)"))
-    assert p.wait() == 130 and p.err.splitlines()[-1] == "dmd2.py: interrupted" and "Traceback" not in p.err
+    p = go(
+        scripts,
+        "dmd2",
+        tmp_path / "b",
+        BEFORE=LINE.format(
+            n=3,
+            rank=0,
+            do="os.kill(os.getpid(), 2); os.kill(os.getpid(), 2); import time; time.sleep(9)",
+        ),
+    )
+    assert (
+        p.wait() == 130
+        and p.err.splitlines()[-1] == "dmd2.py: interrupted"
+        and "Traceback" not in p.err
+    )
 
 
 @some
@@ -226,16 +300,36 @@ def test_disk_full(script, scripts, undisturbed, tmp_path):
     p = go(scripts, script, died, BEFORE=LINE.format(n=6, rank=0, do="os.kill(os.getpid(), 9)"))
     assert p.wait() == -9
     ckpt = min(f.stat().st_size for f in (died / "ckpt").iterdir())
-    small = (died / "log.jsonl").stat().st_size + 150  # the log itself, from iteration 6 on: there is a line of it by then
-    for limit in [ckpt // 2, 20_000, small] if FULL or script == "phased_dmd" else [random.Random(f"{script} {SEED}").randint(8_000, ckpt)]:
-        out, stop = tmp_path / f"{limit}", f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))"
+    small = (
+        died / "log.jsonl"
+    ).stat().st_size + 150  # the log itself, from iteration 6 on: there is a line of it by then
+    for limit in (
+        [ckpt // 2, 20_000, small]
+        if FULL or script == "phased_dmd"
+        else [random.Random(f"{script} {SEED}").randint(8_000, ckpt)]
+    ):
+        out, stop = (
+            tmp_path / f"{limit}",
+            f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))",
+        )
         shutil.copytree(died, out)
         before = {p.name: p.read_bytes() for p in (out / "ckpt").iterdir()}
-        p = again(scripts, script, out, BEFORE=LINE.format(n=6, rank=0, do=stop) if limit == small else stop)
+        p = again(
+            scripts,
+            script,
+            out,
+            BEFORE=LINE.format(n=6, rank=0, do=stop) if limit == small else stop,
+        )
         clean(p, script)
         assert limit != small or p.code == 1 and len(lines(out / "run.jsonl")) == 2
-        assert p.code in (0, 1) and "go on with --resume" not in p.err and (p.code == 1 or "not written" in p.err), p.err
-        assert {p.name: p.read_bytes() for p in (out / "ckpt").iterdir()} == before and not list(out.rglob("*.tmp"))
+        assert (
+            p.code in (0, 1)
+            and "go on with --resume" not in p.err
+            and (p.code == 1 or "not written" in p.err)
+        ), p.err
+        assert {p.name: p.read_bytes() for p in (out / "ckpt").iterdir()} == before and not list(
+            out.rglob("*.tmp")
+        )
         assert p.code == 1 or (out / "student" / "distill.json").exists()
         p = again(scripts, script, out)
         assert p.wait() == 0, p.err
@@ -245,28 +339,56 @@ def test_disk_full(script, scripts, undisturbed, tmp_path):
 KINDS = ["batch", "teacher", "loss"]
 
 
-@pytest.mark.parametrize("script, kind", [(s, kind) for i, s in enumerate(SCRIPTS) for kind in (KINDS if FULL or s == "dmd2" else KINDS[i % 3:i % 3 + 1])])
+@pytest.mark.parametrize(
+    "script, kind",
+    [
+        (s, kind)
+        for i, s in enumerate(SCRIPTS)
+        for kind in (KINDS if FULL or s == "dmd2" else KINDS[i % 3 : i % 3 + 1])
+    ],
+)
 @slow
 def test_nan(script, kind, scripts, undisturbed, tmp_path):
     """nan in a batch, in what the frozen network says, in a loss, in two iterations: these steps are skipped and counted, and nothing keeps the nan."""
     p = go(scripts, script, tmp_path / "run", BEFORE=NAN.format(kind=kind, span=(5, 7)))
     assert p.wait() == 0, p.err
     found = lines(tmp_path / "run" / "log.jsonl")
-    assert [line["it"] for line in found] == list(range(N)) and found[4]["skipped"] == 0 and 1 <= found[6]["skipped"] == found[-1]["skipped"]
+    assert (
+        [line["it"] for line in found] == list(range(N))
+        and found[4]["skipped"] == 0
+        and 1 <= found[6]["skipped"] == found[-1]["skipped"]
+    )
     tensors = {k: v for k, v in checkpoint(tmp_path / "run", N).items() if torch.is_tensor(v)}
     assert [k for k, v in tensors.items() if not v.isfinite().all()] == []
-    assert all(v.isfinite().all() for f in (tmp_path / "run" / "student").rglob("*.safetensors") for v in load_file(f).values())
+    assert all(
+        v.isfinite().all()
+        for f in (tmp_path / "run" / "student").rglob("*.safetensors")
+        for v in load_file(f).values()
+    )
     good = log(undisturbed(script)[0])
-    assert found[4]["images"] == good[4]["images"] and all(a.get(k) == b.get(k) for a, b in zip(found[:5], good[:5]) for k in b if k != "time")
+    assert found[4]["images"] == good[4]["images"] and all(
+        a.get(k) == b.get(k) for a, b in zip(found[:5], good[:5]) for k in b if k != "time"
+    )
 
 
 @pytest.mark.parametrize("script", ["dmd2", "msd", "phased_dmd", "decoupled_dmd"])
 def test_nan_of_the_teacher_is_not_lost(script):
     """Normalised by the distance to the teacher, which may be 0: that gives 0. A nan stays a nan, or a broken teacher would only look like a student that rests."""
-    module, x, cond = __import__(script), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), dict(labels=torch.zeros(2, dtype=torch.int64))
-    for value, expected in ((x, [0.0, 0.0]), (x.clone().fill_diagonal_(float("nan")), [float("nan")] * 2)):
+    module, x, cond = (
+        __import__(script),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        dict(labels=torch.zeros(2, dtype=torch.int64)),
+    )
+    for value, expected in (
+        (x, [0.0, 0.0]),
+        (x.clone().fill_diagonal_(float("nan")), [float("nan")] * 2),
+    ):
         ask = lambda x_t, alpha, sigma, cond: value.repeat(len(x_t) // 2, 1)
-        real = type("Real", (), dict(guided=lambda *a: value, null=lambda n: cond, __call__=lambda self, *a: ask(*a)))
+        real = type(
+            "Real",
+            (),
+            dict(guided=lambda *a: value, null=lambda n: cond, __call__=lambda self, *a: ask(*a)),
+        )
         half = torch.full((2,), 0.5, dtype=torch.float64)
         if script == "decoupled_dmd":
             real.null = lambda self, n: cond
@@ -277,7 +399,10 @@ def test_nan_of_the_teacher_is_not_lost(script):
         else:
             found = [module.dm_gradient(x, x, half, half, cond, real, lambda *a: x, 1)[0]]
         for g in found:
-            assert torch.equal(torch.nan_to_num(g.diagonal(), nan=7.0), torch.nan_to_num(torch.tensor(expected), nan=7.0)), (script, g)
+            assert torch.equal(
+                torch.nan_to_num(g.diagonal(), nan=7.0),
+                torch.nan_to_num(torch.tensor(expected), nan=7.0),
+            ), (script, g)
 
 
 @some
@@ -295,7 +420,9 @@ def test_nan_for_good(script, scripts, tmp_path):
     assert all(v.isfinite().all() and torch.equal(v, weights[1][k]) for k, v in weights[0].items())
     if FULL or script == "dmd2":
         p = go(scripts, script, out, "--iters", 40, "--resume")
-        assert p.wait() == 0 and [line["it"] for line in lines(out / "log.jsonl")] == list(range(40)), p.err
+        assert p.wait() == 0 and [line["it"] for line in lines(out / "log.jsonl")] == list(
+            range(40)
+        ), p.err
 
 
 @some
@@ -312,7 +439,12 @@ if os.getuid() or ctypes.CDLL(None).unshare(0x04000000) or ctypes.CDLL(None).set
     socket.gethostname = lambda: name.decode()
 assert socket.gethostname() == name.decode()
 """
-    p = go(scripts, script, out, BEFORE=before + LINE.format(n=rng.randint(0, N - 1), rank=0, do="os.kill(os.getpid(), 9)"))
+    p = go(
+        scripts,
+        script,
+        out,
+        BEFORE=before + LINE.format(n=rng.randint(0, N - 1), rank=0, do="os.kill(os.getpid(), 9)"),
+    )
     assert p.wait() == -9, p.err
     for path in out.rglob("*"):
         os.utime(path, (stamp := rng.choice([10**8, 4 * 10**9]), stamp))
@@ -348,18 +480,36 @@ def test_read_only(script, scripts, undisturbed):
     try:
         home.chmod(0o555)
         nobody = "import ctypes, struct\nassert ctypes.CDLL(None).capset(struct.pack('Ii', 0x20080522, 0), bytes(24)) == 0\n"  # no capability, as in capset(2)
-        one_line(go(scripts, script, home / "new", BEFORE=nobody), "--out .*expected a folder that can be written, found: Permission denied", script)
+        one_line(
+            go(scripts, script, home / "new", BEFORE=nobody),
+            "--out .*expected a folder that can be written, found: Permission denied",
+            script,
+        )
         shutil.copytree(undisturbed(script)[0], home / "old")
-        for path in (home / "old", home / "old" / "ckpt", home / "old" / "samples", home / "old" / ".lock"):
+        for path in (
+            home / "old",
+            home / "old" / "ckpt",
+            home / "old" / "samples",
+            home / "old" / ".lock",
+        ):
             path.chmod(0o555)
         for more in ("--resume", "--overwrite"):
-            one_line(go(scripts, script, home / "old", more, BEFORE=nobody), "--out .*expected a folder that can be written", script)
+            one_line(
+                go(scripts, script, home / "old", more, BEFORE=nobody),
+                "--out .*expected a folder that can be written",
+                script,
+            )
         assert files(home / "old") == files(undisturbed(script)[0])
         (home / "run").mkdir()
         close = "[os.chmod(p, 0o555) for p in (run.out, run.out / 'ckpt', run.out / 'samples')]"
         p = go(scripts, script, home / "run", BEFORE=nobody + LINE.format(n=4, rank=0, do=close))
         clean(p, script)
-        assert p.code == 1 and "not written" in p.err and [f.name for f in sorted((home / "run" / "ckpt").iterdir())] == ["it-00000002.pt", "it-00000004.pt"], p.err
+        assert (
+            p.code == 1
+            and "not written" in p.err
+            and [f.name for f in sorted((home / "run" / "ckpt").iterdir())]
+            == ["it-00000002.pt", "it-00000004.pt"]
+        ), p.err
         for path in (home / "run", home / "run" / "ckpt", home / "run" / "samples"):
             path.chmod(0o755)
         assert again(scripts, script, home / "run").wait() == 0
@@ -397,7 +547,9 @@ if __name__ == "__main__":
 def torchrun(scripts, tmp_path, script, *flags, deaths=(), restarts=2, setup=""):
     argv = [str(ROOT / f"{script}.py"), *needs(f"{script}.py"), *map(str, FLAGS), *map(str, flags)]
     path = tmp_path / "agent.py"
-    path.write_text(AGENT.format(deaths=list(deaths), argv=argv, setup=setup, line=LINE, restarts=restarts))
+    path.write_text(
+        AGENT.format(deaths=list(deaths), argv=argv, setup=setup, line=LINE, restarts=restarts)
+    )
     return scripts.start(path)
 
 
@@ -407,17 +559,30 @@ def test_a_lost_process(script, scripts, tmp_path):
     """One of two processes dies, after the restart the other one: both times the run goes on by itself, to the bits of the undisturbed one."""
     rng = random.Random(f"{script} {SEED}")
     whole, out = tmp_path / "whole", tmp_path / "run"
-    assert [p.wait() for p in processes(scripts, 2, f"{script}.py", *FLAGS, "--out", whole)] == [0, 0]
+    assert [p.wait() for p in processes(scripts, 2, f"{script}.py", *FLAGS, "--out", whole)] == [
+        0,
+        0,
+    ]
     first = rng.randint(0, N - 3)
     deaths = [(1, first), (0, rng.randint(first + 1, N - 2))]
     p = torchrun(scripts, tmp_path, script, "--out", out, deaths=deaths)
     assert p.wait() == 0, p.err
     equal(whole, out)
     # before the first checkpoint, after iteration 1, a start from the beginning; process 0 may still write it when the other one died in that iteration
-    assert 1 + sum(it > 1 for _, it in deaths) <= len(lines(out / "run.jsonl")) <= 1 + sum(it > 1 - rank for rank, it in deaths)
-    ours = [line for line in p.err.splitlines() if not re.match(r"[EWI]\d{4} ", line)]  # without those of torchrun's agent
+    assert (
+        1 + sum(it > 1 for _, it in deaths)
+        <= len(lines(out / "run.jsonl"))
+        <= 1 + sum(it > 1 - rank for rank, it in deaths)
+    )
+    ours = [
+        line for line in p.err.splitlines() if not re.match(r"[EWI]\d{4} ", line)
+    ]  # without those of torchrun's agent
     said = [re.sub(".*\r", "", line) for line in ours if f"{script}.py: " in line]
-    assert said and all("another process of this run is gone" in line for line in said) and not any("Traceback" in line for line in ours), p.err
+    assert (
+        said
+        and all("another process of this run is gone" in line for line in said)
+        and not any("Traceback" in line for line in ours)
+    ), p.err
 
 
 @slow
@@ -426,7 +591,11 @@ def test_restarts_do_not_make_a_refused_run_go_on(scripts, undisturbed, tmp_path
     out = tmp_path / "run"
     shutil.copytree(undisturbed("dmd2")[0], out)
     p = torchrun(scripts, tmp_path, "dmd2", "--out", out, "--iters", 20, restarts=1)
-    assert p.wait() != 0 and p.err.count("holds a run at iteration 12; add --resume, --overwrite") == 2 and "resumed" not in p.out, p.err
+    assert (
+        p.wait() != 0
+        and p.err.count("holds a run at iteration 12; add --resume, --overwrite") == 2
+        and "resumed" not in p.out
+    ), p.err
     assert files(out) == files(undisturbed("dmd2")[0])
     die = "import common.models as M\ndef load(*a, **k): os._exit(9)\nif attempt == 0: M.load_teacher = load"
     p = torchrun(scripts, tmp_path, "dmd2", "--out", out, "--overwrite", restarts=1, setup=die)
@@ -445,7 +614,11 @@ used = int(next(line for line in open("/proc/self/status") if line.startswith("V
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
 """
     p = go(scripts, "dmd2", tmp_path / "run", "--batch", 10**7, BEFORE=before)
-    assert p.wait() == 1 and "Traceback" not in p.err and re.match(r"dmd2\.py: out of memory: lower --batch", p.err.splitlines()[-1]), p.err
+    assert (
+        p.wait() == 1
+        and "Traceback" not in p.err
+        and re.match(r"dmd2\.py: out of memory: lower --batch", p.err.splitlines()[-1])
+    ), p.err
 
 
 def test_what_it_takes_to_run_it_again(scripts, undisturbed, tmp_path):
@@ -454,13 +627,35 @@ def test_what_it_takes_to_run_it_again(scripts, undisturbed, tmp_path):
     shutil.copytree(undisturbed("dmd2")[0], out)
     told = "import atexit, os, torch\natexit.register(lambda: print('state', torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG')))"
     p = go(scripts, "dmd2", out, "--iters", N + 2, "--resume", "--deterministic", BEFORE=told)
-    assert p.wait() == 0 and "state True :4096:8" in p.out, p.out + p.err  # what --deterministic is for; CPUs need it not
+    assert p.wait() == 0 and "state True :4096:8" in p.out, (
+        p.out + p.err
+    )  # what --deterministic is for; CPUs need it not
     first, second = lines(out / "run.jsonl")
-    assert (first["first"], second["first"]) == (0, N) and second["flags"]["iters"] == N + 2 and second["flags"]["deterministic"] and second["command"][-1] == "--deterministic"
-    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-    assert second["versions"]["torch"].startswith(torch.__version__.split("+")[0]) and {"python", "numpy", "diffusers"} <= set(second["versions"])
-    assert second["revision"].startswith(head) and first["processes"] == 1 and first["flags"]["seed"] == 0
-    assert json.loads((out / "student" / "distill.json").read_text())["revision"] == second["revision"]
+    assert (
+        (first["first"], second["first"]) == (0, N)
+        and second["flags"]["iters"] == N + 2
+        and second["flags"]["deterministic"]
+        and second["command"][-1] == "--deterministic"
+    )
+    head = (
+        subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        or "unknown"
+    )
+    assert second["versions"]["torch"].startswith(torch.__version__.split("+")[0]) and {
+        "python",
+        "numpy",
+        "diffusers",
+    } <= set(second["versions"])
+    assert (
+        second["revision"].startswith(head)
+        and first["processes"] == 1
+        and first["flags"]["seed"] == 0
+    )
+    assert (
+        json.loads((out / "student" / "distill.json").read_text())["revision"] == second["revision"]
+    )
 
 
 @full

@@ -1,4 +1,5 @@
 """common/fid.py: the network against stored outputs of another implementation, statistics and distances against closed forms."""
+
 import os
 import pickle
 import warnings
@@ -15,7 +16,14 @@ from common import fid
 from common.errors import UserError
 from tools.inception import POOLS, Inception, load_inception, resize_clean, resize_tf1
 
-BRANCH_SUMS = [208.124, 249.289, 255.883, 206.429, 196.916, 142.04]  # printed by torch-fidelity 0.4.0, see below
+BRANCH_SUMS = [
+    208.124,
+    249.289,
+    255.883,
+    206.429,
+    196.916,
+    142.04,
+]  # printed by torch-fidelity 0.4.0, see below
 
 
 def randn(*shape, seed=0):
@@ -47,16 +55,21 @@ def net():
 
 @pytest.fixture(scope="module")
 def image():
-    return torch.from_numpy(np.random.RandomState(1).randint(0, 256, (1, 3, 40, 32)).astype(np.uint8))
+    return torch.from_numpy(
+        np.random.RandomState(1).randint(0, 256, (1, 3, 40, 32)).astype(np.uint8)
+    )
 
 
 # --- Inception ------------------------------------------------------------------------------------------------------------
+
 
 def test_keys_and_parameters(net):
     state = net.state_dict()
     assert len(state) == 566 and sum(k.endswith("num_batches_tracked") for k in state) == 94
     assert sum(p.numel() for p in net.parameters()) == 23_850_960
-    assert state["fc.weight"].shape == (1008, 2048) and state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
+    assert state["fc.weight"].shape == (1008, 2048) and state[
+        "Mixed_7c.branch3x3dbl_3b.conv.weight"
+    ].shape == (384, 384, 3, 1)
     assert state["Mixed_6b.branch7x7dbl_4.conv.weight"].shape == (128, 128, 7, 1)
     assert all(m.eps == 1e-3 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
@@ -64,22 +77,40 @@ def test_keys_and_parameters(net):
 def test_outputs_equal_those_of_torch_fidelity(net, image):
     """The numbers were printed by torch-fidelity 0.4.0's extractor with these weights and this image."""
     features, logits = net(image)
-    assert features.shape == (1, 2048) and logits.shape == (1, 1008) and features.dtype == logits.dtype == torch.float32
+    assert (
+        features.shape == (1, 2048)
+        and logits.shape == (1, 1008)
+        and features.dtype == logits.dtype == torch.float32
+    )
     branches = features.split([320, 384, 384, 384, 384, 192], 1)  # of Mixed_7c
     assert [b.sum().item() for b in branches] == pytest.approx(BRANCH_SUMS, rel=2e-4)
-    assert [features.square().sum().item(), logits.sum().item(), logits.square().sum().item()] == pytest.approx([2145.24, -70.5135, 2064.57], rel=2e-4)
+    assert [
+        features.square().sum().item(),
+        logits.sum().item(),
+        logits.square().sum().item(),
+    ] == pytest.approx([2145.24, -70.5135, 2064.57], rel=2e-4)
 
 
 def test_torch_fidelity_itself(net, image, tmp_path):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.save(net.state_dict(), tmp_path / "w.pth")
-    other = module.FeatureExtractorInceptionV3("net", ["2048", "logits"], feature_extractor_weights_path=str(tmp_path / "w.pth"))
+    other = module.FeatureExtractorInceptionV3(
+        "net", ["2048", "logits"], feature_extractor_weights_path=str(tmp_path / "w.pth")
+    )
     with torch.no_grad():
         for a, b in zip(net(image), other(image)):
             assert (a - b).norm() < 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize("name,channels,kind", [("Mixed_5b", 192, "avg"), ("Mixed_6b", 768, "avg"), ("Mixed_7b", 1280, "avg"), ("Mixed_7c", 2048, "max")])
+@pytest.mark.parametrize(
+    "name,channels,kind",
+    [
+        ("Mixed_5b", 192, "avg"),
+        ("Mixed_6b", 768, "avg"),
+        ("Mixed_7b", 1280, "avg"),
+        ("Mixed_7c", 2048, "max"),
+    ],
+)
 def test_pool_branch(net, name, channels, kind):
     """Average without the padding's zeros, except for the last block, which takes the maximum: no key tells them apart."""
     block, x = getattr(net, name), randn(1, channels, 3, 3).float()
@@ -87,7 +118,7 @@ def test_pool_branch(net, name, channels, kind):
     pooled = windows.nanmean(2) if kind == "avg" else windows.nan_to_num(-1e9).amax(2)
     with torch.no_grad():
         want = block.branch_pool(pooled.view(1, channels, 3, 3))
-        got = block(x)[:, -want.shape[1]:]
+        got = block(x)[:, -want.shape[1] :]
     assert torch.allclose(got, want, atol=1e-5) and want.abs().sum() > 0
 
 
@@ -116,9 +147,13 @@ def test_inception_input(net, image, monkeypatch):
 
 def test_inception_never_trains(net, image):
     net.train()
-    assert not any(m.training for m in net.modules()) and not any(p.requires_grad for p in net.parameters())
+    assert not any(m.training for m in net.modules()) and not any(
+        p.requires_grad for p in net.parameters()
+    )
     a = net.Conv2d_1a_3x3(torch.zeros(1, 3, 9, 9))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # a training loop's autocast must not reach the features
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # a training loop's autocast must not reach the features
         small = Inception.__new__(Inception)
         torch.nn.Module.__init__(small)
         small.body = lambda x: net.Conv2d_1a_3x3(x)
@@ -128,12 +163,17 @@ def test_inception_never_trains(net, image):
 
 # --- weights file ---------------------------------------------------------------------------------------------------------
 
+
 def test_weights_round_trip(net, tmp_path, capsys):
     path = tmp_path / "w.pth"
-    torch.save({k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
+    torch.save(
+        {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}, path
+    )
     before = torch.get_rng_state()
     loaded, prefix = load_inception(path, force=True)
-    assert torch.equal(before, torch.get_rng_state())  # an evaluation must not change the run around it
+    assert torch.equal(
+        before, torch.get_rng_state()
+    )  # an evaluation must not change the run around it
     assert len(prefix) == 8 and prefix in capsys.readouterr().out
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
     with pytest.raises(UserError, match=f"6726825d.*{prefix}") as e:  # without force
@@ -143,7 +183,13 @@ def test_weights_round_trip(net, tmp_path, capsys):
 
 def one_line(e, path):
     text = str(e.value)
-    assert "\n" not in text and str(path) in text and "expected" in text and "found" in text and len(text) < 400
+    assert (
+        "\n" not in text
+        and str(path) in text
+        and "expected" in text
+        and "found" in text
+        and len(text) < 400
+    )
 
 
 class Payload:
@@ -175,7 +221,12 @@ def test_bad_weight_files(net, tmp_path):
     state = net.state_dict()
     small = {k: v for k, v in state.items() if v.numel() < 100}  # mostly missing
     wrong_shape = {**state, "fc.bias": torch.zeros(1000)}
-    for content, text in [(small, "absent"), ([1, 2], "state dict"), ({"a": 1}, "state dict"), (torch.zeros(3), "state dict")]:
+    for content, text in [
+        (small, "absent"),
+        ([1, 2], "state dict"),
+        ({"a": 1}, "state dict"),
+        (torch.zeros(3), "state dict"),
+    ]:
         torch.save(content, path)
         with pytest.raises(UserError, match=text) as e:
             load_inception(path, force=True)
@@ -196,12 +247,15 @@ def test_bad_weight_files(net, tmp_path):
 
 # --- pixels ---------------------------------------------------------------------------------------------------------------
 
+
 def test_to_uint8():
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 126.99 / 127.5])
     assert fid.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 254]  # 254.99 is truncated
     assert fid.to_uint8(x.bfloat16()[:4]).tolist() == [0, 0, 128, 255]
     u = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(fid.to_uint8(u.float().div(127.5).sub(1)), u)  # the round trip keeps every grey level
+    assert torch.equal(
+        fid.to_uint8(u.float().div(127.5).sub(1)), u
+    )  # the round trip keeps every grey level
 
 
 def test_resize_tf1_by_hand():
@@ -214,7 +268,9 @@ def test_resize_tf1_by_hand():
     assert torch.allclose(resize_tf1(x, 3)[0, 0], 100 * t[:, None] + 8 * t[None, :], atol=1e-5)
     # shrinking does not average: every output lies at i * H / size
     row = torch.tensor([0.0, 10.0, 0.0, 30.0, 0.0, 50.0])[None, None, None].expand(1, 1, 6, 6)
-    assert torch.equal(resize_tf1(row, 4)[0, 0, 0], torch.tensor([0.0, 5.0, 30.0, 25.0]))  # 0, 1.5, 3, 4.5
+    assert torch.equal(
+        resize_tf1(row, 4)[0, 0, 0], torch.tensor([0.0, 5.0, 30.0, 25.0])
+    )  # 0, 1.5, 3, 4.5
     assert torch.equal(resize_tf1(row, 3)[0, 0, 0], torch.tensor([0.0, 0.0, 0.0]))
 
 
@@ -229,7 +285,9 @@ def test_resize_tf1_ramp(h, w):
 
 
 def test_resize_identity_and_constant():
-    u = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 299, 299)).astype(np.uint8))
+    u = torch.from_numpy(
+        np.random.RandomState(0).randint(0, 256, (2, 3, 299, 299)).astype(np.uint8)
+    )
     assert torch.equal(resize_tf1(u.float()), u.float()) and torch.equal(resize_clean(u), u.float())
     for n in (1, 28, 400):
         c = torch.full((1, 1, n, n), 77, dtype=torch.uint8)
@@ -240,18 +298,28 @@ def test_resize_identity_and_constant():
 def test_resize_clean():
     u = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 20, 31)).astype(np.uint8))
     out = resize_clean(u, 16)
-    assert out.shape == (2, 3, 16, 16) and out.dtype == torch.float32 and out.min() >= 0 and out.max() <= 255
+    assert (
+        out.shape == (2, 3, 16, 16)
+        and out.dtype == torch.float32
+        and out.min() >= 0
+        and out.max() <= 255
+    )
     assert (out != out.round()).any()  # not quantised
-    one = Image.fromarray(u[1, 2].numpy().astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC)  # each plane on its own
+    one = Image.fromarray(u[1, 2].numpy().astype(np.float32)).resize(
+        (16, 16), Image.Resampling.BICUBIC
+    )  # each plane on its own
     assert torch.allclose(out[1, 2], torch.from_numpy(np.array(one)).clamp(0, 255))
     edge = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     edge[..., 4:] = 255  # bicubic overshoots at an edge; clean-fid clips
     assert resize_clean(edge).min() == 0 and resize_clean(edge).max() == 255
-    noise = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 1, 598, 598)).astype(np.uint8))
+    noise = torch.from_numpy(
+        np.random.RandomState(0).randint(0, 256, (1, 1, 598, 598)).astype(np.uint8)
+    )
     assert resize_clean(noise).std() < 0.7 * resize_tf1(noise).std()  # antialiased against not
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------------
+
 
 def stats_of(x, sizes=None):
     s = fid.Stats(x.shape[1])
@@ -271,7 +339,9 @@ def test_streaming_equals_batch():
 
 def test_stats_are_float64_inside():
     x = (randn(4000, 2) + 1000).float()  # float32 sums of squares would lose the variance
-    np.testing.assert_allclose(stats_of(x, 50).mean_cov()[1], np.cov(x.double().numpy(), rowvar=False), rtol=1e-6)
+    np.testing.assert_allclose(
+        stats_of(x, 50).mean_cov()[1], np.cov(x.double().numpy(), rowvar=False), rtol=1e-6
+    )
 
 
 def test_stats_misuse():
@@ -289,7 +359,9 @@ def test_stats_misuse():
 
 def two_ranks(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     x = randn(101, 5) + 3
     s = stats_of(x[rank::2], 20)  # 51 and 50 samples
     s.all_reduce()
@@ -319,7 +391,12 @@ def test_stats_file(tmp_path):
     path = tmp_path / "ref.npz"
     fid.save_stats(path, mu, cov, 50000, "fid50k inception-tf1resize uint8")
     d = fid.load_stats(path)
-    assert torch.equal(d["mu"], mu) and torch.equal(d["sigma"], cov) and d["n"] == 50000 and d["protocol"] == "fid50k inception-tf1resize uint8"
+    assert (
+        torch.equal(d["mu"], mu)
+        and torch.equal(d["sigma"], cov)
+        and d["n"] == 50000
+        and d["protocol"] == "fid50k inception-tf1resize uint8"
+    )
     assert os.listdir(tmp_path) == ["ref.npz"]  # no temporary file stays
     np.savez(path, mu=mu.numpy().astype(np.float32), sigma=cov.numpy())  # EDM's layout
     d = fid.load_stats(path)
@@ -328,17 +405,30 @@ def test_stats_file(tmp_path):
 
 def bad_stats(tmp_path):
     ok = dict(mu=np.zeros(3), sigma=np.eye(3))
-    for k, arrays in enumerate([dict(mu=ok["mu"]), dict(x=np.zeros(3)), {**ok, "mu": np.zeros((3, 1))}, {**ok, "sigma": np.eye(2)}, {**ok, "sigma": np.zeros(3)},
-                                {**ok, "mu": np.zeros(3, int)}, {**ok, "mu": np.array(list("abc"))}, {**ok, "sigma": np.full((3, 3), np.nan)},
-                                {**ok, "n": np.zeros(2)}, {**ok, "mu": np.array([None, 1, 2], dtype=object)}]):
+    for k, arrays in enumerate(
+        [
+            dict(mu=ok["mu"]),
+            dict(x=np.zeros(3)),
+            {**ok, "mu": np.zeros((3, 1))},
+            {**ok, "sigma": np.eye(2)},
+            {**ok, "sigma": np.zeros(3)},
+            {**ok, "mu": np.zeros(3, int)},
+            {**ok, "mu": np.array(list("abc"))},
+            {**ok, "sigma": np.full((3, 3), np.nan)},
+            {**ok, "n": np.zeros(2)},
+            {**ok, "mu": np.array([None, 1, 2], dtype=object)},
+        ]
+    ):
         np.savez(tmp_path / f"{k}.npz", **arrays)
         yield tmp_path / f"{k}.npz"
     np.save(tmp_path / "single.npy", np.zeros(3))
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "text.npz").write_text("not an archive")
     whole = (tmp_path / "0.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
-    yield from (tmp_path / name for name in ("single.npy", "empty.npz", "text.npz", "cut.npz", "none.npz"))
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    yield from (
+        tmp_path / name for name in ("single.npy", "empty.npz", "text.npz", "cut.npz", "none.npz")
+    )
     yield tmp_path
 
 
@@ -362,19 +452,31 @@ def test_pickle_posing_as_stats(tmp_path):
 
 # --- Frechet distance -----------------------------------------------------------------------------------------------------
 
+
 def test_frechet_one_dimension():
-    got = fid.frechet(torch.tensor([1.0]), torch.tensor([[4.0]]), torch.tensor([-2.0]), torch.tensor([[0.25]]))
-    assert got == pytest.approx(3 ** 2 + 1.5 ** 2, abs=1e-12)
+    got = fid.frechet(
+        torch.tensor([1.0]), torch.tensor([[4.0]]), torch.tensor([-2.0]), torch.tensor([[0.25]])
+    )
+    assert got == pytest.approx(3**2 + 1.5**2, abs=1e-12)
 
 
 def test_frechet_diagonal_and_rotation():
-    m1, m2, a, b = randn(5, seed=1), randn(5, seed=2), randn(5, seed=3).square(), randn(5, seed=4).square()
+    m1, m2, a, b = (
+        randn(5, seed=1),
+        randn(5, seed=2),
+        randn(5, seed=3).square(),
+        randn(5, seed=4).square(),
+    )
     want = ((m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item()
     assert fid.frechet(m1, a.diag(), m2, b.diag()) == pytest.approx(want, rel=1e-12)
-    assert fid.frechet(m1.numpy(), a.diag().numpy(), m2.numpy(), b.diag().numpy()) == pytest.approx(want, rel=1e-12)
+    assert fid.frechet(m1.numpy(), a.diag().numpy(), m2.numpy(), b.diag().numpy()) == pytest.approx(
+        want, rel=1e-12
+    )
     q = torch.linalg.qr(randn(5, 5)).Q
     rotate = lambda m, c: (q @ m, q @ c @ q.T)
-    assert fid.frechet(*rotate(m1, a.diag()), *rotate(m2, b.diag())) == pytest.approx(want, rel=1e-10)
+    assert fid.frechet(*rotate(m1, a.diag()), *rotate(m2, b.diag())) == pytest.approx(
+        want, rel=1e-10
+    )
 
 
 def test_frechet_laws():
@@ -382,7 +484,9 @@ def test_frechet_laws():
     base, shift = fid.frechet(m1, c1, m2, c2), randn(8, seed=3)
     assert fid.frechet(m2, c2, m1, c1) == pytest.approx(base, rel=1e-10)
     assert fid.frechet(3 * m1, 9 * c1, 3 * m2, 9 * c2) == pytest.approx(9 * base, rel=1e-10)
-    assert fid.frechet(m1, c1, m1 + shift, c1) == pytest.approx(shift.square().sum().item(), rel=1e-8)
+    assert fid.frechet(m1, c1, m1 + shift, c1) == pytest.approx(
+        shift.square().sum().item(), rel=1e-8
+    )
     assert fid.frechet(m1, c1, m1, c1) == pytest.approx(0, abs=1e-6)
     low = stats_of(randn(6, 8)).mean_cov()  # rank 5 in 8 dimensions
     assert fid.frechet(*low, *low) == pytest.approx(0, abs=1e-6)
@@ -418,11 +522,15 @@ def test_frechet_complaints():
 
 # --- KID, precision and recall, diversity ---------------------------------------------------------------------------------
 
+
 def mmd_by_hand(x, y):
     k = lambda a, b: (float(a @ b) / len(a) + 1) ** 3
     n, m = len(x), len(y)
-    return (sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-            + sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1)) - 2 * sum(k(a, b) for a in x for b in y) / (n * m))
+    return (
+        sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        + sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+        - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+    )
 
 
 def test_kid_by_hand():
@@ -438,12 +546,21 @@ def test_kid_by_hand():
 def test_kid_of_halves_and_shift():
     x = randn(2000, 8)
     mean, std = fid.kid(x[:1000], x[1000:], subsets=50, size=100)
-    assert abs(mean) < 3 * std / 50 ** 0.5 + 0.01 and std > 0
-    runs = [fid.kid(randn(20, 4, seed=2 * i), randn(20, 4, seed=2 * i + 1), subsets=1)[0] for i in range(200)]
-    assert abs(np.mean(runs)) < 4 * np.std(runs) / 200 ** 0.5 and min(runs) < 0  # unbiased: a V-statistic would be positive
+    assert abs(mean) < 3 * std / 50**0.5 + 0.01 and std > 0
+    runs = [
+        fid.kid(randn(20, 4, seed=2 * i), randn(20, 4, seed=2 * i + 1), subsets=1)[0]
+        for i in range(200)
+    ]
+    assert (
+        abs(np.mean(runs)) < 4 * np.std(runs) / 200**0.5 and min(runs) < 0
+    )  # unbiased: a V-statistic would be positive
     assert fid.kid(x[:1000], x[1000:] + 1, subsets=20, size=100)[0] > 0.5
-    assert fid.kid(x, x[:500], subsets=3, size=50, seed=1) == fid.kid(x, x[:500], subsets=3, size=50, seed=1)
-    assert fid.kid(x, x[:500], subsets=3, size=50, seed=1) != fid.kid(x, x[:500], subsets=3, size=50, seed=2)
+    assert fid.kid(x, x[:500], subsets=3, size=50, seed=1) == fid.kid(
+        x, x[:500], subsets=3, size=50, seed=1
+    )
+    assert fid.kid(x, x[:500], subsets=3, size=50, seed=1) != fid.kid(
+        x, x[:500], subsets=3, size=50, seed=2
+    )
     with pytest.raises(ValueError):
         fid.kid(x[:1], x)
 
@@ -453,30 +570,53 @@ def test_prdc_by_hand():
     # k = 1: real radii 1, 1, 2, 4; fake radii 3, 3, 95.
     # fake 2 lies in the balls of 1 (border) and 3; fake 5 in those of 3 (border) and 7; fake 100 in none.
     # reals 0, 1, 3 lie in the ball of fake 2; 7 in that of fake 5.
-    assert fid.prdc(real, fake, k=1) == pytest.approx(dict(precision=2 / 3, recall=1, density=4 / 3, coverage=3 / 4))
+    assert fid.prdc(real, fake, k=1) == pytest.approx(
+        dict(precision=2 / 3, recall=1, density=4 / 3, coverage=3 / 4)
+    )
     # k = 2: real radii 3, 2, 3, 6; fake 2 lies in all balls (7: 5 <= 6), fake 5 in 3 and 7. Fake radii 98, 95, 98.
-    assert fid.prdc(real, fake, k=2) == pytest.approx(dict(precision=2 / 3, recall=1, density=6 / 6, coverage=1))
+    assert fid.prdc(real, fake, k=2) == pytest.approx(
+        dict(precision=2 / 3, recall=1, density=6 / 6, coverage=1)
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_prdc_sets(k):
-    x = torch.from_numpy(np.random.RandomState(0).randint(0, 2 ** 20, (150, 1)))  # integers: distances on a border are exact
+    x = torch.from_numpy(
+        np.random.RandomState(0).randint(0, 2**20, (150, 1))
+    )  # integers: distances on a border are exact
     same = fid.prdc(x, x, k)
-    assert same == pytest.approx(dict(precision=1, recall=1, density=(k + 1) / k, coverage=1), abs=1e-12)
+    assert same == pytest.approx(
+        dict(precision=1, recall=1, density=(k + 1) / k, coverage=1), abs=1e-12
+    )
     y = randn(60, 4)
     assert fid.prdc(y, y + 1000, k) == dict(precision=0, recall=0, density=0, coverage=0)
     collapsed = fid.prdc(y, y[:1] + 1e-6 * randn(60, 4, seed=1), k)
-    assert collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
+    assert (
+        collapsed["precision"] == 1 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.5
+    )
     like = fid.prdc(randn(500, 3), randn(500, 3, seed=1), k)
-    assert abs(like["density"] - 1) < 0.15 and like["precision"] > 0.6 and like["recall"] > 0.6 and like["coverage"] > 0.4
+    assert (
+        abs(like["density"] - 1) < 0.15
+        and like["precision"] > 0.6
+        and like["recall"] > 0.6
+        and like["coverage"] > 0.4
+    )
 
 
 def test_prdc_blocks_and_duplicates():
     x, y = randn(53, 4), randn(31, 4, seed=1) * 1.3
     whole = fid.prdc(x, y)
-    assert 0 < whole["recall"] < 1 and fid.prdc(x, y, block=7) == pytest.approx(whole) and fid.prdc(x.float(), y.half(), block=30) == pytest.approx(whole)
-    twice = torch.tensor([[0.0], [0.0], [9.0], [9.0]])  # a duplicate is a neighbour at distance zero
-    assert fid.prdc(twice, torch.tensor([[1.0], [2.0]]), k=1) == dict(precision=0, recall=0.5, density=0, coverage=0)
+    assert (
+        0 < whole["recall"] < 1
+        and fid.prdc(x, y, block=7) == pytest.approx(whole)
+        and fid.prdc(x.float(), y.half(), block=30) == pytest.approx(whole)
+    )
+    twice = torch.tensor(
+        [[0.0], [0.0], [9.0], [9.0]]
+    )  # a duplicate is a neighbour at distance zero
+    assert fid.prdc(twice, torch.tensor([[1.0], [2.0]]), k=1) == dict(
+        precision=0, recall=0.5, density=0, coverage=0
+    )
     for wrong in (x[:3], x[0], x * float("nan")):
         with pytest.raises(ValueError):
             fid.prdc(x, wrong)
@@ -484,7 +624,9 @@ def test_prdc_blocks_and_duplicates():
 
 def test_vendi():
     assert fid.vendi(torch.eye(5).repeat(4, 1)) == pytest.approx(5, rel=1e-10)
-    assert fid.vendi(torch.ones(7, 3) * torch.arange(1, 8)[:, None]) == pytest.approx(1, rel=1e-10)  # length does not count
+    assert fid.vendi(torch.ones(7, 3) * torch.arange(1, 8)[:, None]) == pytest.approx(
+        1, rel=1e-10
+    )  # length does not count
     x = F.normalize(randn(9, 20))
     lam = np.linalg.eigvalsh((x @ x.T / 9).numpy())
     assert fid.vendi(x) == pytest.approx(np.exp(-np.sum(lam * np.log(lam))), rel=1e-8)
@@ -492,7 +634,9 @@ def test_vendi():
 
 def test_pairwise_cosine():
     e = torch.eye(3)
-    assert fid.pairwise_cosine(torch.stack([e[0], 2 * e[0], e[1], -e[1], e[2]]), [4, 4, 9, 9, 5]) == pytest.approx(0)  # 1, -1, left out
+    assert fid.pairwise_cosine(
+        torch.stack([e[0], 2 * e[0], e[1], -e[1], e[2]]), [4, 4, 9, 9, 5]
+    ) == pytest.approx(0)  # 1, -1, left out
     x, groups = randn(12, 5), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 0, 1])
     u, want = F.normalize(x), []
     for g in range(3):

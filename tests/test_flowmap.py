@@ -1,4 +1,5 @@
 """Invariants of FreeFlow (arXiv 2511.19428) on a closed-form Gaussian teacher, forward-mode derivatives, and who gets which gradient in a real run."""
+
 import math
 import signal
 import sys
@@ -28,13 +29,23 @@ class Gauss(nn.Module):
 
     def __init__(self, mean=MU, std=STD, shift=0.0, schedule=Flow()):
         super().__init__()
-        self.mean, self.std, self.shift, self.schedule, self.dtype = mean, std, shift, schedule, torch.float32
+        self.mean, self.std, self.shift, self.schedule, self.dtype = (
+            mean,
+            std,
+            shift,
+            schedule,
+            torch.float32,
+        )
         self.asked = []
 
     def forward(self, x, alpha, sigma, cond):
         self.asked.append((x, sigma, cond))
         a, s = expand(alpha, x), expand(sigma, x)
-        mean = self.mean + self.shift * cond["labels"].double().view(-1, *[1] * (x.ndim - 1)) if "labels" in cond else self.mean
+        mean = (
+            self.mean + self.shift * cond["labels"].double().view(-1, *[1] * (x.ndim - 1))
+            if "labels" in cond
+            else self.mean
+        )
         return (self.std**2 * a * x + s**2 * mean) / (a**2 * self.std**2 + s**2)
 
     def null(self, n):
@@ -58,7 +69,11 @@ class Linear(nn.Module):
 
     def __init__(self, a, b):
         super().__init__()
-        self.a, self.b, self.schedule = nn.Parameter(torch.tensor(a, dtype=torch.float64)), nn.Parameter(torch.tensor(b, dtype=torch.float64)), Flow()
+        self.a, self.b, self.schedule = (
+            nn.Parameter(torch.tensor(a, dtype=torch.float64)),
+            nn.Parameter(torch.tensor(b, dtype=torch.float64)),
+            Flow(),
+        )
 
     def forward(self, x, alpha, sigma, cond):
         return x + expand(sigma, x) * (self.a * x + self.b)
@@ -78,8 +93,19 @@ def normal(*shape, seed=0):
 def tiny(seed=0, **kw):
     """A DiT of 30k weights, all of them random."""
     torch.manual_seed(seed)
-    net = DiT.network(dict(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=28, patch_size=7,
-                                  num_embeds_ada_norm=10, activation_fn="linear-silu"))
+    net = DiT.network(
+        dict(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=1,
+            out_channels=1,
+            num_layers=2,
+            sample_size=28,
+            patch_size=7,
+            num_embeds_ada_norm=10,
+            activation_fn="linear-silu",
+        )
+    )
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.1)
@@ -103,7 +129,9 @@ def check_prediction_is_zero_at_the_exact_map(m):  # T1
     z = normal(7, 3)
     for form in ("jvp", "fd"):
         for d in (0.02, 0.3, 0.7, 0.99):
-            D = m.prediction(EXACT, Gauss(), z, torch.full((7,), d, dtype=torch.float64), {}, 1, form=form)
+            D = m.prediction(
+                EXACT, Gauss(), z, torch.full((7,), d, dtype=torch.float64), {}, 1, form=form
+            )
             assert D.abs().max() < (1e-13 if form == "jvp" else 2e-3), (form, d)
     D = m.prediction(EXACT, Gauss(), z, torch.ones(7, dtype=torch.float64), {}, 1)
     assert 0 < D.abs().max() < 0.02  # the teacher is asked at t = 0.001
@@ -114,16 +142,42 @@ def check_correction_of_a_shifted_student(m):  # T3
     for r, expected in ((0.2, 0.4), (0.5, 0.64), (0.8, 0.492308), (0.95, 0.420761)):
         rs = torch.full((50,), r, dtype=torch.float64)
         D = m.correction(Gauss(1.4), Gauss(), 1.4 + STD * z, rs, n, {}, 1)
-        assert torch.allclose(D, torch.full_like(D, expected), atol=1e-6)  # for every x: a step along -D moves the mean towards the teacher's
+        assert torch.allclose(
+            D, torch.full_like(D, expected), atol=1e-6
+        )  # for every x: a step along -D moves the mean towards the teacher's
         assert m.correction(Gauss(), Gauss(), MU + STD * z, rs, n, {}, 1).abs().max() == 0
-    score = 0.2 / 0.8 * m.correction(Gauss(1.4), Gauss(), 1.4 + STD * z, torch.full((50,), 0.8, dtype=torch.float64), n, {}, 1)
-    assert torch.allclose(score, torch.full_like(score, 0.123077), atol=1e-6)  # (1 - r) / r D_N = score of the student - score of the teacher
+    score = (
+        0.2
+        / 0.8
+        * m.correction(
+            Gauss(1.4),
+            Gauss(),
+            1.4 + STD * z,
+            torch.full((50,), 0.8, dtype=torch.float64),
+            n,
+            {},
+            1,
+        )
+    )
+    assert torch.allclose(
+        score, torch.full_like(score, 0.123077), atol=1e-6
+    )  # (1 - r) / r D_N = score of the student - score of the teacher
 
 
-def check_correction_of_a_wide_student(m):  # T3b; what the noise is and where it enters decides these numbers
+def check_correction_of_a_wide_student(
+    m,
+):  # T3b; what the noise is and where it enters decides these numbers
     z, n = normal(400_000, 1), normal(400_000, 1, seed=1)
     for std, expected in ((0.25, -0.00359), (0.5, 0.0), (1.0, 0.05430)):
-        D = m.correction(Gauss(MU, std), Gauss(), MU + std * z, torch.full((len(z),), 0.8, dtype=torch.float64), n, {}, 1)
+        D = m.correction(
+            Gauss(MU, std),
+            Gauss(),
+            MU + std * z,
+            torch.full((len(z),), 0.8, dtype=torch.float64),
+            n,
+            {},
+            1,
+        )
         assert (z * D).mean().item() == pytest.approx(expected, abs=6e-4)
 
 
@@ -142,49 +196,78 @@ def discrete_fixed_point(m, z, teacher, grid, cond={}, w=1, interval=(0, 1)):
     table = [torch.full_like(z, 7.0) for _ in range(grid + 1)]
     student = Average(lambda z, d: table[round(float(d.flatten()[0]) * grid)])
     for _ in range(grid):
-        for k in range(grid, 0, -1):  # the end first: one sweep carries the right values one step further
+        for k in range(
+            grid, 0, -1
+        ):  # the end first: one sweep carries the right values one step further
             d = torch.full((len(z),), k / grid, dtype=torch.float64)
-            table[k] = table[k] - m.prediction_discrete(table[k], student, teacher, z, d, cond, w, interval, grid)
+            table[k] = table[k] - m.prediction_discrete(
+                table[k], student, teacher, z, d, cond, w, interval, grid
+            )
     return [z + k / grid * F for k, F in enumerate(table)]
 
 
 def check_discrete_fixed_point_is_eulers(m):  # T4
     for grid, expected in ((1, 1.0), (2, 1.2), (4, 1.340541), (8, 1.414785)):
         z = torch.ones(1, 1, dtype=torch.float64)
-        assert discrete_fixed_point(m, z, Gauss(), grid)[grid].item() == pytest.approx(expected, abs=1e-6)
+        assert discrete_fixed_point(m, z, Gauss(), grid)[grid].item() == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def check_guidance(m):
     """(2): per sample, inside the interval only; the null label is 0, label 1 has its mean at 3."""
     teacher, x = Gauss(shift=2.0), normal(6, 3)
-    cond, t = dict(labels=torch.ones(6, dtype=torch.long)), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 1.0], dtype=torch.float64)
+    cond, t = (
+        dict(labels=torch.ones(6, dtype=torch.long)),
+        torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 1.0], dtype=torch.float64),
+    )
     c, u = m.velocity(teacher, x, t, cond), m.velocity(teacher, x, t, teacher.null(6))
     w = torch.tensor([1.0, 2.0, 0.0, 3.0, 3.0, 3.0], dtype=torch.float64)
     found = m.guided_velocity(teacher, x, t, cond, w, (0.2, 0.7))
     for i, scale in enumerate((1, 2, 0, 3, 1, 1)):
         assert torch.allclose(found[i], u[i] + scale * (c - u)[i], atol=1e-12), i
-    assert torch.allclose(m.guided_velocity(teacher, x, t, cond, 1.5, (0, 1)), u + 1.5 * (c - u), atol=1e-12)
+    assert torch.allclose(
+        m.guided_velocity(teacher, x, t, cond, 1.5, (0, 1)), u + 1.5 * (c - u), atol=1e-12
+    )
     teacher.asked.clear()
-    assert torch.equal(m.guided_velocity(teacher, x, t, cond, 1, (0, 1)), c) and len(teacher.asked) == 1  # w = 1: one pass
+    assert (
+        torch.equal(m.guided_velocity(teacher, x, t, cond, 1, (0, 1)), c)
+        and len(teacher.asked) == 1
+    )  # w = 1: one pass
     # the auxiliary network describes a student that is guided already
     critic, r = Gauss(shift=2.0), torch.full((6,), 0.5, dtype=torch.float64)
     D = m.correction(critic, teacher, x, r, normal(6, 3, seed=1), cond, 3.0)
     x_r = 0.5 * x + 0.5 * normal(6, 3, seed=1)
-    expected = -2 * (m.velocity(teacher, x_r, r, cond) - m.velocity(teacher, x_r, r, teacher.null(6)))
+    expected = -2 * (
+        m.velocity(teacher, x_r, r, cond) - m.velocity(teacher, x_r, r, teacher.null(6))
+    )
     assert torch.allclose(D, expected, atol=1e-12) and len(critic.asked) == 1
 
 
 def check_weighting_and_balance(m):  # T5, T6
     unit = torch.ones(1, 100, dtype=torch.float64) / 10
-    for k, norm, expected in ((1, 1, 99.99), (1, 10, 10.0), (1, 100, 1.0), (0.5, 1, 10), (0.5, 100, 10), (0, 3, 3)):
+    for k, norm, expected in (
+        (1, 1, 99.99),
+        (1, 10, 10.0),
+        (1, 100, 1.0),
+        (0.5, 1, 10),
+        (0.5, 100, 10),
+        (0, 3, 3),
+    ):
         assert m.weighted(norm * unit, k, 1e-6).norm().item() == pytest.approx(expected, rel=1e-3)
     D = normal(4, 6) * torch.tensor([1.0, 2, 4, 8])[:, None]
-    assert torch.allclose(m.weighted(D, 1, 1e-12)[2], D[2] / D[2].square().mean())  # each sample by its own size
+    assert torch.allclose(
+        m.weighted(D, 1, 1e-12)[2], D[2] / D[2].square().mean()
+    )  # each sample by its own size
     G, D_N = normal(5, 3, 2), 0.1 * normal(3, 3, 2, seed=1)
     rms = lambda x: x.flatten(1).square().mean(1).sqrt().mean()
-    assert rms(m.balance(G, D_N, 0.7, 1) * D_N).item() == pytest.approx(0.7 * rms(G).item(), rel=1e-5)
+    assert rms(m.balance(G, D_N, 0.7, 1) * D_N).item() == pytest.approx(
+        0.7 * rms(G).item(), rel=1e-5
+    )
     assert torch.allclose(m.balance(G, 10 * D_N, 1, 1) * 10 * D_N, m.balance(G, D_N, 1, 1) * D_N)
-    assert m.balance(G, D_N, 0, 1) == 0 and m.balance(G[:0], D_N, 0.7, 1).item() == pytest.approx(0.7)  # correction alone: nothing to compare with
+    assert m.balance(G, D_N, 0, 1) == 0 and m.balance(G[:0], D_N, 0.7, 1).item() == pytest.approx(
+        0.7
+    )  # correction alone: nothing to compare with
     assert m.balance(G, D_N[:0], 1, 1).isfinite() and m.balance(G, D_N[:0], 1, 1) > 0
 
 
@@ -198,7 +281,11 @@ def test(name):
 
 def test_numbers_of_the_exact_map():
     z = torch.ones(1, 1, dtype=torch.float64)
-    for d, F, dF, u in ((0.3, 0.052970, 0.246640, 0.126962), (0.7, 0.229967, 0.712671, 0.728837), (1.0, 0.5, 1.0, 1.5)):
+    for d, F, dF, u in (
+        (0.3, 0.052970, 0.246640, 0.126962),
+        (0.7, 0.229967, 0.712671, 0.728837),
+        (1.0, 0.5, 1.0, 1.5),
+    ):
         d = torch.tensor([d], dtype=torch.float64)
         found = flowmap.derivative(EXACT, z, d, {}, 1)
         assert [float(v) for v in found] == pytest.approx([F, dF], abs=1e-6)
@@ -212,7 +299,10 @@ def test_numbers_of_the_exact_map():
 @pytest.mark.parametrize("name", ["mnist", "tiny"])
 def test_the_student_starts_as_the_teachers_velocity_at_pure_noise(name):
     teacher = tiny() if name == "tiny" else load_teacher(name)
-    student, critic = teacher.copy().extend("duration", "guidance"), teacher.copy().extend("guidance")
+    student, critic = (
+        teacher.copy().extend("duration", "guidance"),
+        teacher.copy().extend("guidance"),
+    )
     z, cond = torch.randn(4, 1, 28, 28), teacher.encode(torch.arange(4))
     u = flowmap.velocity(teacher, z, 1.0, cond)
     for d, w in ((0.0, 1.0), (0.3, 1.5), (1.0, 3.0)):
@@ -220,8 +310,16 @@ def test_the_student_starts_as_the_teachers_velocity_at_pure_noise(name):
         assert torch.equal(flowmap.average_velocity(student, z, d, cond, w), u)
         F, dF = flowmap.derivative(student, z, d, cond, w)
         assert torch.allclose(F, u, atol=1e-5) and dF.abs().max() == 0
-        assert torch.equal(flowmap.velocity(critic, z, d + 0.1, cond | flowmap.scalars(d, w)), flowmap.velocity(teacher, z, d + 0.1, cond))
-    assert flowmap.prediction(student, teacher, z, torch.zeros(4, dtype=torch.float64), cond, 1).abs().max() < 1e-5  # nothing to learn at d = 0
+        assert torch.equal(
+            flowmap.velocity(critic, z, d + 0.1, cond | flowmap.scalars(d, w)),
+            flowmap.velocity(teacher, z, d + 0.1, cond),
+        )
+    assert (
+        flowmap.prediction(student, teacher, z, torch.zeros(4, dtype=torch.float64), cond, 1)
+        .abs()
+        .max()
+        < 1e-5
+    )  # nothing to learn at d = 0
 
 
 def test_discrete_fixed_point_is_the_teachers_own_sampler():
@@ -245,7 +343,11 @@ def test_discrete_target_is_boots():  # T7: y = z + F on the linear path
         now = normal(5, 3, seed=2)
         target = now - flowmap.prediction_discrete(now, student, teacher, z, d, {}, 1, (0, 1), grid)
         y_old = z + F * (1 + 1 - t_old)
-        x0 = flowmap.velocity(teacher, (1 - t_old) * y_old + t_old * z, t_old, {}) * t_old + (1 - t_old) * y_old + t_old * z
+        x0 = (
+            flowmap.velocity(teacher, (1 - t_old) * y_old + t_old * z, t_old, {}) * t_old
+            + (1 - t_old) * y_old
+            + t_old * z
+        )
         # DDIM step of the signal: y_new = y_old + (1 - e^(l_old - l_new)) (x0 - y_old), l = log(alpha / sigma)
         share = 1 - (t_new / t_old) * (1 - t_old) / (1 - t_new)
         assert torch.allclose(z + target, y_old + share * (x0 - y_old), atol=1e-12)
@@ -255,7 +357,16 @@ def test_discrete_target_is_boots():  # T7: y = z + F on the linear path
 
 def test_a_step_longer_than_the_duration_starts_at_the_noise():
     z, d = normal(4, 2), torch.full((4,), 0.05, dtype=torch.float64)
-    target = -flowmap.prediction_discrete(torch.zeros_like(z), Average(lambda z, d: z * torch.nan_to_num(1 / d, posinf=0.0)), Gauss(), z, d, {}, 1, grid=10)
+    target = -flowmap.prediction_discrete(
+        torch.zeros_like(z),
+        Average(lambda z, d: z * torch.nan_to_num(1 / d, posinf=0.0)),
+        Gauss(),
+        z,
+        d,
+        {},
+        1,
+        grid=10,
+    )
     assert torch.allclose(target, MU - z)
 
 
@@ -267,17 +378,27 @@ def test_forward_mode_is_the_central_difference(name):
     teacher = tiny() if name == "tiny" else load_teacher(name)
     student = trained(teacher.copy(), "duration")
     n = 4 if name != "mnist" else 2
-    cond, d = teacher.encode(torch.arange(n)), torch.tensor([0.1, 0.4, 0.75, 1.0], dtype=torch.float64)[:n]
+    cond, d = (
+        teacher.encode(torch.arange(n)),
+        torch.tensor([0.1, 0.4, 0.75, 1.0], dtype=torch.float64)[:n],
+    )
     z = torch.randn(n, *teacher.shape)
     with torch.no_grad():
         F, dF = flowmap.derivative(student, z, d, cond, 1)
         fd = flowmap.derivative(student, z, d, cond, 1, "fd")[1]
-        assert (dF - fd).norm() < 2e-3 * dF.norm() and dF.norm() > 1e-2 and dF.dtype == torch.float32
+        assert (
+            (dF - fd).norm() < 2e-3 * dF.norm() and dF.norm() > 1e-2 and dF.dtype == torch.float32
+        )
         student.double()
         F, dF = flowmap.derivative(student, z.double(), d, cond, 1)
         fd = [flowmap.derivative(student, z.double(), d, cond, 1, "fd", h)[1] for h in (2e-3, 1e-3)]
-    assert torch.equal(F, flowmap.average_velocity(student, z.double(), d, cond, 1).detach()) or name != "toy"
-    assert (dF - (4 * fd[1] - fd[0]) / 3).abs().max() < 1e-6  # Richardson: the error of the difference itself is below 1e-9
+    assert (
+        torch.equal(F, flowmap.average_velocity(student, z.double(), d, cond, 1).detach())
+        or name != "toy"
+    )
+    assert (
+        dF - (4 * fd[1] - fd[0]) / 3
+    ).abs().max() < 1e-6  # Richardson: the error of the difference itself is below 1e-9
 
 
 def test_forward_mode_needs_the_math_kernel_and_gets_it():
@@ -288,12 +409,18 @@ def test_forward_mode_needs_the_math_kernel_and_gets_it():
 
 
 def test_derivatives_are_float32_beside_bf16_passes():
-    student, z, d = trained(tiny(), "duration").requires_grad_(False), torch.randn(2, 1, 28, 28), torch.tensor([0.2, 0.9])
+    student, z, d = (
+        trained(tiny(), "duration").requires_grad_(False),
+        torch.randn(2, 1, 28, 28),
+        torch.tensor([0.2, 0.9]),
+    )
     cond = student.encode([0, 1])
     exact = flowmap.derivative(student, z, d, cond, 1)
     student.dtype = torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(exact, flowmap.derivative(student, z, d, cond, 1)))
-    assert student.dtype == torch.bfloat16 and not torch.equal(exact[0], flowmap.average_velocity(student, z, d, cond, 1))
+    assert student.dtype == torch.bfloat16 and not torch.equal(
+        exact[0], flowmap.average_velocity(student, z, d, cond, 1)
+    )
 
 
 # ---- time and sign conventions ---------------------------------------------------------------------------------------------------------------
@@ -315,10 +442,14 @@ def test_conventions_of_sit_and_repa():
 
     x, t = normal(5, 3), torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
     for cls in (SiT, Repa):
-        assert torch.allclose(flowmap.velocity(cls(None, Flow(), "flow", (3,)), x, t, {}), field(x, t), atol=1e-5)  # times are float32
+        assert torch.allclose(
+            flowmap.velocity(cls(None, Flow(), "flow", (3,)), x, t, {}), field(x, t), atol=1e-5
+        )  # times are float32
 
 
-@pytest.mark.parametrize("schedule, kind", [(VP(), "eps"), (EDM(), "x0"), (Flow(), "flow")], ids=["vp", "edm", "flow"])
+@pytest.mark.parametrize(
+    "schedule, kind", [(VP(), "eps"), (EDM(), "x0"), (Flow(), "flow")], ids=["vp", "edm", "flow"]
+)
 def test_velocity_of_networks_of_other_schedules(schedule, kind):
     class Exact(Model):  # knows N(MU, STD^2) on its own schedule
         def predict(self, x, t, cond):
@@ -327,10 +458,19 @@ def test_velocity_of_networks_of_other_schedules(schedule, kind):
             return x0 if kind == "x0" else (x - a * x0) / s if kind == "eps" else (x - x0) / s
 
     x = normal(4, 3)
-    for t in (0.05, 0.3, 0.8, 0.9):  # beyond 0.936 VP has no noise level of its own and answers at its last
+    for t in (
+        0.05,
+        0.3,
+        0.8,
+        0.9,
+    ):  # beyond 0.936 VP has no noise level of its own and answers at its last
         var = (1 - t) ** 2 * STD**2 + t**2
         expected = MU + ((1 - t) * STD**2 - t) / var * (x - (1 - t) * MU)
-        assert torch.allclose(flowmap.velocity(Exact(None, schedule, kind, (3,)), x, torch.full((4,), t), {}), expected, atol=2e-3), t
+        assert torch.allclose(
+            flowmap.velocity(Exact(None, schedule, kind, (3,)), x, torch.full((4,), t), {}),
+            expected,
+            atol=2e-3,
+        ), t
     for t in (0.0, 1.0):  # never 0 / 0
         assert flowmap.velocity(Exact(None, schedule, kind, (3,)), x, t, {}).isfinite().all()
 
@@ -339,25 +479,47 @@ def test_velocity_of_networks_of_other_schedules(schedule, kind):
 
 
 def test_roles_and_durations():
-    for batch, share, count in ((64, 0.25, 16), (32, 0.5, 16), (8, 0.0, 0), (8, 1.0, 8), (10, 0.3, 3), (30, 0.1, 3), (1000, 0.7, 700)):
+    for batch, share, count in (
+        (64, 0.25, 16),
+        (32, 0.5, 16),
+        (8, 0.0, 0),
+        (8, 1.0, 8),
+        (10, 0.3, 3),
+        (30, 0.1, 3),
+        (1000, 0.7, 700),
+    ):
         assert flowmap.roles(batch, share).sum() == count
-    assert all(part.sum() == 2 for part in flowmap.roles(64, 0.25).split(8))  # every process has the same share
+    assert all(
+        part.sum() == 2 for part in flowmap.roles(64, 0.25).split(8)
+    )  # every process has the same share
     u = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     d = flowmap.durations(u, 0.1)
-    assert (d == 1).double().mean().item() == pytest.approx(0.1, abs=3e-3) and d[d < 1].mean().item() == pytest.approx(0.5, abs=3e-3) and d.max() == 1
+    assert (
+        (d == 1).double().mean().item() == pytest.approx(0.1, abs=3e-3)
+        and d[d < 1].mean().item() == pytest.approx(0.5, abs=3e-3)
+        and d.max() == 1
+    )
     g = flowmap.durations(u, 0.0, 4)
-    assert g.unique().tolist() == [0.25, 0.5, 0.75, 1.0] and (g == 1).double().mean().item() == pytest.approx(0.25, abs=5e-3)
+    assert g.unique().tolist() == [0.25, 0.5, 0.75, 1.0] and (
+        g == 1
+    ).double().mean().item() == pytest.approx(0.25, abs=5e-3)
     assert flowmap.durations(torch.zeros(1), 0.1, 4) == 0.25
 
 
 def test_sample_reads_the_path():
     z = normal(6, 3)
     for d in (0.25, 1.0):
-        assert torch.allclose(flowmap.sample(EXACT, z, {}, duration=d), exact_map(z, torch.tensor(d, dtype=torch.float64)))
+        assert torch.allclose(
+            flowmap.sample(EXACT, z, {}, duration=d),
+            exact_map(z, torch.tensor(d, dtype=torch.float64)),
+        )
     with pytest.raises(UserError, match="--nfe 2"):
         flowmap.sample(EXACT, z, {}, 2)
     path = flowmap.teacher_path(Gauss(), z, {}, 1, 200)
-    assert torch.equal(path[0], z) and all(torch.allclose(path[i], exact_map(z, torch.tensor(i / 200)), atol=0.02) for i in (50, 100, 199))
+    assert torch.equal(path[0], z) and all(
+        torch.allclose(path[i], exact_map(z, torch.tensor(i / 200)), atol=0.02)
+        for i in (50, 100, 199)
+    )
 
 
 def test_fidelity_of_a_perfect_and_of_an_unpaired_student():
@@ -367,10 +529,14 @@ def test_fidelity_of_a_perfect_and_of_an_unpaired_student():
     def lookup(z, d, flip):
         z = z.flip(0) if flip else z
         path = flowmap.teacher_path(teacher, z, cond, 1.0, flowmap.PATH_STEPS)
-        return (path[round(float(d.flatten()[0]) * flowmap.PATH_STEPS)] - z) / d + (z - z.flip(0)) * flip / d
+        return (path[round(float(d.flatten()[0]) * flowmap.PATH_STEPS)] - z) / d + (
+            z - z.flip(0)
+        ) * flip / d
 
     good = flowmap.fidelity(Average(lambda z, d: lookup(z, d, 0)), teacher, args)
-    assert all(good[str(d)] < 1e-10 for d in flowmap.READOUTS) and good["spread"] == pytest.approx(0.51, abs=0.05)
+    assert all(good[str(d)] < 1e-10 for d in flowmap.READOUTS) and good["spread"] == pytest.approx(
+        0.51, abs=0.05
+    )
     wrong = flowmap.fidelity(Average(lambda z, d: lookup(z, d, 1)), teacher, args)
     assert wrong["1.0"] > 1.5 * good["spread"]  # independent images: twice their variance
 
@@ -386,13 +552,33 @@ class Trace(list):
         self.made = {}
         for module, name, key in ((models, "load_teacher", "teacher"), (m, "EMA", "ema")):
             make = getattr(module, name)
-            monkeypatch.setattr(module, name, lambda *a, make=make, key=key, **k: self.made.setdefault(key, make(*a, **k)))
+            monkeypatch.setattr(
+                module,
+                name,
+                lambda *a, make=make, key=key, **k: self.made.setdefault(key, make(*a, **k)),
+            )
         train, step = Run.train, Run.step
-        monkeypatch.setattr(Run, "train", lambda run, net: self.made.setdefault("critic", train(run, net)))
+        monkeypatch.setattr(
+            Run, "train", lambda run, net: self.made.setdefault("critic", train(run, net))
+        )
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
-        default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0", "--eval-n", "0"]
+        default = [
+            "--teacher",
+            "toy-cond",
+            "--batch",
+            "16",
+            "--out",
+            str(tmp_path / "out"),
+            "--overwrite",
+            "--save-every",
+            "0",
+            "--sample-every",
+            "0",
+            "--eval-n",
+            "0",
+        ]
         monkeypatch.setattr(sys, "argv", ["flowmap.py", *default, *map(str, flags)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -404,13 +590,26 @@ class Trace(list):
 
     def step(self, step, run, opt, clip):
         params = [p for group in opt.param_groups for p in group["params"]]
-        nets = dict(student=self.made["ema"].live, critic=self.made["critic"], teacher=self.made["teacher"])
+        nets = dict(
+            student=self.made["ema"].live, critic=self.made["critic"], teacher=self.made["teacher"]
+        )
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
-        grads = {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()}
+        grads = {
+            k: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+            for k, net in nets.items()
+        }
         before = {k: flat(net) for k, net in nets.items()}
         norm = step(run, opt, clip)
-        self.append(dict(role=role, grads=grads, before=before, after={k: flat(net) for k, net in nets.items()}, lr=opt.param_groups[0]["lr"]))
+        self.append(
+            dict(
+                role=role,
+                grads=grads,
+                before=before,
+                after={k: flat(net) for k, net in nets.items()},
+                lr=opt.param_groups[0]["lr"],
+            )
+        )
         return norm
 
     def flat(self, i):
@@ -422,14 +621,29 @@ def trace(monkeypatch, tmp_path):
     return lambda *flags, m=flowmap: Trace(m, monkeypatch, tmp_path, *flags)
 
 
-@pytest.mark.parametrize("flags", ["", "--form discrete --cfg 2", "--form fd --cfg-range 1 3", "--ratio 2 --cfg-range 0 2 --ema 1000", "--correction 1", "--correction 0"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--form discrete --cfg 2",
+        "--form fd --cfg-range 1 3",
+        "--ratio 2 --cfg-range 0 2 --ema 1000",
+        "--correction 1",
+        "--correction 0",
+    ],
+)
 def test_gradient_routing(trace, flags):
     steps = trace("--iters", 3, *flags.split())
     ratio = 2 if "--ratio 2" in flags else 1
-    assert [s["role"] for s in steps] == (["student"] * 3 if flags == "--correction 0" else (["student"] + ["critic"] * ratio) * 3)
+    assert [s["role"] for s in steps] == (
+        ["student"] * 3 if flags == "--correction 0" else (["student"] + ["critic"] * ratio) * 3
+    )
     for s in steps:
         for net, grads in s["grads"].items():
-            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (s["role"], net)
+            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (
+                s["role"],
+                net,
+            )
         changed = {k for k in s["before"] if not torch.equal(s["before"][k], s["after"][k])}
         assert changed <= {s["role"]} and (changed or "correction" in flags)
     for a, b in zip(steps, steps[1:]):
@@ -439,7 +653,21 @@ def test_gradient_routing(trace, flags):
 
 def first_gradients(m, trace):
     """Iteration 1 of a run (at iteration 0 many terms are zero) against the formulas written out with reverse-mode derivatives and the x0 of the toy."""
-    flags = ["--iters", 2, "--cfg", 2, "--clip", 1e9, "--eps", 0.01, "--lr", 1e-2, "--interval", 0.0, 0.9]
+    flags = [
+        "--iters",
+        2,
+        "--cfg",
+        2,
+        "--clip",
+        1e9,
+        "--eps",
+        0.01,
+        "--lr",
+        1e-2,
+        "--interval",
+        0.0,
+        0.9,
+    ]
     steps = trace(*flags, m=m)
     teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 1, 16)
     student, critic = teacher.copy().extend("duration"), teacher.copy()
@@ -453,22 +681,28 @@ def first_gradients(m, trace):
         c, n = (((net(x, 1 - t, t, k) - x) / col(t)) for k in (cond, teacher.null(len(x))))
         return n + w * (c - n)
 
-    z, cond = draw.normal(2), teacher.encode(draw.integers(0, 8))
+    z, cond = draw.randn(2), teacher.encode(draw.randint(0, 8))
     C = torch.arange(16) % 4 == 3
-    d = torch.where(C, 1.0, (draw.uniform() / 0.9).clamp(max=1))
-    r, n = torch.sigmoid(0.8 + draw.normal().double()), draw.normal(2)
+    d = torch.where(C, 1.0, (draw.rand() / 0.9).clamp(max=1))
+    r, n = torch.sigmoid(0.8 + draw.randn().double()), draw.randn(2)
     dF = torch.autograd.functional.jvp(lambda d: F(z, d, cond), d, torch.ones_like(d))[1].float()
     now = F(z, d, cond)
     G, x = torch.zeros_like(z), (z + now).detach()
     for i in range(16):
-        one, k = slice(i, i + 1), {key: v[i:i + 1] for key, v in cond.items()}
+        one, k = slice(i, i + 1), {key: v[i : i + 1] for key, v in cond.items()}
         if not C[i]:
             t = 1 - d[one]
-            D = now[one] + col(d[one]) * dF[one] - u(teacher, z[one] + col(d[one]) * now[one], t, k, 2.0 if t <= 0.9 else 1.0)
+            D = (
+                now[one]
+                + col(d[one]) * dF[one]
+                - u(teacher, z[one] + col(d[one]) * now[one], t, k, 2.0 if t <= 0.9 else 1.0)
+            )
             G[one] = (D / (D.square().mean() + 0.01)).detach()
         else:
             x_r = (1 - col(r[one])) * x[one] + col(r[one]) * n[one]
-            G[one] = (u(critic, x_r, r[one], k) - u(teacher, x_r, r[one], k, 2.0 if r[i] <= 0.7 else 1.0)).detach()
+            G[one] = (
+                u(critic, x_r, r[one], k) - u(teacher, x_r, r[one], k, 2.0 if r[i] <= 0.7 else 1.0)
+            ).detach()
     rms = lambda part: part.square().mean(1).sqrt().mean()
     G[C] *= rms(G[~C]) / rms(G[C])
     (now * G).sum().div(32).backward()
@@ -476,7 +710,7 @@ def first_gradients(m, trace):
     assert (steps.flat(2) - expected).norm() < 1e-4 * expected.norm()
     # the auxiliary network, on fresh images of the student after its step
     nn.utils.vector_to_parameters(steps[3]["before"]["student"], student.parameters())
-    cond, z, n, r = teacher.encode(draw.integers(0, 8)), draw.normal(2), draw.normal(2), draw.uniform()
+    cond, z, n, r = teacher.encode(draw.randint(0, 8)), draw.randn(2), draw.randn(2), draw.rand()
     x = (z + F(z, torch.ones(16, dtype=torch.float64), cond)).detach()
     (u(critic, (1 - col(r)) * x + col(r) * n, r, cond) - (x - n)).square().mean().backward()
     expected = torch.cat([p.grad.flatten() for p in critic.parameters()]).double()
@@ -490,14 +724,22 @@ def test_gradients_by_hand(trace):
 def test_no_balance_is_prediction_alone_and_the_two_parts_add(trace):
     run = lambda b: trace("--iters", 2, "--cfg", 2, "--balance", b, "--lr", 0, "--weight-decay", 0)
     none, half, full = run(0), run(0.5), run(1)
-    assert torch.allclose(full.flat(2) - none.flat(2), 2 * (half.flat(2) - none.flat(2)), atol=1e-6) and (full.flat(2) - none.flat(2)).norm() > 1e-4
+    assert (
+        torch.allclose(full.flat(2) - none.flat(2), 2 * (half.flat(2) - none.flat(2)), atol=1e-6)
+        and (full.flat(2) - none.flat(2)).norm() > 1e-4
+    )
 
 
 def test_range_of_guidance_reaches_student_and_critic(trace):
     steps = trace("--iters", 3, "--cfg", 2, "--cfg-range", 1, 3)
-    assert list(steps.made["ema"].live.extras) == ["duration", "guidance"] and list(steps.made["critic"].extras) == ["guidance"]
+    assert list(steps.made["ema"].live.extras) == ["duration", "guidance"] and list(
+        steps.made["critic"].extras
+    ) == ["guidance"]
     z, teacher = torch.randn(8, 2), steps.made["teacher"]
-    images = [flowmap.sample(steps.made["ema"].live, z, teacher.encode(torch.arange(8)), w=w) for w in (1.0, 3.0)]
+    images = [
+        flowmap.sample(steps.made["ema"].live, z, teacher.encode(torch.arange(8)), w=w)
+        for w in (1.0, 3.0)
+    ]
     assert (images[0] - images[1]).abs().max() > 1e-5
     assert list(trace("--iters", 1).made["ema"].live.extras) == ["duration"]
 
@@ -511,26 +753,96 @@ def test_rows_of_both_parts_must_fit_a_process(trace):
 
 
 MUTATIONS = {  # what of the text becomes what, and the check that must fail
-    "derivative with the wrong sign": ("return F + (expand(d, z) * dF)", "return F - (expand(d, z) * dF)", "prediction_is_zero_at_the_exact_map"),
-    "derivative left out": ("(expand(d, z) * dF).to(z.dtype)", "0 * z", "prediction_is_zero_at_the_exact_map"),
-    "teacher at the duration, not at the time": ("flow_map(z, d, F), 1 - d, cond", "flow_map(z, d, F), d, cond", "prediction_is_zero_at_the_exact_map"),
-    "teacher at the noise, not on the student's path": ("flow_map(z, d, F), 1 - d, cond", "z, 1 - d, cond", "prediction_is_zero_at_the_exact_map"),
-    "velocity towards the noise": ("((net(x, 1 - t, t, cond).double() - x)", "(-(net(x, 1 - t, t, cond).double() - x)", "prediction_is_zero_at_the_exact_map"),
-    "time runs the other way": ("(net(x, 1 - t, t, cond)", "(net(x, t, 1 - t, cond)", "correction_of_a_shifted_student"),
-    "correction with the wrong sign": ("return velocity(critic, x_r, r, cond | scalars(r, w)) - guided", "return -velocity(critic, x_r, r, cond | scalars(r, w)) + guided",
-                                       "correction_of_a_shifted_student"),
-    "image and noise swapped": ("    x_r = flow_map(x, r, n - x)\n", "    x_r = flow_map(n, r, x - n)\n", "correction_of_a_wide_student"),
-    "critic learns noise - image": ("- (x - n)).square()", "- (n - x)).square()", "optimum_of_the_auxiliary_loss"),
-    "guided critic": ("return velocity(critic, x_r, r, cond | scalars(r, w)) -", "return guided_velocity(critic, x_r, r, cond, w, interval) -", "guidance"),
-    "no guidance interval": ("(t >= interval[0]) & (t <= interval[1])", "t >= interval[0]", "guidance"),
-    "step of the discrete form not clamped": ("u = guided_velocity(teacher, flow_map(z, before, Fb), 1 - before,", "u = guided_velocity(teacher, flow_map(z, before, Fb), 1 - d,",
-                                              "discrete_fixed_point_is_eulers"),
-    "weight over the batch": ("x.flatten(1).square().mean(1)", "x.square().mean().expand(len(x))", "weighting_and_balance"),
-    "lambda upside down": ("factor * means[0] / (means[1] + eps)", "factor * means[1] / (means[0] + eps)", "weighting_and_balance"),
-    "gradient flows through the noise-side input": ("F = average_velocity(S, z, d, cond, w)", "F = average_velocity(S, z, d * 0 + 1, cond, w)", None),
-    "correction sees a guided high-noise teacher": ("*rows(C), args.interval_correction)", "*rows(C), args.interval)", None),
-    "correction at any duration": ("torch.where(corrected, 1.0, durations(", "torch.where(corrected & False, 1.0, durations(", None),
-    "critic on old images": ("x, n, r = sample(student, draw.normal(*shape), cond, w=w), draw", "x, n, r = sample(teacher, draw.normal(*shape), cond, w=w), draw", None),
+    "derivative with the wrong sign": (
+        "return F + (expand(d, z) * dF)",
+        "return F - (expand(d, z) * dF)",
+        "prediction_is_zero_at_the_exact_map",
+    ),
+    "derivative left out": (
+        "(expand(d, z) * dF).to(z.dtype)",
+        "0 * z",
+        "prediction_is_zero_at_the_exact_map",
+    ),
+    "teacher at the duration, not at the time": (
+        "flow_map(z, d, F), 1 - d, cond",
+        "flow_map(z, d, F), d, cond",
+        "prediction_is_zero_at_the_exact_map",
+    ),
+    "teacher at the noise, not on the student's path": (
+        "flow_map(z, d, F), 1 - d, cond",
+        "z, 1 - d, cond",
+        "prediction_is_zero_at_the_exact_map",
+    ),
+    "velocity towards the noise": (
+        "((net(x, 1 - t, t, cond).double() - x)",
+        "(-(net(x, 1 - t, t, cond).double() - x)",
+        "prediction_is_zero_at_the_exact_map",
+    ),
+    "time runs the other way": (
+        "(net(x, 1 - t, t, cond)",
+        "(net(x, t, 1 - t, cond)",
+        "correction_of_a_shifted_student",
+    ),
+    "correction with the wrong sign": (
+        "return velocity(critic, x_r, r, cond | scalars(r, w)) - guided",
+        "return -velocity(critic, x_r, r, cond | scalars(r, w)) + guided",
+        "correction_of_a_shifted_student",
+    ),
+    "image and noise swapped": (
+        "    x_r = flow_map(x, r, n - x)\n",
+        "    x_r = flow_map(n, r, x - n)\n",
+        "correction_of_a_wide_student",
+    ),
+    "critic learns noise - image": (
+        "- (x - n)).square()",
+        "- (n - x)).square()",
+        "optimum_of_the_auxiliary_loss",
+    ),
+    "guided critic": (
+        "return velocity(critic, x_r, r, cond | scalars(r, w)) -",
+        "return guided_velocity(critic, x_r, r, cond, w, interval) -",
+        "guidance",
+    ),
+    "no guidance interval": (
+        "(t >= interval[0]) & (t <= interval[1])",
+        "t >= interval[0]",
+        "guidance",
+    ),
+    "step of the discrete form not clamped": (
+        "u = guided_velocity(teacher, flow_map(z, before, Fb), 1 - before,",
+        "u = guided_velocity(teacher, flow_map(z, before, Fb), 1 - d,",
+        "discrete_fixed_point_is_eulers",
+    ),
+    "weight over the batch": (
+        "x.flatten(1).square().mean(1)",
+        "x.square().mean().expand(len(x))",
+        "weighting_and_balance",
+    ),
+    "lambda upside down": (
+        "factor * means[0] / (means[1] + eps)",
+        "factor * means[1] / (means[0] + eps)",
+        "weighting_and_balance",
+    ),
+    "gradient flows through the noise-side input": (
+        "F = average_velocity(S, z, d, cond, w)",
+        "F = average_velocity(S, z, d * 0 + 1, cond, w)",
+        None,
+    ),
+    "correction sees a guided high-noise teacher": (
+        "*rows(C), args.interval_correction)",
+        "*rows(C), args.interval)",
+        None,
+    ),
+    "correction at any duration": (
+        "torch.where(corrected, 1.0, durations(",
+        "torch.where(corrected & False, 1.0, durations(",
+        None,
+    ),
+    "critic on old images": (
+        "x, n, r = sample(student, draw.randn(*shape), cond, w=w), draw",
+        "x, n, r = sample(teacher, draw.randn(*shape), cond, w=w), draw",
+        None,
+    ),
 }
 
 
@@ -549,6 +861,12 @@ def test_a_mutation_is_noticed(name, trace):
 @pytest.mark.parametrize("teacher", ["toy", "mnist", "some/folder"])
 def test_presets(teacher):
     args = flowmap.parse_args(["--teacher", teacher])
-    assert args.nfe == 1 and (args.correction, args.k, args.form, args.interval_correction, args.r_mean) == (0.25, 1.0, "jvp", (0.0, 0.7), 0.8)
+    assert args.nfe == 1 and (
+        args.correction,
+        args.k,
+        args.form,
+        args.interval_correction,
+        args.r_mean,
+    ) == (0.25, 1.0, "jvp", (0.0, 0.7), 0.8)
     assert args.cfg_range == ((1.0, 3.0) if teacher == "some/folder" else (args.cfg, args.cfg))
     assert math.isfinite(args.lr) and args.lr_fake == (2 if teacher == "mnist" else 1) * args.lr

@@ -3,6 +3,7 @@
 A small sample by default; DISTIL_FAULTS=full: 500 cases of each (the flags in two parts, those that are refused at once and those that make a run). The cases
 are the same every time, unless SEED=n is given; hypothesis makes the failing one as small as it can.
 """
+
 import contextlib
 import copy
 import importlib
@@ -32,8 +33,24 @@ from controls.controlled import load_generator, make
 from controls.maps import Control
 
 TOY = ROOT / "assets" / "toy"
-TINY_DIT = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
-TINY_MODEL = dict(adapter="dit", schedule=dict(name="flow", shift=1.0), prediction="flow", shape=[1, 8, 8], classes=3, sigma_data=0.5)
+TINY_DIT = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=1,
+    out_channels=1,
+    num_layers=1,
+    sample_size=8,
+    patch_size=4,
+    num_embeds_ada_norm=3,
+)
+TINY_MODEL = dict(
+    adapter="dit",
+    schedule=dict(name="flow", shift=1.0),
+    prediction="flow",
+    shape=[1, 8, 8],
+    classes=3,
+    sigma_data=0.5,
+)
 
 
 def cases(n, body):
@@ -41,7 +58,13 @@ def cases(n, body):
     outcomes = []
 
     @seed(SEED)
-    @settings(max_examples=500 if FULL else n, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+    @settings(
+        max_examples=500 if FULL else n,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
     @given(st.randoms(use_true_random=False))
     def case(rng):
         outcomes.append(body(rng))
@@ -55,7 +78,7 @@ def chance(rng, percent):
 
 
 def attempt(body, *what):
-    """"fine", or "refused" in one line; anything else is shown with what led to it."""
+    """ "fine", or "refused" in one line; anything else is shown with what led to it."""
     try:
         body()
     except UserError as e:
@@ -73,12 +96,27 @@ def one_line(e, limit=900):
 
 # ---- flags ------------------------------------------------------------------------------------------------------------------------------
 
-VALUES = {int: ["0", "1", "2", "3", "7", "-1", "40", "1.5", "x", "1" + "0" * 30], float: ["0", "1", "0.5", "2", "0.9", "1e-3", "-1", "nan", "inf", "1e30", "x"],
-          str: ["x", "", "-", "../x", "a\0b", "1,2"]}
+VALUES = {
+    int: ["0", "1", "2", "3", "7", "-1", "40", "1.5", "x", "1" + "0" * 30],
+    float: ["0", "1", "0.5", "2", "0.9", "1e-3", "-1", "nan", "inf", "1e30", "x"],
+    str: ["x", "", "-", "../x", "a\0b", "1,2"],
+}
 LIKELY = {int: ["1", "2", "3"], float: ["0.5", "1", "2"], str: ["x"]}
-WORDS = dict(teacher=["toy", "toy-cond", "toyy", "", "/"], batch=["8", "16", "0", "7"], iters=["1", "2", "0"], eval_n=["0", "8", "16", "1"], steps=["999", "999,499", "0.5", "1,0.5", "a"],
-             size=["28", "16x16", "0", "16x", "x", "9999999"], data=["{set}", "{set}/none"], device=["cpu", "auto", "tpu"], lora_targets=["hidden.0", "inp", "none"], small=["width=16", "depth=2", "wide=1", "depth=x"],
-             control=["class", "edges"], nfe=["1", "2", "4", "0"], students=["1", "2", "9"])
+WORDS = dict(
+    teacher=["toy", "toy-cond", "toyy", "", "/"],
+    batch=["8", "16", "0", "7"],
+    iters=["1", "2", "0"],
+    eval_n=["0", "8", "16", "1"],
+    steps=["999", "999,499", "0.5", "1,0.5", "a"],
+    size=["28", "16x16", "0", "16x", "x", "9999999"],
+    data=["{set}", "{set}/none"],
+    device=["cpu", "auto", "tpu"],
+    lora_targets=["hidden.0", "inp", "none"],
+    small=["width=16", "depth=2", "wide=1", "depth=x"],
+    control=["class", "edges"],
+    nfe=["1", "2", "4", "0"],
+    students=["1", "2", "9"],
+)
 NOT = ("help", "out", "generator", "compile", "prompts", "cache_prompts")
 
 
@@ -87,7 +125,11 @@ def parsers():
     found = {}
     with pytest.MonkeyPatch.context() as m:
         for script in SCRIPTS:
-            m.setattr(Parser, "parse", lambda self, *a: found.update({script: self}) or (_ for _ in ()).throw(KeyError))
+            m.setattr(
+                Parser,
+                "parse",
+                lambda self, *a: found.update({script: self}) or (_ for _ in ()).throw(KeyError),
+            )
             with contextlib.suppress(KeyError):
                 importlib.import_module(script).parse_args([])
     return found
@@ -104,14 +146,44 @@ def pictures(tmp_path_factory):
 
 def command(rng, parser, home):
     """Some of a script's flags with values of their kind, mostly likely ones."""
-    words = ["--teacher", "toy", "--batch", "8", "--iters", "2", "--log-every", "1", "--sample-every", "0", "--eval-n", "0"]
+    words = [
+        "--teacher",
+        "toy",
+        "--batch",
+        "8",
+        "--iters",
+        "2",
+        "--log-every",
+        "1",
+        "--sample-every",
+        "0",
+        "--eval-n",
+        "0",
+    ]
     known = [a for a in parser._actions if a.option_strings and a.dest not in NOT]
     for action in rng.sample(known, rng.choice([1, 1, 2, 3, 5])):
         words.append(action.option_strings[0])
-        n = 0 if action.nargs == 0 else action.nargs if isinstance(action.nargs, int) else rng.randint(1, 2) if action.nargs else 1
+        n = (
+            0
+            if action.nargs == 0
+            else action.nargs
+            if isinstance(action.nargs, int)
+            else rng.randint(1, 2)
+            if action.nargs
+            else 1
+        )
         kind, likely = action.type or str, chance(rng, 80)
-        pool = WORDS.get(action.dest) or list(map(str, action.choices or ())) or (LIKELY if likely else VALUES).get(kind, LIKELY[str])
-        words += [(rng.choice(pool) if likely else rng.choice(VALUES.get(kind, VALUES[str]))).replace("{set}", str(home)) for _ in range(n)]
+        pool = (
+            WORDS.get(action.dest)
+            or list(map(str, action.choices or ()))
+            or (LIKELY if likely else VALUES).get(kind, LIKELY[str])
+        )
+        words += [
+            (rng.choice(pool) if likely else rng.choice(VALUES.get(kind, VALUES[str]))).replace(
+                "{set}", str(home)
+            )
+            for _ in range(n)
+        ]
     return [w for w in words if "\0" not in w]
 
 
@@ -133,7 +205,9 @@ def test_flags_that_are_refused_at_once(parsers, pictures):
     def body(rng):
         words = command(rng, parsers[script := rng.choice(SCRIPTS)], pictures)
         line = refused(script, words)
-        assert line is None or line.count("\n") == 1 and len(line) < 600 and "Traceback" not in line, (script, words, line)
+        assert (
+            line is None or line.count("\n") == 1 and len(line) < 600 and "Traceback" not in line
+        ), (script, words, line)
         return "fine" if line is None else "refused"
 
     outcomes = cases(200, body)
@@ -156,7 +230,10 @@ def test_flags_that_make_a_run(n, parsers, pictures, scripts, tmp_path):
         said = f"{script}.py {' '.join(words)}\n{p.err}"
         assert p.code in (0, 2) and "Traceback" not in p.err, said
         if p.code == 2:
-            assert re.fullmatch(rf"{script}\.py: [^\n]{{1,800}}\n", p.err) and not (out / "log.jsonl").exists(), said
+            assert (
+                re.fullmatch(rf"{script}\.py: [^\n]{{1,800}}\n", p.err)
+                and not (out / "log.jsonl").exists()
+            ), said
         shutil.rmtree(out, ignore_errors=True)
     print(f"{codes.count(0)} runs, {codes.count(2)} refused")
     assert codes.count(0) >= len(codes) // 5
@@ -164,12 +241,44 @@ def test_flags_that_make_a_run(n, parsers, pictures, scripts, tmp_path):
 
 # ---- contents of JSON -----------------------------------------------------------------------------------------------------------------------
 
-STRANGE = [None, True, False, 0, 1, -1, 3, 1.5, 1e300, float("nan"), float("inf"), "", "x", "toy", "../x", [], {}, [1], [[]], {"a": 1}, [None, None], "level", "label", 2**40, -(2**40)]
+STRANGE = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    1.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "toy",
+    "../x",
+    [],
+    {},
+    [1],
+    [[]],
+    {"a": 1},
+    [None, None],
+    "level",
+    "label",
+    2**40,
+    -(2**40),
+]
 
 
 def places(value, path=()):
     yield path
-    for k, v in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for k, v in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(v, (*path, k))
 
 
@@ -185,11 +294,21 @@ def mutate(rng, value):
             parent = parent[k]
         what = rng.randrange(10)
         if what < 7:
-            parent[path[-1]] = rng.choice([v for v in STRANGE if path[-1] not in ("depth", "num_layers") or not isinstance(v, int) or abs(v) < 10])  # a network of 2**40 layers is only slow
+            parent[path[-1]] = rng.choice(
+                [
+                    v
+                    for v in STRANGE
+                    if path[-1] not in ("depth", "num_layers")
+                    or not isinstance(v, int)
+                    or abs(v) < 10
+                ]
+            )  # a network of 2**40 layers is only slow
         elif what < 9:
             del parent[path[-1]]
         elif isinstance(parent, dict):
-            parent[rng.choice(["x", "lora", "extras", "adapted", "experts", "by", "table"])] = rng.choice(STRANGE)
+            parent[rng.choice(["x", "lora", "extras", "adapted", "experts", "by", "table"])] = (
+                rng.choice(STRANGE)
+            )
     return value
 
 
@@ -197,10 +316,10 @@ def text(rng, value):
     """As a file: rarely cut, or with a byte of something else in it."""
     data = json.dumps(mutate(rng, value)).encode()
     if (what := rng.randrange(10)) == 0:
-        data = data[:rng.randint(0, len(data))]
+        data = data[: rng.randint(0, len(data))]
     elif what == 1:
         at = rng.randint(0, len(data) - 1)
-        data = data[:at] + bytes([rng.randint(0, 255)]) + data[at + 1:]
+        data = data[:at] + bytes([rng.randint(0, 255)]) + data[at + 1 :]
     return data
 
 
@@ -214,7 +333,14 @@ def tally(outcomes):
 def test_contents_of_a_teachers_folder(tmp_path):
     shutil.copytree(TOY, tmp_path / "t")
     good = {name: json.loads((TOY / name).read_text()) for name in ("teacher.json", "config.json")}
-    good["teacher.json"]["evaluation"] = dict(protocol="x", classifier="c.safetensors", reference="s.npz", images="i.npz", names=["0", "1"], measured=[dict(nfe=1, cfg=1.5, fd=2.0, protocol="x")])
+    good["teacher.json"]["evaluation"] = dict(
+        protocol="x",
+        classifier="c.safetensors",
+        reference="s.npz",
+        images="i.npz",
+        names=["0", "1"],
+        measured=[dict(nfe=1, cfg=1.5, fd=2.0, protocol="x")],
+    )
 
     def load():
         teacher = load_teacher(str(tmp_path / "t"))
@@ -236,6 +362,7 @@ def test_contents_of_a_teachers_folder(tmp_path):
 def test_no_number_where_a_network_of_diffusers_wants_one(tmp_path):
     """It would be built and fail in its first pass (found by the case above)."""
     from diffusers import DiTTransformer2DModel
+
     DiTTransformer2DModel(**TINY_DIT).save_pretrained(tmp_path)
     write_json(tmp_path / "teacher.json", dict(model=TINY_MODEL))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -250,14 +377,34 @@ def test_no_number_where_a_network_of_diffusers_wants_one(tmp_path):
 def students(tmp_path_factory):
     """Students of the toy in every format: whole, several experts, adapters, new conditions, with a control."""
     home, teacher = tmp_path_factory.mktemp("students"), load_teacher("toy")
-    info = lambda **kw: dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler=dict(steps="999"), flags=dict(iters=3, prompts=None)) | kw
+    info = lambda **kw: (
+        dict(
+            method="dmd2",
+            teacher="toy",
+            nfe=1,
+            cfg=1.0,
+            sampler=dict(steps="999"),
+            flags=dict(iters=3, prompts=None),
+        )
+        | kw
+    )
     teacher.copy().save(home / "whole", info())
-    Routed([teacher.copy(), teacher.copy()], "level", [1.0]).save(home / "phased", info(method="phased_dmd", nfe=2, sampler=dict(step_shift=1.0)))
-    teacher.copy(dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")).save(home / "lora", info(method="sid", sampler=dict(form="edm", steps="5", renoise="fresh")))
-    teacher.copy().extend("few", "any", "mul").save(home / "twinflow", info(method="twinflow", sampler=dict(mode="few")))
-    teacher.copy().extend("s", "guidance").save(home / "boot", info(method="boot", sampler=dict(at=0.0, grid="time", t_max=1.0)))
+    Routed([teacher.copy(), teacher.copy()], "level", [1.0]).save(
+        home / "phased", info(method="phased_dmd", nfe=2, sampler=dict(step_shift=1.0))
+    )
+    teacher.copy(dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")).save(
+        home / "lora", info(method="sid", sampler=dict(form="edm", steps="5", renoise="fresh"))
+    )
+    teacher.copy().extend("few", "any", "mul").save(
+        home / "twinflow", info(method="twinflow", sampler=dict(mode="few"))
+    )
+    teacher.copy().extend("s", "guidance").save(
+        home / "boot", info(method="boot", sampler=dict(at=0.0, grid="time", t_max=1.0))
+    )
     f, own, sampler = load_generator(generator(), teacher, "toy")
-    make(f, own, sampler, Control("class", f, teacher)).save(home / "nct", info(method="nct", sampler={}))
+    make(f, own, sampler, Control("class", f, teacher)).save(
+        home / "nct", info(method="nct", sampler={})
+    )
     return home
 
 
@@ -275,7 +422,14 @@ def test_contents_of_a_students_folder(students):
             sample = sampler_of(home, info)
             student = network_of(folder, home, info, teacher, "toy")
             with torch.no_grad():
-                sample(student, torch.ones(2, 2), student.encode(torch.tensor([0, 1])), min(info["nfe"], 8), lambda: torch.zeros(2, 2), **info["sampler"])
+                sample(
+                    student,
+                    torch.ones(2, 2),
+                    student.encode(torch.tensor([0, 1])),
+                    min(info["nfe"], 8),
+                    lambda: torch.zeros(2, 2),
+                    **info["sampler"],
+                )
 
         try:
             return attempt(load, folder.name, path.read_bytes())
@@ -289,13 +443,19 @@ def test_contents_of_a_students_folder(students):
 def test_contents_of_a_transformers_folder(tmp_path):
     """The same for a network of diffusers."""
     from diffusers import DiTTransformer2DModel
+
     DiTTransformer2DModel(**TINY_DIT).save_pretrained(tmp_path)
-    good = {"teacher.json": dict(model=TINY_MODEL), "config.json": json.loads((tmp_path / "config.json").read_text())}
+    good = {
+        "teacher.json": dict(model=TINY_MODEL),
+        "config.json": json.loads((tmp_path / "config.json").read_text()),
+    }
 
     def load():
         teacher = load_teacher(str(tmp_path))
         with torch.no_grad():
-            teacher.guided(torch.zeros(2, 1, 8, 8), 0.5, 0.5, teacher.encode(torch.tensor([0, 1])), 2.0)
+            teacher.guided(
+                torch.zeros(2, 1, 8, 8), 0.5, 0.5, teacher.encode(torch.tensor([0, 1])), 2.0
+            )
 
     def body(rng):
         for name, value in good.items():
@@ -314,9 +474,17 @@ def damage(rng, data):
     """Cut, grown, or with flipped bits: anywhere, or where formats keep their tables (both ends)."""
     data = bytearray(data)
     if chance(rng, 30):
-        return bytes(data[:rng.randint(0, len(data))]) if chance(rng, 80) else bytes(data) + rng.randbytes(rng.randint(1, 99))
+        return (
+            bytes(data[: rng.randint(0, len(data))])
+            if chance(rng, 80)
+            else bytes(data) + rng.randbytes(rng.randint(1, 99))
+        )
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
-        at = rng.randrange(len(data)) if chance(rng, 30) else min(rng.randrange(1500), len(data) - 1) * rng.choice([1, -1])
+        at = (
+            rng.randrange(len(data))
+            if chance(rng, 30)
+            else min(rng.randrange(1500), len(data) - 1) * rng.choice([1, -1])
+        )
         data[at] ^= 1 << rng.randrange(8)
     return bytes(data)
 
@@ -373,7 +541,12 @@ def test_contents_of_checkpoints(run):  # noqa: F811
     (path,) = r.checkpoints()
     r.lock.close()
     good = torch.load(path, weights_only=True)
-    strange = [v for v in STRANGE if not isinstance(v, int) or abs(v) < 10] + [torch.zeros(0), torch.ones(3, 2), torch.ones(2, dtype=torch.int64), torch.tensor(1.0)]
+    strange = [v for v in STRANGE if not isinstance(v, int) or abs(v) < 10] + [
+        torch.zeros(0),
+        torch.ones(3, 2),
+        torch.ones(2, dtype=torch.int64),
+        torch.tensor(1.0),
+    ]
 
     def spots(value, at=()):
         yield at

@@ -1,4 +1,5 @@
 """Invariants of NCT (arXiv 2506.19741) in closed form, branches and controls one by one, then real runs. Numbers were derived apart from the code."""
+
 import inspect
 import json
 import math
@@ -56,10 +57,21 @@ def test_unit_variance_and_correlation_of_neighbours():
     k = torch.arange(11)
     one, zero = torch.ones(11, 1, dtype=torch.float64), torch.zeros(11, 1, dtype=torch.float64)
     for path in ("trig", "linear"):
-        alpha, sigma = nct.blend(one, zero, k, 10, path)[:, 0], nct.blend(zero, one, k, 10, path)[:, 0]
-        assert torch.allclose(alpha**2 + sigma**2, one[:, 0]) and (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+        alpha, sigma = (
+            nct.blend(one, zero, k, 10, path)[:, 0],
+            nct.blend(zero, one, k, 10, path)[:, 0],
+        )
+        assert (
+            torch.allclose(alpha**2 + sigma**2, one[:, 0])
+            and (alpha.diff() < 0).all()
+            and (sigma.diff() > 0).all()
+        )
         if path == "trig":
-            assert torch.allclose(alpha[:-1] * alpha[1:] + sigma[:-1] * sigma[1:], torch.full((10,), 0.9876883406, dtype=torch.float64), atol=1e-9)
+            assert torch.allclose(
+                alpha[:-1] * alpha[1:] + sigma[:-1] * sigma[1:],
+                torch.full((10,), 0.9876883406, dtype=torch.float64),
+                atol=1e-9,
+            )
         else:
             assert sigma[3] == pytest.approx(0.3)
 
@@ -94,19 +106,37 @@ def linear_case(losses, n, abs_, weight=1.0, lam=1.0):
     z, eps = x[:, :2], x[:, 2:]
     con, bound = (d.mean() * 2 for d in losses(g, g, z, eps, k, z, z[:, 0], {}, args(N=n)))
     grad = lambda v: torch.autograd.grad(v, g.p, retain_graph=True)[0].tolist()
-    return con.item(), bound.item(), grad(con), grad(bound), grad(nct.total(con, bound, weight, lam))
+    return (
+        con.item(),
+        bound.item(),
+        grad(con),
+        grad(bound),
+        grad(nct.total(con, bound, weight, lam)),
+    )
 
 
 def check(losses):
     """nct.md, 10.4, 10.5, 10.9."""
     con, bound, g_con, g_bound, _ = linear_case(losses, 10, (1.0, 0.0, 1.0))  # at the start
     assert con == pytest.approx(4 * Q, rel=1e-9) == pytest.approx(0.049247, abs=1e-6)
-    assert g_con == pytest.approx([2 * Q, -0.2, 2 * Q], abs=1e-9) and bound == pytest.approx(0, abs=1e-12) and g_bound == pytest.approx([0, 0, 0], abs=1e-12)
-    for n, s in ((1, 0.5), (10, 0.98784), (32, 0.99880)):  # stationary for lambda = 1: the control exact, the rest shrunk by lambda / (lambda + q)
+    assert (
+        g_con == pytest.approx([2 * Q, -0.2, 2 * Q], abs=1e-9)
+        and bound == pytest.approx(0, abs=1e-12)
+        and g_bound == pytest.approx([0, 0, 0], abs=1e-12)
+    )
+    for n, s in (
+        (1, 0.5),
+        (10, 0.98784),
+        (32, 0.99880),
+    ):  # stationary for lambda = 1: the control exact, the rest shrunk by lambda / (lambda + q)
         q = 1 - math.cos(math.pi / 2 / n)
         assert 1 / (1 + q) == pytest.approx(s, abs=1e-5)
-        assert linear_case(losses, n, (0.0, 1.0, 1 / (1 + q)))[4] == pytest.approx([0, 0, 0], abs=1e-9)
-        assert linear_case(losses, n, (0.0, 1.0, 1 / (1 + q)), weight=3, lam=3)[4] == pytest.approx([0, 0, 0], abs=1e-9)
+        assert linear_case(losses, n, (0.0, 1.0, 1 / (1 + q)))[4] == pytest.approx(
+            [0, 0, 0], abs=1e-9
+        )
+        assert linear_case(losses, n, (0.0, 1.0, 1 / (1 + q)), weight=3, lam=3)[4] == pytest.approx(
+            [0, 0, 0], abs=1e-9
+        )
     con, bound, *_ = linear_case(losses, 10, (0.0, 1.0, 1.0))  # the ideal: not zero
     assert con == pytest.approx(0.024623, abs=1e-6) and bound == pytest.approx(0, abs=1e-12)
 
@@ -116,7 +146,10 @@ def test_linear_gaussian():
 
 
 MUTATIONS = {
-    "the wrong side has the gradient": [("k, args.N", "k + 1, args.N"), ("far = blend(z, eps, k + 1,", "far = blend(z, eps, k,")],
+    "the wrong side has the gradient": [
+        ("k, args.N", "k + 1, args.N"),
+        ("far = blend(z, eps, k + 1,", "far = blend(z, eps, k,"),
+    ],
     "no stop-gradient": [("with torch.no_grad():", "if True:")],
     "independent eps": [("far = blend(z, eps,", "far = blend(z, torch.randn_like(eps),")],
     "target of the coupled pair": [("plain(blend(z, eps, k, args.N, args.path)", "plain(z")],
@@ -160,7 +193,10 @@ def test_one_step_is_regression():
     assert torch.equal(seen[0], z) and torch.equal(seen[1], torch.cat([eps, z]))
 
 
-@pytest.mark.parametrize("tau, lam, a, b", [(0.5, 1, 0.6842, 0.3074), (0.5, 100, 0.9954, 0.0045), (0.05, 1, 0.0218, 0.9780)])
+@pytest.mark.parametrize(
+    "tau, lam, a, b",
+    [(0.5, 1, 0.6842, 0.3074), (0.5, 100, 0.9954, 0.0045), (0.05, 1, 0.0218, 0.9780)],
+)
 def test_a_noisy_condition_is_ignored_in_part(tau, lam, a, b):
     """c = z + tau n: stationary at a = lambda / (lambda + q + (q + 1/N) / tau^2), b = a (q + 1/N) / (lambda tau^2)."""
     exact = lam / (lam + Q + (Q + 0.1) / tau**2)
@@ -168,7 +204,9 @@ def test_a_noisy_condition_is_ignored_in_part(tau, lam, a, b):
     assert (exact, slope) == (pytest.approx(a, abs=1e-4), pytest.approx(b, abs=1e-4))
     x, k = white(3, 64, 10)
     g = Linear(exact, slope)
-    con, bound = nct.losses(g, g, x[:, :1], x[:, 1:2], k, x[:, :1], x[:, 0] + tau * x[:, 2], {}, ARGS)
+    con, bound = nct.losses(
+        g, g, x[:, :1], x[:, 1:2], k, x[:, :1], x[:, 0] + tau * x[:, 2], {}, ARGS
+    )
     assert torch.autograd.grad(nct.total(con, bound, 1, lam), g.p)[0].abs().max() < 1e-9
 
 
@@ -182,13 +220,23 @@ def test_theorem_for_the_sign():
     assert bound.max() == 0
     r = math.cos(math.pi / 20)
     exact = 2 - 4 / math.pi * (math.sqrt(1 - r * r) + r * math.asin(r))
-    assert exact == pytest.approx(0.02298, abs=1e-5) and con.mean() == pytest.approx(exact, abs=2e-4)
+    assert exact == pytest.approx(0.02298, abs=1e-5) and con.mean() == pytest.approx(
+        exact, abs=2e-4
+    )
     for t in (0, 3, 7, 10):
         out = g(nct.blend(z, eps, torch.full((n,), t), 10), c, {})[c > 0]
-        assert out.mean() == pytest.approx(0.7979, abs=5e-3) and out.std() == pytest.approx(0.6028, abs=5e-3)
+        assert out.mean() == pytest.approx(0.7979, abs=5e-3) and out.std() == pytest.approx(
+            0.6028, abs=5e-3
+        )
 
 
-@pytest.mark.parametrize("kind, kernel", [("l2", lambda a, b, h: -(a - b).square().sum(1)), ("huber", lambda a, b, h: h - ((a - b).square().sum(1) + h**2).sqrt())])
+@pytest.mark.parametrize(
+    "kind, kernel",
+    [
+        ("l2", lambda a, b, h: -(a - b).square().sum(1)),
+        ("huber", lambda a, b, h: h - ((a - b).square().sum(1) + h**2).sqrt()),
+    ],
+)
 def test_distances_are_those_of_the_kernels(kind, kernel):
     """k(a, a) + k(b, b) - 2 k(a, b) = 2 d for sums over elements; here means, and the root of the number of elements."""
     a, b, h = normal(5, 3, 4), normal(5, 3, 4, seed=1), 0.3
@@ -201,14 +249,20 @@ def test_distances_are_those_of_the_kernels(kind, kernel):
 def test_the_constant_of_pseudo_huber(D, a):
     x, y = normal(2, D), normal(2, D, seed=1)
     assert torch.allclose(nct.distance(x, y, "huber"), nct.distance(x, y, "huber", a), rtol=1e-5)
-    assert not torch.allclose(nct.distance(x, y, "huber"), nct.distance(x, y, "huber", 40 * a), rtol=1e-2)
+    assert not torch.allclose(
+        nct.distance(x, y, "huber"), nct.distance(x, y, "huber", 40 * a), rtol=1e-2
+    )
 
 
 # ---- lambda ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def multiplier(value=1.0, what="x", **changes):
-    return nct.Multiplier(SimpleNamespace(**(dict(lambda0=value, eta=1.0, xi=0.01, lambda_max=1e3) | changes)), "cpu", what)
+    return nct.Multiplier(
+        SimpleNamespace(**(dict(lambda0=value, eta=1.0, xi=0.01, lambda_max=1e3) | changes)),
+        "cpu",
+        what,
+    )
 
 
 def test_dual_ascent():
@@ -216,7 +270,10 @@ def test_dual_ascent():
     for bound in (0.05, 0.05, 0.005, 0.001, 0.01):
         lam.update(torch.tensor(bound, requires_grad=True))
         seen.append(float(lam.value))
-    assert seen == pytest.approx([1.04, 1.08, 1.075, 1.066, 1.066], abs=1e-6) and not lam.value.requires_grad
+    assert (
+        seen == pytest.approx([1.04, 1.08, 1.075, 1.066, 1.066], abs=1e-6)
+        and not lam.value.requires_grad
+    )
     lam = multiplier(0.005)
     lam.update(torch.tensor(0.0))
     assert lam.value == 0
@@ -252,24 +309,55 @@ def noise_up(branch, seed=0):
 
 def dit():
     net = load_teacher("mnist").net
-    inputs = dict(timestep=torch.full((3,), 900.0), class_labels=torch.tensor([1, 2, 3]), return_dict=False)
+    inputs = dict(
+        timestep=torch.full((3,), 900.0), class_labels=torch.tensor([1, 2, 3]), return_dict=False
+    )
     return net, (torch.randn(3, 1, 28, 28),), inputs
 
 
 def unet(**kw):
     from diffusers import UNet2DModel
+
     torch.manual_seed(0)
-    net = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, num_class_embeds=5,
-                      down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), **kw).eval()
-    return net, (torch.randn(3, 3, 8, 8), torch.tensor([5.0, 70.0, 900.0]), torch.tensor([0, 3, 4])), dict(return_dict=False)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        num_class_embeds=5,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        **kw,
+    ).eval()
+    return (
+        net,
+        (torch.randn(3, 3, 8, 8), torch.tensor([5.0, 70.0, 900.0]), torch.tensor([0, 3, 4])),
+        dict(return_dict=False),
+    )
 
 
 def pixel_unet():
     from diffusers import UNet2DConditionModel
+
     torch.manual_seed(0)
-    net = UNet2DConditionModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-                               down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D").eval()
-    return net, (torch.randn(3, 3, 8, 8), torch.tensor([5.0, 70.0, 900.0])), dict(encoder_hidden_states=None, return_dict=False)
+    net = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+    ).eval()
+    return (
+        net,
+        (torch.randn(3, 3, 8, 8), torch.tensor([5.0, 70.0, 900.0])),
+        dict(encoder_hidden_states=None, return_dict=False),
+    )
 
 
 def mlp():
@@ -277,7 +365,14 @@ def mlp():
     return net, (torch.randn(3, 2), torch.tensor([0.1, 1.0, 20.0]), torch.full((3,), 8)), {}
 
 
-KINDS = {"dit": (dit, 0), "dit-class": (dit, 4), "unet": (unet, 0), "unet-class": (unet, 4), "pixel": (pixel_unet, 0), "mlp": (mlp, 4)}
+KINDS = {
+    "dit": (dit, 0),
+    "dit-class": (dit, 4),
+    "unet": (unet, 0),
+    "unet-class": (unet, 4),
+    "pixel": (pixel_unet, 0),
+    "mlp": (mlp, 4),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,23 +399,33 @@ def test_a_branch_starts_without_effect(kind):
     zeros = {n for n, p in branch.named_parameters() if not p.any() and p.requires_grad}
     out.square().sum().backward()
     moved = {n for n, p in branch.named_parameters() if p.grad is not None and p.grad.any()}
-    outputs = {n for n in zeros if n.startswith("outs") or "controlnet_down_blocks" in n or "controlnet_mid_block" in n}
+    outputs = {
+        n
+        for n in zeros
+        if n.startswith("outs") or "controlnet_down_blocks" in n or "controlnet_mid_block" in n
+    }
     assert moved == outputs and len(moved) > 2
     branch.zero_grad()
     noise_up(branch)
     out = controlled(c)
-    assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(controlled(other), out, atol=1e-5)
+    assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(
+        controlled(other), out, atol=1e-5
+    )
     out.square().sum().backward()
     silent = [n for n, p in branch.named_parameters() if p.grad is None]
     assert not silent
-    assert all(p.grad is None for p in net.parameters()) and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and all(
+        torch.equal(v, before[k]) for k, v in net.state_dict().items()
+    )
     assert torch.equal(first(net(*inputs, **kw)), plain)  # the hooks are gone
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_unet_written_out(skip):
     """UNet2DModel.forward by hand, with residuals on skips and middle, against the hooks."""
-    net, (x, t, y), _ = unet() if not skip else unet(time_embedding_type="fourier", flip_sin_to_cos=False)
+    net, (x, t, y), _ = (
+        unet() if not skip else unet(time_embedding_type="fourier", flip_sin_to_cos=False)
+    )
     branch = make_branch(net, a_control())
     noise_up(branch)
     c = torch.rand(3, 2, 8, 8)
@@ -347,7 +452,12 @@ def test_the_unet_written_out(skip):
     with torch.no_grad(), branch.attached(net, c):
         hooked = net(x, t, y, return_dict=False)[0]
     with torch.no_grad():
-        by_hand = run(net, net.down_blocks, net.mid_block, res=run(net, branch.down, branch.mid, branch.hint(c)))
+        by_hand = run(
+            net,
+            net.down_blocks,
+            net.mid_block,
+            res=run(net, branch.down, branch.mid, branch.hint(c)),
+        )
     assert torch.equal(hooked, by_hand) and len(branch.outs) == 10
 
 
@@ -378,29 +488,59 @@ def test_the_transformer_written_out():
 def test_the_control_net_needs_the_size_of_the_latent():
     """Without a stride for pixels; the default's three strides do not fit them."""
     from diffusers import ControlNetModel
+
     net, inputs, kw = pixel_unet()
     branch = make_branch(net, a_control())
-    assert len(branch.net.config.conditioning_embedding_out_channels) == 1 and branch.net.config.conditioning_channels == 2
-    assert make_branch(net, a_control(), 8).net.config.conditioning_embedding_out_channels == (16, 32, 96, 256)
+    assert (
+        len(branch.net.config.conditioning_embedding_out_channels) == 1
+        and branch.net.config.conditioning_channels == 2
+    )
+    assert make_branch(net, a_control(), 8).net.config.conditioning_embedding_out_channels == (
+        16,
+        32,
+        96,
+        256,
+    )
     branch.net = ControlNetModel.from_unet(net, conditioning_channels=2)
-    with pytest.raises(Exception, match="size|shape"), branch.attached(net, torch.rand(3, 2, 16, 16)):
+    with (
+        pytest.raises(Exception, match="size|shape"),
+        branch.attached(net, torch.rand(3, 2, 16, 16)),
+    ):
         net(torch.randn(3, 3, 16, 16), *inputs[1:], **kw)
 
 
 def prompt_unet():
     from diffusers import UNet2DConditionModel
+
     torch.manual_seed(0)
-    net = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
-                               down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
-    return net.requires_grad_(False), (torch.randn(3, 4, 8, 8), torch.tensor([5.0, 70.0, 900.0])), dict(encoder_hidden_states=torch.randn(3, 7, 16), return_dict=False)
+    net = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    return (
+        net.requires_grad_(False),
+        (torch.randn(3, 4, 8, 8), torch.tensor([5.0, 70.0, 900.0])),
+        dict(encoder_hidden_states=torch.randn(3, 7, 16), return_dict=False),
+    )
 
 
 def test_an_image_prompt_starts_without_effect():
     """Difference 0.0; then only the values have a gradient; then, when they have moved, everything has. The frozen network is as it was afterwards."""
     net, inputs, kw = prompt_unet()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    branch = make_branch(net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2)
-    assert all(torch.equal(layer.to_k_ip[0].weight, net.get_submodule(n).to_k.weight) for n, layer in zip(branch.names, branch.ip_adapter.values(), strict=True))
+    branch = make_branch(
+        net, SimpleNamespace(classes=0, channels=0, embedding=12, shape=(3, 16, 16)), 2
+    )
+    assert all(
+        torch.equal(layer.to_k_ip[0].weight, net.get_submodule(n).to_k.weight)
+        for n, layer in zip(branch.names, branch.ip_adapter.values(), strict=True)
+    )
     c = torch.randn(3, 12)
 
     def controlled(c):
@@ -415,17 +555,35 @@ def test_an_image_prompt_starts_without_effect():
     branch.zero_grad()
     noise_up(branch)
     out = controlled(c)
-    assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(controlled(c.flip(0)), out, atol=1e-5)
+    assert not torch.allclose(out, plain, atol=1e-4) and not torch.allclose(
+        controlled(c.flip(0)), out, atol=1e-5
+    )
     alike = controlled(c[:1].expand(3, -1))  # each sample has its own image
-    assert torch.allclose(alike[0], out[0], atol=1e-5) and not torch.allclose(alike[1:], out[1:], atol=1e-4)
+    assert torch.allclose(alike[0], out[0], atol=1e-5) and not torch.allclose(
+        alike[1:], out[1:], atol=1e-4
+    )
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in branch.parameters())
-    assert torch.equal(net(*inputs, **kw)[0], plain) and net.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert (
+        torch.equal(net(*inputs, **kw)[0], plain)
+        and net.state_dict().keys() == before.keys()
+        and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    )
 
 
-@pytest.mark.parametrize("make, found", [(pixel_unet, "UNet2DConditionModel without"), (unet, "UNet2DModel"), (dit, "Transformer2DModel|DiT")])
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (pixel_unet, "UNet2DConditionModel without"),
+        (unet, "UNet2DModel"),
+        (dit, "Transformer2DModel|DiT"),
+    ],
+)
 def test_image_prompts_need_a_prompt(make, found):
-    with pytest.raises(UserError, match=f"--control image: expected a generator of class UNet2DConditionModel .*found ({found})"):
+    with pytest.raises(
+        UserError,
+        match=f"--control image: expected a generator of class UNet2DConditionModel .*found ({found})",
+    ):
         make_branch(make()[0], SimpleNamespace(classes=0, channels=0, embedding=12))
     with pytest.raises(UserError, match="--blocks"):
         make_branch(prompt_unet()[0], SimpleNamespace(classes=0, channels=0, embedding=12), 1, 2)
@@ -438,7 +596,9 @@ def test_branches_that_cannot_be():
             make_branch(net, a_control(), blocks=blocks)
     with pytest.raises(UserError, match="--control class"):
         make_branch(pixel_unet()[0], a_control(3))
-    with pytest.raises(UserError, match="--generator: expected a UNet or transformer of diffusers, found Linear"):
+    with pytest.raises(
+        UserError, match="--generator: expected a UNet or transformer of diffusers, found Linear"
+    ):
         make_branch(nn.Linear(2, 2), a_control())
 
 
@@ -455,11 +615,14 @@ def pictures(n=5):
 
 def test_sobel():
     from scipy import ndimage
+
     x = pictures()
     u = ((x * 127.5 + 128).clip(0, 255).to(torch.uint8)).double() / 255
     ours = control("edges")(x, torch.rand(5, 4))
     for a, b in zip(u[:, 0].numpy(), ours[:, 0]):
-        length = (ndimage.sobel(a, 0, mode="nearest") ** 2 + ndimage.sobel(a, 1, mode="nearest") ** 2) ** 0.5 / 4
+        length = (
+            ndimage.sobel(a, 0, mode="nearest") ** 2 + ndimage.sobel(a, 1, mode="nearest") ** 2
+        ) ** 0.5 / 4
         assert abs(b - torch.from_numpy(length).clamp(max=1)).max() < 1e-6
     step = torch.ones(1, 1, 8, 8)
     step[..., 4:] = -1
@@ -471,7 +634,9 @@ def test_canny():
     u = torch.zeros(1, 1, 28, 28)
     u[..., 6:20, 8:22] = 1
     c = MAPS["canny"](u, None, None)
-    assert set(c.unique().tolist()) == {0, 1} and 40 < c.sum() < 60  # one pixel wide along 56 pixels of border, corners blurred
+    assert (
+        set(c.unique().tolist()) == {0, 1} and 40 < c.sum() < 60
+    )  # one pixel wide along 56 pixels of border, corners blurred
     assert c[0, 0, 10:16, 10:20].sum() == 0 and c[0, 0, 12, 5:11].sum() == 1
     weak = u + 0
     weak[..., 24:26, 2:10] = 0.1  # below both thresholds after the blur
@@ -481,7 +646,10 @@ def test_canny():
 def test_super_resolution():
     x = pictures()
     c = control("sr", factor=4)(x, None)
-    assert torch.allclose(c, MAPS["sr"](c, None, SimpleNamespace(factor=4)), atol=1e-6) and len(c[0, 0, 0].unique()) == 7
+    assert (
+        torch.allclose(c, MAPS["sr"](c, None, SimpleNamespace(factor=4)), atol=1e-6)
+        and len(c[0, 0, 0].unique()) == 7
+    )
     assert torch.allclose(c.mean((1, 2, 3)), (x.mean((1, 2, 3)) + 1) / 2, atol=3e-3)
     for factor in (1, 5):
         with pytest.raises(UserError, match=f"--factor {factor}"):
@@ -490,16 +658,30 @@ def test_super_resolution():
 
 @pytest.mark.parametrize("name", ["half", "inpaint"])
 def test_masks(name):
-    h, x, r = control(name), pictures(200), torch.rand(200, 4, generator=torch.Generator().manual_seed(1))
+    h, x, r = (
+        control(name),
+        pictures(200),
+        torch.rand(200, 4, generator=torch.Generator().manual_seed(1)),
+    )
     c = h(x, r)
     mask = c[:, 1:] > 0
-    assert c.shape == (200, 2, 28, 28) and not c[:, :1][mask].any() and set(c[:, 1].unique().tolist()) == {0, 1}
+    assert (
+        c.shape == (200, 2, 28, 28)
+        and not c[:, :1][mask].any()
+        and set(c[:, 1].unique().tolist()) == {0, 1}
+    )
     share = mask.float().mean((1, 2, 3))
-    assert (share == 0.5).all() if name == "half" else share.min() > 0.05 and share.max() < 0.58 and share.std() > 0.05
+    assert (
+        (share == 0.5).all()
+        if name == "half"
+        else share.min() > 0.05 and share.max() < 0.58 and share.std() > 0.05
+    )
     other = x.clone()
     other[mask] = 0.9  # what is hidden has no say
     assert torch.equal(h(other, r), c) and (h.error(h(other, r), c) == 0).all()
-    assert torch.allclose(h.error(h(x * 0 - 1, r), c), (c[:, :1].flatten(1).sum(1) / (~mask).flatten(1).sum(1)))
+    assert torch.allclose(
+        h.error(h(x * 0 - 1, r), c), (c[:, :1].flatten(1).sum(1) / (~mask).flatten(1).sum(1))
+    )
     assert (h.picture(c)[mask] == 128).all()
 
 
@@ -507,7 +689,9 @@ def test_masks(name):
 def test_a_control_has_no_gradient(name):
     h, x = control(name), pictures(3).requires_grad_()
     c = h(x, torch.rand(3, 4))
-    assert not c.requires_grad and c.shape == (3, h.channels, 28, 28) and c.min() >= 0 and c.max() <= 1
+    assert (
+        not c.requires_grad and c.shape == (3, h.channels, 28, 28) and c.min() >= 0 and c.max() <= 1
+    )
     assert torch.equal(c, h(x.detach().clamp(-1, 1), torch.rand(3, 4))) or name == "inpaint"
     assert h.blank(3, "cpu").shape == c.shape and h.picture(c).dtype == torch.uint8
 
@@ -525,6 +709,7 @@ def test_class_of_the_toy():
 def test_depth(tmp_path):
     """A depth estimator of transformers of a few random weights; and folders that are none."""
     from transformers import DPTConfig, DPTForDepthEstimation
+
     with pytest.raises(UserError, match="--control-model"):
         control("depth")
     with pytest.raises(UserError, match="--control-model .*none"):
@@ -532,25 +717,53 @@ def test_depth(tmp_path):
     with pytest.raises(UserError, match="--control-model .*expected a depth estimator"):
         control("depth", folder=str(tmp_path))
     torch.manual_seed(0)
-    config = DPTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
-                       neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False)
+    config = DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+        is_hybrid=False,
+    )
     net = DPTForDepthEstimation(config)
     for p in net.parameters():
         p.data.normal_(0, 0.3)  # random weights as transformers makes them see nothing
     net.save_pretrained(tmp_path / "dpt")
-    (tmp_path / "dpt" / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(height=32, width=32), image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    (tmp_path / "dpt" / "preprocessor_config.json").write_text(
+        json.dumps(dict(size=dict(height=32, width=32), image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    )
     h = control("depth", folder=str(tmp_path / "dpt"))
     c = h(pictures(), None)
-    assert h.channels == 1 and c.shape == (5, 1, 28, 28) and (c.amin((1, 2, 3)) == 0).all() and torch.allclose(c.amax((1, 2, 3)), torch.ones(5))
+    assert (
+        h.channels == 1
+        and c.shape == (5, 1, 28, 28)
+        and (c.amin((1, 2, 3)) == 0).all()
+        and torch.allclose(c.amax((1, 2, 3)), torch.ones(5))
+    )
     assert torch.equal(c, h(pictures(), None)) and h.config()["folder"] == str(tmp_path / "dpt")
 
 
 def encoder(folder):
     """A CLIP vision encoder of a few random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     torch.manual_seed(0)
-    net = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8,
-                                                         projection_dim=12))
+    net = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=24,
+            patch_size=8,
+            projection_dim=12,
+        )
+    )
     for p in net.parameters():
         p.data += 0.2 * torch.randn_like(p)  # as transformers makes them they see little
     net.save_pretrained(folder)
@@ -559,34 +772,68 @@ def encoder(folder):
 
 def test_image_prompts_have_the_papers_rate_and_empty_prompts():
     get = lambda *flags: (lambda a: (a.lr, a.drop))(nct.parse_args(["--teacher", "sd15", *flags]))
-    assert get("--control", "image") == (1e-4, 0.05) and get("--control", "edges") == (1e-5, 0.0) == get() and get("--control", "image", "--drop", "0.5", "--lr", "1") == (1.0, 0.5)
+    assert (
+        get("--control", "image") == (1e-4, 0.05)
+        and get("--control", "edges") == (1e-5, 0.0) == get()
+        and get("--control", "image", "--drop", "0.5", "--lr", "1") == (1.0, 0.5)
+    )
     with pytest.raises(UserError, match="--drop: expected a share from 0 to 1"):
         nct.parse_args(["--teacher", "sd15", "--drop", "1.5"])
     teacher = load_teacher("mnist")
-    assert teacher.emptied(dict(labels=torch.tensor([3, 4, 5])), torch.tensor([True, False, True]))["labels"].tolist() == [10, 4, 10]
+    assert teacher.drop_condition(
+        dict(labels=torch.tensor([3, 4, 5])), torch.tensor([True, False, True])
+    )["labels"].tolist() == [10, 4, 10]
 
 
 def test_image_embeddings(tmp_path):
     """Those of transformers' own preprocessing, also of pictures that are no square; 1 - cosine; and folders that hold no encoder."""
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPTextConfig
+
     net = encoder(tmp_path / "clip")
     h = control("image", folder=str(tmp_path / "clip"))
     x = pictures()
     c = h(x, None)
-    assert h.embedding == 12 and h.channels == 0 and c.shape == (5, 12) == h.blank(5, "cpu").shape and not c.requires_grad
+    assert (
+        h.embedding == 12
+        and h.channels == 0
+        and c.shape == (5, 12) == h.blank(5, "cpu").shape
+        and not c.requires_grad
+    )
     processor = CLIPImageProcessor(size=24, crop_size=24)
-    theirs = lambda u: net(processor([Image.fromarray(p.numpy()).convert("RGB") for p in u], return_tensors="pt").pixel_values).image_embeds
+    theirs = lambda u: (
+        net(
+            processor(
+                [Image.fromarray(p.numpy()).convert("RGB") for p in u], return_tensors="pt"
+            ).pixel_values
+        ).image_embeds
+    )
     with torch.no_grad():
-        assert (h.error(c, theirs(h.model.decode(x)[:, 0])) < 1e-3).all() and h.error(c, c.roll(1, 0)).min() > 0.01
+        assert (h.error(c, theirs(h.model.decode(x)[:, 0])) < 1e-3).all() and h.error(
+            c, c.roll(1, 0)
+        ).min() > 0.01
         wide = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
         square = Image.fromarray((wide[0] * 255).round().byte().permute(1, 2, 0).numpy())
-        assert h.error(MAPS["image"](wide[:1], None, h), net(processor([square], return_tensors="pt").pixel_values).image_embeds) < 1e-3
-    assert h.error(torch.tensor([[1.0, 0]] * 3), torch.tensor([[2.0, 0], [0, 3], [-1, 0]])).tolist() == pytest.approx([0, 1, 2])
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+        assert (
+            h.error(
+                MAPS["image"](wide[:1], None, h),
+                net(processor([square], return_tensors="pt").pixel_values).image_embeds,
+            )
+            < 1e-3
+        )
+    assert h.error(
+        torch.tensor([[1.0, 0]] * 3), torch.tensor([[2.0, 0], [0, 3], [-1, 0]])
+    ).tolist() == pytest.approx([0, 1, 2])
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    )
     other = control("image", folder=str(tmp_path / "clip"))
-    assert torch.equal(other.estimator_input[1].flatten(), torch.full((3,), 0.5)) and not torch.allclose(other(x, None), c, atol=1e-3)
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5, "a", 1])))
+    assert torch.equal(
+        other.estimator_input[1].flatten(), torch.full((3,), 0.5)
+    ) and not torch.allclose(other(x, None), c, atol=1e-3)
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.5, "a", 1]))
+    )
     with pytest.raises(UserError, match="image_mean: expected three numbers"):
         control("image", folder=str(tmp_path / "clip"))
     with pytest.raises(UserError, match="--control image: expected a folder as --control-model"):
@@ -594,12 +841,22 @@ def test_image_embeddings(tmp_path):
     with pytest.raises(UserError, match="--control-model .*nowhere"):
         control("image", folder=str(tmp_path / "nowhere"))
     CLIPTextConfig().save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match="expected a CLIP vision encoder with projection of transformers, found model_type 'clip_text_model'"):
+    with pytest.raises(
+        UserError,
+        match="expected a CLIP vision encoder with projection of transformers, found model_type 'clip_text_model'",
+    ):
         control("image", folder=str(tmp_path / "text"))
     from safetensors.torch import load_file, save_file
+
     path = tmp_path / "clip" / "model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if "visual_projection" not in k}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="expected all weights .*visual_projection.weight is missing"):
+    save_file(
+        {k: v for k, v in load_file(path).items() if "visual_projection" not in k},
+        path,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        UserError, match="expected all weights .*visual_projection.weight is missing"
+    ):
         control("image", folder=str(tmp_path / "clip"))
 
 
@@ -607,15 +864,46 @@ def test_image_embeddings(tmp_path):
 
 
 def quick(scripts, script, out, *flags):
-    scripts.run(f"{script}.py", "--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--iters", 1, "--out", out, *flags)
+    scripts.run(
+        f"{script}.py",
+        "--teacher",
+        "toy",
+        "--batch",
+        32,
+        "--eval-n",
+        0,
+        "--sample-every",
+        0,
+        "--iters",
+        1,
+        "--out",
+        out,
+        *flags,
+    )
     return out
 
 
-METHODS = {"sid": [], "dmd2": [], "decoupled_dmd": [], "phased_dmd": ["--nfe", 1, "--phases", 1], "sana_sprint": ["--nfe", 1], "twinflow": ["--nfe", 1, "--batch", 64],
-           "flowmap": ["--batch", 128], "boot": [], "msd": []}
+METHODS = {
+    "sid": [],
+    "dmd2": [],
+    "decoupled_dmd": [],
+    "phased_dmd": ["--nfe", 1, "--phases", 1],
+    "sana_sprint": ["--nfe", 1],
+    "twinflow": ["--nfe", 1, "--batch", 64],
+    "flowmap": ["--batch", 128],
+    "boot": [],
+    "msd": [],
+}
 
 
-@pytest.mark.parametrize("method", ["dmd2", "boot", *[pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in ("dmd2", "boot")]])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dmd2",
+        "boot",
+        *[pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in ("dmd2", "boot")],
+    ],
+)
 def test_students_of_every_method_are_generators(method, scripts, tmp_path):
     """f is the method's own sampler, bit for bit; the network is asked once, and gradients pass through it."""
     folder = quick(scripts, method, tmp_path / method, *METHODS[method])
@@ -625,11 +913,15 @@ def test_students_of_every_method_are_generators(method, scripts, tmp_path):
     z, cond = torch.randn(16, 2), model.encode(torch.arange(16) % 8)
     theirs = evaluation.load_student(folder, evaluation.parse_args([str(folder)]), {})
     with torch.no_grad():
-        assert torch.equal(student.f(z, cond), theirs[1](theirs[0], z, cond, 1, None, **theirs[2]["sampler"]))
+        assert torch.equal(
+            student.f(z, cond), theirs[1](theirs[0], z, cond, 1, None, **theirs[2]["sampler"])
+        )
     c = torch.arange(16) % 8
     assert count_nfe(lambda m, z, cond, noise: m(z, m.control.blank(2, "cpu"), cond), student) == 1
     student(z, c, cond).square().sum().backward()
-    assert student.branch.outs[0].weight.grad.any() and all(p.grad is None for p in model.parameters())
+    assert student.branch.outs[0].weight.grad.any() and all(
+        p.grad is None for p in model.parameters()
+    )
 
 
 def changed(folder, **kw):
@@ -641,17 +933,21 @@ def changed(folder, **kw):
 @pytest.fixture
 def copied(tmp_path):
     import shutil
+
     shutil.copytree(generator(), tmp_path / "copy")
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(nfe=4), "expected a student of one step, found one of 4 steps"),
-    (dict(method="nct", sampler={}), "found one that has a control already"),
-    (dict(method="gan"), "method: expected one of"),
-    (dict(sampler=dict(depth=3)), "sampler: does not fit dmd2.sample"),
-    (dict(model=dict(adapter="unknown")), "adapter: expected one of"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(nfe=4), "expected a student of one step, found one of 4 steps"),
+        (dict(method="nct", sampler={}), "found one that has a control already"),
+        (dict(method="gan"), "method: expected one of"),
+        (dict(sampler=dict(depth=3)), "sampler: does not fit dmd2.sample"),
+        (dict(model=dict(adapter="unknown")), "adapter: expected one of"),
+    ],
+)
 def test_generators_that_are_refused(change, says, copied):
     with pytest.raises(UserError, match=says):
         load_generator(changed(copied, **change), load_teacher("toy"), "toy")
@@ -661,16 +957,25 @@ def test_a_generator_of_another_teacher_or_of_experts_is_refused(copied, tmp_pat
     with pytest.raises(UserError, match="expected a student of mnist, dit"):
         load_generator(copied, load_teacher("mnist"), "mnist")
     teacher = load_teacher("toy")
-    Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={}))
+    Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(
+        tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={})
+    )
     with pytest.raises(UserError, match="--generator .*two: expected one network, found 2 experts"):
         load_generator(tmp_path / "two", teacher, "toy")
 
 
 def test_the_teacher_is_that_of_the_generator():
-    assert nct.parse_args(["--generator", generator()]).teacher == "toy" and nct.parse_args(["--generator", generator()]).control == "class"
+    assert (
+        nct.parse_args(["--generator", generator()]).teacher == "toy"
+        and nct.parse_args(["--generator", generator()]).control == "class"
+    )
     assert nct.parse_args(["--generator", generator(), "--teacher", "mnist"]).control == "edges"
     args = nct.parse_args(["--teacher", "toy"])
-    assert args.generator.endswith("out/dmd2-toy") and args.out.endswith("out/nct-toy-class") and args.con_weight == args.N
+    assert (
+        args.generator.endswith("out/dmd2-toy")
+        and args.out.endswith("out/nct-toy-class")
+        and args.con_weight == args.N
+    )
 
 
 # ---- pipelines --------------------------------------------------------------------------------------------------------------------------------
@@ -680,6 +985,7 @@ def test_the_teacher_is_that_of_the_generator():
 def pipelines(tmp_path_factory):
     import diffusers
     import tiny
+
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     base = tmp_path_factory.mktemp("pipelines")
@@ -706,26 +1012,63 @@ def test_stable_diffusion(student, scripts, pipelines, tmp_path):
         StableDiffusionControlNetPipeline,
         UNet2DConditionModel,
     )
+
     folder = pipelines("sd15")
     if student:
         moved = load_teacher(str(folder), text=pipelines.text).copy()
         for p in moved.parameters():
             p.data += 0.01 * torch.randn_like(p)
-        moved.save(tmp_path / "gen" / "student", dict(method="dmd2", teacher=str(folder), nfe=1, cfg=1.75, sampler=dict(steps="999")))
+        moved.save(
+            tmp_path / "gen" / "student",
+            dict(method="dmd2", teacher=str(folder), nfe=1, cfg=1.75, sampler=dict(steps="999")),
+        )
     run = tmp_path / "run"
-    flags = ["--generator", tmp_path / "gen" if student else folder, *pipelines.flags, "--control", "edges", "--lr", 1e-2, "--warmup", 0, "--smoke", "--out", run]
+    flags = [
+        "--generator",
+        tmp_path / "gen" if student else folder,
+        *pipelines.flags,
+        "--control",
+        "edges",
+        "--lr",
+        1e-2,
+        "--warmup",
+        0,
+        "--smoke",
+        "--out",
+        run,
+    ]
     p = scripts.run("nct.py", *flags, *(["--grad-checkpoint"] if student else []))
-    assert "brings no metric" in p.out and "control edges: error" in p.out and (run / "samples" / "control.png").exists()
+    assert (
+        "brings no metric" in p.out
+        and "control edges: error" in p.out
+        and (run / "samples" / "control.png").exists()
+    )
     info = read_json(run / "student" / "distill.json")
     assert info["teacher"] == str(folder) and info["cfg"] == (1.75 if student else 1.0)
     teacher = load_teacher(str(folder), text=pipelines.text)
     ours = load_model(run / "student", info["model"], teacher)
-    controlnet, unet = ControlNetModel.from_pretrained(run / "student"), UNet2DConditionModel.from_pretrained(run / "student" / "generator")
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, unet=unet, controlnet=controlnet, safety_checker=None, feature_extractor=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    controlnet, unet = (
+        ControlNetModel.from_pretrained(run / "student"),
+        UNet2DConditionModel.from_pretrained(run / "student" / "generator"),
+    )
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        folder, unet=unet, controlnet=controlnet, safety_checker=None, feature_extractor=None
+    )
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
     pipe.set_progress_bar_config(disable=True)
     z, c = torch.randn(2, *teacher.shape), torch.rand(2, 3, 16, 16)
-    theirs = pipe(teacher.prompts, image=c, latents=z, num_inference_steps=1, guidance_scale=1.0, height=16, width=16, output_type="latent").images
+    theirs = pipe(
+        teacher.prompts,
+        image=c,
+        latents=z,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+        output_type="latent",
+    ).images
     x = nct.sample(ours, z, teacher.encode(torch.tensor([0, 1])), c=c)
     assert torch.allclose(x, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
     with torch.no_grad():
@@ -739,8 +1082,23 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     """A trained run's IP-Adapter in diffusers' own pipeline makes the picture of our sampler, from the embedding and from the picture itself."""
     from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
     from PIL import Image
+
     folder, run, clip = pipelines(name), tmp_path / "run", encoder(tmp_path / "clip")
-    flags = ["--generator", folder, *pipelines.flags, "--control", "image", "--control-model", tmp_path / "clip", "--lr", 1e-2, "--warmup", 0, "--out", run]
+    flags = [
+        "--generator",
+        folder,
+        *pipelines.flags,
+        "--control",
+        "image",
+        "--control-model",
+        tmp_path / "clip",
+        "--lr",
+        1e-2,
+        "--warmup",
+        0,
+        "--out",
+        run,
+    ]
     p = scripts.run("nct.py", *flags, "--smoke")
     assert "control image: error" in p.out and (run / "samples" / "control.png").exists()
     info = read_json(run / "student" / "distill.json")
@@ -749,12 +1107,22 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     assert any(layer.to_v_ip[0].weight.any() for layer in ours.branch.ip_adapter.values())
     with torch.no_grad():
         for layer in ours.branch.ip_adapter.values():
-            layer.to_v_ip[0].weight += 0.2 * torch.randn_like(layer.to_v_ip[0].weight)  # a step or two is hardly seen
+            layer.to_v_ip[0].weight += 0.2 * torch.randn_like(
+                layer.to_v_ip[0].weight
+            )  # a step or two is hardly seen
     ours.save(tmp_path / "s", {k: v for k, v in info.items() if k != "model"})
     again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "s" / "generator")
-    pipe = DiffusionPipeline.from_pretrained(folder, unet=unet, image_encoder=clip, feature_extractor=None, **dict(safety_checker=None) if name == "sd15" else {})
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder,
+        unet=unet,
+        image_encoder=clip,
+        feature_extractor=None,
+        **dict(safety_checker=None) if name == "sd15" else {},
+    )
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
     pipe.load_ip_adapter(str(tmp_path / "s"), subfolder="", weight_name="ip_adapter.safetensors")
     pipe.set_progress_bar_config(disable=True)
     z, cond = torch.randn(2, *teacher.shape), teacher.encode(torch.tensor([0, 1]))
@@ -764,25 +1132,63 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     x = nct.sample(ours, z, cond, c=c)
     close = lambda a, b, r=1e-3: torch.allclose(a, b, rtol=r, atol=r * float(b.std()))
     assert torch.equal(nct.sample(again, z, cond, c=c), x) and not close(x, free, 1e-2)
-    call = lambda i, **kw: pipe([teacher.prompts[j] for j in i], latents=z[i], num_inference_steps=1, guidance_scale=1.0, height=16, width=16, output_type="latent", **kw).images
+    call = lambda i, **kw: (
+        pipe(
+            [teacher.prompts[j] for j in i],
+            latents=z[i],
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            height=16,
+            width=16,
+            output_type="latent",
+            **kw,
+        ).images
+    )
     for i in (0, 1):  # a pipeline shows all prompts of a call the same image
-        assert close(x[i:i + 1], call([i], ip_adapter_image_embeds=[c[i:i + 1, None]]))
-    picture = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        assert close(x[i : i + 1], call([i], ip_adapter_image_embeds=[c[i : i + 1, None]]))
+    picture = torch.randint(
+        256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     seen = ours.control.map(picture.float() / 255, None)
     shown = call([1], ip_adapter_image=Image.fromarray(picture[0].permute(1, 2, 0).numpy()))
     assert close(nct.sample(ours, z[1:], {k: v[1:] for k, v in cond.items()}, c=seen), shown, 1e-2)
     scripts.run("nct.py", *flags, "--smoke", "--drop", 1, "--out", tmp_path / "empty")
-    con = [json.loads((d / "log.jsonl").read_text().splitlines()[0])["con"] for d in (run, tmp_path / "empty")]
-    assert con[0] != con[1] and min(con) > 0  # the branch has no effect yet, so it is the prompts that differ
+    con = [
+        json.loads((d / "log.jsonl").read_text().splitlines()[0])["con"]
+        for d in (run, tmp_path / "empty")
+    ]
+    assert (
+        con[0] != con[1] and min(con) > 0
+    )  # the branch has no effect yet, so it is the prompts that differ
     p = scripts.start("nct.py", *flags, "--smoke", "--grad-checkpoint", "--out", tmp_path / "other")
-    assert p.wait() == 2 and "--grad-checkpoint: expected a generator of class" in p.err and p.err.count("\n") == 1
+    assert (
+        p.wait() == 2
+        and "--grad-checkpoint: expected a generator of class" in p.err
+        and p.err.count("\n") == 1
+    )
 
 
 @pytest.mark.slow
 def test_image_prompts_are_for_unets(scripts, pipelines, tmp_path):
     encoder(tmp_path / "clip")
-    p = scripts.start("nct.py", "--generator", pipelines("sd3"), *pipelines.flags, "--control", "image", "--control-model", tmp_path / "clip", "--smoke", "--out", tmp_path / "run")
-    assert p.wait() == 2 and "--control image: expected a generator of class UNet2DConditionModel" in p.err and p.err.count("\n") == 1
+    p = scripts.start(
+        "nct.py",
+        "--generator",
+        pipelines("sd3"),
+        *pipelines.flags,
+        "--control",
+        "image",
+        "--control-model",
+        tmp_path / "clip",
+        "--smoke",
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        p.wait() == 2
+        and "--control image: expected a generator of class UNet2DConditionModel" in p.err
+        and p.err.count("\n") == 1
+    )
 
 
 @pytest.mark.slow
@@ -793,14 +1199,20 @@ def test_other_pipelines(name, pipelines, tmp_path):
     teacher = load_teacher(folder, text=pipelines.text)
     model, info, sample = load_generator(folder, teacher, folder)
     student = make(model, info, sample, Control("edges", model))
-    z, cond, c = torch.randn(2, *model.shape), model.encode(torch.tensor([0, 1])), torch.rand(2, student.control.channels, *student.control.shape[1:])
+    z, cond, c = (
+        torch.randn(2, *model.shape),
+        model.encode(torch.tensor([0, 1])),
+        torch.rand(2, student.control.channels, *student.control.shape[1:]),
+    )
     with torch.no_grad():
         plain = student.f(z, cond)
     assert torch.equal(student(z, c, cond), plain)
     noise_up(student.branch)
     x = student(z, c, cond)
     x.square().mean().backward()
-    assert not torch.allclose(x, plain, rtol=1e-2) and not [n for n, p in student.named_parameters() if p.grad is None and p.requires_grad]
+    assert not torch.allclose(x, plain, rtol=1e-2) and not [
+        n for n, p in student.named_parameters() if p.grad is None and p.requires_grad
+    ]
     student.save(tmp_path / "s", dict(method="nct", teacher=folder, nfe=1, sampler={}))
     again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     with torch.no_grad():
@@ -818,10 +1230,18 @@ def controlled():
 
 def test_the_sampler_draws_its_condition_from_other_noise(monkeypatch):
     student, seen = controlled(), []
-    monkeypatch.setattr(student, "condition", lambda z, r, cond: seen.append(z) or torch.zeros(len(z), dtype=torch.int64))
+    monkeypatch.setattr(
+        student,
+        "condition",
+        lambda z, r, cond: seen.append(z) or torch.zeros(len(z), dtype=torch.int64),
+    )
     z, other = torch.randn(4, 2), [torch.randn(4, 2), torch.randn(4, 2)]
     x = nct.sample(student, z, student.encode([0] * 4), noise=lambda: other[len(seen)])
-    assert torch.equal(seen[0], other[0]) and not torch.equal(seen[0], z) and torch.equal(x, student.f(z, student.encode([0] * 4)))
+    assert (
+        torch.equal(seen[0], other[0])
+        and not torch.equal(seen[0], z)
+        and torch.equal(x, student.f(z, student.encode([0] * 4)))
+    )
     given = nct.sample(student, z, student.encode([0] * 4), c=torch.tensor([1, 2, 3, 4]))
     assert len(seen) == 1 and torch.equal(given, x)  # an untrained branch
     with pytest.raises(UserError, match="--nfe 2"):
@@ -833,15 +1253,26 @@ def test_obedience():
     find the first one perfect."""
     student = controlled()
     first = control_error(student, 400)
-    assert first["error"] == first["chance"] > 0.5 and first["diversity"] == first["spread"] and first["ratio"] == 1 and first["conditions"] == 50
+    assert (
+        first["error"] == first["chance"] > 0.5
+        and first["diversity"] == first["spread"]
+        and first["ratio"] == 1
+        and first["conditions"] == 50
+    )
     means = student.mixture.means.float()
     student.forward = lambda z, c, cond: means[c] + 0.01 * z
     ideal = control_error(student, 400)
-    assert ideal["error"] == 0 and ideal["chance"] == first["chance"] and 0 < ideal["diversity"] < 0.02
+    assert (
+        ideal["error"] == 0 and ideal["chance"] == first["chance"] and 0 < ideal["diversity"] < 0.02
+    )
     student.forward = lambda z, c, cond: means[c]
     assert control_error(student, 400)["diversity"] == 0
-    student.forward = lambda z, c, cond: z * 100  # two points of N(0, 100^2 I): mean distance 100 sqrt(pi), over sqrt(2)
-    assert control_error(student, 2000)["diversity"] == pytest.approx(100 * (math.pi / 2) ** 0.5, rel=0.05)
+    student.forward = lambda z, c, cond: (
+        z * 100
+    )  # two points of N(0, 100^2 I): mean distance 100 sqrt(pi), over sqrt(2)
+    assert control_error(student, 2000)["diversity"] == pytest.approx(
+        100 * (math.pi / 2) ** 0.5, rel=0.05
+    )
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------------------------------------
@@ -852,33 +1283,82 @@ def state(out, it):
 
 
 def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
-    flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--iters", 5, "--out", tmp_path / "run"]
+    flags = [
+        "--teacher",
+        "toy",
+        "--batch",
+        32,
+        "--sample-every",
+        0,
+        "--iters",
+        5,
+        "--out",
+        tmp_path / "run",
+    ]
     scripts.run("nct.py", *flags, "--con-weight", 0, "--eval-n", 400)
     model, info, sample = load_generator(generator(), load_teacher("toy"), "toy")
     torch.manual_seed(0)
     start = make(model, info, sample, Control("class", model))
-    assert all(torch.equal(v, start.state_dict()[k]) for k, v in state(tmp_path / "run", 5)["student"].items())
+    assert all(
+        torch.equal(v, start.state_dict()[k])
+        for k, v in state(tmp_path / "run", 5)["student"].items()
+    )
     result = read_json(tmp_path / "run" / "control.json")
-    assert result["error"] == result["chance"] and (tmp_path / "run" / "samples" / "control.png").exists()
+    assert (
+        result["error"] == result["chance"]
+        and (tmp_path / "run" / "samples" / "control.png").exists()
+    )
 
 
 def test_a_run_by_hand(scripts, tmp_path):
     """Two iterations written out: the gradient of both losses, Adam without weight decay, lambda."""
-    scripts.run("nct.py", "--teacher", "toy", "--batch", 16, "--eval-n", 0, "--sample-every", 0, "--iters", 2, "--N", 8, "--con-weight", 3, "--lambda0", 2, "--eta", 5,
-                "--xi", 1e-4, "--clip", 1e9, "--cooldown", 0, "--out", tmp_path / "run")
+    scripts.run(
+        "nct.py",
+        "--teacher",
+        "toy",
+        "--batch",
+        16,
+        "--eval-n",
+        0,
+        "--sample-every",
+        0,
+        "--iters",
+        2,
+        "--N",
+        8,
+        "--con-weight",
+        3,
+        "--lambda0",
+        2,
+        "--eta",
+        5,
+        "--xi",
+        1e-4,
+        "--clip",
+        1e9,
+        "--cooldown",
+        0,
+        "--out",
+        tmp_path / "run",
+    )
     teacher = load_teacher("toy")
     model, info, sample = load_generator(generator(), teacher, "toy")
     torch.manual_seed(0)
     student = make(model, info, sample, Control("class", model))
-    opt, lam = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0), 2.0
+    opt, lam = (
+        torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0),
+        2.0,
+    )
     for it in range(2):
         draw = BatchRandom(0, it, 16)
-        cond = teacher.encode(draw.integers(0, 8))
-        z, eps, _, k = draw.normal(2), draw.normal(2), draw.normal(4), draw.integers(0, 8)
+        cond = teacher.encode(draw.randint(0, 8))
+        z, eps, _, k = draw.randn(2), draw.randn(2), draw.randn(4), draw.randint(0, 8)
         with torch.no_grad():
             x = model(20 * z, 1.0, 20.0, cond)
             c = torch.cdist(x.double(), model.mixture.means).argmin(1)
-            at = lambda k: ((math.pi * k / 16).cos()[:, None] * z + (math.pi * k / 16).sin()[:, None] * eps).float()
+            at = lambda k: (
+                (math.pi * k / 16).cos()[:, None] * z + (math.pi * k / 16).sin()[:, None] * eps
+            ).float()
             target = student(at(k), c, cond)
         loss = 3 * (student(at(k + 1), c, cond) - target).square().mean()
         bound = (student(z, c, cond) - x).square().mean()
@@ -895,30 +1375,70 @@ def test_a_run_by_hand(scripts, tmp_path):
 def test_export_and_eval(scripts, tmp_path, capsys):
     """The folder stands alone: the generator is in it. eval.py says what the run said, and counts one pass."""
     run = tmp_path / "run"
-    scripts.run("nct.py", "--teacher", "toy", "--batch", 32, "--sample-every", 0, "--iters", 30, "--eval-n", 500, "--out", run)
+    scripts.run(
+        "nct.py",
+        "--teacher",
+        "toy",
+        "--batch",
+        32,
+        "--sample-every",
+        0,
+        "--iters",
+        30,
+        "--eval-n",
+        500,
+        "--out",
+        run,
+    )
     evaluation.main([str(run), "--n", "500", "--out", str(tmp_path / "eval.jsonl")])
     text = capsys.readouterr().out
     result = json.loads((tmp_path / "eval.jsonl").read_text())
     assert result["passes"] == 1 and result["method"] == "nct" and "control class: accuracy" in text
-    assert result["control"] == read_json(run / "control.json") and result["control"]["error"] < result["control"]["chance"]
-    assert result["energy_distance"] == pytest.approx(read_json(run / "metrics.json")["energy_distance"], rel=1e-4)
+    assert (
+        result["control"] == read_json(run / "control.json")
+        and result["control"]["error"] < result["control"]["chance"]
+    )
+    assert result["energy_distance"] == pytest.approx(
+        read_json(run / "metrics.json")["energy_distance"], rel=1e-4
+    )
     info = read_json(run / "student" / "distill.json")
     student = load_model(run / "student", info["model"])
     z, cond = torch.randn(5, 2), student.encode([0] * 5)
-    assert student.folder == run / "student" and student.control.name == "class" and not torch.equal(student(z, torch.tensor([0, 1, 2, 3, 4]), cond), student.f(z, cond))
+    assert (
+        student.folder == run / "student"
+        and student.control.name == "class"
+        and not torch.equal(student(z, torch.tensor([0, 1, 2, 3, 4]), cond), student.f(z, cond))
+    )
     for change in (dict(control=3), dict(control=dict(name="class")), dict(blocks="two")):
         with pytest.raises(UserError, match="model\\.(control|blocks)"):
             load_model(run / "student", info["model"] | change)
 
 
 def test_another_generator_is_no_resume(scripts, copied, tmp_path):
-    flags = ["--teacher", "toy", "--batch", 32, "--sample-every", 0, "--eval-n", 0, "--out", tmp_path / "run"]
+    flags = [
+        "--teacher",
+        "toy",
+        "--batch",
+        32,
+        "--sample-every",
+        0,
+        "--eval-n",
+        0,
+        "--out",
+        tmp_path / "run",
+    ]
     scripts.run("nct.py", *flags, "--iters", 1)
     from safetensors.torch import load_file, save_file
+
     path = copied / "student" / WEIGHTS
     save_file({k: v + 1e-3 for k, v in load_file(path).items()}, path)
     p = scripts.start("nct.py", *flags, "--iters", 2, "--resume", "--generator", copied)
-    assert p.wait() == 2 and "--resume" in p.err and "another --control or --generator" in p.err and p.err.count("\n") == 1
+    assert (
+        p.wait() == 2
+        and "--resume" in p.err
+        and "another --control or --generator" in p.err
+        and p.err.count("\n") == 1
+    )
 
 
 # ---- the toy, to the end ------------------------------------------------------------------------------------------------------------------------
@@ -935,12 +1455,33 @@ def finished(scripts, tmp_path_factory):
 def test_toy(finished, scripts, tmp_path):
     """Labels for a generator without labels: the one-step student of dmd2.py's toy preset, its noise drawn apart from the label."""
     runs = {}
-    for name, flags in {"preset": [], "no boundary": ["--lambda0", 0, "--eta", 0, "--iters", 500], "one step": ["--N", 1]}.items():
-        p = scripts.run("nct.py", "--teacher", "toy", "--generator", finished, "--sample-every", 0, "--out", tmp_path / name, *flags)
-        runs[name] = read_json(tmp_path / name / "metrics.json") | read_json(tmp_path / name / "control.json") | dict(cpu=p.cpu)
+    for name, flags in {
+        "preset": [],
+        "no boundary": ["--lambda0", 0, "--eta", 0, "--iters", 500],
+        "one step": ["--N", 1],
+    }.items():
+        p = scripts.run(
+            "nct.py",
+            "--teacher",
+            "toy",
+            "--generator",
+            finished,
+            "--sample-every",
+            0,
+            "--out",
+            tmp_path / name,
+            *flags,
+        )
+        runs[name] = (
+            read_json(tmp_path / name / "metrics.json")
+            | read_json(tmp_path / name / "control.json")
+            | dict(cpu=p.cpu)
+        )
     r = runs["preset"]
     assert r["error"] <= 0.05 and r["chance"] > 0.8 and r["cpu"] < 120, r
     assert r["energy_distance"] < 2 * read_json(finished / "metrics.json")["energy_distance"], r
-    assert runs["no boundary"]["energy_distance"] is None or runs["no boundary"]["energy_distance"] > 1
+    assert (
+        runs["no boundary"]["energy_distance"] is None or runs["no boundary"]["energy_distance"] > 1
+    )
     assert runs["no boundary"]["error"] > 0.5
     assert runs["one step"]["diversity"] < 0.7 * r["diversity"]

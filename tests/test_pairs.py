@@ -1,4 +1,5 @@
 """common/pairs.py: the teacher's pairs are its ODE's, made once, the same for any number of processes; the warm-up learns them and leaves no trace in a resume."""
+
 import json
 from types import SimpleNamespace
 
@@ -16,7 +17,18 @@ from common.teachers.load import load_teacher
 
 def run_of(out, **args):
     args = SimpleNamespace(**dict(seed=0, teacher="toy-cond", cfg=2.0) | args)
-    return SimpleNamespace(out=out, args=args, world=1, rank=0, main=False, dtype=torch.float32, method="dmd2", batch=50, print=lambda *a: None, stopping=0)
+    return SimpleNamespace(
+        out=out,
+        args=args,
+        world=1,
+        rank=0,
+        main=False,
+        dtype=torch.float32,
+        method="dmd2",
+        batch=50,
+        print=lambda *a: None,
+        stopping=0,
+    )
 
 
 def test_pairs(tmp_path, monkeypatch):
@@ -24,10 +36,21 @@ def test_pairs(tmp_path, monkeypatch):
     made = Pairs(run_of(tmp_path), teacher, 150, 2.0)
     index = torch.tensor([149, 3, 64, 3])
     z, x, cond = made.rows(index)
-    assert torch.equal(cond["labels"], index % 8) and torch.equal(z[1], z[3]) and torch.equal(x[1], x[3]) and not torch.equal(z[0], z[1])
-    assert torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 2.0), atol=1e-5)
-    assert not torch.allclose(x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 1.0), atol=1e-2)
-    assert not torch.equal(z, PerImageNoise(0, index.tolist())(2))  # sample grids and metrics have other noise
+    assert (
+        torch.equal(cond["labels"], index % 8)
+        and torch.equal(z[1], z[3])
+        and torch.equal(x[1], x[3])
+        and not torch.equal(z[0], z[1])
+    )
+    assert torch.allclose(
+        x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 2.0), atol=1e-5
+    )
+    assert not torch.allclose(
+        x, teacher_sample(teacher, z, teacher.encode(index % 8), STEPS, 1.0), atol=1e-2
+    )
+    assert not torch.equal(
+        z, PerImageNoise(0, index.tolist())(2)
+    )  # sample grids and metrics have other noise
     (folder,) = tmp_path.iterdir()
     files = sorted(folder.iterdir())
     assert len(files) == 3 and sum(len(p) for p in made.parts) == 150
@@ -35,7 +58,9 @@ def test_pairs(tmp_path, monkeypatch):
     content = [f.read_bytes() for f in files]
     files[1].unlink()
     asked = []
-    monkeypatch.setattr(pairs, "teacher_sample", lambda *a: asked.append(len(a[1])) or teacher_sample(*a))
+    monkeypatch.setattr(
+        pairs, "teacher_sample", lambda *a: asked.append(len(a[1])) or teacher_sample(*a)
+    )
     Pairs(run_of(tmp_path), teacher, 150, 2.0)
     assert sum(asked) == 64 and [f.read_bytes() for f in files] == content
     for other in (dict(), dict(cfg=1.0), dict(seed=1)):
@@ -55,7 +80,10 @@ def test_pairs(tmp_path, monkeypatch):
 def test_regression(tmp_path):
     """Every iteration has pairs of its own; what is learnt is the teacher's image of a noise."""
     teacher, seen = load_teacher("toy"), []
-    student, run = teacher.copy(), run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1)
+    student, run = (
+        teacher.copy(),
+        run_of(tmp_path, cfg=1.0, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0, log_every=1),
+    )
     run.loop, run.draw, run.log = range, lambda it: BatchRandom(0, it, 50), lambda *a: None
     run.step = lambda opt, clip: (opt.step(), opt.zero_grad(), torch.zeros(()))[2]
     one_step = lambda z, c: seen.append(z) or student(80 * z, 1.0, 80.0, c)
@@ -68,25 +96,56 @@ def test_regression(tmp_path):
     assert abs(before) < 0.05 and (one_step(z, cond) * x).mean() > 0.3 * (x * x).mean()
 
 
-@pytest.mark.parametrize("flags", ["--regression 0 5 1e-3", "--regression 5 0.5 1e-3", "--regression 5 5 nan", "--regression 5 5 inf", "--regression 5 5 1e-3 --nfe 2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--regression 0 5 1e-3",
+        "--regression 5 0.5 1e-3",
+        "--regression 5 5 nan",
+        "--regression 5 5 inf",
+        "--regression 5 5 1e-3 --nfe 2",
+    ],
+)
 def test_mistakes(flags):
-    with pytest.raises(UserError, match="--regression.*expected (pairs, iterations and learning rate|a number of ordinary size)"):
+    with pytest.raises(
+        UserError,
+        match="--regression.*expected (pairs, iterations and learning rate|a number of ordinary size)",
+    ):
         dmd2.parse_args(flags.split())
 
 
 def test_warm_up(scripts, tmp_path):
     """It learns the map, one or two processes take the same steps, with the weight average behind it; a resume does not do it again."""
     one, two, half = tmp_path / "one", tmp_path / "two", tmp_path / "half"
-    args = ["dmd2.py", *QUICK, "--lr", 1e-6, "--lr-fake", 1e-6, "--ema", 100, "--log-every", 1, "--iters"]
+    args = [
+        "dmd2.py",
+        *QUICK,
+        "--lr",
+        1e-6,
+        "--lr-fake",
+        1e-6,
+        "--ema",
+        100,
+        "--log-every",
+        1,
+        "--iters",
+    ]
     warm = ["--regression", 256, 40, 2e-3]
     scripts.run(*args, 4, *warm, "--save-every", 2, "--out", one)
     ps = processes(scripts, 2, *args, 4, *warm, "--save-every", 2, "--out", two)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
     lines = [json.loads(line) for line in (one / "log.jsonl").read_text().splitlines()]
-    assert [line["it"] for line in lines] == [*range(-40, 4)] and all(("regression" in line) == (line["it"] < 0) for line in lines)
-    first, last = (sum(line["regression"] for line in part) / 5 for part in (lines[:5], lines[35:40]))
+    assert [line["it"] for line in lines] == [*range(-40, 4)] and all(
+        ("regression" in line) == (line["it"] < 0) for line in lines
+    )
+    first, last = (
+        sum(line["regression"] for line in part) / 5 for part in (lines[:5], lines[35:40])
+    )
     assert last < 0.6 * first
-    state = [torch.load(out / "ckpt" / "it-00000004.pt", weights_only=True)["state"] for out in (one, two)]
+    state = [
+        torch.load(out / "ckpt" / "it-00000004.pt", weights_only=True)["state"]
+        for out in (one, two)
+    ]
     for k, v in state[0]["student"].items():  # the average starts where the warm-up ends
         assert (state[0]["ema"]["model"][k] - v).abs().max() < 1e-4
     close(one, two, 4)

@@ -1,5 +1,6 @@
 """Invariants of Phased DMD (arXiv 2510.27684) on closed-form Gaussians, the limit of one phase, then who gets gradients in a real run. Numbers were
 derived apart from the code. BROKEN: mistakes that each fail a test below."""
+
 import math
 import signal
 import sys
@@ -38,7 +39,9 @@ class Affine(nn.Module):
         self.sharding = None
 
     def forward(self, x, alpha, sigma, cond, features=False):
-        self.calls.append((x, float(alpha) if torch.as_tensor(alpha).ndim == 0 else None, torch.is_grad_enabled()))
+        self.calls.append(
+            (x, float(alpha) if torch.as_tensor(alpha).ndim == 0 else None, torch.is_grad_enabled())
+        )
         return self.gain * x + self.shift
 
     def guided(self, x, alpha, sigma, cond, w):
@@ -60,7 +63,9 @@ class Gauss(Affine):
 def velocity_target(x_s, eps, t, s):
     """The critic's target as the paper writes it, from the script's x*."""
     a, h = phased_dmd.transition(t, s)
-    return ((a[:, None] * x_s + h[:, None] * eps) - phased_dmd.fake_target(x_s, eps, t, s)) / t[:, None]
+    return ((a[:, None] * x_s + h[:, None] * eps) - phased_dmd.fake_target(x_s, eps, t, s)) / t[
+        :, None
+    ]
 
 
 def line(x, y):
@@ -73,14 +78,29 @@ def line(x, y):
 # ---- 10.1 - 10.5: the forward transition, the critic's target and its weight ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("s, t, a, v", [(0.5, 0.75, 0.5, 0.5), (5 / 6, 0.9, 0.6, 0.56), (5 / 6, 0.95, 0.3, 0.84), (0.625, 0.8, 0.5333333, 0.5288889), (0.0, 0.3, 0.7, 0.09)])
+@pytest.mark.parametrize(
+    "s, t, a, v",
+    [
+        (0.5, 0.75, 0.5, 0.5),
+        (5 / 6, 0.9, 0.6, 0.56),
+        (5 / 6, 0.95, 0.3, 0.84),
+        (0.625, 0.8, 0.5333333, 0.5288889),
+        (0.0, 0.3, 0.7, 0.09),
+    ],
+)
 def test_transition(s, t, a, v):
     s, t = f64(s), f64(t)
     alpha, h = phased_dmd.transition(t, s)
-    assert alpha.item() == pytest.approx(a, abs=1e-7) and (h**2).item() == pytest.approx(v, abs=1e-7)
-    assert (h**2).item() == pytest.approx((t**2 - ((1 - t) / (1 - s)) ** 2 * s**2).item(), abs=1e-15)
+    assert alpha.item() == pytest.approx(a, abs=1e-7) and (h**2).item() == pytest.approx(
+        v, abs=1e-7
+    )
+    assert (h**2).item() == pytest.approx(
+        (t**2 - ((1 - t) / (1 - s)) ** 2 * s**2).item(), abs=1e-15
+    )
     var0 = 0.37  # from a correct x_s the usual marginal of x_t
-    assert (alpha**2 * ((1 - s) ** 2 * var0 + s**2) + h**2).item() == pytest.approx(((1 - t) ** 2 * var0 + t**2).item(), abs=1e-15)
+    assert (alpha**2 * ((1 - s) ** 2 * var0 + s**2) + h**2).item() == pytest.approx(
+        ((1 - t) ** 2 * var0 + t**2).item(), abs=1e-15
+    )
 
 
 def test_transition_at_zero_is_the_ordinary_one():
@@ -94,8 +114,17 @@ def test_transition_at_zero_is_the_ordinary_one():
     assert (near**2).item() == pytest.approx(2e-9, rel=1e-6)
 
 
-@pytest.mark.parametrize("s, t, c_eps, c_x", [(0.5, 0.75, 1.414214, -2), (0.5, 0.55, 3.162278, -2), (5 / 6, 0.9, 4.543441, -6), (5 / 6, 0.95, 2.400397, -6),
-                                              (0.0, 0.4, 1, -1), (0.2, 0.9, 1.007333, -1.25)])
+@pytest.mark.parametrize(
+    "s, t, c_eps, c_x",
+    [
+        (0.5, 0.75, 1.414214, -2),
+        (0.5, 0.55, 3.162278, -2),
+        (5 / 6, 0.9, 4.543441, -6),
+        (5 / 6, 0.95, 2.400397, -6),
+        (0.0, 0.4, 1, -1),
+        (0.2, 0.9, 1.007333, -1.25),
+    ],
+)
 def test_coefficients_of_the_target(s, t, c_eps, c_x):
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     t, s = f64(t).reshape(1), f64(s)
@@ -106,12 +135,23 @@ def test_coefficients_of_the_target(s, t, c_eps, c_x):
 def test_target_for_any_sample():
     """target = -x_t / (1 - t) + t / (1 - t) eps / h, valid noised image or not; and its x* is the x-prediction target."""
     for s in (0.0, 0.5, 5 / 6):
-        x, eps, t = 3 * normal(50, 7), normal(50, 7, seed=1), s + (1 - s) * torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+        x, eps, t = (
+            3 * normal(50, 7),
+            normal(50, 7, seed=1),
+            s + (1 - s) * torch.linspace(0.01, 0.99, 50, dtype=torch.float64),
+        )
         a, h = (c[:, None] for c in phased_dmd.transition(t, f64(s)))
         u = t[:, None]
         expected = -(a * x + h * eps) / (1 - u) + u / (1 - u) * eps / h
-        assert ((velocity_target(x, eps, t, f64(s)) - expected) / (1 + expected.abs())).abs().max() < 1e-12
-        assert torch.allclose(velocity_target(x, eps, t, f64(s)), (u + (1 - u) * s**2 / (1 - s) ** 2) / h * eps - x / (1 - s), rtol=1e-12, atol=1e-12)
+        assert (
+            (velocity_target(x, eps, t, f64(s)) - expected) / (1 + expected.abs())
+        ).abs().max() < 1e-12
+        assert torch.allclose(
+            velocity_target(x, eps, t, f64(s)),
+            (u + (1 - u) * s**2 / (1 - s) ** 2) / h * eps - x / (1 - s),
+            rtol=1e-12,
+            atol=1e-12,
+        )
     assert torch.equal(phased_dmd.fake_target(x, eps, t, ZERO), x)  # s = 0: the sample itself
 
 
@@ -125,16 +165,37 @@ def moments(t=0.75, s=0.5, mean=2.0, var=0.25):
 def test_target_is_unbiased():
     x_s, x_t = moments()
     slope, intercept = line(x_t, velocity_target(x_s, EPS[None], f64(0.75).reshape(1), f64(0.5)))
-    assert slope.item() == pytest.approx(1.189189, abs=1e-6) and intercept.item() == pytest.approx(-2.594595, abs=1e-6)
-    exact = lambda x: (x - Gauss()(x, f64(0.25).reshape(1), f64(0.75).reshape(1), {})) / 0.75  # E[eps - x_0 | x_t]
+    assert slope.item() == pytest.approx(1.189189, abs=1e-6) and intercept.item() == pytest.approx(
+        -2.594595, abs=1e-6
+    )
+    exact = lambda x: (
+        (x - Gauss()(x, f64(0.25).reshape(1), f64(0.75).reshape(1), {})) / 0.75
+    )  # E[eps - x_0 | x_t]
     assert torch.allclose(slope * x_t + intercept, exact(x_t), atol=1e-14)
-    slope, intercept = line(x_t, phased_dmd.fake_target(x_s, EPS[None], f64(0.75).reshape(1), f64(0.5)))
-    assert slope.item() == pytest.approx(0.108108, abs=1e-6) and intercept.item() == pytest.approx(1.945946, abs=1e-6)
+    slope, intercept = line(
+        x_t, phased_dmd.fake_target(x_s, EPS[None], f64(0.75).reshape(1), f64(0.5))
+    )
+    assert slope.item() == pytest.approx(0.108108, abs=1e-6) and intercept.item() == pytest.approx(
+        1.945946, abs=1e-6
+    )
     slope, intercept = line(x_t, EPS - x_s)  # the ordinary target is biased
-    assert slope.item() == pytest.approx(0.952833, abs=1e-6) and intercept.item() == pytest.approx(-1.476417, abs=1e-6)
+    assert slope.item() == pytest.approx(0.952833, abs=1e-6) and intercept.item() == pytest.approx(
+        -1.476417, abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("s, level", [(0.0, 0.316228), (0.5, 0.55), (0.625, 0.655496), (0.75, 0.767054), (5 / 6, 0.843586), (0.875, 0.882327), (0.9375, 0.940921)])
+@pytest.mark.parametrize(
+    "s, level",
+    [
+        (0.0, 0.316228),
+        (0.5, 0.55),
+        (0.625, 0.655496),
+        (0.75, 0.767054),
+        (5 / 6, 0.843586),
+        (0.875, 0.882327),
+        (0.9375, 0.940921),
+    ],
+)
 def test_weight_of_the_critic_loss(s, level):
     """Below 1 only for t below `level`; the loss is then the paper's clamp(1 / h^2, 0, 10) times the error of h F."""
     s = f64(s)
@@ -144,12 +205,25 @@ def test_weight_of_the_critic_loss(s, level):
     x, eps, critic = normal(40, 5), normal(40, 5, seed=1), Affine()
     a, h = phased_dmd.transition(t, s)
     x_t = a[:, None] * x + h[:, None] * eps
-    loss = phased_dmd.fake_loss(critic, x, x_t, eps, t, s, {}, phased_dmd.fake_weight(t, s, "all") * native_weight("flow", 1 - t, t))
+    loss = phased_dmd.fake_loss(
+        critic,
+        x,
+        x_t,
+        eps,
+        t,
+        s,
+        {},
+        phased_dmd.fake_weight(t, s, "all") * native_weight("flow", 1 - t, t),
+    )
     v = (x_t - critic(x_t, 1 - t, t, {})) / t[:, None]
     scaled, target = h[:, None] * v, h[:, None] * velocity_target(x, eps, t, s)
-    assert loss.item() == pytest.approx(((1 / h**2).clamp(0, 10)[:, None] * (scaled - target) ** 2).mean().item(), rel=1e-12)
+    assert loss.item() == pytest.approx(
+        ((1 / h**2).clamp(0, 10)[:, None] * (scaled - target) ** 2).mean().item(), rel=1e-12
+    )
     flat = torch.ones_like(t)
-    assert torch.equal(phased_dmd.fake_weight(t, s, "none"), flat) and torch.equal(phased_dmd.fake_weight(t, s, "inner"), flat) == (s == 0)
+    assert torch.equal(phased_dmd.fake_weight(t, s, "none"), flat) and torch.equal(
+        phased_dmd.fake_weight(t, s, "inner"), flat
+    ) == (s == 0)
     loss.backward()
     assert critic.gain.grad.abs() > 0
 
@@ -172,28 +246,53 @@ class Constant(Affine):
 def test_weight_of_equation_10(s, t, w):
     """T - F = (f - r) / t, so g = w (T - F) is w / t for f - r = 1; w in the paper's form alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2)."""
     x, t, s = torch.zeros(1, 3, dtype=torch.float64), f64(t).reshape(1), f64(s)
-    g = phased_dmd.dm_gradient(x, x, t, s, {}, Constant(shift=1.0), Constant(shift=2.0), 1.0, "paper")[0]
+    g = phased_dmd.dm_gradient(
+        x, x, t, s, {}, Constant(shift=1.0), Constant(shift=2.0), 1.0, "paper"
+    )[0]
     assert torch.allclose(g * t, torch.full_like(g, w), atol=1e-15)
     a, _ = phased_dmd.transition(t, s)
-    assert (g * t)[0, 0].item() == pytest.approx(((1 - t) * a / ((1 - t) * t + t**2)).item(), abs=1e-15)
-    assert not phased_dmd.dm_gradient(x, x, f64(1.0).reshape(1), s, {}, Constant(shift=1.0), Constant(shift=2.0), 1.0, "paper")[0].any()  # pure noise says nothing
+    assert (g * t)[0, 0].item() == pytest.approx(
+        ((1 - t) * a / ((1 - t) * t + t**2)).item(), abs=1e-15
+    )
+    assert not phased_dmd.dm_gradient(
+        x, x, f64(1.0).reshape(1), s, {}, Constant(shift=1.0), Constant(shift=2.0), 1.0, "paper"
+    )[0].any()  # pure noise says nothing
 
 
 def test_normaliser_and_loss():
     t, s = f64(0.6, 0.7, 0.8, 0.9), f64(0.5)
     x0, x_t = normal(4, 5), normal(4, 5, seed=1)
-    g, r, f, w = phased_dmd.dm_gradient(x0, x_t, t, s, {}, Affine(0.2), Affine(0.4, 0.3), 1.0, "dmd2")
-    assert torch.equal(g, (f - r) / (x0 - r).abs().mean(1, keepdim=True)) and torch.equal(w, (x0 - r).abs().mean(1)) and not (g.requires_grad or f.requires_grad)
+    g, r, f, w = phased_dmd.dm_gradient(
+        x0, x_t, t, s, {}, Affine(0.2), Affine(0.4, 0.3), 1.0, "dmd2"
+    )
+    assert (
+        torch.equal(g, (f - r) / (x0 - r).abs().mean(1, keepdim=True))
+        and torch.equal(w, (x0 - r).abs().mean(1))
+        and not (g.requires_grad or f.requires_grad)
+    )
     y = x0.clone().requires_grad_()
     loss = phased_dmd.dm_loss(y, g)
     loss.backward()
-    assert (y.grad - g / y.numel()).abs().max() < 1e-16 and loss.item() == pytest.approx(0.5 * g.square().mean().item(), abs=1e-15)
+    assert (y.grad - g / y.numel()).abs().max() < 1e-16 and loss.item() == pytest.approx(
+        0.5 * g.square().mean().item(), abs=1e-15
+    )
     same = Affine(0.2)
     for normaliser in ("paper", "dmd2"):
         assert not phased_dmd.dm_gradient(x0, x_t, t, s, {}, same, same, 1.0, normaliser)[0].any()
 
 
-@pytest.mark.parametrize("t_j, s, factor", [(1.0, 0.75, 4), (0.9, 0.75, 6), (1.0, 5 / 6, 6), (0.9375, 5 / 6, 9), (1.0, 0.875, 8), (0.954545, 0.875, 12), (0.5, 0.0, 1)])
+@pytest.mark.parametrize(
+    "t_j, s, factor",
+    [
+        (1.0, 0.75, 4),
+        (0.9, 0.75, 6),
+        (1.0, 5 / 6, 6),
+        (0.9375, 5 / 6, 9),
+        (1.0, 0.875, 8),
+        (0.954545, 0.875, 12),
+        (0.5, 0.0, 1),
+    ],
+)
 def test_the_two_spaces(t_j, s, factor):
     """The same g on the clean estimate moves the expert t_j / (t_j - s) times as far: the official code's weighting of its steps."""
     grads, g, x_j = [], normal(6, 3), normal(6, 3, seed=1)
@@ -228,7 +327,13 @@ def fixed_point(s, inputs, t_j):
     s, t_j = f64(s), f64(t_j)
     levels = s + (1 - s) * (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     p = f64(0.3, 0.8)
-    jacobian = lambda p: torch.stack([(field(p + d, levels, s, inputs, t_j) - field(p - d, levels, s, inputs, t_j)) / 2e-5 for d in 1e-5 * torch.eye(2, dtype=torch.float64)], 1)
+    jacobian = lambda p: torch.stack(
+        [
+            (field(p + d, levels, s, inputs, t_j) - field(p - d, levels, s, inputs, t_j)) / 2e-5
+            for d in 1e-5 * torch.eye(2, dtype=torch.float64)
+        ],
+        1,
+    )
     for _ in range(30):
         p = p - torch.linalg.solve(jacobian(p), field(p, levels, s, inputs, t_j)).clamp(-0.3, 0.3)
     assert (torch.linalg.eigvals(jacobian(p)).real > 0).all()
@@ -253,7 +358,10 @@ RIGHT = {name: getattr(phased_dmd, name) for name in ("dm_gradient", "fake_targe
 BROKEN = {
     "ordinary target": ("fake_target", biased),
     "sign": ("dm_gradient", lambda *a: (lambda g, *rest: (-g, *rest))(*RIGHT["dm_gradient"](*a))),
-    "ordinary noise": ("transition", lambda t, s: ((1 - t) * torch.ones_like(s), t * torch.ones_like(s))),  # as if x_s were clean
+    "ordinary noise": (
+        "transition",
+        lambda t, s: ((1 - t) * torch.ones_like(s), t * torch.ones_like(s)),
+    ),  # as if x_s were clean
     "target of the sample": ("fake_target", lambda x_s, eps, t, s: x_s),
 }
 
@@ -279,33 +387,69 @@ def test_fixed_point_of_the_ordinary_target(monkeypatch):
         x_s, x_t = moments()
         slope, intercept = line(x_t, target(x_s, EPS[None], f64(0.75).reshape(1), f64(0.5)))
         x = f64(0.3).reshape(1, 1)
-        gap.append(((slope * x + intercept) - Gauss()(x, f64(0.25).reshape(1), f64(0.75).reshape(1), {})).abs().item() / 0.75)  # as velocities
+        gap.append(
+            ((slope * x + intercept) - Gauss()(x, f64(0.25).reshape(1), f64(0.75).reshape(1), {}))
+            .abs()
+            .item()
+            / 0.75
+        )  # as velocities
     assert gap[0] == pytest.approx(1.0473, abs=1e-4) and gap[1] < 1e-14
 
 
 # ---- 10.8, 10.10: grids, levels, sampler, experts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, shift, expected", [(4, 5, [1, 0.9375, 0.833333, 0.625]), (4, 3, [1, 0.9, 0.75, 0.5]), (4, 7, [1, 0.954545, 0.875, 0.7]), (4, 1, [1, 0.75, 0.5, 0.25]),
-                                                (2, 1, [1, 0.5]), (1, 5, [1])])
+@pytest.mark.parametrize(
+    "n, shift, expected",
+    [
+        (4, 5, [1, 0.9375, 0.833333, 0.625]),
+        (4, 3, [1, 0.9, 0.75, 0.5]),
+        (4, 7, [1, 0.954545, 0.875, 0.7]),
+        (4, 1, [1, 0.75, 0.5, 0.25]),
+        (2, 1, [1, 0.5]),
+        (1, 5, [1]),
+    ],
+)
 def test_step_grid(n, shift, expected):
     assert phased_dmd.step_times(n, shift).tolist() == pytest.approx([*expected, 0], abs=1e-6)
 
 
 def test_phases():
-    assert [phased_dmd.phase_ends(n, k) for n, k in ((4, 2), (4, 4), (1, 1), (4, 1), (5, 2))] == [[2, 4], [1, 2, 3, 4], [1], [4], [2, 5]]
-    assert [phased_dmd.phase_starts(*a) for a in ((1, [7]), (2, [7]), (4, [7]), (3, [2, 9]))] == [[0], [0, 7], [0, 7, 14, 21], [0, 2, 11]]
+    assert [phased_dmd.phase_ends(n, k) for n, k in ((4, 2), (4, 4), (1, 1), (4, 1), (5, 2))] == [
+        [2, 4],
+        [1, 2, 3, 4],
+        [1],
+        [4],
+        [2, 5],
+    ]
+    assert [phased_dmd.phase_starts(*a) for a in ((1, [7]), (2, [7]), (4, [7]), (3, [2, 9]))] == [
+        [0],
+        [0, 7],
+        [0, 7, 14, 21],
+        [0, 2, 11],
+    ]
 
 
-@pytest.mark.parametrize("s, margin, shift, raw", [(0.5, 0.0, 1, (501, 1000)), (0.5, 0.02, 1, (520, 980)), (0.0, 0.02, 1, (20, 980)), (0.0, 0.0, 1, (1, 1000)),
-                                                   (0.875, 0.02, 7, (520, 980)), (5 / 6, 0.0, 5, (501, 1000))])
+@pytest.mark.parametrize(
+    "s, margin, shift, raw",
+    [
+        (0.5, 0.0, 1, (501, 1000)),
+        (0.5, 0.02, 1, (520, 980)),
+        (0.0, 0.02, 1, (20, 980)),
+        (0.0, 0.0, 1, (1, 1000)),
+        (0.875, 0.02, 7, (520, 980)),
+        (5 / 6, 0.0, 5, (501, 1000)),
+    ],
+)
 def test_levels(s, margin, shift, raw):
     """Nested intervals: from just above s up to 1 in every phase, in the official code's count of timesteps."""
     grid = Flow(shift).grid(phased_dmd.N)
     low, high = phased_dmd.levels(grid, f64(s), margin)
     assert (low + 1, high) == raw and grid[low] > s + 1e-9
     if shift == 7:
-        assert grid[low].item() == pytest.approx(0.883495, abs=1e-6) and (phased_dmd.transition(grid[low], f64(s))[1] ** 2).item() == pytest.approx(0.115468, abs=1e-6)
+        assert grid[low].item() == pytest.approx(0.883495, abs=1e-6) and (
+            phased_dmd.transition(grid[low], f64(s))[1] ** 2
+        ).item() == pytest.approx(0.115468, abs=1e-6)
     if shift == 5:
         assert grid[low:high].mean().item() == pytest.approx(0.9308, abs=2e-4)
     with pytest.raises(UserError, match="no noise level"):
@@ -319,17 +463,34 @@ def test_euler():
     times = phased_dmd.step_times(4, 5)
     assert torch.allclose(phased_dmd.rollout(flow, times, 4, {}, z), z - v, atol=1e-14)
     x = phased_dmd.rollout(flow, times, 1, {}, z)
-    assert torch.allclose(phased_dmd.step(flow, x, times[1], times[3], {})[0], phased_dmd.rollout(flow, times, 3, {}, z), atol=1e-14)
+    assert torch.allclose(
+        phased_dmd.step(flow, x, times[1], times[3], {})[0],
+        phased_dmd.rollout(flow, times, 3, {}, z),
+        atol=1e-14,
+    )
     x0 = Affine()(z, 1, 0, {})
-    assert torch.equal(phased_dmd.step(Affine(), z, f64(0.5), ZERO, {})[0], x0)  # to 0: the clean estimate itself
+    assert torch.equal(
+        phased_dmd.step(Affine(), z, f64(0.5), ZERO, {})[0], x0
+    )  # to 0: the clean estimate itself
 
 
 def routed(nfe, phases, shift):
-    experts, times, ends = [Affine(0.1 * i) for i in range(phases)], phased_dmd.step_times(nfe, shift), phased_dmd.phase_ends(nfe, phases)
-    return Routed(experts, "level", [float(times[b] / (1 - times[b])) for b in ends[:-1]]), times, ends
+    experts, times, ends = (
+        [Affine(0.1 * i) for i in range(phases)],
+        phased_dmd.step_times(nfe, shift),
+        phased_dmd.phase_ends(nfe, phases),
+    )
+    return (
+        Routed(experts, "level", [float(times[b] / (1 - times[b])) for b in ends[:-1]]),
+        times,
+        ends,
+    )
 
 
-@pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5.0), (4, 4, 3.0), (4, 2, 1.0), (2, 2, 7.0), (3, 2, 0.3), (4, 1, 1.0)])
+@pytest.mark.parametrize(
+    "nfe, phases, shift",
+    [(4, 2, 5.0), (4, 4, 3.0), (4, 2, 1.0), (2, 2, 7.0), (3, 2, 0.3), (4, 1, 1.0)],
+)
 def test_every_step_goes_to_its_expert(nfe, phases, shift):
     """The step at s_k itself is the next expert's; training inputs are the sampler's inputs, and the jump of a phase's last step is its Euler step."""
     student, times, ends = routed(nfe, phases, shift)
@@ -337,12 +498,17 @@ def test_every_step_goes_to_its_expert(nfe, phases, shift):
     x = phased_dmd.sample(student, z, {}, nfe, None, shift)
     for k, (a, b) in enumerate(zip([0, *ends], ends)):
         calls = student.experts[k].calls
-        assert [c[1] for c in calls] == [pytest.approx(float(1 - t), abs=1e-12) for t in times[a:b]] and not any(c[2] for c in calls)
+        assert [c[1] for c in calls] == [
+            pytest.approx(float(1 - t), abs=1e-12) for t in times[a:b]
+        ] and not any(c[2] for c in calls)
         inputs = [c[0] for c in calls]
         for j in range(a, b):
             assert torch.equal(phased_dmd.rollout(student, times, j, {}, z), inputs[j - a])
     x_j = phased_dmd.rollout(student, times, nfe - 1, {}, z)
-    assert torch.equal(x, phased_dmd.step(student.experts[-1], x_j, times[nfe - 1], times[nfe], {})[0]) and not x.requires_grad
+    assert (
+        torch.equal(x, phased_dmd.step(student.experts[-1], x_j, times[nfe - 1], times[nfe], {})[0])
+        and not x.requires_grad
+    )
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -350,8 +516,14 @@ def test_a_sample_does_not_depend_on_its_batch():
     student = Routed([teacher.copy(), teacher.copy()], "level", [1.0])
     sampler = lambda m, z, c, noise: phased_dmd.sample(m, z, c, 4, noise)
     whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {i: row for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2) for i, row in zip(part.tolist(), x)}
-    assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items())
+    parts = {
+        i: row
+        for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2)
+        for i, row in zip(part.tolist(), x)
+    }
+    assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(
+        torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items()
+    )
 
 
 def test_teacher_sampler_is_the_start(monkeypatch):
@@ -377,12 +549,36 @@ class Trace(list):
         self.keep(monkeypatch, models, "load_teacher", "teacher")
         step, integers, shared = Run.step, BatchRandom.integers, BatchRandom.shared_int
         monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(Run, "log", lambda run, it, values: self.logs.append({k: float(torch.as_tensor(v).detach()) for k, v in values.items()}))
-        monkeypatch.setattr(BatchRandom, "integers", lambda draw, *a: self.integers.append(a) or integers(draw, *a))
-        monkeypatch.setattr(BatchRandom, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a))
+        monkeypatch.setattr(
+            Run,
+            "log",
+            lambda run, it, values: self.logs.append(
+                {k: float(torch.as_tensor(v).detach()) for k, v in values.items()}
+            ),
+        )
+        monkeypatch.setattr(
+            BatchRandom, "integers", lambda draw, *a: self.integers.append(a) or integers(draw, *a)
+        )
+        monkeypatch.setattr(
+            BatchRandom, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a)
+        )
         for name in ("export", "pictures", "report"):
             monkeypatch.setattr(metrics, name, lambda *a, **k: None)
-        default = ["--teacher", "toy-cond", "--batch", "16", "--out", str(tmp_path / "out"), "--overwrite", "--save-every", "0", "--sample-every", "0", "--log-every", "1"]
+        default = [
+            "--teacher",
+            "toy-cond",
+            "--batch",
+            "16",
+            "--out",
+            str(tmp_path / "out"),
+            "--overwrite",
+            "--save-every",
+            "0",
+            "--sample-every",
+            "0",
+            "--log-every",
+            "1",
+        ]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *default, *map(str, flags)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -400,18 +596,38 @@ class Trace(list):
         student = self.made["ema"].live
         nets = dict(enumerate(student.experts)) if isinstance(student, Routed) else {0: student}
         if params and not any(params[0] is p for net in nets.values() for p in net.parameters()):
-            self.made["critic"] = nn.ParameterList(params)  # of the critic only its parameters are known here
-        return nets | ({"critic": self.made["critic"]} if "critic" in self.made else {}) | dict(teacher=self.made["teacher"])
+            self.made["critic"] = nn.ParameterList(
+                params
+            )  # of the critic only its parameters are known here
+        return (
+            nets
+            | ({"critic": self.made["critic"]} if "critic" in self.made else {})
+            | dict(teacher=self.made["teacher"])
+        )
 
     def step(self, step, run, opt, clip):
         params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
         nets = self.nets(params)
         role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
         flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
-        entry = dict(role=role, lr=opt.param_groups[0]["lr"], before={k: flat(net) for k, net in nets.items()}, moments=len(opt.state),
-                     grads={k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in nets.items()})
+        entry = dict(
+            role=role,
+            lr=opt.param_groups[0]["lr"],
+            before={k: flat(net) for k, net in nets.items()},
+            moments=len(opt.state),
+            grads={
+                k: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+                for k, net in nets.items()
+            },
+        )
         norm = step(run, opt, clip)
-        self.append(entry | dict(after={k: flat(net) for k, net in nets.items()}, average=[flat(e) for e in getattr(self.made["ema"].model, "experts", [])]))
+        self.append(
+            entry
+            | dict(
+                after={k: flat(net) for k, net in nets.items()},
+                average=[flat(e) for e in getattr(self.made["ema"].model, "experts", [])],
+            )
+        )
         return norm
 
     def flat(self, i):
@@ -420,7 +636,9 @@ class Trace(list):
 
 @pytest.fixture
 def trace(monkeypatch, tmp_path):
-    return lambda *flags, script=phased_dmd, **kw: Trace(monkeypatch, tmp_path, script, *flags, **kw)
+    return lambda *flags, script=phased_dmd, **kw: Trace(
+        monkeypatch, tmp_path, script, *flags, **kw
+    )
 
 
 class FlowToy(Toy):
@@ -433,9 +651,12 @@ class FlowToy(Toy):
         return twin if not self.double else twin.apply(lambda m: nn.Module.double(m)) or twin
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"]
+)
 def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
     """One phase, one step, DMD2's normaliser: every gradient and every weight of dmd2 on a flow teacher, same seed."""
+
     def patch():
         torch.manual_seed(0)
         teacher = FlowToy(MLP(width=16), Flow(), "flow", (2,), 8, labelled=True)
@@ -443,21 +664,58 @@ def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
         teacher = (teacher.copy() if teacher.double else teacher).requires_grad_(False)
         draw = BatchRandom.normal
         monkeypatch.setattr(models, "load_teacher", lambda *a, **kw: teacher)
-        monkeypatch.setattr(BatchRandom, "normal", lambda self, *shape: draw(self, *shape).to(dtype))
+        monkeypatch.setattr(
+            BatchRandom, "normal", lambda self, *shape: draw(self, *shape).to(dtype)
+        )
 
-    common = ["--iters", 7, "--ratio", 3, "--cfg", 2, "--nfe", 1, "--shift", 1, "--lr", 1e-3, "--lr-fake", 2e-3, "--cooldown", 0]
+    common = [
+        "--iters",
+        7,
+        "--ratio",
+        3,
+        "--cfg",
+        2,
+        "--nfe",
+        1,
+        "--shift",
+        1,
+        "--lr",
+        1e-3,
+        "--lr-fake",
+        2e-3,
+        "--cooldown",
+        0,
+    ]
     ours = trace(*common, "--phases", 1, "--step-shift", 1, "--normaliser", "dmd2", patch=patch)
     theirs = trace(*common, "--t-range", 0, 1, script=dmd2, patch=patch)
-    assert [s["role"] for s in ours] == [s["role"] for s in theirs] == [0, "critic", "critic", "critic"] * 2 + [0, "critic"]
+    assert (
+        [s["role"] for s in ours]
+        == [s["role"] for s in theirs]
+        == [0, "critic", "critic", "critic"] * 2 + [0, "critic"]
+    )
     for i, (a, b) in enumerate(zip(ours, theirs)):
-        assert (ours.flat(i) - theirs.flat(i)).norm() <= bound * theirs.flat(i).norm() and theirs.flat(i).norm() > 1e-4
+        assert (ours.flat(i) - theirs.flat(i)).norm() <= bound * theirs.flat(
+            i
+        ).norm() and theirs.flat(i).norm() > 1e-4
         x, y = a["after"][a["role"]].double(), b["after"][b["role"]].double()
-        assert (x - y).norm() <= bound * y.norm() and not torch.equal(b["before"][b["role"]], b["after"][b["role"]])
+        assert (x - y).norm() <= bound * y.norm() and not torch.equal(
+            b["before"][b["role"]], b["after"][b["role"]]
+        )
     for a, b in zip(ours.logs, theirs.logs, strict=True):
-        assert all(a[k] == pytest.approx(b[k], rel=bound) for k in ("fake", "mean", "std", "dm", "dm_norm") if k in b)
+        assert all(
+            a[k] == pytest.approx(b[k], rel=bound)
+            for k in ("fake", "mean", "std", "dm", "dm_norm")
+            if k in b
+        )
 
 
-VARIANTS = ["", "--cfg 2.5 --normaliser paper", "--space x0 --normaliser dmd2 --clamp none --margin 0.02 --critic-on full", "--nfe 3 --step-shift 5 --shift 5", "--ema 100 --cfg 2"]
+VARIANTS = [
+    "",
+    "--cfg 2.5 --normaliser paper",
+    "--space x0 --normaliser dmd2 --clamp none --margin 0.02 --critic-on full",
+    "--nfe 3 --step-shift 5 --shift 5",
+    "--ema 100 --cfg 2",
+]
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
@@ -466,59 +724,120 @@ def test_gradient_routing(trace, flags):
     steps = trace("--iters", 8, "--ratio", 2, "--phase-iters", 3, *flags.split())
     turns = lambda k, n: sum([[k, "critic"] if i % 2 == 0 else ["critic"] for i in range(n)], [])
     assert [s["role"] for s in steps] == turns(0, 3) + turns(1, 5)
-    start = steps.nets()["teacher"].copy()  # the teacher's network, which the exact toy teacher itself does not use
+    start = steps.nets()[
+        "teacher"
+    ].copy()  # the teacher's network, which the exact toy teacher itself does not use
     start = torch.cat([p.detach().flatten() for p in start.parameters()])
     begin = 5  # step at which phase 2 begins
-    assert steps[begin]["role"] == 1 and steps[begin + 1]["moments"] == 0 < steps[begin + 2]["moments"] and steps[3]["moments"]
+    assert (
+        steps[begin]["role"] == 1
+        and steps[begin + 1]["moments"] == 0 < steps[begin + 2]["moments"]
+        and steps[3]["moments"]
+    )
     for i, s in enumerate(steps):
         for net, grads in s["grads"].items():
-            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (s["role"], net)
+            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (
+                s["role"],
+                net,
+            )
         changed = {k for k in s["before"] if not torch.equal(s["before"][k], s["after"][k])}
         assert changed <= {s["role"]} and (changed or i in (0, begin))
         if 0 < i:
-            moved = {k for k in s["before"] if k in steps[i - 1]["after"] and not torch.equal(s["before"][k], steps[i - 1]["after"][k])}
-            assert moved == (set() if i != begin else {"critic"} | ({0} if "--ema" in flags else set()))
-    assert torch.equal(steps[begin]["before"]["critic"], start) and torch.equal(steps[begin]["before"][1], start)
-    assert not torch.equal(steps[begin - 1]["after"]["critic"], start) and not torch.equal(steps[begin]["before"][0], start)
+            moved = {
+                k
+                for k in s["before"]
+                if k in steps[i - 1]["after"]
+                and not torch.equal(s["before"][k], steps[i - 1]["after"][k])
+            }
+            assert moved == (
+                set() if i != begin else {"critic"} | ({0} if "--ema" in flags else set())
+            )
+    assert torch.equal(steps[begin]["before"]["critic"], start) and torch.equal(
+        steps[begin]["before"][1], start
+    )
+    assert not torch.equal(steps[begin - 1]["after"]["critic"], start) and not torch.equal(
+        steps[begin]["before"][0], start
+    )
     if "--ema" in flags:  # a finished expert stays as its average
-        assert torch.equal(steps[begin]["before"][0], steps[begin - 1]["average"][0]) and not torch.equal(steps[begin]["before"][0], steps[begin - 1]["after"][0])
+        assert torch.equal(
+            steps[begin]["before"][0], steps[begin - 1]["average"][0]
+        ) and not torch.equal(steps[begin]["before"][0], steps[begin - 1]["after"][0])
         assert torch.equal(steps[-1]["average"][0], steps[begin]["before"][0])
     assert not any(p.requires_grad for p in steps.nets()["teacher"].parameters())
 
 
-@pytest.mark.parametrize("flags, expected, shared", [
-    ("--phases 2 --nfe 4", {(0, 8), (500, 1000), (0, 1000)}, {(0, 2), (2, 4)}), ("--phases 4 --nfe 4", {(0, 8), (750, 1000), (500, 1000), (250, 1000), (0, 1000)},
-                                                                               {(0, 1), (1, 2), (2, 3), (3, 4)}),
-    ("--phases 2 --margin 0.02", {(0, 8), (519, 980), (19, 980)}, {(0, 2), (2, 4)}), ("--phases 1 --nfe 4", {(0, 8), (0, 1000)}, {(0, 4)})])
+@pytest.mark.parametrize(
+    "flags, expected, shared",
+    [
+        ("--phases 2 --nfe 4", {(0, 8), (500, 1000), (0, 1000)}, {(0, 2), (2, 4)}),
+        (
+            "--phases 4 --nfe 4",
+            {(0, 8), (750, 1000), (500, 1000), (250, 1000), (0, 1000)},
+            {(0, 1), (1, 2), (2, 3), (3, 4)},
+        ),
+        ("--phases 2 --margin 0.02", {(0, 8), (519, 980), (19, 980)}, {(0, 2), (2, 4)}),
+        ("--phases 1 --nfe 4", {(0, 8), (0, 1000)}, {(0, 4)}),
+    ],
+)
 def test_draws(trace, flags, expected, shared):
     """Levels of both losses from (s_k, 1] in every phase, one step index of the phase for the whole batch."""
     steps = trace("--iters", 8, "--phase-iters", 2, "--ratio", 1, "--step-shift", 1, *flags.split())
-    assert set(steps.integers) == expected and set(steps.shared) == shared and len(steps.shared) == 8
-    assert [line["phase"] for line in steps.logs] == [min(i // 2, len(shared) - 1) + 1 for i in range(8)]
+    assert (
+        set(steps.integers) == expected and set(steps.shared) == shared and len(steps.shared) == 8
+    )
+    assert [line["phase"] for line in steps.logs] == [
+        min(i // 2, len(shared) - 1) + 1 for i in range(8)
+    ]
 
 
 def test_one_call_has_gradient(trace, monkeypatch):
     """Of the rollout only the last pass, on student turns; the earlier passes and those of teacher and critic in the student's loss have none."""
     seen, forward = [], Toy.forward
+
     def patch():
-        monkeypatch.setattr(Toy, "forward", lambda self, *a, **k: seen.append(torch.is_grad_enabled()) or forward(self, *a, **k))
+        monkeypatch.setattr(
+            Toy,
+            "forward",
+            lambda self, *a, **k: seen.append(torch.is_grad_enabled()) or forward(self, *a, **k),
+        )
         monkeypatch.setattr("common.run.Run.rehearse", lambda *a: None)
+
     steps = trace("--iters", 6, "--phase-iters", 3, "--ratio", 3, patch=patch)
     assert sum(seen) == sum(s["role"] == "critic" for s in steps) + 2
 
 
 def test_rates_of_every_phase(trace):
-    steps = trace("--iters", 12, "--phase-iters", 4, "--ratio", 1, "--warmup", 2, "--cooldown", 0.5, "--lr-fake", 1.0, "--clip", 1e-9)
+    steps = trace(
+        "--iters",
+        12,
+        "--phase-iters",
+        4,
+        "--ratio",
+        1,
+        "--warmup",
+        2,
+        "--cooldown",
+        0.5,
+        "--lr-fake",
+        1.0,
+        "--clip",
+        1e-9,
+    )
     lr = [s["lr"] for s in steps if s["role"] == "critic"]
     assert lr == pytest.approx([0.5, 1, 1, 0.5, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 def test_ida(trace):
     """Student step, then the critic is drawn towards the expert of the phase."""
-    steps = trace("--iters", 3, "--phase-iters", 1, "--ida", 0.75, "--lr", 0.1, "--cfg", 2, "--ratio", 2)
+    steps = trace(
+        "--iters", 3, "--phase-iters", 1, "--ida", 0.75, "--lr", 0.1, "--cfg", 2, "--ratio", 2
+    )
     moved = [i for i, s in enumerate(steps) if s["role"] == 1][0]
     a, b = steps[moved]["before"]["critic"], steps[moved]["after"][1]
-    assert torch.allclose(steps[moved + 1]["before"]["critic"], 0.75 * a + 0.25 * b, atol=1e-6) and (a - b).norm() > 0.1
+    assert (
+        torch.allclose(steps[moved + 1]["before"]["critic"], 0.75 * a + 0.25 * b, atol=1e-6)
+        and (a - b).norm() > 0.1
+    )
 
 
 def test_the_critic_sees_full_rollouts(trace):
@@ -532,7 +851,12 @@ def test_the_first_student_gradient_by_hand(trace):
     steps = trace("--iters", 1, "--cfg", 2, "--normaliser", "paper", "--step-shift", 1)
     teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     expert, fake = teacher.copy(), teacher.copy()
-    cond, z, j, s = teacher.encode(draw.integers(0, 8)), draw.normal(2), draw.shared_int(0, 2), 0.5
+    cond, z, j, s = (
+        teacher.encode(draw.randint(0, 8)),
+        draw.randn(2),
+        draw.shared_randint(0, 2),
+        0.5,
+    )
     v = lambda net, x, t: (x - net(x, 1 - t, t, cond)) / (t.reshape(-1, 1) if t.ndim else t)
     t_j, x_j = f64(1.0), z
     if j == 1:
@@ -540,10 +864,10 @@ def test_the_first_student_gradient_by_hand(trace):
             x_j = (z - 0.25 * v(expert, z, t_j)).float()
         t_j = f64(0.75)
     x_s = x_j + (s - t_j) * v(expert, x_j, t_j)
-    t = (draw.integers(500, 1000) + 1).double() / 1000
+    t = (draw.randint(500, 1000) + 1).double() / 1000
     u = t[:, None]
     a, h = (1 - u) / (1 - s), (u**2 - ((1 - u) / (1 - s)) ** 2 * s**2).sqrt()
-    x_t = (a * x_s.detach() + h * draw.normal(2)).float()
+    x_t = (a * x_s.detach() + h * draw.randn(2)).float()
     with torch.no_grad():
         null = lambda net, x, t: (x - net(x, 1 - t, t, teacher.null(16))) / t[:, None]
         T, F = 2 * v(teacher, x_t, t) - null(teacher, x_t, t), v(fake, x_t, t)
@@ -559,41 +883,73 @@ def test_the_first_critic_gradient_by_hand(trace, clamp):
     steps = trace("--iters", 1, "--step-shift", 1, "--clamp", clamp)
     teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
     expert, critic = teacher.copy().requires_grad_(False), teacher.copy()
-    cond, x, s = teacher.encode(draw.integers(0, 8)), draw.normal(2), 0.5
-    for t, to in [(1.0, s)] if draw.shared_int(0, 2) == 0 else [(1.0, 0.75), (0.75, s)]:
+    cond, x, s = teacher.encode(draw.randint(0, 8)), draw.randn(2), 0.5
+    for t, to in [(1.0, s)] if draw.shared_randint(0, 2) == 0 else [(1.0, 0.75), (0.75, s)]:
         x = (x + (to - t) * (x - expert(x, 1 - t, t, cond)) / t).float()
-    draw.integers(500, 1000), draw.normal(2)  # of the student's turn
-    t = (draw.integers(500, 1000) + 1).double() / 1000
-    eps, u = draw.normal(2), t[:, None]
+    draw.randint(500, 1000), draw.randn(2)  # of the student's turn
+    t = (draw.randint(500, 1000) + 1).double() / 1000
+    eps, u = draw.randn(2), t[:, None]
     h2 = u**2 - ((1 - u) / (1 - s)) ** 2 * s**2
     x_t = ((1 - u) / (1 - s) * x + h2.sqrt() * eps).float()
     target = (u + (1 - u) * s**2 / (1 - s) ** 2) / h2.sqrt() * eps - x / (1 - s)
     velocity = (x_t - critic(x_t, 1 - t, t, cond)) / u
     weight = (10 * h2).clamp(max=1) if clamp == "inner" else 1
-    (weight * u**2 * teacher.weight(1 - t, t)[:, None] * (velocity - target) ** 2).mean().backward()  # u^2: from a velocity's error to a clean estimate's
+    (
+        weight * u**2 * teacher.native_loss_weight(1 - t, t)[:, None] * (velocity - target) ** 2
+    ).mean().backward()  # u^2: from a velocity's error to a clean estimate's
     expected = torch.cat([p.grad.flatten() for p in critic.parameters()]).double()
-    assert steps[1]["role"] == "critic" and (steps.flat(1) - expected).norm() < 1e-5 * expected.norm()
+    assert (
+        steps[1]["role"] == "critic" and (steps.flat(1) - expected).norm() < 1e-5 * expected.norm()
+    )
 
 
 @pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5), (4, 4, 3), (3, 2, 0.3)])
 def test_experts_of_a_run(trace, nfe, phases, shift):
     """The student that is trained, and saved, sends the step at s_k to the expert of phase k + 1."""
-    student = trace("--iters", 1, "--nfe", nfe, "--phases", phases, "--step-shift", shift).made["ema"].live
+    student = (
+        trace("--iters", 1, "--nfe", nfe, "--phases", phases, "--step-shift", shift)
+        .made["ema"]
+        .live
+    )
     ends, times = phased_dmd.phase_ends(nfe, phases), phased_dmd.step_times(nfe, shift)
-    assert [int(student.route(1, 1 - t, t, {})) for t in times[:-1]] == [sum(i >= b for b in ends) for i in range(nfe)]
+    assert [int(student.route(1, 1 - t, t, {})) for t in times[:-1]] == [
+        sum(i >= b for b in ends) for i in range(nfe)
+    ]
 
 
 @pytest.mark.slow
 def test_the_bias_of_the_ordinary_target(trace, monkeypatch):
     """Phase 1 of the toy: x_s against re-noised data. With the target eps - x_s the critic, and so the student, goes elsewhere."""
+
     def distance(change):
         def patch():
             monkeypatch.setattr(phased_dmd, "fake_target", change)
-        steps = trace("--teacher", "toy", "--batch", 256, "--iters", 800, "--phase-iters", 800, "--log-every", 1000, patch=patch)
-        student, teacher, gen = steps.made["ema"].live, steps.made["teacher"], torch.Generator().manual_seed(0)
+
+        steps = trace(
+            "--teacher",
+            "toy",
+            "--batch",
+            256,
+            "--iters",
+            800,
+            "--phase-iters",
+            800,
+            "--log-every",
+            1000,
+            patch=patch,
+        )
+        student, teacher, gen = (
+            steps.made["ema"].live,
+            steps.made["teacher"],
+            torch.Generator().manual_seed(0),
+        )
         times = phased_dmd.step_times(4, 3.0)
-        x_s = phased_dmd.rollout(student, times, 2, teacher.null(4000), torch.randn(4000, 2, generator=gen))
-        data = 0.25 * teacher.mixture.sample(4000, generator=gen) + 0.75 * torch.randn(4000, 2, generator=gen)
+        x_s = phased_dmd.rollout(
+            student, times, 2, teacher.null(4000), torch.randn(4000, 2, generator=gen)
+        )
+        data = 0.25 * teacher.mixture.sample(4000, generator=gen) + 0.75 * torch.randn(
+            4000, 2, generator=gen
+        )
         return energy_distance(x_s, data)
 
     right, wrong = distance(RIGHT["fake_target"]), distance(biased)

@@ -1,4 +1,5 @@
 """Every script from the command line, on the toy teacher: what a run leaves, resume, faults, several processes, mistakes of the user."""
+
 import ast
 import json
 import re
@@ -23,10 +24,27 @@ from common.teachers.load import load_model
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = list(SHORT)
 VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
-QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0, "--log-every", 3, "--cooldown", 0]  # a cooldown depends on --iters, which resumes change
-variants = pytest.mark.parametrize("script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS])
+QUICK = [
+    "--teacher",
+    "toy",
+    "--batch",
+    32,
+    "--eval-n",
+    0,
+    "--sample-every",
+    0,
+    "--log-every",
+    3,
+    "--cooldown",
+    0,
+]  # a cooldown depends on --iters, which resumes change
+variants = pytest.mark.parametrize(
+    "script, flags", VARIANTS, ids=[f"{s}{'-more' if v else ''}" for s, v in VARIANTS]
+)
 each = pytest.mark.parametrize("script", SCRIPTS)
-one = pytest.mark.parametrize("script", ["dmd2"])  # faults that common/run.py answers for, the same in all
+one = pytest.mark.parametrize(
+    "script", ["dmd2"]
+)  # faults that common/run.py answers for, the same in all
 
 
 def log(out):
@@ -42,7 +60,13 @@ def checkpoint(out, it):
     flat = {}
 
     def walk(path, x):
-        for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ():
+        for k, v in (
+            x.items()
+            if isinstance(x, dict)
+            else enumerate(x)
+            if isinstance(x, (list, tuple))
+            else ()
+        ):
             walk(f"{path}/{k}", v)
         if not isinstance(x, (dict, list, tuple)):
             flat[path] = x
@@ -55,7 +79,9 @@ def same(a, b, it):
     """Run folders a and b hold the same run, bit for bit."""
     x, y = checkpoint(a, it), checkpoint(b, it)
     assert x.keys() == y.keys() and any("opt_g" in k for k in x)
-    different = [k for k in x if not (torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k])]
+    different = [
+        k for k in x if not (torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k])
+    ]
     assert not different
     assert log(a) == log(b)
 
@@ -78,18 +104,47 @@ def lines(out):
 def test_smoke(script, tmp_path):
     """In a plain process, as a user starts it."""
     out = tmp_path / "run"
-    p = subprocess.run([sys.executable, f"{script}.py", *needs(f"{script}.py"), "--teacher", "toy", "--smoke", "--out", out], cwd=ROOT, capture_output=True, text=True)
+    p = subprocess.run(
+        [
+            sys.executable,
+            f"{script}.py",
+            *needs(f"{script}.py"),
+            "--teacher",
+            "toy",
+            "--smoke",
+            "--out",
+            out,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert p.returncode == 0 and "Traceback" not in p.stderr and "Warning" not in p.stderr, p.stderr
     info = read_json(out / "student" / "distill.json")
-    assert info["method"] == script and info["teacher"] == "toy" and info["nfe"] >= 1 and info["flags"]["iters"] == 3 and info["revision"]
+    assert (
+        info["method"] == script
+        and info["teacher"] == "toy"
+        and info["nfe"] >= 1
+        and info["flags"]["iters"] == 3
+        and info["revision"]
+    )
     student = load_model(out / "student", info["model"])
     state = torch.load(out / "ckpt" / "it-00000003.pt", weights_only=True)["state"]
     weights = student.state_dict()
-    assert weights.keys() == state["student"].keys() and all(torch.equal(v, state["student"][k]) for k, v in weights.items())  # the toy preset has no average
-    assert [line["it"] for line in log(out)] == [0, 1, 2] and all(line["images"] == (line["it"] + 1) * info["flags"]["batch"] for line in log(out))
+    assert weights.keys() == state["student"].keys() and all(
+        torch.equal(v, state["student"][k]) for k, v in weights.items()
+    )  # the toy preset has no average
+    assert [line["it"] for line in log(out)] == [0, 1, 2] and all(
+        line["images"] == (line["it"] + 1) * info["flags"]["batch"] for line in log(out)
+    )
     assert (out / "samples" / "00000003.png").read_bytes().startswith(b"\x89PNG")
     result = read_json(out / "metrics.json")
-    assert result["method"] == script and result["it"] == 3 and result["n"] == 64 and result["energy_distance"] > 0
+    assert (
+        result["method"] == script
+        and result["it"] == 3
+        and result["n"] == 64
+        and result["energy_distance"] > 0
+    )
     assert not list(out.rglob("*.tmp"))
     for fact in ("steps", "parameters, trained", "passes per iteration", "memory", str(out)):
         assert fact in p.stdout
@@ -99,7 +154,10 @@ def test_smoke(script, tmp_path):
 def test_exported_student_is_the_average(script, scripts, tmp_path):
     scripts.run(f"{script}.py", *QUICK, "--iters", 5, "--ema", 200, "--out", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "ckpt" / "it-00000005.pt", weights_only=True)["state"]
-    weights = load_model(tmp_path / "run" / "student", read_json(tmp_path / "run" / "student" / "distill.json")["model"]).state_dict()
+    weights = load_model(
+        tmp_path / "run" / "student",
+        read_json(tmp_path / "run" / "student" / "distill.json")["model"],
+    ).state_dict()
     assert all(torch.equal(v, state["ema"]["model"][k]) for k, v in weights.items())
     assert any(not torch.equal(v, state["student"][k]) for k, v in weights.items())
 
@@ -111,9 +169,14 @@ def test_exported_student_is_the_average(script, scripts, tmp_path):
 def test_resume(script, flags, scripts, tmp_path):
     """N = 7 is no multiple of ratio (5) or --log-every (3). No cooldown: its rates depend on --iters."""
     whole, halves, cut = tmp_path / "whole", tmp_path / "halves", tmp_path / "cut"
-    run = lambda out, *more: scripts.run(f"{script}.py", *QUICK, *flags, "--cooldown", 0, "--save-every", 7, "--out", out, *more)
+    run = lambda out, *more: scripts.run(
+        f"{script}.py", *QUICK, *flags, "--cooldown", 0, "--save-every", 7, "--out", out, *more
+    )
     run(whole, "--iters", 14)
-    assert sorted(p.name for p in (whole / "ckpt").iterdir()) == ["it-00000007.pt", "it-00000014.pt"]
+    assert sorted(p.name for p in (whole / "ckpt").iterdir()) == [
+        "it-00000007.pt",
+        "it-00000014.pt",
+    ]
     if not (flags and script in PLANNED):
         run(halves, "--iters", 7)
         assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
@@ -174,29 +237,61 @@ def processes(scripts, n, *args, **env):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [scripts.start(*args, RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env) for r in range(n)]
+    return [
+        scripts.start(
+            *args,
+            RANK=r,
+            LOCAL_RANK=r,
+            WORLD_SIZE=n,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            **env,
+        )
+        for r in range(n)
+    ]
 
 
 def close(one, two, it, only=""):
     """Norm-wise, network by network: Adam turns rounding of a tiny gradient into a visible change of that one weight."""
-    a, b = (torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"] for out in (one, two))
+    a, b = (
+        torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"]
+        for out in (one, two)
+    )
     for name in [k for k in a if not k.startswith(("opt", "ema"))]:
         x, y = (torch.cat([v.flatten().double() for v in s[name].values()]) for s in (a, b))
         assert (x - y).norm() <= (1e-5 if only in name else 0.03) * x.norm(), name
     for x, y in zip(log(one), log(two), strict=True):  # `std` of a batch is no mean over processes
-        assert x.keys() == y.keys() and (only or all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std"))
+        assert x.keys() == y.keys() and (
+            only
+            or all(y[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in x.items() if k != "std")
+        )
 
 
 # whose turn comes first, where the turn after it asks for what it has just become: of all parts only the last one sees that, so one iteration is compared
 FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}
 
 
-@pytest.mark.parametrize("script, flags", [pytest.param(s, v, marks=[pytest.mark.slow] * bool(v), id=f"{s}{'-more' if v else ''}") for s, v in VARIANTS])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        pytest.param(s, v, marks=[pytest.mark.slow] * bool(v), id=f"{s}{'-more' if v else ''}")
+        for s, v in VARIANTS
+    ],
+)
 def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):
     """--accumulate 4: the same steps, to rounding; averages, logs, checkpoints once per iteration."""
-    whole, parts, first = tmp_path / "whole", tmp_path / "parts", FIRST.get(f"{script}-more" if flags else script) or FIRST.get(script, "")
+    whole, parts, first = (
+        tmp_path / "whole",
+        tmp_path / "parts",
+        FIRST.get(f"{script}-more" if flags else script) or FIRST.get(script, ""),
+    )
     # numbers that are means over a part: lambda of flowmap's (9), the weights of sid's discriminator
-    more = [*flags, *dict(flowmap=["--ratio", 1, "--correction", 0], sid=["--gan-average", "sample"] * bool(flags)).get(script, [])]
+    more = [
+        *flags,
+        *dict(
+            flowmap=["--ratio", 1, "--correction", 0], sid=["--gan-average", "sample"] * bool(flags)
+        ).get(script, []),
+    ]
     iters = 1 if first else 5
     args = [f"{script}.py", *QUICK, *more, "--iters", iters, "--log-every", 1, "--out"]
     scripts.run(*args, whole)
@@ -204,15 +299,28 @@ def test_parts_of_a_batch_equal_the_whole(script, flags, scripts, tmp_path):
     close(whole, parts, iters, first)
 
 
-@pytest.mark.parametrize("script", ["dmd2", "msd", pytest.param("sana_sprint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script", ["dmd2", "msd", pytest.param("sana_sprint", marks=pytest.mark.slow)]
+)
 def test_parts_of_a_batch_on_two_processes(script, scripts, tmp_path):
     """Their gradients are averaged once, with the last part."""
-    args = [f"{script}.py", *QUICK, *MORE[script], "--iters", 1 if script in FIRST else 5, "--log-every", 1, "--out"]
+    args = [
+        f"{script}.py",
+        *QUICK,
+        *MORE[script],
+        "--iters",
+        1 if script in FIRST else 5,
+        "--log-every",
+        1,
+        "--out",
+    ]
     scripts.run(*args, tmp_path / "whole")
     ps = processes(scripts, 2, *args, tmp_path / "parts", "--accumulate", 4)
     assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
     assert "2 process(es) x 4 samples x 4 parts" in ps[0].out
-    close(tmp_path / "whole", tmp_path / "parts", 1 if script in FIRST else 5, FIRST.get(script, ""))
+    close(
+        tmp_path / "whole", tmp_path / "parts", 1 if script in FIRST else 5, FIRST.get(script, "")
+    )
 
 
 @variants
@@ -233,7 +341,9 @@ def test_torchrun(script, scripts, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     args = [*map(str, QUICK), "--iters", "6", "--log-every", "1", "--save-every", "2", "--out"]
     scripts.run(f"{script}.py", *args, one)
-    crash = tmp_path / "crash.py"  # the first attempt ends like a lost machine, after iteration 4 and one line of the log past its checkpoint
+    crash = (
+        tmp_path / "crash.py"
+    )  # the first attempt ends like a lost machine, after iteration 4 and one line of the log past its checkpoint
     crash.write_text(f"""
 import os, sys, runpy
 sys.path.insert(0, {str(ROOT)!r})
@@ -247,7 +357,18 @@ Run.log = die
 sys.argv[0] = {str(ROOT / f"{script}.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--monitor-interval=0.1", crash, *args, two]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--monitor-interval=0.1",
+        crash,
+        *args,
+        two,
+    ]
     p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 0 and "resumed it-00000004.pt" in p.stdout, p.stderr
     close(one, two, 6)
@@ -280,6 +401,7 @@ MISTAKES = [
     ("--warmup -1", "--warmup"),
 ]
 
+
 def one_line(p, expected, script):
     p.wait()
     assert p.code == 2, p.err
@@ -291,13 +413,30 @@ def test_mistakes(script, scripts, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     (tmp_path / "pictures" / "0" / "broken.png").write_text("no picture")
-    mistakes = (MISTAKES if script == "dmd2" else MISTAKES[:2]) + OWN[script] + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
+    mistakes = (
+        (MISTAKES if script == "dmd2" else MISTAKES[:2])
+        + OWN[script]
+        + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
+    )
     for flags, expected in mistakes:
         out = ["--out", tmp_path / "out"] if "--out" not in flags else []
-        one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags.format(tmp=tmp_path, assets=ROOT / "assets" / "toy").split()), expected, script)
+        one_line(
+            scripts.start(
+                f"{script}.py",
+                *QUICK,
+                *out,
+                *flags.format(tmp=tmp_path, assets=ROOT / "assets" / "toy").split(),
+            ),
+            expected,
+            script,
+        )
     # the batch is divided before processes look for each other, and only the first one speaks
     ps = processes(scripts, 2, f"{script}.py", *QUICK, "--batch", 33, "--out", tmp_path / "odd")
-    one_line(ps[0], "--batch 33: expected a multiple of the number of processes times --accumulate, found 2 x 1", script)
+    one_line(
+        ps[0],
+        "--batch 33: expected a multiple of the number of processes times --accumulate, found 2 x 1",
+        script,
+    )
     assert ps[1].wait() == 2 and ps[1].err == ""
 
 
@@ -311,7 +450,10 @@ def test_mistakes_beside_an_existing_run(script, scripts, tmp_path):
     before = content()
     for flags, expected in (
         (["4"], "holds a run at iteration 2; add --resume, --overwrite or another --out"),
-        (["4", "--resume", "--teacher", "toy-cond"], f"expected a run of {script} on toy, found|expected a run of {script} on toy-cond, found"),
+        (
+            ["4", "--resume", "--teacher", "toy-cond"],
+            f"expected a run of {script} on toy, found|expected a run of {script} on toy-cond, found",
+        ),
         (["4", "--overwrite", "--teacher", "toyy"], "did you mean"),
         (["4", "--overwrite", "--steps" if script == "dmd2" else "--nfe", "0,0"], "--"),
     ):
@@ -319,13 +461,23 @@ def test_mistakes_beside_an_existing_run(script, scripts, tmp_path):
         assert content() == before
     path = out / "ckpt" / "it-00000002.pt"
     payload = torch.load(path, weights_only=True)
-    for change in (dict(header=dict(method="other", teacher="toy")), dict(state={}), dict(state=dict(payload["state"], student=dict(wrong=torch.zeros(1))))):
+    for change in (
+        dict(header=dict(method="other", teacher="toy")),
+        dict(state={}),
+        dict(state=dict(payload["state"], student=dict(wrong=torch.zeros(1)))),
+    ):
         torch.save(payload | change, path)
-        one_line(scripts.start(*args, 4, "--resume"), "found {'method': 'other'" if "header" in change else "does not fit", script)
+        one_line(
+            scripts.start(*args, 4, "--resume"),
+            "found {'method': 'other'" if "header" in change else "does not fit",
+            script,
+        )
     torch.save(torch.zeros(3), path)  # readable, but no checkpoint of ours
     one_line(scripts.start(*args, 4, "--resume"), "--resume", script)
     scripts.run(*args, 1, "--overwrite")
-    assert [p.name for p in (out / "ckpt").iterdir()] == ["it-00000001.pt"] and [line["it"] for line in log(out)] == [0]
+    assert [p.name for p in (out / "ckpt").iterdir()] == ["it-00000001.pt"] and [
+        line["it"] for line in log(out)
+    ] == [0]
 
 
 @pytest.mark.parametrize("script", sorted(PLANNED))
@@ -345,7 +497,12 @@ def test_a_pickle_is_not_executed(script, scripts, tmp_path):
     (tmp_path / "run" / "ckpt").mkdir(parents=True)
     torch.save(dict(header=Trap()), tmp_path / "run" / "ckpt" / "it-00000002.pt")
     p = scripts.start(f"{script}.py", *QUICK, "--iters", 4, "--resume", "--out", tmp_path / "run")
-    assert p.wait() == 2 and p.err.count("\n") == 2 and "no readable checkpoint" in p.err and not (tmp_path / "executed").exists()
+    assert (
+        p.wait() == 2
+        and p.err.count("\n") == 2
+        and "no readable checkpoint" in p.err
+        and not (tmp_path / "executed").exists()
+    )
 
 
 # ---- help and commands ------------------------------------------------------------------------------------------------------------------------
@@ -361,7 +518,11 @@ def test_help(script, scripts, monkeypatch):
     for action in parsers[0]._actions:
         assert action.help, f"{action.option_strings} has no help"
         assert all(re.search(rf"{option}\b", text) for option in action.option_strings)
-    assert text.count("\n") > 40 and ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text())).splitlines()[0] in text
+    assert (
+        text.count("\n") > 40
+        and ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text())).splitlines()[0]
+        in text
+    )
     for group in ("model:", "method:", "optimisation:", "run:"):
         assert group in text
 
@@ -369,11 +530,15 @@ def test_help(script, scripts, monkeypatch):
 @each
 def test_commands_of_the_docstring(script):
     module = __import__(script)
-    commands = [line.split("#")[0] for line in module.__doc__.splitlines() if re.match(rf"    (python|torchrun .*) ?{script}\.py", line)]
+    commands = [
+        line.split("#")[0]
+        for line in module.__doc__.splitlines()
+        if re.match(rf"    (python|torchrun .*) ?{script}\.py", line)
+    ]
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command)
-        module.parse_args(words[words.index(f"{script}.py") + 1:])
+        module.parse_args(words[words.index(f"{script}.py") + 1 :])
 
 
 @pytest.mark.parametrize("teacher", ["emoji", "emoji-flow", "somewhere/emoji-flow"])
@@ -381,4 +546,9 @@ def test_commands_of_the_docstring(script):
 def test_preset_of_the_small_text_to_image_teachers(script, teacher):
     """Minutes on one core, not the weeks of `default`; guided as their teacher is."""
     args = __import__(script).parse_args(["--teacher", teacher])
-    assert args.iters <= 1000 and args.batch == 32 and args.lr >= 5e-5 and (args.cfg == 3.5 or script == "nct")
+    assert (
+        args.iters <= 1000
+        and args.batch == 32
+        and args.lr >= 5e-5
+        and (args.cfg == 3.5 or script == "nct")
+    )

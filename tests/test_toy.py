@@ -1,5 +1,6 @@
 """common/toy.py: the mixture's density, score and posterior mean against independent computations; guidance; the toy teacher asked through any
 schedule; distances between point sets."""
+
 import math
 
 import pytest
@@ -13,13 +14,22 @@ from common.teachers.toy import Mixture, energy_distance, mode_shares, sliced_wa
 
 LEVELS = [(1.0, 0.05), (1.0, 3.0), (0.7, 0.5), (0.1, 0.995), (0.0, 1.0)]  # (alpha, sigma)
 # a schedule, a prediction that is defined on it
-NETWORKS = {"edm": (EDM(0.002, 80.0), "edm"), "edm-x0": (EDM(0.002, 80.0), "x0"), "vp-eps": (VP(), "eps"), "vp-v": (VP(), "v"), "flow": (Flow(), "flow"),
-            "trigflow": (TrigFlow(0.5), "trigflow"), "trigflow-1": (TrigFlow(1.0), "trigflow")}
+NETWORKS = {
+    "edm": (EDM(0.002, 80.0), "edm"),
+    "edm-x0": (EDM(0.002, 80.0), "x0"),
+    "vp-eps": (VP(), "eps"),
+    "vp-v": (VP(), "v"),
+    "flow": (Flow(), "flow"),
+    "trigflow": (TrigFlow(0.5), "trigflow"),
+    "trigflow-1": (TrigFlow(1.0), "trigflow"),
+}
 network = pytest.mark.parametrize("schedule, prediction", NETWORKS.values(), ids=NETWORKS.keys())
 
 
 def points(n=40, seed=0, spread=1.2):
-    return spread * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return spread * torch.randn(
+        n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def label_sets(n):
@@ -40,18 +50,26 @@ def test_density_is_normalised_and_closed_form():
     g = torch.linspace(-3, 3, 601, dtype=torch.float64)
     x = torch.cartesian_prod(g, g)
     assert float(m.log_prob(x).exp().sum() * 0.01**2) == pytest.approx(1, abs=1e-10)
-    assert float(m.log_prob(x, 0.6, 0.4, torch.zeros(len(x), dtype=torch.long)).exp().sum() * 0.01**2) == pytest.approx(1 / 8, abs=1e-8)  # joint with the label
+    assert float(
+        m.log_prob(x, 0.6, 0.4, torch.zeros(len(x), dtype=torch.long)).exp().sum() * 0.01**2
+    ) == pytest.approx(1 / 8, abs=1e-8)  # joint with the label
     # one point by hand: mode 0 at (1, 0), the others are more than 7 standard deviations away
-    assert float(m.log_prob(torch.tensor([[1.0, 0.1]], dtype=torch.float64))) == pytest.approx(-0.5 - math.log(2 * math.pi * 0.01) - math.log(8), abs=1e-9)
+    assert float(m.log_prob(torch.tensor([[1.0, 0.1]], dtype=torch.float64))) == pytest.approx(
+        -0.5 - math.log(2 * math.pi * 0.01) - math.log(8), abs=1e-9
+    )
 
 
 def test_samples_follow_the_density():
     m, g = Mixture(), torch.Generator().manual_seed(0)
     x = m.sample(20000, torch.full((20000,), 2), g).double()
-    assert (x.mean(0) - m.means[2]).abs().max() < 3e-3 and (x.std(0) - 0.1).abs().max() < 2e-3  # 4 standard errors
+    assert (x.mean(0) - m.means[2]).abs().max() < 3e-3 and (
+        x.std(0) - 0.1
+    ).abs().max() < 2e-3  # 4 standard errors
     share, near = mode_shares(m.sample(20000, generator=g), m)
     assert (share - 1 / 8).abs().max() < 0.01
-    assert near == pytest.approx(1 - math.exp(-4.5), abs=4e-3)  # a 2-D Gaussian within 3 standard deviations
+    assert near == pytest.approx(
+        1 - math.exp(-4.5), abs=4e-3
+    )  # a 2-D Gaussian within 3 standard deviations
 
 
 @pytest.mark.parametrize("alpha, sigma", LEVELS + [(1.0, 0.0)])
@@ -59,7 +77,7 @@ def test_score_is_the_gradient_of_the_log_density(alpha, sigma):
     m = Mixture()
     for labels in label_sets(40):
         x = points().requires_grad_(True)
-        grad, = torch.autograd.grad(m.log_prob(x, alpha, sigma, labels).sum(), x)
+        (grad,) = torch.autograd.grad(m.log_prob(x, alpha, sigma, labels).sum(), x)
         assert (m.score(x, alpha, sigma, labels) / grad - 1).abs().max() < 1e-8
 
 
@@ -67,8 +85,15 @@ def test_score_is_the_gradient_of_the_log_density(alpha, sigma):
 def test_posterior_mean_is_tweedies(alpha, sigma):
     m, x = Mixture(), points()
     for labels in label_sets(40):
-        assert (x0_from_score(m.score(x, alpha, sigma, labels), x, alpha, sigma) - m.x0(x, alpha, sigma, labels)).abs().max() < 1e-8
-        assert (schedules.score_from_x0(m.x0(x, alpha, sigma, labels), x, alpha, sigma) / m.score(x, alpha, sigma, labels) - 1).abs().max() < 1e-8
+        assert (
+            x0_from_score(m.score(x, alpha, sigma, labels), x, alpha, sigma)
+            - m.x0(x, alpha, sigma, labels)
+        ).abs().max() < 1e-8
+        assert (
+            schedules.score_from_x0(m.x0(x, alpha, sigma, labels), x, alpha, sigma)
+            / m.score(x, alpha, sigma, labels)
+            - 1
+        ).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("alpha, sigma", [(1.0, 0.3), (0.7, 0.5), (0.1, 0.995)])
@@ -80,7 +105,9 @@ def test_posterior_mean_by_integration(alpha, sigma):
     for labels in label_sets(6):
         k = torch.full((6,), 8) if labels is None else labels
         for i in range(6):
-            logw = m.log_prob(x0, labels=k[i].expand(len(x0))) - (x[i] - alpha * x0).square().sum(1) / (2 * sigma**2)
+            logw = m.log_prob(x0, labels=k[i].expand(len(x0))) - (x[i] - alpha * x0).square().sum(
+                1
+            ) / (2 * sigma**2)
             assert (logw.softmax(0) @ x0 - m.x0(x, alpha, sigma, labels)[i]).abs().max() < 1e-7
 
 
@@ -105,7 +132,7 @@ def test_batched_levels_equal_single_calls():
     a, s = torch.tensor([1.0, 0.7, 0.1, 0.0]), torch.tensor([0.05, 0.5, 0.995, 1.0])
     for i in range(4):
         for f in (m.x0, m.score):
-            assert (f(x, a, s)[i] - f(x[i:i + 1], a[i], s[i])[0]).abs().max() < 1e-12
+            assert (f(x, a, s)[i] - f(x[i : i + 1], a[i], s[i])[0]).abs().max() < 1e-12
     assert m.x0(x.float(), a, s).dtype == torch.float32
 
 
@@ -119,13 +146,17 @@ def test_guidance(toy):
     for w in (0.0, 0.5, 2.5):
         assert (toy.guided(x, a, s, cond, w) - (u + w * (c - u))).abs().max() < 1e-12
     per_sample = torch.full((40,), a), torch.full((40,), s)
-    assert (toy.guided(x, *per_sample, cond, 2.5) - (u + 2.5 * (c - u))).abs().max() < 1e-6  # 0.7 went through float32
+    assert (
+        toy.guided(x, *per_sample, cond, 2.5) - (u + 2.5 * (c - u))
+    ).abs().max() < 1e-6  # 0.7 went through float32
     assert (c - u).abs().max() > 0.5  # the label matters
 
 
 def test_toy_ignores_labels_and_toy_cond_does_not(toy):
     plain = load_teacher("toy")
-    assert plain.encode([0, 3])["labels"].tolist() == [8, 8] and toy.encode([0, 3])["labels"].tolist() == [0, 3]
+    assert plain.encode([0, 3])["labels"].tolist() == [8, 8] and toy.encode([0, 3])[
+        "labels"
+    ].tolist() == [0, 3]
     assert toy.null(2)["labels"].tolist() == [8, 8]
 
 
@@ -137,18 +168,27 @@ class Exact(Model):
     def predict(self, x, t, cond):
         assert t.dtype == x.dtype and t.shape == x.shape[:1]
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
-        return from_x0(self.prediction, self.mixture.x0(x, a, s, cond["labels"]), x, a, s, self.sigma_data)
+        return from_x0(
+            self.prediction, self.mixture.x0(x, a, s, cond["labels"]), x, a, s, self.sigma_data
+        )
 
 
 @network
-@pytest.mark.parametrize("ask", [EDM(0.01, 20.0), VP(), Flow(), TrigFlow(0.5)], ids=["edm", "vp", "flow", "trigflow"])
+@pytest.mark.parametrize(
+    "ask", [EDM(0.01, 20.0), VP(), Flow(), TrigFlow(0.5)], ids=["edm", "vp", "flow", "trigflow"]
+)
 def test_any_schedule_gives_the_same_posterior_mean(schedule, prediction, ask):
     """The same noisy point, asked in the time and scale of EDM, VP, flow and TrigFlow, of networks of any of them: 1e-6 in float64."""
     model, n = Exact(None, schedule, prediction, (2,), 8), 400
-    ratio = torch.logspace(-1.4, 1.1, n, dtype=torch.float64)  # sigma / alpha, inside the range of every schedule
+    ratio = torch.logspace(
+        -1.4, 1.1, n, dtype=torch.float64
+    )  # sigma / alpha, inside the range of every schedule
     t = ask.t_from_snr(ratio**-2)
     a, s = ask.alpha(t), ask.sigma(t)
-    x0, eps = model.mixture.sample(n, generator=torch.Generator().manual_seed(1)).double(), points(n, seed=2, spread=1.0)
+    x0, eps = (
+        model.mixture.sample(n, generator=torch.Generator().manual_seed(1)).double(),
+        points(n, seed=2, spread=1.0),
+    )
     for labels in (torch.full((n,), 8), torch.arange(n) % 8):
         exact = model.mixture.x0(x0 + ratio[:, None] * eps, 1.0, ratio, labels)
         asked = model(a[:, None] * (x0 + ratio[:, None] * eps), a, s, dict(labels=labels))
@@ -166,7 +206,9 @@ def test_own_schedule_is_asked_bit_for_bit(schedule, prediction):
 
     t = schedule.grid(1000).float().double().clamp(max=schedule.t_max)
     x = points(1000).float()
-    Spy(None, schedule, prediction, (2,), 8)(x, schedule.alpha(t), schedule.sigma(t), dict(labels=torch.full((1000,), 8)))
+    Spy(None, schedule, prediction, (2,), 8)(
+        x, schedule.alpha(t), schedule.sigma(t), dict(labels=torch.full((1000,), 8))
+    )
     assert torch.equal(seen["x"], x) and torch.equal(seen["t"], t.float())
 
 
@@ -176,8 +218,12 @@ def test_weight_is_that_of_the_networks_own_error(schedule, prediction):
     model, x = Exact(None, schedule, prediction, (2,), 8), points(1)
     for a, s in ((1.0, 2.0), (0.5, 0.3)):
         _, a_n, s_n, _ = schedules.equal_snr(schedule, a, s)
-        native = from_x0(prediction, x + 1, x, a_n, s_n, model.sigma_data) - from_x0(prediction, x, x, a_n, s_n, model.sigma_data)
-        assert float(model.weight(a, s)) == pytest.approx(float(native[0, 0] ** 2), rel=1e-12)
+        native = from_x0(prediction, x + 1, x, a_n, s_n, model.sigma_data) - from_x0(
+            prediction, x, x, a_n, s_n, model.sigma_data
+        )
+        assert float(model.native_loss_weight(a, s)) == pytest.approx(
+            float(native[0, 0] ** 2), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("ask", [VP(), Flow(), TrigFlow(0.5)], ids=["vp", "flow", "trigflow"])
@@ -187,9 +233,14 @@ def test_fitted_network_through_the_view(toy, ask):
     ratio = torch.logspace(-1.4, 1.1, n, dtype=torch.float64)
     t = ask.t_from_snr(ratio**-2)
     a, s, cond = ask.alpha(t), ask.sigma(t), dict(labels=torch.arange(n) % 9)
-    x = toy.mixture.sample(n, generator=torch.Generator().manual_seed(1)) + ratio[:, None].float() * points(n, 2).float()
+    x = (
+        toy.mixture.sample(n, generator=torch.Generator().manual_seed(1))
+        + ratio[:, None].float() * points(n, 2).float()
+    )
     with torch.no_grad():
-        assert (net((a[:, None] * x).float(), a, s, cond) - net(x, 1.0, ratio, cond)).abs().max() < 2e-5
+        assert (
+            net((a[:, None] * x).float(), a, s, cond) - net(x, 1.0, ratio, cond)
+        ).abs().max() < 2e-5
 
 
 def test_fitted_network_is_close_to_the_exact_posterior_mean(toy):
@@ -201,7 +252,15 @@ def test_fitted_network_is_close_to_the_exact_posterior_mean(toy):
         for sigma in (0.02, 0.1, 0.3, 1.0, 3.0, 18.0):
             x = x0 + sigma * torch.randn(n, 2, generator=g)
             with torch.no_grad():
-                rms = float((net(x, 1.0, sigma, dict(labels=labels)) - toy(x, 1.0, sigma, dict(labels=labels))).square().mean().sqrt())
+                rms = float(
+                    (
+                        net(x, 1.0, sigma, dict(labels=labels))
+                        - toy(x, 1.0, sigma, dict(labels=labels))
+                    )
+                    .square()
+                    .mean()
+                    .sqrt()
+                )
             assert rms < 0.025
 
 
@@ -210,8 +269,10 @@ def test_exact_teacher_and_trainable_copy(toy):
     assert toy.exact and not net.exact
     assert torch.equal(toy(x, 1.0, 0.3, cond), toy.mixture.x0(x, 1.0, 0.3, cond["labels"]))
     net(x, 1.0, 0.3, cond).sum().backward()
-    assert all(p.grad is not None for p in net.parameters()) and all(p.grad is None for p in toy.parameters())
-    h, = toy(x, 1.0, 0.3, cond, features=True)  # also of the exact teacher: the MLP's
+    assert all(p.grad is not None for p in net.parameters()) and all(
+        p.grad is None for p in toy.parameters()
+    )
+    (h,) = toy(x, 1.0, 0.3, cond, features=True)  # also of the exact teacher: the MLP's
     assert h.shape == (5, 128) and h.dtype == torch.float32
 
 
@@ -230,7 +291,9 @@ def test_energy_distance():
     assert energy_distance(*by_hand) == pytest.approx(2 * (3 + 5 + 2 + 4) / 4 - 1 - 2)
     # N(0, 1) and N(0, 4) in 1-D: 2 E|x-y| - E|x-x'| - E|y-y'| = 2 sqrt(2/pi) sqrt(5) - 2/sqrt(pi) - 4/sqrt(pi)
     exact = 2 * math.sqrt(10 / math.pi) - 6 / math.sqrt(math.pi)
-    assert energy_distance(cloud(3000, 2, 1), 2 * cloud(3000, 3, 1)) == pytest.approx(exact, abs=0.03)
+    assert energy_distance(cloud(3000, 2, 1), 2 * cloud(3000, 3, 1)) == pytest.approx(
+        exact, abs=0.03
+    )
     shift = [energy_distance(x, y + torch.tensor([d, 0.0])) for d in (0.5, 1.0, 2.0)]
     assert 0.05 < shift[0] < shift[1] < shift[2]
 
@@ -245,9 +308,13 @@ def test_sliced_wasserstein():
     assert sliced_wasserstein(x, x) == 0
     assert sliced_wasserstein(x, x[torch.randperm(2000)]) == 0
     # a shift by d moves the projection on w by d cos(angle): mean |d cos| = 2 d / pi
-    assert sliced_wasserstein(x, x + torch.tensor([0.6, 0.0]), projections=1000) == pytest.approx(1.2 / math.pi, abs=0.02)
+    assert sliced_wasserstein(x, x + torch.tensor([0.6, 0.0]), projections=1000) == pytest.approx(
+        1.2 / math.pi, abs=0.02
+    )
     # 1-D Gaussians: W2^2 = (m1 - m2)^2 + (s1 - s2)^2
-    assert sliced_wasserstein(cloud(5000, 1, 1), 0.3 + 1.5 * cloud(5000, 2, 1), projections=4) == pytest.approx(math.hypot(0.3, 0.5), abs=0.03)
+    assert sliced_wasserstein(
+        cloud(5000, 1, 1), 0.3 + 1.5 * cloud(5000, 2, 1), projections=4
+    ) == pytest.approx(math.hypot(0.3, 0.5), abs=0.03)
     assert sliced_wasserstein(x, 2 * cloud(2000, 3)) == pytest.approx(1.0, abs=0.07)
 
 
@@ -255,7 +322,9 @@ def test_mode_shares():
     m = Mixture()
     share, near = mode_shares(m.means[[0, 0, 0, 5]].float(), m)
     assert share.tolist() == [0.75, 0, 0, 0, 0, 0.25, 0, 0] and near == 1
-    share, near = mode_shares(m.means.float() * torch.tensor([[1.29]] * 4 + [[1.31]] * 4), m)  # 0.29 and 0.31 away, the limit is 0.3
+    share, near = mode_shares(
+        m.means.float() * torch.tensor([[1.29]] * 4 + [[1.31]] * 4), m
+    )  # 0.29 and 0.31 away, the limit is 0.3
     assert share.tolist() == [1 / 8] * 8 and near == 0.5
     assert mode_shares(torch.zeros(7, 2), m)[1] == 0
 

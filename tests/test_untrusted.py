@@ -1,6 +1,7 @@
 """Folders and files of strangers: wherever a file is read, a pickle that runs code, a name that leads out of the folder, an archive that grows beyond measure is
 refused in one line; nothing is executed, and nothing is written. Captions and their metadata.jsonl: tests/test_captions.py; images: tests/test_data.py;
 flags and damaged files in general: tests/test_fuzz.py."""
+
 import io
 import json
 import os
@@ -45,12 +46,21 @@ class Bomb:
 
 
 def npz(value, path):
-    np.savez(path if str(path).endswith(".npz") else open(path, "wb"), **{k: np.array([value], dtype=object) for k in ("mu", "sigma", "images", "labels")})
+    np.savez(
+        path if str(path).endswith(".npz") else open(path, "wb"),
+        **{k: np.array([value], dtype=object) for k in ("mu", "sigma", "images", "labels")},
+    )
 
 
-WRITERS = dict(pickle=lambda v, path: path.write_bytes(pickle.dumps(v)), torch=lambda v, path: torch.save(dict(header=v, ema=v, x=v), path),
-               old_torch=lambda v, path: torch.save(dict(header=v), path, _use_new_zipfile_serialization=False), npy=lambda v, path: np.save(open(path, "wb"), np.array([v], dtype=object)),
-               npz=npz)
+WRITERS = dict(
+    pickle=lambda v, path: path.write_bytes(pickle.dumps(v)),
+    torch=lambda v, path: torch.save(dict(header=v, ema=v, x=v), path),
+    old_torch=lambda v, path: torch.save(
+        dict(header=v), path, _use_new_zipfile_serialization=False
+    ),
+    npy=lambda v, path: np.save(open(path, "wb"), np.array([v], dtype=object)),
+    npz=npz,
+)
 
 
 @pytest.fixture
@@ -91,7 +101,9 @@ def student_extras(tmp, run):
 
 
 def student_lora(tmp, run):
-    return tmp / "s" / "pytorch_lora_weights.safetensors", student(tmp, lora=dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora"))
+    return tmp / "s" / "pytorch_lora_weights.safetensors", student(
+        tmp, lora=dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")
+    )
 
 
 def mnist(tmp):
@@ -100,8 +112,14 @@ def mnist(tmp):
     for name in ("classifier.safetensors", "stats.npz", "images.npz", "teacher.json"):
         shutil.copy(MNIST / name, tmp / "m" / name)
     found = json.loads((tmp / "m" / "teacher.json").read_text())
-    return SimpleNamespace(folder=tmp / "m", shape=(1, 28, 28), classes=10, adapter="dit", parameters=lambda: iter([torch.zeros(1)]),
-                           evaluation=check_evaluation(tmp / "m" / "teacher.json", found["evaluation"]))
+    return SimpleNamespace(
+        folder=tmp / "m",
+        shape=(1, 28, 28),
+        classes=10,
+        adapter="dit",
+        parameters=lambda: iter([torch.zeros(1)]),
+        evaluation=check_evaluation(tmp / "m" / "teacher.json", found["evaluation"]),
+    )
 
 
 def classifier(tmp, run):
@@ -144,20 +162,39 @@ def checkpoint(tmp, run):
 
 
 def embeddings(tmp, run):
-    cls = type("Fake", (), dict(text_pipeline=lambda folder, dtype: SimpleNamespace(to=lambda device: None), text=lambda pipe, prompts: dict(text=torch.ones(len(prompts or [0]), 3))))
-    load = lambda: embed_prompts(cls, tmp, ["a", "b"], "cpu", torch.float32, tmp / "cache", lambda *a: None, lambda fn: fn())
+    cls = type(
+        "Fake",
+        (),
+        dict(
+            text_pipeline=lambda folder, dtype: SimpleNamespace(to=lambda device: None),
+            text=lambda pipe, prompts: dict(text=torch.ones(len(prompts or [0]), 3)),
+        ),
+    )
+    load = lambda: embed_prompts(
+        cls, tmp, ["a", "b"], "cpu", torch.float32, tmp / "cache", lambda *a: None, lambda fn: fn()
+    )
     load()
     return next((tmp / "cache").glob("*/00000.safetensors")), load
 
 
 def latents(tmp, run):
     from PIL import Image
+
     (tmp / "set" / "class").mkdir(parents=True)
     (tmp / "vae").mkdir()
     Image.new("RGB", (16, 16)).save(tmp / "set" / "class" / "0.png")
     vae = SimpleNamespace(dtype=torch.float32)
-    teacher = SimpleNamespace(shape=(4, 2, 2), image_shape=(3, 16, 16), vae=vae, vae_folder=tmp / "vae", folder=tmp, cache=tmp / "cache", classes=3, device="cpu",
-                              encode_images=lambda x: torch.zeros(len(x), 4, 2, 2))
+    teacher = SimpleNamespace(
+        shape=(4, 2, 2),
+        image_shape=(3, 16, 16),
+        vae=vae,
+        vae_folder=tmp / "vae",
+        folder=tmp,
+        cache=tmp / "cache",
+        classes=3,
+        device="cpu",
+        encode_images=lambda x: torch.zeros(len(x), 4, 2, 2),
+    )
     load = lambda: data.load_latents(tmp / "set", teacher, lambda *a: None)
     load()
     return next((tmp / "cache").glob("*/00000.safetensors")), load
@@ -174,7 +211,22 @@ def sit(tmp, run):
     return tmp / "sit.pt", lambda: read_checkpoint(tmp / "sit.pt")
 
 
-PLACES = [teacher_weights, student_weights, student_extras, student_lora, classifier, statistics, images, reference, inception, checkpoint, embeddings, latents, noise_pairs, sit]
+PLACES = [
+    teacher_weights,
+    student_weights,
+    student_extras,
+    student_lora,
+    classifier,
+    statistics,
+    images,
+    reference,
+    inception,
+    checkpoint,
+    embeddings,
+    latents,
+    noise_pairs,
+    sit,
+]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -188,7 +240,11 @@ def test_a_pickle_is_not_executed(place, run, tmp_path, capsys):  # noqa: F811
         with pytest.raises((UserError, RunError)) as e:
             load()
         assert not marker.exists() and tree() == before, name
-        assert "\n" not in str(e.value) and len(str(e.value)) < 600 and (path.name in str(e.value) or str(path.parent)[-20:] in str(e.value)), (name, str(e.value))
+        assert (
+            "\n" not in str(e.value)
+            and len(str(e.value)) < 600
+            and (path.name in str(e.value) or str(path.parent)[-20:] in str(e.value))
+        ), (name, str(e.value))
     assert "Traceback" not in capsys.readouterr().err
     pickle.loads(pickle.dumps(Bomb(marker))).close()
     assert marker.exists()  # the bomb is live
@@ -198,17 +254,30 @@ def test_a_pickle_is_not_executed(place, run, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("key", ["classifier", "reference", "images"])
-@pytest.mark.parametrize("value", ["../secret", "/etc/passwd", "a/../../b", "", 5, ["stats.npz"], None, "a\0b"])
+@pytest.mark.parametrize(
+    "value", ["../secret", "/etc/passwd", "a/../../b", "", 5, ["stats.npz"], None, "a\0b"]
+)
 def test_teacher_json_names_files_of_its_folder(key, value, folder):
     edit(folder / "teacher.json", evaluation={key: value})
-    with pytest.raises(UserError, match=f"--teacher .*evaluation.{key}: expected a file in this folder"):
+    with pytest.raises(
+        UserError, match=f"--teacher .*evaluation.{key}: expected a file in this folder"
+    ):
         load_teacher(str(folder))
 
 
-@pytest.mark.parametrize("changes, says", [
-    (dict(names="ten"), "names: expected a list of names"), (dict(names=[]), "names"), (dict(names=[1]), "names"), (dict(protocol=3), "protocol: expected text"),
-    (dict(measured={}), "measured: expected a list"), (dict(measured=[{}]), "measured"), (dict(measured=[dict(nfe=1, cfg="1", protocol="x")]), "measured"),
-    (dict(measured=[dict(nfe=1, cfg=1, protocol="x", fd="low")]), "measured")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(names="ten"), "names: expected a list of names"),
+        (dict(names=[]), "names"),
+        (dict(names=[1]), "names"),
+        (dict(protocol=3), "protocol: expected text"),
+        (dict(measured={}), "measured: expected a list"),
+        (dict(measured=[{}]), "measured"),
+        (dict(measured=[dict(nfe=1, cfg="1", protocol="x")]), "measured"),
+        (dict(measured=[dict(nfe=1, cfg=1, protocol="x", fd="low")]), "measured"),
+    ],
+)
 def test_evaluation_is_checked_before_training(changes, says, folder):
     """All of it is used at the end of a run, when a mistake is dear."""
     edit(folder / "teacher.json", evaluation=changes)
@@ -216,13 +285,18 @@ def test_evaluation_is_checked_before_training(changes, says, folder):
         load_teacher(str(folder))
 
 
-@pytest.mark.parametrize("changes", [dict(weights="../sit.pt"), dict(weights="/sit.pt"), dict(vae="../vae"), dict(vae="/vae")])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(weights="../sit.pt"), dict(weights="/sit.pt"), dict(vae="../vae"), dict(vae="/vae")],
+)
 def test_sit_names_files_of_its_folder(changes, tmp_path):
     (tmp_path / "t").mkdir()
     for name in ("sit.pt", "t/sit.pt"):
         torch.save({}, tmp_path / name)
     (tmp_path / "vae").mkdir()
-    (tmp_path / "t" / "teacher.json").write_text(json.dumps(dict(model=dict(adapter="sit", weights="sit.pt") | changes)))
+    (tmp_path / "t" / "teacher.json").write_text(
+        json.dumps(dict(model=dict(adapter="sit", weights="sit.pt") | changes))
+    )
     with pytest.raises(UserError, match="weights, vae: expected names in this folder"):
         load_teacher(str(tmp_path / "t"))
 
@@ -230,18 +304,48 @@ def test_sit_names_files_of_its_folder(changes, tmp_path):
 def test_a_student_does_not_say_where_we_write(tmp_path):
     """distill.json holds the flags of a training; eval.py takes its prompts and sizes, but writes embeddings only where its own user says."""
     args = evaluation_script.parse_args([str(tmp_path)])
-    text = evaluation_script.text_of(args, dict(flags=dict(cache_prompts=str(tmp_path / "elsewhere"), prompts=5, size="x", frames=[1], embedded_guidance="y")))
+    text = evaluation_script.text_of(
+        args,
+        dict(
+            flags=dict(
+                cache_prompts=str(tmp_path / "elsewhere"),
+                prompts=5,
+                size="x",
+                frames=[1],
+                embedded_guidance="y",
+            )
+        ),
+    )
     assert text == dict(prompts=None, size=None, frames=None, guidance=None, cache=None)
-    assert evaluation_script.text_of(args, dict(flags=dict(prompts="p.txt", size=64)))["prompts"] == "p.txt"
+    assert (
+        evaluation_script.text_of(args, dict(flags=dict(prompts="p.txt", size=64)))["prompts"]
+        == "p.txt"
+    )
 
 
 # ---- pipelines --------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("component", [
-    ["evil", "Class"], ["evil_module", "Class"], ["os", "system"], ["diffusers.loaders", "X"], ["transformers", "AutoModel"], ["transformers", "AutoTokenizer"],
-    ["transformers"], ["transformers", None], ["transformers", ["CLIPTextModel"]], [["transformers"], "CLIPTextModel"], {"evil_module": 1, "Class": 2}, "ev", [], [None, "X"],
-], ids=str)
+@pytest.mark.parametrize(
+    "component",
+    [
+        ["evil", "Class"],
+        ["evil_module", "Class"],
+        ["os", "system"],
+        ["diffusers.loaders", "X"],
+        ["transformers", "AutoModel"],
+        ["transformers", "AutoTokenizer"],
+        ["transformers"],
+        ["transformers", None],
+        ["transformers", ["CLIPTextModel"]],
+        [["transformers"], "CLIPTextModel"],
+        {"evil_module": 1, "Class": 2},
+        "ev",
+        [],
+        [None, "X"],
+    ],
+    ids=str,
+)
 def test_foreign_modules_of_a_pipeline(component, tmp_path, monkeypatch):
     """model_index.json may name any module and class; code that lies there is not imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -249,8 +353,12 @@ def test_foreign_modules_of_a_pipeline(component, tmp_path, monkeypatch):
     home = tmp_path / "pipe"
     (home / "text_encoder").mkdir(parents=True)
     (home / "text_encoder" / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    (home / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline", text_encoder=component)))
-    with pytest.raises(UserError, match="text_encoder: expected a component of diffusers or transformers"):
+    (home / "model_index.json").write_text(
+        json.dumps(dict(_class_name="StableDiffusionPipeline", text_encoder=component))
+    )
+    with pytest.raises(
+        UserError, match="text_encoder: expected a component of diffusers or transformers"
+    ):
         load_pipeline(str(home), prompts=["x"])
     assert not (tmp_path / "executed").exists()
 
@@ -260,12 +368,20 @@ def test_code_that_is_called_like_a_library(library, tmp_path):
     """diffusers looks for <part>/<library>.py first, whatever the library is called."""
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / f"{library}.py").write_text("1 / 0")
-    (tmp_path / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline", unet=[library, "UNet2DConditionModel"])))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(
+            dict(_class_name="StableDiffusionPipeline", unet=[library, "UNet2DConditionModel"])
+        )
+    )
     with pytest.raises(UserError, match="code of a folder is never run"):
         load_pipeline(str(tmp_path), prompts=["x"])
 
 
-@pytest.mark.parametrize("name", [["StableDiffusionPipeline"], {}, None, 5, "DiffusionPipeline", "../StableDiffusionPipeline"], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [["StableDiffusionPipeline"], {}, None, 5, "DiffusionPipeline", "../StableDiffusionPipeline"],
+    ids=str,
+)
 def test_other_classes_of_pipelines(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(dict(_class_name=name)))
     with pytest.raises(UserError, match="expected one of the pipelines"):
@@ -277,12 +393,15 @@ def test_other_classes_of_pipelines(name, tmp_path):
 def test_pipelines_with_pickles_and_remote_code(tmp_path):
     """A whole tiny pipeline: every file of weights in turn as a pickle under the old name, and configurations that point at code."""
     import tiny
+
     tiny.sd15(tmp_path / "good")
     marker = tmp_path / "executed"
 
     def refused(home):
         with pytest.raises(UserError) as e:
-            load_pipeline(str(home), prompts=["x"], cache=tmp_path / f"cache-{home.name}", say=lambda *a: None)
+            load_pipeline(
+                str(home), prompts=["x"], cache=tmp_path / f"cache-{home.name}", say=lambda *a: None
+            )
         assert "\n" not in str(e.value) and not marker.exists(), str(e.value)
 
     for i, path in enumerate(sorted((tmp_path / "good").rglob("*.safetensors"))):
@@ -302,24 +421,43 @@ def test_pipelines_with_pickles_and_remote_code(tmp_path):
         (home / part / "modeling_evil.py").write_text(code)
     auto = {k: "modeling_evil.Evil" for k in ("AutoConfig", "AutoModel", "AutoTokenizer")}
     edit(home / "text_encoder" / "config.json", auto_map=auto)
-    edit(home / "tokenizer" / "tokenizer_config.json", auto_map=dict(auto, AutoTokenizer=["modeling_evil.Evil", "modeling_evil.Evil"]))
+    edit(
+        home / "tokenizer" / "tokenizer_config.json",
+        auto_map=dict(auto, AutoTokenizer=["modeling_evil.Evil", "modeling_evil.Evil"]),
+    )
     edit(home / "unet" / "config.json", auto_map=auto)
-    load_pipeline(str(home), prompts=["x"], cache=tmp_path / "cache-remote", say=lambda *a: None)  # its classes are named, so nobody looks at the code
+    load_pipeline(
+        str(home), prompts=["x"], cache=tmp_path / "cache-remote", say=lambda *a: None
+    )  # its classes are named, so nobody looks at the code
     assert not marker.exists()
 
 
 @pytest.mark.slow
 def test_a_depth_estimator_with_a_pickle(tmp_path):
     from transformers import DPTConfig, DPTForDepthEstimation
-    config = DPTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16, fusion_hidden_size=8,
-                       neck_hidden_sizes=[8, 8, 8, 8], backbone_out_indices=[0, 1, 2, 3])
+
+    config = DPTConfig(
+        hidden_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=32,
+        patch_size=16,
+        fusion_hidden_size=8,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        backbone_out_indices=[0, 1, 2, 3],
+    )
     DPTForDepthEstimation(config).save_pretrained(tmp_path / "depth")
     (tmp_path / "depth" / "model.safetensors").unlink()
     torch.save(dict(x=Bomb(tmp_path / "executed")), tmp_path / "depth" / "pytorch_model.bin")
     generator = SimpleNamespace(adapter="dit", shape=(3, 32, 32), classes=0)
     with pytest.raises(UserError, match="--control-model"):
         Control("depth", generator, None, 4, str(tmp_path / "depth"))
-    edit(tmp_path / "depth" / "config.json", auto_map=dict(AutoModelForDepthEstimation="evil.Evil"), model_type="evil")
+    edit(
+        tmp_path / "depth" / "config.json",
+        auto_map=dict(AutoModelForDepthEstimation="evil.Evil"),
+        model_type="evil",
+    )
     (tmp_path / "depth" / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     with pytest.raises(UserError, match="--control-model"):
         Control("depth", generator, None, 4, str(tmp_path / "depth"))
@@ -334,7 +472,9 @@ def zeros(path, mb):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
         for name in ("images", "mu"):
             head = io.BytesIO()
-            np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(mb, 1024, 1024)))
+            np.lib.format.write_array_header_1_0(
+                head, dict(descr="|u1", fortran_order=False, shape=(mb, 1024, 1024))
+            )
             with z.open(f"{name}.npy", "w", force_zip64=True) as f:
                 f.write(head.getvalue())
                 for _ in range(mb):
@@ -352,7 +492,9 @@ def test_archives_that_grow(tmp_path):
         data.load_npz(tmp_path / "small.npz")
     with zipfile.ZipFile(tmp_path / "lie.npz", "w") as z:  # its header promises 2^60 bytes
         head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(head, dict(descr="|u1", fortran_order=False, shape=(2**60,)))
+        np.lib.format.write_array_header_1_0(
+            head, dict(descr="|u1", fortran_order=False, shape=(2**60,))
+        )
         z.writestr("images.npy", head.getvalue())
         z.writestr("mu.npy", head.getvalue())
     for load in (data.load_npz, fid.load_stats):
@@ -362,8 +504,12 @@ def test_archives_that_grow(tmp_path):
 
 def test_pictures_that_are_programs(tmp_path, monkeypatch):
     """PostScript in a .png: pillow would hand it to ghostscript."""
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) show\nshowpage\n%%EOF\n")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("ghostscript was asked"))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) show\nshowpage\n%%EOF\n"
+    )
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("ghostscript was asked")
+    )
     with pytest.raises(UserError, match="a.png: not readable as an image"):
         read_full_image(tmp_path / "a.png", 3)
     with pytest.raises(ValueError):
@@ -374,8 +520,23 @@ def test_names_that_are_no_text(scripts, tmp_path):
     """A file's name need not be UTF-8; naming the skipped file on the terminal must not end the run."""
     (tmp_path / "set" / "0").mkdir(parents=True)
     open(os.fsencode(tmp_path / "set" / "0") + b"/\xff.png", "w").close()
-    p = scripts.start("dmd2.py", "--teacher", "toy", "--gan", "--data", tmp_path / "set", "--batch", 8, "--smoke", "--out", tmp_path / "run", PYTHONIOENCODING="utf-8")
-    assert p.wait() == 2 and "Traceback" not in p.err and "found none readable (1 skipped)" in p.err, p.err
+    p = scripts.start(
+        "dmd2.py",
+        "--teacher",
+        "toy",
+        "--gan",
+        "--data",
+        tmp_path / "set",
+        "--batch",
+        8,
+        "--smoke",
+        "--out",
+        tmp_path / "run",
+        PYTHONIOENCODING="utf-8",
+    )
+    assert (
+        p.wait() == 2 and "Traceback" not in p.err and "found none readable (1 skipped)" in p.err
+    ), p.err
 
 
 # ---- a crafted checkpoint -------------------------------------------------------------------------------------------------------------------
@@ -392,14 +553,31 @@ def parts():
     return dict(student=net, opt_g=opt, ema=EMA(net, 100))
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c.pop("it"), lambda c: c.update(it=-1), lambda c: c.update(it="2"), lambda c: c.update(it=torch.ones(2)), lambda c: c.update(seconds="long"),
-    lambda c: c.update(seconds=float("nan")), lambda c: c.update(log_bytes=-5), lambda c: c.pop("skipped"), lambda c: c.update(state=[]), lambda c: c.update(state=None),
-    lambda c: c.update(header=torch.zeros(5)), lambda c: c.update(header=torch.ones(3, 2)), lambda c: c["state"].update(opt_g=dict(state=3, param_groups=4)), lambda c: c["state"].update(ema=5),
-    lambda c: c["state"]["ema"].pop("images"), lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg=torch.zeros(5, 5)),
-    lambda c: c["state"]["opt_g"]["state"][0].pop("exp_avg_sq"), lambda c: c["state"]["opt_g"]["state"][1].update(step=torch.ones(2)), lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg="x"),
-    lambda c: c["state"]["student"].update(weight=torch.zeros(2, 3).bool().tolist()),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("it"),
+        lambda c: c.update(it=-1),
+        lambda c: c.update(it="2"),
+        lambda c: c.update(it=torch.ones(2)),
+        lambda c: c.update(seconds="long"),
+        lambda c: c.update(seconds=float("nan")),
+        lambda c: c.update(log_bytes=-5),
+        lambda c: c.pop("skipped"),
+        lambda c: c.update(state=[]),
+        lambda c: c.update(state=None),
+        lambda c: c.update(header=torch.zeros(5)),
+        lambda c: c.update(header=torch.ones(3, 2)),
+        lambda c: c["state"].update(opt_g=dict(state=3, param_groups=4)),
+        lambda c: c["state"].update(ema=5),
+        lambda c: c["state"]["ema"].pop("images"),
+        lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg=torch.zeros(5, 5)),
+        lambda c: c["state"]["opt_g"]["state"][0].pop("exp_avg_sq"),
+        lambda c: c["state"]["opt_g"]["state"][1].update(step=torch.ones(2)),
+        lambda c: c["state"]["opt_g"]["state"][0].update(exp_avg="x"),
+        lambda c: c["state"]["student"].update(weight=torch.zeros(2, 3).bool().tolist()),
+    ],
+)
 def test_a_crafted_checkpoint_is_refused(change, run, capsys):  # noqa: F811
     r = run()
     r.save(1, parts())
@@ -415,7 +593,21 @@ def test_a_crafted_checkpoint_is_refused(change, run, capsys):  # noqa: F811
 
 def test_what_is_no_mistake_of_the_code():
     """Faults that get one line instead of a traceback, and others that do not."""
-    assert "lower --batch" in explain_fault(MemoryError()) and "lower --batch" in explain_fault(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert "lower --batch" in explain_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) and "--deterministic" in explain_fault(RuntimeError("x does not have a deterministic implementation"))
-    assert "another process" in explain_fault(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
-    assert "No space left" in explain_fault(OSError(28, "No space left on device", "x")) and explain_fault(RuntimeError("shapes cannot be multiplied")) is None and explain_fault(RuntimeError("")) is None
+    assert "lower --batch" in explain_fault(MemoryError()) and "lower --batch" in explain_fault(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    )
+    assert "lower --batch" in explain_fault(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    ) and "--deterministic" in explain_fault(
+        RuntimeError("x does not have a deterministic implementation")
+    )
+    assert "another process" in explain_fault(
+        RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+        )
+    )
+    assert (
+        "No space left" in explain_fault(OSError(28, "No space left on device", "x"))
+        and explain_fault(RuntimeError("shapes cannot be multiplied")) is None
+        and explain_fault(RuntimeError("")) is None
+    )

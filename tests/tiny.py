@@ -1,67 +1,154 @@
 """Pipelines of a few ten thousand random weights in the formats of the real ones: made here, saved by diffusers, loaded as --teacher DIR."""
+
 import json
 
 import diffusers
 import pytest
 import torch
 
-MODULES = ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-           "diffusers.pipelines.dit.pipeline_dit", "transformers.models.clip.modeling_clip"]  # what scripts on these folders import (tests/forks.py, `warm`)
+MODULES = [
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.pipelines.dit.pipeline_dit",
+    "transformers.models.clip.modeling_clip",
+]  # what scripts on these folders import (tests/forks.py, `warm`)
 
 
 def since(*version):
     """Skips the test where diffusers is older than what this pipeline needs (requirements.txt)."""
     if tuple(map(int, diffusers.__version__.split(".")[:2])) < version:
-        pytest.skip(f"diffusers {diffusers.__version__} is older than {'.'.join(map(str, version))}")
+        pytest.skip(
+            f"diffusers {diffusers.__version__} is older than {'.'.join(map(str, version))}"
+        )
 
 
 def words(folder):
     """A CLIP tokenizer of single letters: vocab.json and merges.txt in CLIP's format."""
     from transformers import CLIPTokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(97, 123)] + list("0123456789")
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16, pad_token="<|endoftext|>")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        model_max_length=16,
+        pad_token="<|endoftext|>",
+    )
 
 
 def clip(size, hidden, projection=None):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    config = CLIPTextConfig(vocab_size=80, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
-                            bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=projection or hidden, hidden_act="gelu")
+
+    config = CLIPTextConfig(
+        vocab_size=80,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=projection or hidden,
+        hidden_act="gelu",
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def kl_vae(channels=4, **kw):
     from diffusers import AutoencoderKL
-    return AutoencoderKL(block_out_channels=[8, 16], in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 2,
-                         up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=channels, norm_num_groups=4, sample_size=16, **kw).eval()
+
+    return AutoencoderKL(
+        block_out_channels=[8, 16],
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **kw,
+    ).eval()
 
 
 def sd15(folder):
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                attention_head_dim=2, norm_num_groups=4)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(vae=kl_vae(), text_encoder=clip(80, 16), tokenizer=words(folder / "words"), unet=unet, scheduler=scheduler,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=kl_vae(),
+        text_encoder=clip(80, 16),
+        tokenizer=words(folder / "words"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     return save(pipe, folder)
 
 
 def sdxl(folder):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(block_out_channels=(16, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=40,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-                                transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 24, norm_num_groups=4)
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=40,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+        norm_num_groups=4,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
     tokens = words(folder / "words")
-    pipe = StableDiffusionXLPipeline(vae=kl_vae(), text_encoder=clip(80, 16), text_encoder_2=clip(80, 24, 24), tokenizer=tokens, tokenizer_2=tokens, unet=unet,
-                                     scheduler=scheduler)
+    pipe = StableDiffusionXLPipeline(
+        vae=kl_vae(),
+        text_encoder=clip(80, 16),
+        text_encoder_2=clip(80, 24, 24),
+        tokenizer=tokens,
+        tokenizer_2=tokens,
+        unet=unet,
+        scheduler=scheduler,
+    )
     return save(pipe, folder)
 
 
@@ -71,13 +158,33 @@ def sd3(folder):
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
+
     torch.manual_seed(0)
-    net = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
-                                joint_attention_dim=48, pooled_projection_dim=40, out_channels=4, pos_embed_max_size=16)
+    net = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=48,
+        pooled_projection_dim=40,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
     tokens = words(folder / "words")
-    pipe = StableDiffusion3Pipeline(transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
-                                    text_encoder=clip(80, 16, 16), tokenizer=tokens, text_encoder_2=clip(80, 24, 24), tokenizer_2=tokens, text_encoder_3=None,
-                                    tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=clip(80, 16, 16),
+        tokenizer=tokens,
+        text_encoder_2=clip(80, 24, 24),
+        tokenizer_2=tokens,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
     return save(pipe, folder)
 
 
@@ -85,10 +192,23 @@ def letters(folder, cls, **kw):
     """A fast tokenizer of single bytes, saved and loaded as class `cls` of transformers."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *(chr(c) for c in range(32, 127))])}
+
+    vocab = {
+        w: i
+        for i, w in enumerate(
+            ["<pad>", "<eos>", "<bos>", "<unk>", *(chr(c) for c in range(32, 127))]
+        )
+    }
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     t.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", **kw)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        **kw,
+    )
 
 
 def sana(folder):
@@ -99,32 +219,105 @@ def sana(folder):
         SanaTransformer2DModel,
     )
     from transformers import Gemma2Config, Gemma2Model
+
     torch.manual_seed(0)
-    net = SanaTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
-                                 cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8, sample_size=16)
-    vae = AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-                        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-                        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1],
-                        downsample_block_type="conv", upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407).eval()
-    text = Gemma2Model(Gemma2Config(head_dim=4, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=2, vocab_size=110)).eval()
-    scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++", solver_order=1)
-    pipe = SanaPipeline(tokenizer=letters(folder, None, padding_side="right"), text_encoder=text, vae=vae, transformer=net, scheduler=scheduler)
+    net = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=16,
+    )
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    ).eval()
+    text = Gemma2Model(
+        Gemma2Config(
+            head_dim=4,
+            hidden_size=8,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            num_key_value_heads=2,
+            vocab_size=110,
+        )
+    ).eval()
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=3.0,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=1,
+    )
+    pipe = SanaPipeline(
+        tokenizer=letters(folder, None, padding_side="right"),
+        text_encoder=text,
+        vae=vae,
+        transformer=net,
+        scheduler=scheduler,
+    )
     return save(pipe, folder)
 
 
 def t5(cls="T5", size=16):
     import transformers
-    return getattr(transformers, f"{cls}EncoderModel")(getattr(transformers, f"{cls}Config")(vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+    return getattr(transformers, f"{cls}EncoderModel")(
+        getattr(transformers, f"{cls}Config")(
+            vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+        )
+    ).eval()
 
 
 def flux(folder):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
     torch.manual_seed(0)
-    net = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-                                 pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(2, 2, 4))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
-    pipe = FluxPipeline(transformer=net, scheduler=scheduler, vae=kl_vae(shift_factor=0.1, scaling_factor=1.5), text_encoder=clip(80, 24), tokenizer=words(folder / "words"),
-                        text_encoder_2=t5(), tokenizer_2=letters(folder, None))
+    net = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=24,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+    )
+    pipe = FluxPipeline(
+        transformer=net,
+        scheduler=scheduler,
+        vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=clip(80, 24),
+        tokenizer=words(folder / "words"),
+        text_encoder_2=t5(),
+        tokenizer_2=letters(folder, None),
+    )
     return save(pipe, folder)
 
 
@@ -137,20 +330,68 @@ def qwen(folder):
         QwenImageTransformer2DModel,
     )
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     torch.manual_seed(0)
-    net = QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-                                      axes_dims_rope=(2, 2, 4))
-    for block in net.transformer_blocks:  # attention that finds the prompt's few tokens among those of the template
+    net = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    for block in (
+        net.transformer_blocks
+    ):  # attention that finds the prompt's few tokens among those of the template
         block.attn.norm_added_k.weight.data *= 8
     rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, rope_scaling=rope, rope_theta=1e6, vocab_size=110)
+    text = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_scaling=rope,
+        rope_theta=1e6,
+        vocab_size=110,
+    )
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
-    tokens = dict(vision_start_token_id=0, vision_end_token_id=0, vision_token_id=0, image_token_id=0, video_token_id=0)
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens, **text)).eval()
-    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.1, -0.2, 0.3, 0.0],
-                                 latents_std=[1.5, 0.7, 1.0, 2.0]).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, base_shift=0.5, max_shift=0.9, shift_terminal=0.02)
-    pipe = QwenImagePipeline(transformer=net, scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=letters(folder, None, padding_side="right"))
+    tokens = dict(
+        vision_start_token_id=0,
+        vision_end_token_id=0,
+        vision_token_id=0,
+        image_token_id=0,
+        video_token_id=0,
+    )
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens, **text)
+    ).eval()
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=4,
+        max_image_seq_len=64,
+        base_shift=0.5,
+        max_shift=0.9,
+        shift_terminal=0.02,
+    )
+    pipe = QwenImagePipeline(
+        transformer=net,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=letters(folder, None, padding_side="right"),
+    )
     return save(pipe, folder)
 
 
@@ -158,13 +399,43 @@ def zimage(folder):
     since(0, 36)
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
+
     torch.manual_seed(0)
-    net = ZImageTransformer2DModel(in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 2, 2],
-                                   axes_lens=[256, 32, 32])
-    text = Qwen3Model(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=110, head_dim=8)).eval()
-    tokens = letters(folder, None, padding_side="right", chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
-    pipe = ZImagePipeline(transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(shift_factor=0.1, scaling_factor=1.5), text_encoder=text,
-                          tokenizer=tokens)
+    net = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[256, 32, 32],
+    )
+    text = Qwen3Model(
+        Qwen3Config(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=110,
+            head_dim=8,
+        )
+    ).eval()
+    tokens = letters(
+        folder,
+        None,
+        padding_side="right",
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+    )
+    pipe = ZImagePipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=text,
+        tokenizer=tokens,
+    )
     return save(pipe, folder)
 
 
@@ -176,19 +447,47 @@ def wan(folder, **kw):
         WanPipeline,
         WanTransformer3DModel,
     )
+
     torch.manual_seed(0)
 
     def net():
-        net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2,
-                                    rope_max_seq_len=32)
+        net = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
         for block in net.blocks:  # attention that finds the prompt among the zeros behind it
             block.attn2.norm_k.weight.data *= 8
         return net
 
-    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], latents_mean=[0.1, -0.2, 0.3, 0.0],
-                           latents_std=[1.5, 0.7, 1.0, 2.0], scale_factor_spatial=4).eval()
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipe = WanPipeline(transformer=net(), transformer_2=net() if kw else None, scheduler=scheduler, vae=vae, text_encoder=t5("UMT5"), tokenizer=letters(folder, None), **kw)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+        scale_factor_spatial=4,
+    ).eval()
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipe = WanPipeline(
+        transformer=net(),
+        transformer_2=net() if kw else None,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=t5("UMT5"),
+        tokenizer=letters(folder, None),
+        **kw,
+    )
     return save(pipe, folder)
 
 
@@ -199,7 +498,9 @@ def wan22(folder):
 def save(pipe, folder):
     for name in ("unet", "transformer", "transformer_2"):
         net = getattr(pipe, name, None)
-        for p in net.parameters() if net is not None else ():  # layers that start at zero would hide mistakes
+        for p in (
+            net.parameters() if net is not None else ()
+        ):  # layers that start at zero would hide mistakes
             if p.abs().sum() == 0:
                 torch.nn.init.normal_(p, 0, 0.05)
     pipe.save_pretrained(folder, safe_serialization=True)
@@ -208,29 +509,70 @@ def save(pipe, folder):
 
 def dit(folder):
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
     torch.manual_seed(0)
-    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000)
-    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    return save(DiTPipeline(transformer=net, vae=kl_vae(), scheduler=scheduler, id2label={"0": "tench, Tinca tinca"}), folder)
+    net = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False
+    )
+    return save(
+        DiTPipeline(
+            transformer=net, vae=kl_vae(), scheduler=scheduler, id2label={"0": "tench, Tinca tinca"}
+        ),
+        folder,
+    )
 
 
-def sit_weights(width=32, depth=2, channels=4, out=8, patch=2, side=8, classes=10, projectors=False, seed=0):
+def sit_weights(
+    width=32, depth=2, channels=4, out=8, patch=2, side=8, classes=10, projectors=False, seed=0
+):
     """Random tensors under the names of SiT's published checkpoints."""
     g = torch.Generator().manual_seed(seed)
-    linear = lambda name, n, m: {f"{name}.weight": torch.randn(n, m, generator=g) * 0.5 / m**0.5, f"{name}.bias": torch.randn(n, generator=g) * 0.1}
-    tensors = linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width) | linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    tensors |= linear("final_layer.linear", patch**2 * out, width) | {"y_embedder.embedding_table.weight": torch.randn(classes + 1, width, generator=g)}
-    tensors |= {k: v.view(width, channels, patch, patch) if v.ndim == 2 else v for k, v in linear("x_embedder.proj", width, channels * patch**2).items()}
+    linear = lambda name, n, m: {
+        f"{name}.weight": torch.randn(n, m, generator=g) * 0.5 / m**0.5,
+        f"{name}.bias": torch.randn(n, generator=g) * 0.1,
+    }
+    tensors = (
+        linear("t_embedder.mlp.0", width, 256)
+        | linear("t_embedder.mlp.2", width, width)
+        | linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    )
+    tensors |= linear("final_layer.linear", patch**2 * out, width) | {
+        "y_embedder.embedding_table.weight": torch.randn(classes + 1, width, generator=g)
+    }
+    tensors |= {
+        k: v.view(width, channels, patch, patch) if v.ndim == 2 else v
+        for k, v in linear("x_embedder.proj", width, channels * patch**2).items()
+    }
     for i in range(depth):
-        for name, n, m in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4), ("adaLN_modulation.1", 6, 1)):
+        for name, n, m in (
+            ("attn.qkv", 3, 1),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 4, 1),
+            ("mlp.fc2", 1, 4),
+            ("adaLN_modulation.1", 6, 1),
+        ):
             tensors |= linear(f"blocks.{i}.{name}", n * width, m * width)
     if projectors:
         tensors |= linear("projectors.0.0", width, width)
     # sines and cosines of the column in the first half, of the row in the second
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     wave = lambda p: torch.cat([(p[:, None] * omega).sin(), (p[:, None] * omega).cos()], 1)
-    row, column = torch.meshgrid(*[torch.arange(side // patch, dtype=torch.float64)] * 2, indexing="ij")
-    return tensors | {"pos_embed": torch.cat([wave(column.flatten()), wave(row.flatten())], 1)[None].float()}
+    row, column = torch.meshgrid(
+        *[torch.arange(side // patch, dtype=torch.float64)] * 2, indexing="ij"
+    )
+    return tensors | {
+        "pos_embed": torch.cat([wave(column.flatten()), wave(row.flatten())], 1)[None].float()
+    }
 
 
 def sit(folder, **kw):
@@ -238,18 +580,39 @@ def sit(folder, **kw):
     torch.save(sit_weights(**kw), folder / "sit.pt")
     torch.manual_seed(1)
     kl_vae().save_pretrained(folder / "vae")
-    (folder / "teacher.json").write_text(json.dumps({"model": {"adapter": "sit", "weights": "sit.pt", "heads": 2}}))
+    (folder / "teacher.json").write_text(
+        json.dumps({"model": {"adapter": "sit", "weights": "sit.pt", "heads": 2}})
+    )
     return folder
 
 
 def edm(folder, null=False, **kw):
     from diffusers import UNet2DModel
+
     torch.manual_seed(0)
-    net = UNet2DModel(sample_size=8, layers_per_block=1, num_class_embeds=10 + null, block_out_channels=(16, 32), attention_head_dim=8, norm_num_groups=4,
-                      down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-                      resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4, upsample_type="resnet", downsample_type="resnet")
+    net = UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        num_class_embeds=10 + null,
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        norm_num_groups=4,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=4,
+        upsample_type="resnet",
+        downsample_type="resnet",
+    )
     net.save_pretrained(folder, safe_serialization=True)
-    model = {"adapter": "edm", "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}, "prediction": "edm", "shape": [3, 8, 8], "classes": 10,
-             "sigma_data": 0.5, "time_scale": 1000} | kw
+    model = {
+        "adapter": "edm",
+        "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0},
+        "prediction": "edm",
+        "shape": [3, 8, 8],
+        "classes": 10,
+        "sigma_data": 0.5,
+        "time_scale": 1000,
+    } | kw
     (folder / "teacher.json").write_text(json.dumps({"model": model}))
     return folder

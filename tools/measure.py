@@ -29,8 +29,18 @@ class InceptionExtractor(Extractor):
     def __init__(self, path, device, resize="tf1", force=False):
         self.net, digest = load_inception(path, device, force)
         public = digest == INCEPTION_SHA256
-        self.metric, self.protocol = "fid" if public else "fd", f"inception-{resize}resize" + ("" if public else f"-{digest}")
-        self.device, self.resize, self.teacher, self.real, self.reference, self.shape = device, resize, None, None, None, None  # any RGB
+        self.metric, self.protocol = (
+            "fid" if public else "fd",
+            f"inception-{resize}resize" + ("" if public else f"-{digest}"),
+        )
+        self.device, self.resize, self.teacher, self.real, self.reference, self.shape = (
+            device,
+            resize,
+            None,
+            None,
+            None,
+            None,
+        )  # any RGB
 
     def describe(self, n, source):
         return f"{self.metric}{f'{n // 1000}k' if n % 1000 == 0 else n} {self.protocol} uint8 ref={self.ref_name} n={n} {source}"
@@ -44,28 +54,44 @@ def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, wor
     are one; what the teacher has is the scale. Phased DMD (arXiv 2510.27684) measures diversity like this, in the features of DINOv3."""
     p = min(prompts, max(model.classes, 1))
     if p * images < world:
-        raise UserError(f"--per-prompt {images}: expected at least one of {p} x {images} images for each of {world} processes")
-    parts = [extractor(model.decode(x))[0] for _, _, x in generate(sampler, model, p * images, seed, batch, rank, world, classes=p)]
-    f = torch.nn.functional.normalize(gather_rows(torch.cat(parts), p * images, rank, world).double(), dim=1).view(images, p, -1)
-    return ((f.sum(0).square().sum(1) - images) / (images * (images - 1))).mean().item()  # |sum|^2 = images + the sum over ordered pairs
+        raise UserError(
+            f"--per-prompt {images}: expected at least one of {p} x {images} images for each of {world} processes"
+        )
+    parts = [
+        extractor(model.decode(x))[0]
+        for _, _, x in generate(sampler, model, p * images, seed, batch, rank, world, classes=p)
+    ]
+    f = torch.nn.functional.normalize(
+        gather_rows(torch.cat(parts), p * images, rank, world).double(), dim=1
+    ).view(images, p, -1)
+    return (
+        ((f.sum(0).square().sum(1) - images) / (images * (images - 1))).mean().item()
+    )  # |sum|^2 = images + the sum over ordered pairs
 
 
 def list_images(flag, folder, n=None):
     if not Path(folder).is_dir():
-        raise UserError(f"{flag} {folder}: expected a folder of images, found {'a file' if Path(folder).exists() else 'nothing'}")
+        raise UserError(
+            f"{flag} {folder}: expected a folder of images, found {'a file' if Path(folder).exists() else 'nothing'}"
+        )
     files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
     if len(files) < (n or 8):
-        raise UserError(f"{flag} {folder}: expected at least {n or 8} images ({', '.join(SUFFIXES)}), found {len(files)}")
+        raise UserError(
+            f"{flag} {folder}: expected at least {n or 8} images ({', '.join(SUFFIXES)}), found {len(files)}"
+        )
     return files[:n]
 
 
 def read_full_image(path, channels):
     """uint8 [C, H, W] at the file's own size: an image that is resized twice gives another number."""
     from PIL import Image
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as img:  # others run programs (EPS) or are rare
+            with Image.open(
+                path, formats=("PNG", "JPEG", "WEBP", "BMP")
+            ) as img:  # others run programs (EPS) or are rare
                 a = np.array(img.convert("L" if channels == 1 else "RGB"))
         except Exception as e:  # pillow's readers raise many kinds for a damaged file; leaving it out would change n without a word
             raise UserError(f"{path}: not readable as an image ({type(e).__name__})") from None
@@ -80,11 +106,22 @@ def folder_features(files, extractor, batch, rank, world):
 
     def mine():
         features, ids, group = [], [], []
-        for path in tqdm(files[rank::world] + [None], desc=files[0].parent.name, disable=rank > 0, mininterval=bar_interval()):
-            image = None if path is None else read_full_image(path, 3 if shape is None else shape[0])
+        for path in tqdm(
+            files[rank::world] + [None],
+            desc=files[0].parent.name,
+            disable=rank > 0,
+            mininterval=bar_interval(),
+        ):
+            image = (
+                None if path is None else read_full_image(path, 3 if shape is None else shape[0])
+            )
             if image is not None and shape is not None and image.shape != shape:
-                raise UserError(f"{path}: expected {shape[1]} x {shape[2]} pixels, the teacher's size, found {image.shape[1]} x {image.shape[2]}")
-            if group and (image is None or len(group) == batch or image.shape != group[0].shape):  # sizes may differ within a folder
+                raise UserError(
+                    f"{path}: expected {shape[1]} x {shape[2]} pixels, the teacher's size, found {image.shape[1]} x {image.shape[2]}"
+                )
+            if group and (
+                image is None or len(group) == batch or image.shape != group[0].shape
+            ):  # sizes may differ within a folder
                 stack = torch.stack(group)
                 features.append(extractor(stack)[0])
                 ids.append(hash_images(stack))
@@ -93,7 +130,9 @@ def folder_features(files, extractor, batch, rank, world):
         return torch.cat(features), torch.cat(ids)
 
     local = []
-    on_all_ranks(lambda: local.extend(mine()), world)  # a file that one rank cannot read ends all of them
+    on_all_ranks(
+        lambda: local.extend(mine()), world
+    )  # a file that one rank cannot read ends all of them
     return tuple(gather_rows(a, len(files), rank, world) for a in local)
 
 
@@ -112,8 +151,12 @@ def dummy_inputs(model, n):
 def count_nfe(sampler, model):
     """Network passes per image, counted where they happen: rows that enter the network (the exact toy teacher has none, there the model itself counts)."""
     seen = []
-    count = lambda m, a, kw: seen.append(len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v))))
-    targets = [m if getattr(m, "exact", False) else m.net for m in getattr(model, "experts", [model])]
+    count = lambda m, a, kw: seen.append(
+        len(next(v for v in (*a, *kw.values()) if torch.is_tensor(v)))
+    )
+    targets = [
+        m if getattr(m, "exact", False) else m.net for m in getattr(model, "experts", [model])
+    ]
     hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in targets]
     try:
         sampler(model, *dummy_inputs(model, 2))
@@ -147,7 +190,9 @@ def draw_rows(path, rows, args, device):
     sheet = []
     for row in rows:
         model, n = row["model"].to(device), 4000 if row["teacher"].adapter == "toy" else 20
-        parts = generate(row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch)
+        parts = generate(
+            row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch
+        )
         sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
     save_grid(path, sheet)
     print(f"picture: {path}")
@@ -165,12 +210,27 @@ def hash_weights(folder):
 
 def table(results):
     """Markdown; columns that no result has are left out. Several seeds: mean, of distances also (minimum)."""
-    columns = ["name", "nfe", "passes", "cfg", *[k for k in METRICS if k != "kid_std"], "distinct", "nonfinite", "images_per_s"]
+    columns = [
+        "name",
+        "nfe",
+        "passes",
+        "cfg",
+        *[k for k in METRICS if k != "kid_std"],
+        "distinct",
+        "nonfinite",
+        "images_per_s",
+    ]
     columns = [c for c in columns if any(r.get(c) is not None for r in results)]
 
     def show(r, c):
         least = f" ({r['min'][c]:.4g})" if c in DISTANCES and c in r.get("min", {}) else ""
-        return "" if r.get(c) is None else f"{r[c]:.4g}{least}" if isinstance(r[c], float) else str(r[c])
+        return (
+            ""
+            if r.get(c) is None
+            else f"{r[c]:.4g}{least}"
+            if isinstance(r[c], float)
+            else str(r[c])
+        )
 
     cells = [columns] + [[show(r, c) for c in columns] for r in results]
     width = [max(len(line[i]) for line in cells) for i in range(len(columns))]

@@ -1,7 +1,7 @@
 """Pictures with words, by pillow alone: rows of images, scatter plots of 2-D points, curves of a run's log.
 
-    python -m common.plots out/dmd2-mnist                    # the curves of log.jsonl, also of a run that has not ended -> out/dmd2-mnist/samples/log.png
-    python -m common.plots out/dmd2-mnist out/dmd2-mnist-1   # runs with other seeds in the same panels -> the first one's folder; or --out FILE.png
+python -m common.plots out/dmd2-mnist                    # the curves of log.jsonl, also of a run that has not ended -> out/dmd2-mnist/samples/log.png
+python -m common.plots out/dmd2-mnist out/dmd2-mnist-1   # runs with other seeds in the same panels -> the first one's folder; or --out FILE.png
 """
 
 import argparse
@@ -44,7 +44,11 @@ def fit(text, size, width):
     if width_of(text, size) <= width:
         return text
     keep = len(text)
-    while keep > 2 and width_of(cut := text[:(keep + 1) // 2] + ".." + text[len(text) - keep // 2:], size) > width:
+    while (
+        keep > 2
+        and width_of(cut := text[: (keep + 1) // 2] + ".." + text[len(text) - keep // 2 :], size)
+        > width
+    ):
         keep -= 1
     return cut
 
@@ -56,22 +60,38 @@ def image_rows(path, rows, size=14, margin=10, gap=2):
     h, w, n = h * scale, w * scale, max(len(r[2]) for r in rows)
     left = max(width_of(text, size) for r in rows for text in r[:2]) + 2 * margin
     row = max(h, 3 * size) + gap
-    sheet = Image.new("RGB", (left + n * (w + gap) - gap + margin, 2 * margin + len(rows) * row - gap), "white")
+    sheet = Image.new(
+        "RGB", (left + n * (w + gap) - gap + margin, 2 * margin + len(rows) * row - gap), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for r, (caption, second, images) in enumerate(rows):
         top = margin + r * row
         for i, text in enumerate((caption, second) if second else (caption,)):
-            pen.text((margin, top + (row - gap) / 2 + (i - (second != "") / 2) * (size + 4)), text, fill=PALE if i else INK, font=font(size), anchor="lm")
+            pen.text(
+                (margin, top + (row - gap) / 2 + (i - (second != "") / 2) * (size + 4)),
+                text,
+                fill=PALE if i else INK,
+                font=font(size),
+                anchor="lm",
+            )
         for i, img in enumerate(images):
             a = img.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            sheet.paste(Image.fromarray(a).resize((w, h), Image.NEAREST), (left + i * (w + gap), top + (row - gap - h) // 2))
+            sheet.paste(
+                Image.fromarray(a).resize((w, h), Image.NEAREST),
+                (left + i * (w + gap), top + (row - gap - h) // 2),
+            )
     save(path, sheet)
 
 
 def by_angle(points):
     """A colour for each point [n, 2]: its direction from the middle."""
-    wheel = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(k / 64, 0.85, 0.85)) for k in range(64)]
-    return [wheel[int(k) % 64] for k in np.floor(np.arctan2(points[:, 1], points[:, 0]) / (2 * math.pi) * 64)]
+    wheel = [
+        tuple(round(255 * c) for c in colorsys.hsv_to_rgb(k / 64, 0.85, 0.85)) for k in range(64)
+    ]
+    return [
+        wheel[int(k) % 64]
+        for k in np.floor(np.arctan2(points[:, 1], points[:, 0]) / (2 * math.pi) * 64)
+    ]
 
 
 def scatter(path, panels, colours, rings=(), extent=1.6, side=200, size=14, margin=14):
@@ -80,15 +100,26 @@ def scatter(path, panels, colours, rings=(), extent=1.6, side=200, size=14, marg
     n = len(panels)
     columns = n if n <= 6 else min((4, 5, 6), key=lambda c: (-n % c, -c))
     head, lines = 2 * size + 10, -(-n // columns)
-    place = lambda i: (margin + i % columns * (side + margin), margin + i // columns * (side + head + margin))
-    sheet = Image.new("RGB", (columns * (side + margin) + margin, lines * (side + head + margin) + margin), "white")
+    place = lambda i: (
+        margin + i % columns * (side + margin),
+        margin + i // columns * (side + head + margin),
+    )
+    sheet = Image.new(
+        "RGB",
+        (columns * (side + margin) + margin, lines * (side + head + margin) + margin),
+        "white",
+    )
     at = lambda p: (p + extent) / (2 * extent) * side * FINE
     border = extent * (1 - 6 / side)
     for i, (_, _, points) in enumerate(panels):
         plot = Image.new("RGB", (side * FINE, side * FINE), "white")
         pen = ImageDraw.Draw(plot)
         for x, y, radius in rings:
-            pen.ellipse([at(x - radius), at(-y - radius), at(x + radius), at(-y + radius)], outline=RING, width=FINE)
+            pen.ellipse(
+                [at(x - radius), at(-y - radius), at(x + radius), at(-y + radius)],
+                outline=RING,
+                width=FINE,
+            )
         for x, y, colour in zip(*np.nan_to_num(points).clip(-border, border).T, colours):
             pen.ellipse([at(x) - FINE, at(-y) - FINE, at(x) + FINE, at(-y) + FINE], fill=colour)
         pen.rectangle([0, 0, side * FINE - 1, side * FINE - 1], outline=RING, width=FINE)
@@ -97,8 +128,16 @@ def scatter(path, panels, colours, rings=(), extent=1.6, side=200, size=14, marg
     pen = ImageDraw.Draw(sheet)
     for i, (caption, second, _) in enumerate(panels):
         x, y = place(i)
-        pen.text((x + side / 2, y), fit(caption, size, side), fill=INK, font=font(size), anchor="ma")
-        pen.text((x + side / 2, y + size + 4), fit(second, size - 1, side), fill=PALE, font=font(size - 1), anchor="ma")
+        pen.text(
+            (x + side / 2, y), fit(caption, size, side), fill=INK, font=font(size), anchor="ma"
+        )
+        pen.text(
+            (x + side / 2, y + size + 4),
+            fit(second, size - 1, side),
+            fill=PALE,
+            font=font(size - 1),
+            anchor="ma",
+        )
     save(path, sheet)
 
 
@@ -119,7 +158,11 @@ def read_log(folder):
                 series[name][1].append(float(value))
     if not series:
         raise UserError(f"{path}: expected lines of a run, found none")
-    return {name: tuple(map(np.array, s)) for name, s in series.items() if name != "skipped" or max(s[1]) > 0}
+    return {
+        name: tuple(map(np.array, s))
+        for name, s in series.items()
+        if name != "skipped" or max(s[1]) > 0
+    }
 
 
 def running_mean(y, window):
@@ -134,10 +177,12 @@ def ticks(low, high, log):
     """Two to six round numbers within low..high; powers of ten of a logarithmic axis: at most five, perhaps one."""
     if log:
         powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
-        return list(powers)[::max(1, -(-len(powers) // 4))]
+        return list(powers)[:: max(1, -(-len(powers) // 4))]
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(m * step for m in (0.5, 1, 2, 5, 10) if (high - low) / (m * step) <= 5)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=14):
@@ -147,7 +192,14 @@ def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=
     columns, left, head, foot = min(columns, len(names)), 58, size + 8, size + 8
     last = max(int(t.max()) for _, log in logs for t, _ in log.values())
     top = margin + size + 16
-    sheet = Image.new("RGB", (columns * (width + left + margin) + margin, top + -(-len(names) // columns) * (height + head + foot + margin)), "white")
+    sheet = Image.new(
+        "RGB",
+        (
+            columns * (width + left + margin) + margin,
+            top + -(-len(names) // columns) * (height + head + foot + margin),
+        ),
+        "white",
+    )
     texts = [((margin, margin + size), title, INK, "ls", size + 2)]
     x = margin + width_of(title, size + 2) + 24
     for k, (label, _) in enumerate(logs if len(logs) > 1 else []):
@@ -155,7 +207,10 @@ def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=
         x += width_of(label, size) + 18
     sheet = sheet if x < sheet.width else sheet.resize((x, sheet.height))  # blank so far
     for p, name in enumerate(names):
-        x0, y0 = margin + p % columns * (width + left + margin) + left, top + p // columns * (height + head + foot + margin) + head
+        x0, y0 = (
+            margin + p % columns * (width + left + margin) + left,
+            top + p // columns * (height + head + foot + margin) + head,
+        )
         drawn = [(k, *log[name]) for k, (_, log) in enumerate(logs) if name in log]
         values = np.concatenate([y for _, _, y in drawn])
         values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
@@ -169,7 +224,12 @@ def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=
         pad = 0.06 * (high - low) or max(abs(high), 1e-3) * 0.06
         low, high = low - pad, high + pad
         right = lambda t: t / max(last, 1) * width * FINE
-        up = lambda y: (high - np.clip(f(np.maximum(y, 1e-300)) if log else y, low, high)) / (high - low) * height * FINE
+        up = lambda y: (
+            (high - np.clip(f(np.maximum(y, 1e-300)) if log else y, low, high))
+            / (high - low)
+            * height
+            * FINE
+        )
         plot = Image.new("RGB", (width * FINE, height * FINE), "white")
         pen = ImageDraw.Draw(plot)
         for v in ticks(low, high, log):
@@ -183,28 +243,50 @@ def curves(path, logs, title, columns=3, width=330, height=150, size=13, margin=
                 if not len(y):
                     continue
                 y = running_mean(y, max(1, len(y) // 25)) if dark else y
-                colour = COLOURS[k % len(COLOURS)] if dark else tuple(255 - (255 - c) // 4 for c in COLOURS[k % len(COLOURS)])
+                colour = (
+                    COLOURS[k % len(COLOURS)]
+                    if dark
+                    else tuple(255 - (255 - c) // 4 for c in COLOURS[k % len(COLOURS)])
+                )
                 line = list(zip(right(t), up(y)))
                 if len(line) == 1:
-                    pen.ellipse([line[0][0] - 6, line[0][1] - 6, line[0][0] + 6, line[0][1] + 6], fill=colour)
+                    pen.ellipse(
+                        [line[0][0] - 6, line[0][1] - 6, line[0][0] + 6, line[0][1] + 6],
+                        fill=colour,
+                    )
                 pen.line(line, fill=colour, width=2 * FINE if dark else FINE, joint="curve")
-        pen.rectangle([0, 0, width * FINE - 1, height * FINE - 1], outline=(200, 200, 200), width=FINE)
+        pen.rectangle(
+            [0, 0, width * FINE - 1, height * FINE - 1], outline=(200, 200, 200), width=FINE
+        )
         sheet.paste(plot.resize((width, height), Image.LANCZOS), (x0, y0))
         texts.append(((x0, y0 - 7), name + ", log scale" * log, INK, "ls", size))
-        texts += [((x0, y0 + height + 4), "0", PALE, "la", size - 2), ((x0 + width, y0 + height + 4), f"iteration {last + 1:,}", PALE, "ra", size - 2)]
+        texts += [
+            ((x0, y0 + height + 4), "0", PALE, "la", size - 2),
+            ((x0 + width, y0 + height + 4), f"iteration {last + 1:,}", PALE, "ra", size - 2),
+        ]
     pen = ImageDraw.Draw(sheet)
     for at, text, colour, anchor, points in texts:
         pen.text(at, text, fill=colour, font=font(points), anchor=anchor)
-    save(path, sheet.quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE))  # a third of the bytes; colours move by about 10 of 255
+    save(
+        path, sheet.quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    )  # a third of the bytes; colours move by about 10 of 255
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("runs", nargs="+", help="folders of runs")
     p.add_argument("--out", help="PNG; default samples/log.png of the first run")
     args = p.parse_args(argv)
     out = Path(args.out or Path(args.runs[0]) / "samples" / "log.png")
-    curves(out, [(Path(run).resolve().name, read_log(run)) for run in args.runs], Path(args.runs[0]).resolve().name)
+    curves(
+        out,
+        [(Path(run).resolve().name, read_log(run)) for run in args.runs],
+        Path(args.runs[0]).resolve().name,
+    )
     print(out)
 
 

@@ -11,9 +11,9 @@ from common.errors import UserError
 from common.files import LOAD_ERRORS, read_json, save_weights
 from common.model import EXTRAS, Model, layers_at, load_extras
 
-warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.42 calls it dtype, 0.35 knows the old name only
-
-
+warnings.filterwarnings(
+    "ignore", "`torch_dtype` is deprecated", FutureWarning
+)  # diffusers 0.42 calls it dtype, 0.35 knows the old name only
 
 
 class Pipeline(Model):
@@ -26,7 +26,9 @@ class Pipeline(Model):
     settings = ()  # what the network is told beside time and text: names of attributes; flags, and kept with a student
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
-        object.__setattr__(self, "vae", vae)  # not registered as a module: optimisers, copies and checkpoints do not see it
+        object.__setattr__(
+            self, "vae", vae
+        )  # not registered as a module: optimisers, copies and checkpoints do not see it
         shape = self.latent_shape(net.config, size)
         super().__init__(net, self.make_schedule(scheduler, shape, net.config), prediction, shape)
 
@@ -40,7 +42,14 @@ class Pipeline(Model):
     @staticmethod
     def scale(c):
         """Pixels per latent, along one side; c: the VAE's configuration."""
-        return 2 ** (len(c.encoder_block_out_channels if hasattr(c, "encoder_block_out_channels") else c.block_out_channels) - 1)
+        return 2 ** (
+            len(
+                c.encoder_block_out_channels
+                if hasattr(c, "encoder_block_out_channels")
+                else c.block_out_channels
+            )
+            - 1
+        )
 
     @classmethod
     def patch(cls, c):
@@ -52,21 +61,34 @@ class Pipeline(Model):
     def check(cls, name, c, vae, size, frames, guidance):
         """UserError if the flags ask for what this teacher cannot. c, vae: configurations; size: [height, width]."""
         if frames is not None and not cls.video:
-            raise UserError(f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}")
+            raise UserError(
+                f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}"
+            )
         if frames is not None and (frames < 1 or (frames - 1) % vae.scale_factor_temporal):
-            raise UserError(f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher")
+            raise UserError(
+                f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher"
+            )
         if guidance is not None and not getattr(c, "guidance_embeds", False):
-            raise UserError(f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}; --cfg is for all")
+            raise UserError(
+                f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}; --cfg is for all"
+            )
         if size is None:
             return
-        unit, flag = cls.scale(vae) * cls.patch(c), f"--size {'x'.join(map(str, dict.fromkeys(size)))}"
+        unit, flag = (
+            cls.scale(vae) * cls.patch(c),
+            f"--size {'x'.join(map(str, dict.fromkeys(size)))}",
+        )
         most = getattr(c, "pos_embed_max_size", None) or math.inf
         if min(size) < 1 or any(n % unit for n in size):
             raise UserError(f"{flag}: expected a multiple of {unit} pixels for this teacher")
         if max(size) > most * unit:
-            raise UserError(f"{flag}: expected at most {most * unit} pixels along a side for this teacher")
+            raise UserError(
+                f"{flag}: expected at most {most * unit} pixels along a side for this teacher"
+            )
         if cls.square and size[0] != size[1]:
-            raise UserError(f"{flag}: expected a square, the network of this teacher knows no other pictures")
+            raise UserError(
+                f"{flag}: expected a square, the network of this teacher knows no other pictures"
+            )
 
     # -- loading
 
@@ -74,9 +96,14 @@ class Pipeline(Model):
     def text_pipeline(cls, folder, dtype):
         """The pipeline without network and VAE: for `text`."""
         import diffusers
-        empty = [k for k, v in read_json(Path(folder) / "model_index.json").items() if v == [None, None]]
+
+        empty = [
+            k for k, v in read_json(Path(folder) / "model_index.json").items() if v == [None, None]
+        ]
         without = dict.fromkeys([cls.part, "vae", *cls.without, *empty])
-        return getattr(diffusers, cls.pipeline).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **without)
+        return getattr(diffusers, cls.pipeline).from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, **without
+        )
 
     without = ()  # further components that are not loaded
     pickles = False  # .bin files (weights only, no code) where there are no safetensors
@@ -84,15 +111,20 @@ class Pipeline(Model):
     @classmethod
     def load_net(cls, folder, dtype, sub=None):
         import diffusers
+
         sub = cls.part if sub is None else sub
-        return getattr(diffusers, cls.network).from_pretrained(folder, **(dict(subfolder=sub) if sub else {}), torch_dtype=dtype, use_safetensors=True)
+        return getattr(diffusers, cls.network).from_pretrained(
+            folder, **(dict(subfolder=sub) if sub else {}), torch_dtype=dtype, use_safetensors=True
+        )
 
     def load_student(self, folder, info):
         """A student of this teacher from its folder (`save`)."""
         try:
-            student = self.around(self.load_net(folder, torch.float32, ""))
+            student = self.with_network(self.load_net(folder, torch.float32, ""))
         except LOAD_ERRORS as e:
-            raise UserError(f"{folder}: expected a network {self.network} as diffusers saves it: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(
+                f"{folder}: expected a network {self.network} as diffusers saves it: {' '.join(str(e).split())[:200]}"
+            ) from None
         load_extras(folder, info, student)
         student.folder = Path(folder)
         return student
@@ -111,11 +143,18 @@ class Pipeline(Model):
         """Prompts (list), or None: the null prompt as this pipeline has it -> dict of tensors [n, ...]."""
         raise NotImplementedError
 
-    def encode(self, labels):  # the numbers themselves go along: they tell whose sample it is (Routed)
-        return dict(self.table.rows(torch.as_tensor(labels).cpu(), self.device), labels=torch.as_tensor(labels, device=self.device))
+    def encode(
+        self, labels
+    ):  # the numbers themselves go along: they tell whose sample it is (Routed)
+        return dict(
+            self.table.rows(torch.as_tensor(labels).cpu(), self.device),
+            labels=torch.as_tensor(labels, device=self.device),
+        )
 
     def null(self, n):
-        return self.table.nulls(n, self.device) | dict(labels=torch.full((n,), self.classes, device=self.device))
+        return self.table.nulls(n, self.device) | dict(
+            labels=torch.full((n,), self.classes, device=self.device)
+        )
 
     # -- latents and pixels
 
@@ -124,7 +163,10 @@ class Pipeline(Model):
     def latent_shape(self, c, size):
         """size: [height, width] of the picture in pixels, or None for what the network was built for."""
         size = size or self.built_for
-        return (c.in_channels, *((c.sample_size,) * 2 if size is None else (n // self.vae_scale for n in size)))
+        return (
+            c.in_channels,
+            *((c.sample_size,) * 2 if size is None else (n // self.vae_scale for n in size)),
+        )
 
     @property
     def vae_scale(self):
@@ -144,7 +186,9 @@ class Pipeline(Model):
         """Latents -> uint8 images [n, 3, H, W], `at_once` at a time."""
         vae = self.vae.to(x.device)
         shift, scale = self.latent_stats()
-        images = [self.from_vae((part / scale + shift).to(vae.dtype)) for part in x.split(self.at_once)]
+        images = [
+            self.from_vae((part / scale + shift).to(vae.dtype)) for part in x.split(self.at_once)
+        ]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()
@@ -167,10 +211,10 @@ class Pipeline(Model):
 
     # -- the network
 
-    def sites(self, depths=(0.5,)):
+    def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.transformer_blocks, depths)
 
-    def hidden(self, h):
+    def to_feature_map(self, h):
         """Output of a block, image tokens [B, h w, D] or a map -> [B, D, h, w]. Blocks of joint attention give (text tokens, image tokens)."""
         h = h[-1] if isinstance(h, tuple) else h
         if h.ndim == 4:
@@ -191,9 +235,20 @@ class Pipeline(Model):
 
 
 def vp_schedule(scheduler):
-    if scheduler.get("beta_schedule") not in ("scaled_linear", "linear") or scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr"):
-        raise UserError(f"scheduler: expected beta_schedule linear or scaled_linear without rescaling, found {scheduler.get('beta_schedule')!r}")
-    return schedules.VP(scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"])
+    if (
+        scheduler.get("beta_schedule") not in ("scaled_linear", "linear")
+        or scheduler.get("trained_betas")
+        or scheduler.get("rescale_betas_zero_snr")
+    ):
+        raise UserError(
+            f"scheduler: expected beta_schedule linear or scaled_linear without rescaling, found {scheduler.get('beta_schedule')!r}"
+        )
+    return schedules.VP(
+        scheduler["num_train_timesteps"],
+        scheduler["beta_start"],
+        scheduler["beta_end"],
+        scheduler["beta_schedule"],
+    )
 
 
 def flow_schedule(scheduler, tokens=None):

@@ -24,7 +24,9 @@ def read_prompts(path):
     prompts = []
     for i, line in enumerate(lines, 1):
         if len(line) > 4 * LONGEST:
-            raise UserError(f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, found {len(line)} bytes")
+            raise UserError(
+                f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, found {len(line)} bytes"
+            )
         try:
             prompts.append(line.decode().strip())
         except UnicodeDecodeError:
@@ -44,7 +46,10 @@ class PromptEmbeddings:
     def rows(self, index, device):
         """index: int64 [n] -> dict of tensors [n, ...]."""
         index = index.tolist()
-        return {k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device) for k in self.null}
+        return {
+            k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device)
+            for k in self.null
+        }
 
     def append(self, other):
         """Takes the rows of another table in, behind its own -> number of the first of them. Numbers between may have no row."""
@@ -62,19 +67,29 @@ def pad_to_same_length(parts):
         longest = max(p[k].shape[1] if p[k].ndim > 1 else 0 for p in parts)
         for p in parts:
             if p[k].ndim > 1 and p[k].shape[1] < longest:
-                p[k] = torch.cat([p[k], p[k].new_zeros(len(p[k]), longest - p[k].shape[1], *p[k].shape[2:])], 1)
+                p[k] = torch.cat(
+                    [p[k], p[k].new_zeros(len(p[k]), longest - p[k].shape[1], *p[k].shape[2:])], 1
+                )
 
 
 def stamp_text_encoders(folder):
     """What changes when the text encoders of a local folder do: names, sizes and times of their files."""
-    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(("text_encoder", "tokenizer")))
+    files = sorted(
+        p
+        for p in Path(folder).glob("t*/*")
+        if p.parent.name.startswith(("text_encoder", "tokenizer"))
+    )
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 @torch.no_grad()
 def embed_prompts(cls, folder, prompts, device, dtype, cache, say, once):
     """Table of the prompts, from the cache if it has them. `once`: runs a function on rank 0 while the others wait (Run.once)."""
-    key = hashlib.sha256(json.dumps([cls.__name__, str(folder), stamp_text_encoders(folder), str(dtype), prompts]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps(
+            [cls.__name__, str(folder), stamp_text_encoders(folder), str(dtype), prompts]
+        ).encode()
+    ).hexdigest()[:16]
     home = Path(cache or ROOT / "out" / "prompts") / f"{Path(str(folder)).name}-{key}"
 
     def compute():
@@ -85,8 +100,13 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say, once):
         try:
             pipe = cls.text_pipeline(folder, dtype).to(device)
         except LOAD_ERRORS as e:
-            raise UserError(f"--teacher {folder}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
-        parts = [{k: v.cpu() for k, v in cls.text(pipe, prompts[i:i + 16]).items()} for i in range(0, len(prompts), 16)]
+            raise UserError(
+                f"--teacher {folder}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            ) from None
+        parts = [
+            {k: v.cpu() for k, v in cls.text(pipe, prompts[i : i + 16]).items()}
+            for i in range(0, len(prompts), 16)
+        ]
         null = {k: v[:1].cpu() for k, v in cls.text(pipe, None).items()}
         del pipe
         gc.collect()
@@ -96,14 +116,21 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say, once):
         home.mkdir(parents=True, exist_ok=True)
         whole = {k: torch.cat([p[k] for p in parts]) for k in null}
         for i in range(0, len(prompts), SHARD):
-            save_weights(home / f"{i // SHARD:05d}.safetensors", {k: v[i:i + SHARD] for k, v in whole.items()})
+            save_weights(
+                home / f"{i // SHARD:05d}.safetensors",
+                {k: v[i : i + SHARD] for k, v in whole.items()},
+            )
         save_weights(home / "null.safetensors", null)
         with atomic(home / "done.json") as f:
             f.write(json.dumps(dict(prompts=len(prompts))).encode())
 
     try:
         once(compute)
-        parts = [load_file(home / f"{i // SHARD:05d}.safetensors") for i in range(0, len(prompts), SHARD)]
+        parts = [
+            load_file(home / f"{i // SHARD:05d}.safetensors") for i in range(0, len(prompts), SHARD)
+        ]
         return PromptEmbeddings(parts, load_file(home / "null.safetensors"))
     except (OSError, SafetensorError) as e:
-        raise UserError(f"--cache-prompts {home}: expected to read and write embeddings there, found: {str(e).splitlines()[0]}; delete it to encode again") from None
+        raise UserError(
+            f"--cache-prompts {home}: expected to read and write embeddings there, found: {str(e).splitlines()[0]}; delete it to encode again"
+        ) from None

@@ -35,13 +35,13 @@ class Toy(Model):
         c_in = (t**2 + self.sigma_data**2).rsqrt()
         return self.net((x * c_in[:, None]).to(self.net.inp.weight.dtype), t, cond["labels"])
 
-    def fits(self):
+    def expected_shape(self):
         return (2,), self.net.config["classes"]
 
-    def embedders(self):
+    def time_embedders(self):
         return [self.net.label], self.net.config["width"]
 
-    def sites(self, depths=(0.5,)):
+    def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.hidden, depths)
 
     def encode(self, labels):
@@ -52,7 +52,11 @@ class Toy(Model):
         return dict(labels=torch.full((n,), self.classes, device=self.device))
 
     def copy(self, adapters=None):
-        twin = super().copy(dict(adapters, targets=adapters["targets"] or ["inp", "hidden.0", "hidden.1"]) if adapters else None)
+        twin = super().copy(
+            dict(adapters, targets=adapters["targets"] or ["inp", "hidden.0", "hidden.1"])
+            if adapters
+            else None
+        )
         twin.exact = False
         return twin
 
@@ -72,8 +76,12 @@ class Toy(Model):
         """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
         ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).floor().long()
         ij = ij[((ij >= 0) & (ij < size)).all(1)]
-        count = torch.bincount((size - 1 - ij[:, 1]) * size + ij[:, 0], minlength=size * size).reshape(1, 1, size, size)
-        return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(torch.uint8)
+        count = torch.bincount(
+            (size - 1 - ij[:, 1]) * size + ij[:, 0], minlength=size * size
+        ).reshape(1, 1, size, size)
+        return 255 - (count.float().log1p() / count.float().log1p().max().clamp(min=1e-6) * 255).to(
+            torch.uint8
+        )
 
 
 class Mixture:
@@ -88,16 +96,29 @@ class Mixture:
         """n clean points, float32 [n, 2]; labels: int64 [n] chooses components, default uniform."""
         if labels is None:
             labels = torch.randint(self.modes, (n,), generator=generator)
-        return (self.means[labels] + self.std * torch.randn(n, 2, generator=generator, dtype=torch.float64)).float()
+        return (
+            self.means[labels]
+            + self.std * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        ).float()
 
     def log_parts(self, x_t, alpha, sigma, labels=None):
         """log of each component's share of p_t(x_t), [n, K]; labels [n]: K (= no label) keeps all components, k keeps only component k."""
         a, s = expand(alpha, x_t), expand(sigma, x_t)
         var = (a * self.std) ** 2 + s**2  # of one component of x_t = alpha x0 + sigma eps
-        d2 = (x_t[:, None].double() - a.reshape(-1, 1, 1) * self.means.to(x_t.device)).square().sum(-1)  # [n, K]
-        logp = -0.5 * d2 / var.reshape(-1, 1) - (2 * math.pi * var).log().reshape(-1, 1) - math.log(self.modes)
+        d2 = (
+            (x_t[:, None].double() - a.reshape(-1, 1, 1) * self.means.to(x_t.device))
+            .square()
+            .sum(-1)
+        )  # [n, K]
+        logp = (
+            -0.5 * d2 / var.reshape(-1, 1)
+            - (2 * math.pi * var).log().reshape(-1, 1)
+            - math.log(self.modes)
+        )
         if labels is not None:
-            keep = (labels[:, None] == self.modes) | (labels[:, None] == torch.arange(self.modes, device=x_t.device))
+            keep = (labels[:, None] == self.modes) | (
+                labels[:, None] == torch.arange(self.modes, device=x_t.device)
+            )
             logp = logp.masked_fill(~keep, -torch.inf)
         return logp
 
@@ -117,7 +138,9 @@ class Mixture:
     def score(self, x_t, alpha, sigma, labels=None):
         """grad_x log p_t(x_t), [n, 2]: the components' scores, weighted by responsibility. Finite at sigma = 0, where Tweedie's formula is 0 / 0."""
         a, s = expand(alpha, x_t).reshape(-1, 1, 1), expand(sigma, x_t).reshape(-1, 1, 1)
-        each = (a * self.means.to(x_t.device) - x_t[:, None].double()) / ((a * self.std) ** 2 + s**2)  # [n, K, 2]
+        each = (a * self.means.to(x_t.device) - x_t[:, None].double()) / (
+            (a * self.std) ** 2 + s**2
+        )  # [n, K, 2]
         r = self.log_parts(x_t, alpha, sigma, labels).softmax(1)
         return (r[..., None] * each).sum(1).to(x_t.dtype)
 
@@ -137,7 +160,9 @@ class MLP(nn.Module):
     def forward(self, x, sigma, labels):
         c_noise = sigma.log()[:, None] / 4
         phase = c_noise * torch.arange(1, self.freqs + 1, device=x.device) * (math.pi / 2)
-        h = nn.functional.silu(self.inp(torch.cat([x, phase.cos(), phase.sin()], 1)) + self.label(labels))
+        h = nn.functional.silu(
+            self.inp(torch.cat([x, phase.cos(), phase.sin()], 1)) + self.label(labels)
+        )
         for layer in self.hidden:
             h = nn.functional.silu(layer(h))
         return self.out(h)
@@ -147,13 +172,19 @@ def energy_distance(x, y):
     """Squared energy distance 2 E|x-y| - E|x-x'| - E|y-y'| of two point sets [n, d], [m, d]: unbiased, 0 for equal distributions, in units of x."""
     x, y = x.double(), y.double()
     n, m = len(x), len(y)
-    return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).sum() / (n * (n - 1)) - torch.cdist(y, y).sum() / (m * (m - 1)))
+    return float(
+        2 * torch.cdist(x, y).mean()
+        - torch.cdist(x, x).sum() / (n * (n - 1))
+        - torch.cdist(y, y).sum() / (m * (m - 1))
+    )
 
 
 def sliced_wasserstein(x, y, projections=128, seed=0):
     """Mean over random directions of the 1-D Wasserstein-2 distance of the projections, for sets of equal size [n, d]. In units of x."""
     g = torch.Generator().manual_seed(seed)
-    w = nn.functional.normalize(torch.randn(x.shape[1], projections, generator=g, dtype=torch.float64), dim=0).to(x.device)
+    w = nn.functional.normalize(
+        torch.randn(x.shape[1], projections, generator=g, dtype=torch.float64), dim=0
+    ).to(x.device)
     a, b = (x.double() @ w).sort(0).values, (y.double() @ w).sort(0).values
     return float((a - b).square().mean(0).sqrt().mean())
 
@@ -161,4 +192,6 @@ def sliced_wasserstein(x, y, projections=128, seed=0):
 def mode_shares(x, mixture):
     """Share of the points [n, 2] nearest to each mode [K], and the share within 3 standard deviations of their mode."""
     d, k = torch.cdist(x.double(), mixture.means.to(x.device)).min(1)
-    return torch.bincount(k, minlength=mixture.modes).double() / len(x), float((d < 3 * mixture.std).double().mean())
+    return torch.bincount(k, minlength=mixture.modes).double() / len(x), float(
+        (d < 3 * mixture.std).double().mean()
+    )

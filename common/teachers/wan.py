@@ -11,7 +11,13 @@ class Wan(Pipeline):
     """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
     noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
 
-    adapter, pipeline, network, video, at_once = "wan", "WanPipeline", "WanTransformer3DModel", True, 1
+    adapter, pipeline, network, video, at_once = (
+        "wan",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        True,
+        1,
+    )
     without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
     built_for = 480, 832
 
@@ -28,33 +34,53 @@ class Wan(Pipeline):
 
     @classmethod
     def networks(cls, index):
-        one = index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [None, None]
+        one = index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [
+            None,
+            None,
+        ]
         return [cls.part] if one else [cls.part, "transformer_2"]
 
     def assembled(self, folder, index, dtype, nets):
         if len(nets) == 1:
             return self
         s = float(index["boundary_ratio"])
-        edge = torch.nextafter(torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))  # the first expert has t = s as well
-        model = Routed([self, self.around(self.load_net(folder, dtype, nets[1]))], "level", [float(edge)])
+        edge = torch.nextafter(
+            torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+        )  # the first expert has t = s as well
+        model = Routed(
+            [self, self.with_network(self.load_net(folder, dtype, nets[1]))], "level", [float(edge)]
+        )
         model.folder = self.folder
         return model
 
     @classmethod
     def text(cls, pipe, prompts):
-        return dict(text=pipe.encode_prompt(prompts or [""], do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device)[0])
+        return dict(
+            text=pipe.encode_prompt(
+                prompts or [""],
+                do_classifier_free_guidance=False,
+                max_sequence_length=512,
+                device=pipe.device,
+            )[0]
+        )
 
     def predict(self, x, t, cond):
-        return self.net(x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
+        return self.net(
+            x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False
+        )[0]
 
-    def embedders(self):
-        return [self.net.condition_embedder.time_embedder], self.net.condition_embedder.time_embedder.linear_2.out_features
+    def time_embedders(self):
+        return [
+            self.net.condition_embedder.time_embedder
+        ], self.net.condition_embedder.time_embedder.linear_2.out_features
 
-    def sites(self, depths=(0.5,)):
+    def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.blocks, depths)
 
-    def hidden(self, h):  # [B, F h w, D]: a map of the frames one below the other
-        return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2])
+    def to_feature_map(self, h):  # [B, F h w, D]: a map of the frames one below the other
+        return h.transpose(1, 2).reshape(
+            len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2]
+        )
 
     @staticmethod
     def scale(c):
@@ -70,4 +96,6 @@ class Wan(Pipeline):
     def rows(self, x):
         """First, middle and last frame, one below the other."""
         video = self.decode(x)
-        return torch.cat([video[:, :, i] for i in dict.fromkeys((0, self.frames // 2, self.frames - 1))], 2)
+        return torch.cat(
+            [video[:, :, i] for i in dict.fromkeys((0, self.frames // 2, self.frames - 1))], 2
+        )
