@@ -104,6 +104,13 @@ class Model(nn.Module):
         """cond of n unconditional samples."""
         raise NotImplementedError
 
+    def random_cond(self, draw):
+        """cond of a batch with uniformly drawn labels (of a text-to-image model: prompts of its list).
+
+        draw: BatchRandom of common/rng.py. A model without classes gets label 0 for every sample.
+        """
+        return self.encode(draw.randint(0, max(self.classes, 1)))
+
     def drop_condition(self, cond, empty):
         """cond of n samples, the unconditional one where `empty` [n] is true."""
         null = self.null(len(empty))

@@ -221,6 +221,28 @@ def from_config(config):
     return schedule
 
 
+# ---- noisy samples --------------------------------------------------------------------------------
+
+
+def add_noise(x, alpha, sigma, eps):
+    """x_t = alpha x + sigma eps, equation (1), in the dtype of x.
+
+    x, eps: [B, ...]; alpha, sigma: numbers or tensors, 0-d or [B].
+    """
+    return (expand(alpha, x) * x + expand(sigma, x) * eps).to(x.dtype)
+
+
+def initial_noise(schedule, t, z):
+    """Pure noise as the first input of a sampler at time t, in the dtype of z.
+
+    z: unit noise [B, ...]; t: 0-d or [B]. On a VP schedule noisy samples have unit norm at every t,
+    and so has z: it is returned as it is. Otherwise the noise is sigma(t) z.
+    """
+    if schedule.unit_norm:
+        return z
+    return (expand(schedule.sigma(t), z) * z).to(z.dtype)
+
+
 # ---- conversions: what a network says, given x_t = alpha x0 + sigma eps -----------------------------------------------------------------
 # prediction   meaning                                              used by
 #   x0         clean sample                                         toy
