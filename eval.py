@@ -451,7 +451,7 @@ def make_rows(args, dtype):
             rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
     for row in rows:
         row["model"].dtype = dtype
-        if getattr(row["teacher"], "video", False):
+        if row["teacher"].video:
             raise UserError(
                 f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames"
             )

@@ -352,7 +352,7 @@ def main():
     classes = max(teacher.classes, 1)
     if args.students > (
         found := classes
-        if hasattr(teacher, "prompts")
+        if teacher.prompts is not None
         else len(teacher.encode(torch.arange(classes))["labels"].unique())
     ):
         raise UserError(

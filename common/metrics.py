@@ -43,8 +43,8 @@ class Extractor:
     def __init__(self, teacher):
         e, shape, text = (
             teacher.evaluation,
-            getattr(teacher, "image_shape", teacher.shape),
-            hasattr(teacher, "prompts"),
+            teacher.image_shape,
+            teacher.prompts is not None,
         )
         for key in (
             "protocol",

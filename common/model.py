@@ -50,6 +50,10 @@ class Model(nn.Module):
 
     adapter = None  # name in teacher.json
     part = "transformer"  # name of the network in a LoRA file, that of its place in a pipeline
+    settings = ()  # attributes that the network gets besides time and condition, kept with a student
+    video = False  # samples are videos
+    vae = None  # a teacher of latents: the autoencoder
+    prompts = None  # a teacher of text: list of str
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
         super().__init__()
@@ -132,6 +136,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     # -- what every model can do
+
+    @property
+    def image_shape(self):
+        """Shape of what `decode` returns, without batch."""
+        return self.shape
 
     @property
     def device(self):
@@ -391,7 +400,7 @@ def layers_at(layers, depths):
 
 def load_extras(folder, info, model):
     """What a student has beside its network's weights, if the folder's `info` says so: numbers it is told, conditions that `extend` added."""
-    for name in getattr(model, "settings", ()):
+    for name in model.settings:
         if name in info:
             if (
                 isinstance(info[name], bool)

@@ -32,7 +32,7 @@ class Pairs:
         )  # not the noise of sample grids and metrics
         what = [
             run.args.teacher,
-            getattr(teacher, "prompts", teacher.classes),
+            teacher.classes if teacher.prompts is None else teacher.prompts,
             list(teacher.shape),
             self.seed,
             n,

@@ -46,7 +46,7 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
         4000
         if teacher.adapter == "toy"
         else n
-        if teacher.shape[-1] <= 64 and not hasattr(teacher, "prompts")
+        if teacher.shape[-1] <= 64 and teacher.prompts is None
         else 8
     )
     one = lambda fn, model: torch.cat(

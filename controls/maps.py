@@ -142,7 +142,7 @@ class Control:
             raise UserError(
                 f"--control {name}: expected a folder as --control-model with depth (an estimator) or image (a CLIP encoder), and only there, found {folder}"
             )
-        self.shape = None if toy else getattr(model, "image_shape", model.shape)
+        self.shape = None if toy else model.image_shape
         if name == "class":
             if model.classes and not toy or getattr(model, "labelled", False):
                 raise UserError(

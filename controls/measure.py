@@ -12,7 +12,7 @@ def control_error(model, n=1000, seed=0, batch=250):
     """Conditions of samples of the generator, obeyed from other noise -> dict. error: mean distance of the condition and that of the output; chance: the
     same without control; diversity: mean distance of two outputs under one condition, spread: of two samples without control, both RMS over an image."""
     out = {k: [] for k in ("error", "chance", "diversity", "spread")}
-    if hasattr(model, "prompts"):  # large pictures
+    if model.prompts is not None:  # large pictures
         n, batch = min(n, 256), GROUP
     n = max(GROUP, n // GROUP * GROUP)
     for part in torch.arange(n).split(max(GROUP, batch // GROUP * GROUP)):
@@ -57,7 +57,7 @@ def control_summary(r):
 @torch.no_grad()
 def control_rows(model, seed=0, n=20):
     """Rows of a picture: the condition, the sample that it is of, what another noise makes of it, and the condition of that."""
-    n = 4 if hasattr(model, "prompts") else n
+    n = 4 if model.prompts is not None else n
     noise = PerImageNoise(seed, range(n), model.device)
     cond = model.encode(torch.arange(n) % max(model.classes, 1))
     z, other, r = noise(*model.shape), noise(*model.shape), torch.special.ndtr(noise(4))

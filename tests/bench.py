@@ -38,12 +38,11 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import random_teachers
-
 from common import data
 from common.model import Model
 from common.run import Run
 from controls.controlled import Controlled
+from tools import random_teachers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
@@ -208,8 +207,8 @@ def versus(script, rev, pairs, argv):
             ["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=ROOT, check=True
         )
         try:
-            for name in ("bench.py", "random_teachers.py", "networks.json"):
-                shutil.copy(ROOT / "tests" / name, os.path.join(old, "tests", name))
+            for name in ("tests/bench.py", "tools/random_teachers.py", "tools/networks.json"):
+                shutil.copy(ROOT / name, os.path.join(old, name))
             for i in range(pairs):
                 a, b = (once(ROOT), once(old)) if i % 2 == 0 else reversed([once(old), once(ROOT)])
                 found.append((a, b))

@@ -2,7 +2,7 @@
 
     python tests/memory.py
 
-Counts of sd15, sdxl, sana, sd3 are those of tests/networks.json; the others are diffusers' default configurations, which are the published networks', the two
+Counts of sd15, sdxl, sana, sd3 are those of tools/networks.json; the others are diffusers' default configurations, which are the published networks', the two
 sizes of Wan by its model card, DiT-XL/2 by its paper, OpenAI's ImageNet-64 network by diffusers' conversion script. Bytes as in Run.budget: bf16 frozen teacher
 (pixel teachers: fp32), 16 for each trained number, 4 for the average. No activations, no VAE. Everything here is an estimate; nothing was measured.
 """
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import random_teachers  # noqa: E402
-
 from common import lora
+from tools import random_teachers  # noqa: E402
 
 BLOCKS = (
     "ResnetDownsampleBlock2D AttnDownBlock2D AttnDownBlock2D AttnDownBlock2D",

@@ -4,16 +4,19 @@ import json
 import os
 
 import pytest
-import tiny
 import torch
+from helpers import pipelines
 from PIL import Image
 from test_data import picture
 from test_teachers import folders  # noqa: F401  the fixture: tiny pipelines
 
-from common.data import Images, Shards, load_images
+from common.data import Images, load_images
 from common.errors import UserError
 from common.files import ROOT
 from common.image_folder import LONGEST, read_captions, read_image
+from common.teachers import latents as latents_module
+from common.teachers import prompts as prompts_module
+from common.teachers.latents import Shards
 from common.teachers.load import load_model, load_pipeline
 from common.teachers.prompts import PromptEmbeddings
 from common.teachers.unet import SD15
@@ -196,7 +199,7 @@ def load(folders, name, home, cache, lines=None, **kw):  # noqa: F811
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
 def test_latents_and_captions(name, folders, tmp_path, monkeypatch):  # noqa: F811
     """What a script's two lines make of a batch is the image of the VAE and the embedding of its own caption; the prompts stay what they were."""
-    monkeypatch.setattr(data, "SHARD", 2)  # three files
+    monkeypatch.setattr(latents_module, "SHARD", 2)  # three files
     home = fill(tmp_path / "set")
     (home / "0.jpg").write_bytes(b"damaged")
     model, lines = load(folders, name, home, tmp_path / "cache"), []
@@ -268,7 +271,7 @@ def test_second_start_reads_the_caches(folders, tmp_path, monkeypatch):  # noqa:
     assert sum("encoding" in line for line in lines) == 3  # prompts, captions, latents
     with monkeypatch.context() as m:
         m.setattr(SD15, "text_pipeline", None)  # would fail if they were asked
-        m.setattr(data, "read_image", None)
+        m.setattr(latents_module, "read_images", None)
         lines.clear()
         model = load(folders, "sd15", home, tmp_path / "cache", lines)
         again = load_images(str(home), model, lines.append)
@@ -307,7 +310,7 @@ def test_bombs_and_nothing_else(folders, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_an_interrupted_encoding_goes_on(folders, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(data, "SHARD", 2)
+    monkeypatch.setattr(latents_module, "SHARD", 2)
     home = fill(tmp_path / "set")
     model, asked = load(folders, "sd15", home, tmp_path / "cache"), []
     real, count = model.encode_images, lambda x: (asked.append(len(x)), real(x))[1]
@@ -352,7 +355,7 @@ def test_embeddings_of_other_lengths():
 
 
 def test_rows_of_two_tables(monkeypatch):
-    monkeypatch.setattr(teachers, "SHARD", 2)
+    monkeypatch.setattr(prompts_module, "SHARD", 2)
     part = lambda *values: dict(pooled=torch.tensor(values)[:, None])
     table = PromptEmbeddings([part(0, 1), part(2)], part(9))
     first = table.append(PromptEmbeddings([part(10, 11), part(12)], part(9)))
@@ -401,7 +404,7 @@ RUNS = [
 
 @pytest.mark.parametrize("method, name, flags", RUNS)
 def test_script(method, name, flags, folders, scripts, tmp_path):  # noqa: F811
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = [
         "--teacher",

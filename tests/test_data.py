@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Images, load_folder, load_images, load_npz, read_image
+from common.data import Images, load_folder, load_images, load_npz
 from common.ema import EMA
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
+from common.image_folder import read_image
 from common.rng import BatchRandom, PerImageNoise, derive_seed
 from common.run import Run
 from common.teachers.load import load_teacher
@@ -332,7 +333,7 @@ def test_no_readable_image(tmp_path):
 
 
 def test_too_many_classes(folder):
-    teacher = SimpleNamespace(shape=(1, 8, 8), classes=2)
+    teacher = SimpleNamespace(vae=None, shape=(1, 8, 8), classes=2)
     with pytest.raises(UserError, match="at most 2 class subfolders for this teacher, found 3"):
         load_images(str(folder), teacher, lambda *a: None)
 
@@ -403,10 +404,15 @@ def test_damaged_npz(tmp_path):
 def test_images_of_a_teacher_must_fit_it(tmp_path):
     npz(tmp_path / "x.npz", **GOOD)
     teacher = SimpleNamespace(
-        adapter="dit", shape=(1, 8, 8), classes=2, folder=tmp_path, evaluation=dict(images="x.npz")
+        adapter="dit",
+        image_shape=(1, 8, 8),
+        classes=2,
+        prompts=None,
+        folder=tmp_path,
+        evaluation=dict(images="x.npz"),
     )
     assert len(load_images(None, teacher)) == 4
-    for change in (dict(classes=1), dict(shape=(3, 8, 8))):
+    for change in (dict(classes=1), dict(image_shape=(3, 8, 8))):
         with pytest.raises(UserError, match="x.npz: expected images"):
             load_images(None, SimpleNamespace(**dict(vars(teacher), **change)))
     with pytest.raises(UserError, match="ships no images"):

@@ -7,8 +7,8 @@ import tarfile
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import pipelines
 from PIL import Image
 
 from common import fid, metrics
@@ -632,7 +632,7 @@ def test_images_with_captions_for_losses_that_need_them(source, tmp_path, data):
 @pytest.mark.slow
 def test_a_student_of_it_is_trained_resumed_and_measured(folder, source, scripts, tmp_path):
     """The path of a text-to-image user: the teacher's own prompts, embeddings and latents of images kept on disk, a GAN loss, export, metrics."""
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     main(["images", "--source", str(source), "--out", str(tmp_path)])
     args = [
         "--teacher",

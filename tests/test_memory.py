@@ -9,9 +9,8 @@ import weakref
 import bench
 import memory
 import pytest
-import random_teachers
-import tiny
 import torch
+from helpers import pipelines
 from test_run import Box, run  # noqa: F401
 from test_scripts import QUICK, ROOT, checkpoint, log
 
@@ -22,6 +21,7 @@ from common.teachers.flow import Sana
 from common.teachers.load import load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.unet import SDXL
+from tools import random_teachers
 
 GB = 2**30
 
@@ -95,7 +95,7 @@ def test_shards_are_estimated_by_process(run, monkeypatch):  # noqa: F811
 def test_a_pipeline_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     """Its size is read from the headers of its files."""
     (tmp_path / "sd15").mkdir()
-    folder, asked = tiny.sd15(tmp_path / "sd15"), {}
+    folder, asked = pipelines.sd15(tmp_path / "sd15"), {}
 
     def budget(**sizes):
         asked.update(sizes)
@@ -119,7 +119,7 @@ def test_a_pipeline_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
 
 def test_both_experts_are_counted(tmp_path):
     (tmp_path / "wan").mkdir()
-    folder, asked = tiny.wan22(tmp_path / "wan"), {}
+    folder, asked = pipelines.wan22(tmp_path / "wan"), {}
     text = dict(prompts=["a"], cache=tmp_path / "cache", size=16, frames=1, say=lambda *a: None)
     model = load_teacher(str(folder), text=text, budget=lambda **sizes: asked.update(sizes))
     assert (
@@ -300,7 +300,7 @@ def test_runs_with_the_average_on_the_host(script, flags, scripts, tmp_path):
 def test_text_encoders_are_gone_before_the_network_comes(name, tmp_path, monkeypatch):
     """Every module of the pipeline that encodes prompts, when the network is about to be loaded."""
     (tmp_path / name).mkdir()
-    folder = getattr(tiny, name)(tmp_path / name)
+    folder = getattr(pipelines, name)(tmp_path / name)
     cls = dict(sdxl=SDXL, sana=Sana)[name]
     seen, alive, text_pipeline, load_net = [], [], cls.text_pipeline.__func__, cls.load_net.__func__
 

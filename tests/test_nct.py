@@ -984,7 +984,7 @@ def test_the_teacher_is_that_of_the_generator():
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     import diffusers
-    import tiny
+    from helpers import pipelines
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -994,7 +994,7 @@ def pipelines(tmp_path_factory):
     def get(name):
         if not (base / name).exists():
             (base / name).mkdir()
-            getattr(tiny, name)(base / name)
+            getattr(pipelines, name)(base / name)
         return base / name
 
     get.flags = ["--prompts", base / "prompts.txt", "--cache-prompts", base / "cache", "--batch", 2]

@@ -6,10 +6,9 @@ import types
 import warnings
 
 import pytest
-import random_teachers
-import tiny
 import torch
 from cases import MORE, SHORT
+from helpers import pipelines
 from test_scripts import QUICK, close, one_line, processes, same
 
 from common import shard
@@ -17,6 +16,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.sampling import generate
 from common.teachers.load import PIPELINES, load_model, load_pipeline, load_teacher
+from tools import random_teachers
 
 MORE = MORE | {
     "flowmap": [
@@ -168,7 +168,7 @@ def folder(tmp_path_factory):
     def get(name):
         if name not in made:
             (base / name).mkdir()
-            made[name] = getattr(tiny, name)(base / name)
+            made[name] = getattr(pipelines, name)(base / name)
         return made[name], [
             "--teacher",
             made[name],

@@ -6,8 +6,8 @@ import json
 import pytest
 import test_lora
 import test_teachers_flow
-import tiny
 import torch
+from helpers import pipelines
 from safetensors.torch import load_file
 from test_captions import fill
 from test_teachers import PROMPTS, SIZE, folders  # noqa: F401  the fixture: tiny pipelines
@@ -80,7 +80,7 @@ def place(tmp_path_factory):
     ),
 )
 def test_dmd2(name, nfe, lora, gan, folders, pictures, place, scripts, tmp_path):  # noqa: F811
-    scripts.load(*tiny.MODULES, "peft", "diffusers.loaders.peft")
+    scripts.load(*pipelines.MODULES, "peft", "diffusers.loaders.peft")
     folder, size = (
         folders(name),
         dict(SIZE.get(name, {})) | (dict(frames=1) if name.startswith("wan") and gan else {}),

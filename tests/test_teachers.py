@@ -6,13 +6,14 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import pipelines
 from safetensors.torch import load_file, save_file
 
 import dmd2
 from common.errors import UserError
 from common.schedules import EDM, VP, Flow, TrigFlow
+from common.teachers import load as loader
 from common.teachers.load import full_config, load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.prompts import read_prompts
@@ -42,7 +43,7 @@ def folders(tmp_path_factory):
     def get(name):
         if name not in made:
             (base / name).mkdir(exist_ok=True)  # a builder that skips leaves it
-            made[name] = getattr(tiny, name)(base / name)
+            made[name] = getattr(pipelines, name)(base / name)
         return made[name]
 
     get.cache = base / "cache"
@@ -204,7 +205,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
     import diffusers
 
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
     args = [
         "--teacher",
@@ -358,7 +359,7 @@ def test_size(folders, monkeypatch):
     """What cannot be is said before anything is loaded."""
     assert load(folders, "sd15", size=32).shape == (4, 16, 16)
     monkeypatch.setattr(Pipeline, "load_net", None)
-    monkeypatch.setattr(teachers, "embed", None)
+    monkeypatch.setattr(loader, "embed_prompts", None)
     for name, size, says in (
         ("sd15", 30, "30: expected a multiple of 4 pixels"),
         ("sd15", 0, "0: expected a multiple of 4"),

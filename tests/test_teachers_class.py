@@ -6,9 +6,9 @@ import math
 import shutil
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
+from helpers import pipelines
 from safetensors.torch import load_file, save_file
 from test_data import picture
 from test_teachers import native, reaches, through_other_schedules
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
         key = f"{name}-{'-'.join(f'{k}{v}' for k, v in kw.items())}"
         if key not in made:
             (base / key).mkdir()
-            made[key] = getattr(tiny, name)(base / key, **kw)
+            made[key] = getattr(pipelines, name)(base / key, **kw)
         return made[key]
 
     return get
@@ -257,7 +257,7 @@ def test_convention_can_be_said(folders, tmp_path):
 
 
 def test_forms_of_checkpoints(tmp_path):
-    w = tiny.sit_weights(depth=4, projectors=True)
+    w = pipelines.sit_weights(depth=4, projectors=True)
     late = lambda k: (
         k
         if not k.startswith("blocks.") or int(k.split(".")[1]) < 3
@@ -278,7 +278,7 @@ def test_forms_of_checkpoints(tmp_path):
     two, repa = sit_network(tmp_path / "repa.safetensors", 2)
     assert repa and all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert len(two.transformer_blocks) == 4 and two.config.norm_eps == 1e-6
-    save_file(tiny.sit_weights(width=384, depth=1), tmp_path / "s.safetensors")
+    save_file(pipelines.sit_weights(width=384, depth=1), tmp_path / "s.safetensors")
     assert (
         sit_network(tmp_path / "s.safetensors")[0].config.num_attention_heads == 6
     )  # SiT-S, by its width
@@ -307,7 +307,7 @@ def test_forms_of_checkpoints(tmp_path):
     ],
 )
 def test_foreign_checkpoints(spoil, says, tmp_path):
-    w = tiny.sit_weights()
+    w = pipelines.sit_weights()
     spoil(w)
     torch.save(w, tmp_path / "x.pt")
     with pytest.raises(UserError, match=says) as e:
@@ -708,7 +708,7 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     """From the command line: three iterations, pictures, export, resume; the student is loaded by diffusers."""
     import diffusers
 
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     cls = "UNet2DModel" if name == "edm" else "DiTTransformer2DModel"
     args = [
         "--teacher",
@@ -776,7 +776,7 @@ def test_dmd2_on_it(name, nfe, gan, folders, pictures, scripts, tmp_path):
     ],
 )
 def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path):
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     args = [
         "--teacher",
         folders(name),
@@ -796,7 +796,7 @@ def test_other_methods(method, name, flags, folders, pictures, scripts, tmp_path
 
 
 def test_guidance_without_a_null_label(folders, scripts, tmp_path):
-    scripts.load(*tiny.MODULES)
+    scripts.load(*pipelines.MODULES)
     p = scripts.run(
         "dmd2.py",
         "--teacher",

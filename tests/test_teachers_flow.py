@@ -718,7 +718,7 @@ def test_videos_are_not_measured(folders):
                     "--teacher",
                     str(folders("wan")),
                     "--prompts",
-                    str(ROOT / "tests" / "tiny.py"),
+                    str(ROOT / "assets" / "prompts.txt"),
                     "--size",
                     "32",
                     "--frames",

@@ -26,6 +26,7 @@ from common.metrics import Extractor
 from common.model import EXTRAS
 from common.pairs import Pairs
 from common.teachers.imagenet import read_checkpoint
+from common.teachers.latents import load_latents
 from common.teachers.load import check_evaluation, load_model, load_pipeline, load_teacher
 from common.teachers.prompts import embed_prompts
 from controls.maps import Control
@@ -115,6 +116,8 @@ def mnist(tmp):
     return SimpleNamespace(
         folder=tmp / "m",
         shape=(1, 28, 28),
+        image_shape=(1, 28, 28),
+        prompts=None,
         classes=10,
         adapter="dit",
         parameters=lambda: iter([torch.zeros(1)]),
@@ -195,7 +198,9 @@ def latents(tmp, run):
         device="cpu",
         encode_images=lambda x: torch.zeros(len(x), 4, 2, 2),
     )
-    load = lambda: data.load_latents(tmp / "set", teacher, lambda *a: None)
+    files = [tmp / "set" / "class" / "0.png"]
+    labels = torch.zeros(1, dtype=torch.int64)
+    load = lambda: load_latents(tmp / "set", teacher, files, labels, ["class"], lambda *a: None)
     load()
     return next((tmp / "cache").glob("*/00000.safetensors")), load
 
@@ -392,9 +397,9 @@ def test_other_classes_of_pipelines(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_pipelines_with_pickles_and_remote_code(tmp_path):
     """A whole tiny pipeline: every file of weights in turn as a pickle under the old name, and configurations that point at code."""
-    import tiny
+    from helpers import pipelines
 
-    tiny.sd15(tmp_path / "good")
+    pipelines.sd15(tmp_path / "good")
     marker = tmp_path / "executed"
 
     def refused(home):
@@ -450,7 +455,7 @@ def test_a_depth_estimator_with_a_pickle(tmp_path):
     DPTForDepthEstimation(config).save_pretrained(tmp_path / "depth")
     (tmp_path / "depth" / "model.safetensors").unlink()
     torch.save(dict(x=Bomb(tmp_path / "executed")), tmp_path / "depth" / "pytorch_model.bin")
-    generator = SimpleNamespace(adapter="dit", shape=(3, 32, 32), classes=0)
+    generator = SimpleNamespace(adapter="dit", image_shape=(3, 32, 32), classes=0)
     with pytest.raises(UserError, match="--control-model"):
         Control("depth", generator, None, 4, str(tmp_path / "depth"))
     edit(

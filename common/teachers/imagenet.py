@@ -26,10 +26,13 @@ import torch
 from safetensors.torch import load_file
 
 from common import schedules
+from common.data import check_classes
 from common.errors import UserError
 from common.files import LOAD_ERRORS, is_local_name
+from common.image_folder import class_folders
 from common.model import Model, load_extras
 from common.teachers.dit import DiT
+from common.teachers.latents import load_latents
 from common.teachers.pipeline import Pipeline, vp_schedule
 
 
@@ -88,6 +91,12 @@ class ClassDiT(Pipeline, DiT):
 
     def attach(self, folder, table=None, prompts=None):
         self.folder = folder
+
+    def load_image_folder(self, folder, say=print):
+        """--data FOLDER -> Images of latents, one subfolder per class."""
+        files, labels, names = class_folders(folder)
+        check_classes(folder, names, self)
+        return load_latents(folder, self, files, labels, names, say)
 
     def predict(self, x, t, cond):
         return self.call(x, t / self.schedule.T if self.dense else t, cond)

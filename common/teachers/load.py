@@ -473,7 +473,7 @@ def load_pipeline(
         embed_prompts(cls, folder, prompts, device, dtype, cache, say, once)
         if cls.text is not None
         else None,
-        None,
+        0,
     )
     if captions:
         first = table.append(

@@ -10,6 +10,7 @@ from common import schedules
 from common.errors import UserError
 from common.files import LOAD_ERRORS, read_json, save_weights
 from common.model import EXTRAS, Model, layers_at, load_extras
+from common.teachers.latents import load_latents
 
 warnings.filterwarnings(
     "ignore", "`torch_dtype` is deprecated", FutureWarning
@@ -20,10 +21,9 @@ class Pipeline(Model):
     """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
 
     part, network = "transformer", None  # subfolder and diffusers class of the network
-    video, at_once = False, 4  # samples are videos; how many the VAE takes at a time
+    at_once = 4  # samples that the VAE takes at a time
     since = 0, 35  # version of diffusers
     square = False  # takes no other pictures
-    settings = ()  # what the network is told beside time and text: names of attributes; flags, and kept with a student
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         object.__setattr__(
@@ -201,6 +201,12 @@ class Pipeline(Model):
         for part in images.split(self.at_once):
             out.append((self.to_vae(part.to(vae.dtype) / 127.5 - 1).float() - shift) * scale)
         return torch.cat(out)
+
+    def load_image_folder(self, folder, say=print):
+        """--data FOLDER -> Images of latents, with the captions as conditions."""
+        files, first = self.captioned
+        labels = torch.arange(len(files)) + first
+        return load_latents(folder, self, files, labels, [], say)
 
     def from_vae(self, z):
         return self.vae.decode(z, return_dict=False)[0]

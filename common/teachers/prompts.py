@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.data import SHARD
 from common.errors import UserError
 from common.files import LOAD_ERRORS, ROOT, atomic, save_weights
 from common.image_folder import LONGEST
+
+SHARD = 1024  # rows in one file of a cache, of embeddings or of latents
 
 
 def read_prompts(path):

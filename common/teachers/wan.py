@@ -11,13 +11,11 @@ class Wan(Pipeline):
     """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
     noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
 
-    adapter, pipeline, network, video, at_once = (
-        "wan",
-        "WanPipeline",
-        "WanTransformer3DModel",
-        True,
-        1,
-    )
+    adapter = "wan"
+    pipeline = "WanPipeline"
+    network = "WanTransformer3DModel"
+    video = True
+    at_once = 1
     without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
     built_for = 480, 832
 
