@@ -517,7 +517,7 @@ def main():
             critic.requires_grad_(
                 False
             )  # no gradient for its weights, but (11) must reach x through them
-            t_dm, t_ca = draw_levels(args.schedule, draw.integers, low, high, caps[k])
+            t_dm, t_ca = draw_levels(args.schedule, draw.randint, low, high, caps[k])
             dm = noisy(x.detach(), table[t_dm]) if use_dm else None
             ca = (
                 (dm if args.schedule == "shared" else noisy(x.detach(), table[t_ca]))

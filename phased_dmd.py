@@ -247,7 +247,7 @@ def starts_as(teacher, times, ends):
 
 
 def levels(grid, s, margin):
-    """Range low, high for draw.integers: indices of the levels in (s, 1], `margin` of the grid away from both ends."""
+    """Range low, high for draw.randint: indices of the levels in (s, 1], `margin` of the grid away from both ends."""
     below, gap = int((grid <= s + 1e-9).sum()), round(margin * len(grid))
     if (low := below + max(gap, 1) - 1) >= (high := len(grid) - gap):
         raise UserError(f"--margin {margin}: no noise level is left above s = {s:.4g}")

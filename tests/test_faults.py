@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FULL, SEED, needs
+from helpers.cases import FULL, SEED, required_flags
 from safetensors.torch import load_file
 from test_scripts import ROOT, SCRIPTS, checkpoint, log, one_line, processes, same
 
@@ -49,7 +49,7 @@ some = pytest.mark.parametrize(
 )
 full = pytest.mark.parametrize("script", SCRIPTS if FULL else SCRIPTS[:1])
 
-# Code that runs in the process before the script (tests/forks.py, BEFORE).
+# Code that runs in the process before the script (tests/helpers/server.py, BEFORE).
 # death before the n-th time that it touches a file of its folder: opens, renames, removes, cuts
 TOUCH = """
 import atexit, os, sys
@@ -545,7 +545,7 @@ if __name__ == "__main__":
 
 
 def torchrun(scripts, tmp_path, script, *flags, deaths=(), restarts=2, setup=""):
-    argv = [str(ROOT / f"{script}.py"), *needs(f"{script}.py"), *map(str, FLAGS), *map(str, flags)]
+    argv = [str(ROOT / f"{script}.py"), *required_flags(f"{script}.py"), *map(str, FLAGS), *map(str, flags)]
     path = tmp_path / "agent.py"
     path.write_text(
         AGENT.format(deaths=list(deaths), argv=argv, setup=setup, line=LINE, restarts=restarts)

@@ -15,7 +15,7 @@ import shutil
 
 import pytest
 import torch
-from cases import FULL, SEED, generator
+from helpers.cases import FULL, SEED, toy_generator
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -401,7 +401,7 @@ def students(tmp_path_factory):
     teacher.copy().extend("s", "guidance").save(
         home / "boot", info(method="boot", sampler=dict(at=0.0, grid="time", t_max=1.0))
     )
-    f, own, sampler = load_generator(generator(), teacher, "toy")
+    f, own, sampler = load_generator(toy_generator(), teacher, "toy")
     make(f, own, sampler, Control("class", f, teacher)).save(
         home / "nct", info(method="nct", sampler={})
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from cases import generator
+from helpers.cases import toy_generator
 
 import eval as evaluation
 import nct
@@ -934,7 +934,7 @@ def changed(folder, **kw):
 def copied(tmp_path):
     import shutil
 
-    shutil.copytree(generator(), tmp_path / "copy")
+    shutil.copytree(toy_generator(), tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -966,10 +966,10 @@ def test_a_generator_of_another_teacher_or_of_experts_is_refused(copied, tmp_pat
 
 def test_the_teacher_is_that_of_the_generator():
     assert (
-        nct.parse_args(["--generator", generator()]).teacher == "toy"
-        and nct.parse_args(["--generator", generator()]).control == "class"
+        nct.parse_args(["--generator", toy_generator()]).teacher == "toy"
+        and nct.parse_args(["--generator", toy_generator()]).control == "class"
     )
-    assert nct.parse_args(["--generator", generator(), "--teacher", "mnist"]).control == "edges"
+    assert nct.parse_args(["--generator", toy_generator(), "--teacher", "mnist"]).control == "edges"
     args = nct.parse_args(["--teacher", "toy"])
     assert (
         args.generator.endswith("out/dmd2-toy")
@@ -1224,7 +1224,7 @@ def test_other_pipelines(name, pipelines, tmp_path):
 
 def controlled():
     teacher = load_teacher("toy")
-    model, info, sample = load_generator(generator(), teacher, "toy")
+    model, info, sample = load_generator(toy_generator(), teacher, "toy")
     return make(model, info, sample, Control("class", model))
 
 
@@ -1296,7 +1296,7 @@ def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
         tmp_path / "run",
     ]
     scripts.run("nct.py", *flags, "--con-weight", 0, "--eval-n", 400)
-    model, info, sample = load_generator(generator(), load_teacher("toy"), "toy")
+    model, info, sample = load_generator(toy_generator(), load_teacher("toy"), "toy")
     torch.manual_seed(0)
     start = make(model, info, sample, Control("class", model))
     assert all(
@@ -1342,7 +1342,7 @@ def test_a_run_by_hand(scripts, tmp_path):
         tmp_path / "run",
     )
     teacher = load_teacher("toy")
-    model, info, sample = load_generator(generator(), teacher, "toy")
+    model, info, sample = load_generator(toy_generator(), teacher, "toy")
     torch.manual_seed(0)
     student = make(model, info, sample, Control("class", model))
     opt, lam = (

@@ -14,16 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MISTAKES as OWN
-from cases import MORE, PLANNED, SHORT, needs
+from helpers.cases import (
+    MISTAKES,
+    PLAN_DEPENDS_ON_ITERS,
+    SCRIPTS,
+    SECOND_FLAGS,
+    required_flags,
+)
 
 from common.files import read_json
 from common.flags import Parser
 from common.teachers.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = list(SHORT)
-VARIANTS = [(s, v) for s in SCRIPTS for v in ([], MORE.get(s)) if v is not None]
+VARIANTS = [(s, v) for s in SCRIPTS for v in ([], SECOND_FLAGS.get(s)) if v is not None]
 QUICK = [
     "--teacher",
     "toy",
@@ -108,7 +112,7 @@ def test_smoke(script, tmp_path):
         [
             sys.executable,
             f"{script}.py",
-            *needs(f"{script}.py"),
+            *required_flags(f"{script}.py"),
             "--teacher",
             "toy",
             "--smoke",
@@ -177,7 +181,7 @@ def test_resume(script, flags, scripts, tmp_path):
         "it-00000007.pt",
         "it-00000014.pt",
     ]
-    if not (flags and script in PLANNED):
+    if not (flags and script in PLAN_DEPENDS_ON_ITERS):
         run(halves, "--iters", 7)
         assert "resumed it-00000007.pt" in run(halves, "--iters", 14, "--resume").out
         same(whole, halves, 14)
@@ -307,7 +311,7 @@ def test_parts_of_a_batch_on_two_processes(script, scripts, tmp_path):
     args = [
         f"{script}.py",
         *QUICK,
-        *MORE[script],
+        *SECOND_FLAGS[script],
         "--iters",
         1 if script in FIRST else 5,
         "--log-every",
@@ -415,7 +419,7 @@ def test_mistakes(script, scripts, tmp_path):
     (tmp_path / "pictures" / "0" / "broken.png").write_text("no picture")
     mistakes = (
         (MISTAKES if script == "dmd2" else MISTAKES[:2])
-        + OWN[script]
+        + MISTAKES[script]
         + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
     )
     for flags, expected in mistakes:
@@ -480,9 +484,9 @@ def test_mistakes_beside_an_existing_run(script, scripts, tmp_path):
     ] == [0]
 
 
-@pytest.mark.parametrize("script", sorted(PLANNED))
+@pytest.mark.parametrize("script", sorted(PLAN_DEPENDS_ON_ITERS))
 def test_another_plan_is_refused(script, scripts, tmp_path):
-    args = [f"{script}.py", *QUICK, *MORE[script], "--out", tmp_path / "run"]
+    args = [f"{script}.py", *QUICK, *SECOND_FLAGS[script], "--out", tmp_path / "run"]
     scripts.run(*args, "--iters", 7)
     for iters in (6, 14):
         one_line(scripts.start(*args, "--iters", iters, "--resume"), "--resume: .*--iters", script)

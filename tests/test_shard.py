@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from cases import MORE, SHORT
 from helpers import pipelines
+from helpers.cases import SCRIPTS, SECOND_FLAGS
 from test_scripts import QUICK, close, one_line, processes, same
 
 from common import shard
@@ -18,7 +18,7 @@ from common.sampling import generate
 from common.teachers.load import PIPELINES, load_model, load_pipeline, load_teacher
 from tools import random_teachers
 
-MORE = MORE | {
+SECOND_FLAGS = SECOND_FLAGS | {
     "flowmap": [
         "--teacher",
         "toy-cond",
@@ -28,7 +28,7 @@ MORE = MORE | {
         1000,
     ],  # the form with a forward-mode derivative
     "msd": [
-        *MORE["msd"],
+        *SECOND_FLAGS["msd"],
         "--eval-n",
         9,
     ],  # of eight labels, the first process has one more: other experts are asked there
@@ -75,15 +75,15 @@ def state(out, it):
 
 
 @pytest.mark.parametrize(
-    "script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SHORT if s != "nct"]
+    "script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SCRIPTS if s != "nct"]
 )  # nct refuses it
 def test_toy(script, scripts, tmp_path):
-    both(scripts, tmp_path, script, [*QUICK, *MORE[script], "--iters", 5, "--log-every", 1], 5)
+    both(scripts, tmp_path, script, [*QUICK, *SECOND_FLAGS[script], "--iters", 5, "--log-every", 1], 5)
 
 
 def test_checkpoints(scripts, tmp_path):
     """Sharded, 4 + 4 = 8 bit for bit. A checkpoint of two processes goes on in one, and the other way round."""
-    args = [*QUICK, *MORE["dmd2"], "--log-every", 1, "--save-every", 4, "--iters"]
+    args = [*QUICK, *SECOND_FLAGS["dmd2"], "--log-every", 1, "--save-every", 4, "--iters"]
     two(scripts, "dmd2", [*args, 8], tmp_path / "whole")
     two(scripts, "dmd2", [*args, 4], tmp_path / "parts")
     shutil.copytree(tmp_path / "parts", tmp_path / "alone")

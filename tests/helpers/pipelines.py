@@ -11,7 +11,7 @@ MODULES = [
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "diffusers.pipelines.dit.pipeline_dit",
     "transformers.models.clip.modeling_clip",
-]  # what scripts on these folders import (tests/forks.py, `warm`)
+]  # what scripts on these folders import (tests/helpers/server.py, `load`)
 
 
 def since(*version):
