@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cases import (
+    COMMON_MISTAKES,
     MISTAKES,
     PLAN_DEPENDS_ON_ITERS,
     SCRIPTS,
@@ -381,31 +382,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 # ---- mistakes of the user: exit code 2 and one line that names the flag ---------------------------------------------------------------------
 
 
-MISTAKES = [
-    ("--teacher toyy", "--teacher toyy.*did you mean toy"),
-    ("--teacher mnistt", "did you mean mnist"),
-    ("--teacher {tmp}", "no teacher.json"),
-    ("--nfe 0", "--nfe: expected at least 1"),
-    ("--nfe x", "--nfe"),
-    ("--batch 0", "--batch"),
-    ("--iters -1", "--iters"),
-    ("--lr -1", "--lr"),
-    ("--lr nan", "--lr"),
-    ("--device tpu", "--device"),
-    ("--out {tmp}/file", "--out .*file"),
-    ("--out {tmp}/file/below", "--out"),
-    ("--out {tmp}/empty --resume", "--resume: no checkpoint"),
-    ("--resume --overwrite", "--resume and --overwrite"),
-    ("--no-such-flag", "--no-such-flag"),
-    ("--nf 2", "--nf"),
-    ("--dtype fp8", "--dtype"),
-    ("--clip 0", "--clip"),
-    ("--cooldown 2", "--cooldown"),
-    ("--betas 0.9 1", "--betas"),
-    ("--warmup -1", "--warmup"),
-]
-
-
 def one_line(p, expected, script):
     p.wait()
     assert p.code == 2, p.err
@@ -418,7 +394,7 @@ def test_mistakes(script, scripts, tmp_path):
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     (tmp_path / "pictures" / "0" / "broken.png").write_text("no picture")
     mistakes = (
-        (MISTAKES if script == "dmd2" else MISTAKES[:2])
+        (COMMON_MISTAKES if script == "dmd2" else COMMON_MISTAKES[:2])
         + MISTAKES[script]
         + [("--device cuda", "--device cuda: torch sees no CUDA")] * (not torch.cuda.is_available())
     )

@@ -60,7 +60,31 @@ SECOND_FLAGS = {script: flags.split() for script, flags in SECOND_FLAGS.items()}
 PLAN_DEPENDS_ON_ITERS = {"msd"}
 
 # Flags that must be refused in one line, and a regular expression that this line must match.
-# {tmp}: a folder of the test with files in it; {assets}: assets/.
+# {tmp}: a folder of the test with files in it; {assets}: assets/toy.
+COMMON_MISTAKES = [
+    ("--teacher toyy", "--teacher toyy.*did you mean toy"),
+    ("--teacher mnistt", "did you mean mnist"),
+    ("--teacher {tmp}", "no teacher.json"),
+    ("--nfe 0", "--nfe: expected at least 1"),
+    ("--nfe x", "--nfe"),
+    ("--batch 0", "--batch"),
+    ("--iters -1", "--iters"),
+    ("--lr -1", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--device tpu", "--device"),
+    ("--out {tmp}/file", "--out .*file"),
+    ("--out {tmp}/file/below", "--out"),
+    ("--out {tmp}/empty --resume", "--resume: no checkpoint"),
+    ("--resume --overwrite", "--resume and --overwrite"),
+    ("--no-such-flag", "--no-such-flag"),
+    ("--nf 2", "--nf"),
+    ("--dtype fp8", "--dtype"),
+    ("--clip 0", "--clip"),
+    ("--cooldown 2", "--cooldown"),
+    ("--betas 0.9 1", "--betas"),
+    ("--warmup -1", "--warmup"),
+]
+
 MISTAKES = {
     "dmd2": [
         ("--nfe 1000", "--nfe 1000: expected at most 999"),
