@@ -549,7 +549,7 @@ def main():
             rows.append(
                 (
                     f"signal at {u:g}",
-                    teacher.rows(next(generate(read, ema.model, n, args.seed, n))[2]),
+                    teacher.to_pictures(next(generate(read, ema.model, n, args.seed, n))[2]),
                 )
             )
         save_grid(run.out / "samples" / "readout.png", rows)

@@ -35,7 +35,7 @@ from common.errors import UserError, launch
 from common.files import ROOT, git_revision
 from common.flags import parse_size
 from common.report import dumps, hardware
-from common.routed import Routed
+from common.routed import ByLabel
 from common.sampling import TEACHER_NFE, teacher_sample
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
@@ -399,8 +399,8 @@ def best_row(row, n, nfe, cfg, heun):
         verifier="classifier",
     )
     facts |= dict(heun=True) if heun else {}
-    both = Routed(
-        [teacher, row["model"]], "label", [0] * teacher.classes
+    both = ByLabel(
+        [teacher, row["model"]], [0] * teacher.classes
     )  # answers as the teacher; the passes of both are counted
     return dict(
         model=both,

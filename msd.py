@@ -46,7 +46,7 @@ from common.errors import UserError, launch
 from common.flags import Parser
 from common.report import evaluate_run, export, pictures
 from common.rng import derive_seed
-from common.routed import Routed
+from common.routed import ByLabel
 from common.run import Run
 from common.schedules import expand
 from common.teachers.load import load_teacher
@@ -207,7 +207,7 @@ def parse_args(argv=None):
 
 # ---- networks ---------------------------------------------------------------------------------------------------------------------------
 #   teacher ("real")   frozen                                       mu_real
-#   students G_k       one at a time is trained, starts as the teacher, or as phi of (3) if smaller; all in one `Routed`, which is saved and evaluated
+#   students G_k       one at a time is trained, starts as the teacher, or as phi of (3) if smaller; all in one `ByLabel`, which is saved and evaluated
 #   critic ("fake")    trained, a copy of the teacher for each student, mu_fake and the features of the GAN head
 #   head               trained with the critic in the adversarial stage, default initialisation
 
@@ -367,7 +367,7 @@ def main():
             f"--data: the adversarial stage needs images of each student's labels, found none of {empty[0]}"
         )
     one = teacher.resized(args.small, args.seed) if args.small else teacher
-    student = Routed([one.copy(args.lora) for _ in range(args.students)], "label", table)
+    student = ByLabel([one.copy(args.lora) for _ in range(args.students)], table)
     ema = EMA(student, args.ema, args.ema_cpu)
     with torch.no_grad():
         h = teacher(

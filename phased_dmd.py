@@ -44,7 +44,7 @@ from common.ema import EMA
 from common.errors import UserError, launch
 from common.flags import Parser
 from common.report import evaluate_run, export, pictures
-from common.routed import Routed
+from common.routed import ByLevel, Routed
 from common.run import Run
 from common.schedules import Flow, expand
 from common.teachers.load import load_teacher
@@ -363,7 +363,7 @@ def main():
         float(times[b] / (1 - times[b])) for b in ends[:-1]
     ]  # the step at s_k itself is the next expert's
     student, critic = (
-        Routed([t.copy(args.lora) for t in starts_as(teacher, times, ends)], "level", table),
+        ByLevel([t.copy(args.lora) for t in starts_as(teacher, times, ends)], table),
         teacher.copy(args.lora_fake),
     )
     if args.grad_checkpoint:

@@ -28,19 +28,19 @@ LAYERS = (
 )  # attention and feed-forward
 
 
-def twin(net, shared):
+def copy_network(net, shared):
     """Deep copy of a network that keeps the tensors of `shared` and its buffers."""
     return copy.deepcopy(net, {id(t): t for t in [*shared, *net.buffers()]})
 
 
-def attach(net, spec):
+def add_adapters(net, spec):
     """A twin of `net` on the same weights, with new adapters that change nothing yet. spec: rank, alpha (the update is alpha / rank B A), targets (endings
     of names of layers; None: LAYERS), seed, flag (for messages). -> network, the shared weights"""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
     base = list(net.parameters())
     mine = {id(p) for p in base}
-    names, net = choose(net, spec), twin(net, base)
+    names, net = target_layers(net, spec), copy_network(net, base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec["seed"])  # adapters start equal on all processes
         inject_adapter_in_model(
@@ -66,7 +66,7 @@ def attach(net, spec):
     return net, base
 
 
-def choose(net, spec):
+def target_layers(net, spec):
     """Names of the layers that get adapters. UserError: none of that name, or the rank is larger than the layer."""
     known = {
         name: m
@@ -100,7 +100,7 @@ def choose(net, spec):
     return names
 
 
-def key(part):
+def file_key(part):
     """Name of an adapter's tensor in a LoRA file, from its name in the network. part: prefix, the network's name in the pipeline."""
     return lambda name: f"{part}.{name.replace('.default.', '.')}"
 
@@ -109,7 +109,7 @@ def tensors(model):
     """Contents of a LoRA file. The file has no alpha, which means alpha = rank: the factor is in B."""
     scale = model.lora["alpha"] / model.lora["rank"]
     return {
-        key(model.part)(k): v * scale if ".lora_B." in k else v
+        file_key(model.part)(k): v * scale if ".lora_B." in k else v
         for k, v in model.net.state_dict().items()
     }
 

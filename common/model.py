@@ -267,9 +267,9 @@ class Model(nn.Module):
         if self.sharding:
             return self.sharding.copy(self)
         if self.lora:
-            twin = self.with_network(lora.twin(self.net, self.base).requires_grad_(True))
+            twin = self.with_network(lora.copy_network(self.net, self.base).requires_grad_(True))
         elif adapters:
-            net, base = lora.attach(self.net, adapters)
+            net, base = lora.add_adapters(self.net, adapters)
             twin = self.with_network(net.requires_grad_(True))
             twin.lora, twin.base = {k: adapters[k] for k in ("rank", "alpha", "targets")}, base
         else:
@@ -388,7 +388,7 @@ class Model(nn.Module):
             if not k.startswith("_") or k == "_diffusers_version"
         }
 
-    def rows(self, x):
+    def to_pictures(self, x):
         """Pictures of samples for a grid: here one image per sample."""
         return self.decode(x)
 

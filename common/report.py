@@ -53,10 +53,12 @@ def pictures(run, teacher, student, sample, sampler, it, n=20):
         [x for _, _, x in generate(fn, model, n, run.args.seed, 4000 if n > 8 else 2)]
     )
     if not hasattr(run, "teacher_row"):
-        run.teacher_row = teacher.rows(
+        run.teacher_row = teacher.to_pictures(
             one(lambda m, z, c, noise: teacher_sample(m, z, c, TEACHER_NFE, run.args.cfg), teacher)
         )
-    now = student.rows(one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student))
+    now = student.to_pictures(
+        one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student)
+    )
     rows = [
         (f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", run.teacher_row),
         (f"{run.method}, {nfe} step{'s' * (nfe > 1)}, iteration {it}", now),

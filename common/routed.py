@@ -1,83 +1,93 @@
-"""Several Models as one: each sample goes to one expert."""
+"""Several models that act as one: each sample is evaluated by the expert of its level or label."""
 
-from pathlib import Path
+from functools import partial
 
+import torch
 import torch.nn as nn
-import torch.utils.checkpoint
 
-from common.files import write_json
 from common.model import Model
 
 
 class Routed(nn.Module):
-    """Several Models as one: every sample goes to the one expert that is responsible for it. What is not said here (schedule, encode, decode, ...) is
-    answered by the first expert, so that it can stand wherever a Model does.
+    """Several Models (experts) that act as one Model.
 
-    by = "level": table holds falling values of sigma / alpha, one fewer than experts; expert i is for table[i] < sigma / alpha <= table[i-1].
-    by = "label": table[label] is the expert of that label; the null label goes to expert 0.
+    A subclass says which expert a sample goes to, by `route`, according to its `table`. Experts may
+    be routed themselves: MSD's students of a teacher that has one expert per range of noise.
     """
 
-    def __init__(self, experts, by, table):
+    by = None  # name of the rule in saved JSON files
+
+    def __init__(self, experts, table):
         super().__init__()
-        self.experts, self.by, self.table = nn.ModuleList(experts), by, list(table)
+        self.experts = nn.ModuleList(experts)
+        self.table = list(table)
         self.folder = None
 
+    def route(self, n, alpha, sigma, cond):
+        """Index of the expert for each of n samples, int64 [n]. alpha, sigma: 0-d or [n]."""
+        raise NotImplementedError
+
+    def varies(self, alpha, sigma):
+        """True if the processes of a distributed run may need different experts for these levels."""
+        raise NotImplementedError
+
     def __getattr__(self, name):
+        # Python calls this only for names that are not found otherwise. Everything that is not
+        # defined here (schedule, shape, encode, decode, ...) is taken from the first expert, so that
+        # a Routed can be used wherever a Model can.
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("experts")[0], name)
 
-    def __setattr__(self, name, value):
-        if name == "dtype":
-            for expert in self.experts:
-                expert.dtype = value
-        else:
-            super().__setattr__(name, value)
+    @property
+    def dtype(self):
+        return self.experts[0].dtype
 
-    def route(self, n, alpha, sigma, cond):
-        """Expert of each of n samples: int64 [n]."""
-        if self.by == "label":
-            return torch.tensor([*self.table, 0], device=cond["labels"].device)[cond["labels"]]
-        ratio = torch.as_tensor(sigma, dtype=torch.float64) / torch.as_tensor(
-            alpha, dtype=torch.float64
-        )
-        return sum(
-            ((ratio <= b).long() for b in self.table), torch.zeros_like(ratio, dtype=torch.int64)
-        ).expand(n)
+    @dtype.setter
+    def dtype(self, dtype):
+        for expert in self.experts:
+            expert.dtype = dtype
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
-        which = self.route(len(x_t), alpha, sigma, cond)
-        out, used = None, which.unique().tolist()
-        if len(used) == 1 and not (self.sharding and self.by == "label"):
+        """As Model.forward: x0 estimates [B, *shape], or features, each from the sample's expert."""
+        expert_of = self.route(len(x_t), alpha, sigma, cond)  # [B]
+        used = expert_of.unique().tolist()
+        if len(used) == 1 and not (self.sharding and self.varies(alpha, sigma)):
             return self.experts[used[0]](x_t, alpha, sigma, cond, features)
-        for i in range(len(self.experts)) if self.sharding else used:
-            rows = (which == i).to(x_t.device)
-            if (
-                i not in used
-            ):  # --shard: all processes ask every expert, for nothing if none of their samples is its own
-                self.experts[i](
-                    x_t[:1],
-                    *(torch.as_tensor(a).flatten()[0] for a in (alpha, sigma)),
-                    {k: v[:1] for k, v in cond.items()},
-                )
-                continue
-            part = lambda a: a[rows.to(a.device)] if torch.is_tensor(a) and a.ndim else a
-            y = self.experts[i](
-                part(x_t), part(alpha), part(sigma), {k: part(v) for k, v in cond.items()}, features
-            )
-            y = y if features else [y]
-            out = [a.new_zeros(len(x_t), *a.shape[1:]) for a in y] if out is None else out
-            out = [a.index_put((rows,), b) for a, b in zip(out, y)]
-        return out if features else out[0]
 
-    x0, guided, cond_and_uncond = forward, Model.guided, Model.cond_and_uncond
+        # All processes must call the parts of a sharded model equally often. An expert without
+        # samples on this process gets the first one, and its output is dropped.
+        called = range(len(self.experts)) if self.sharding else used
+        outputs = None
+        for i in called:
+            rows = expert_of == i
+            if i not in used:
+                rows[0] = True
+            at_rows = partial(select, rows=rows)
+            part_cond = {name: at_rows(value) for name, value in cond.items()}
+            part = self.experts[i](
+                at_rows(x_t), at_rows(alpha), at_rows(sigma), part_cond, features
+            )
+            if i not in used:
+                continue
+            part = part if features else [part]
+            if outputs is None:
+                outputs = [p.new_zeros(len(x_t), *p.shape[1:]) for p in part]
+            rows = rows.to(x_t.device)
+            outputs = [whole.index_put((rows,), p) for whole, p in zip(outputs, part)]
+        return outputs if features else outputs[0]
+
+    # these need nothing but `self(...)` and `self.null`, so a Model's own code serves here too
+    guided = Model.guided
+    cond_and_uncond = Model.cond_and_uncond
+    save = Model.save
 
     def copy(self, adapters=None):
-        return Routed([e.copy(adapters) for e in self.experts], self.by, self.table)
+        return type(self)([expert.copy(adapters) for expert in self.experts], self.table)
 
     def unsharded(self):
-        return Routed([e.unsharded() for e in self.experts], self.by, self.table)
+        return type(self)([expert.unsharded() for expert in self.experts], self.table)
 
     def checkpoint_activations(self):
         for expert in self.experts:
@@ -88,23 +98,61 @@ class Routed(nn.Module):
             expert.extend(*names)
         return self
 
-    def config(self):
-        return dict(
-            adapter="routed",
-            by=self.by,
-            table=self.table,
-            experts=[e.config() for e in self.experts],
-        )
+    def at_level(self, ratio):
+        """The expert for sigma / alpha = ratio, or `self` if the level does not choose one."""
+        return self
 
-    def save(self, folder, info, name="distill.json"):
-        self.save_net(Path(folder))
-        write_json(Path(folder) / name, dict(info, model=self.config()))
+    def config(self):
+        experts = [expert.config() for expert in self.experts]
+        return dict(adapter="routed", by=self.by, table=self.table, experts=experts)
 
     def save_net(self, folder):
         for i, expert in enumerate(self.experts):
             (folder / f"expert-{i}").mkdir(parents=True, exist_ok=True)
             expert.save_net(folder / f"expert-{i}")
 
+
+class ByLevel(Routed):
+    """The noise level chooses: expert i is for table[i] < sigma / alpha <= table[i - 1].
+
+    table: falling values of sigma / alpha, one fewer than experts.
+    """
+
+    by = "level"
+
+    def route(self, n, alpha, sigma, cond):
+        alpha = torch.as_tensor(alpha, dtype=torch.float64)
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        ratio = sigma / alpha  # inf for pure noise
+        expert = torch.zeros_like(ratio, dtype=torch.int64)
+        for edge in self.table:
+            expert += (ratio <= edge).long()
+        return expert.expand(n)
+
+    def varies(self, alpha, sigma):
+        # a single level is a step of a sampler, which all processes take together
+        return torch.as_tensor(alpha).ndim > 0 or torch.as_tensor(sigma).ndim > 0
+
     def at_level(self, ratio):
-        """The expert for sigma / alpha = ratio; of experts by label none is, so all."""
-        return self.experts[self.route(1, 1.0, ratio, {})] if self.by == "level" else self
+        return self.experts[self.route(1, 1.0, ratio, {})]
+
+
+class ByLabel(Routed):
+    """The label chooses: table[label] is its expert. The null label goes to expert 0."""
+
+    by = "label"
+
+    def route(self, n, alpha, sigma, cond):
+        labels = cond["labels"]
+        table = torch.tensor([*self.table, 0], device=labels.device)  # the null label is the last
+        return table[labels]
+
+    def varies(self, alpha, sigma):
+        return True  # each process has labels of its own
+
+
+def select(value, rows):
+    """The rows (bool [B]) of a tensor [B, ...]. Anything without a batch dimension stays as it is."""
+    if not torch.is_tensor(value) or value.ndim == 0:
+        return value
+    return value[rows.to(value.device)]

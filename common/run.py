@@ -613,9 +613,9 @@ class Run:
             {k: v.state_dict() for k, v in state.items()} if self.is_main or self.args.shard else {}
         )
         if self.args.shard:  # the checkpoint is that of whole networks: any number of processes goes on from it, with --shard or without
-            from common.shard import gather
+            from common.shard import gather_state
 
-            state = gather(state, self.is_main)
+            state = gather_state(state, self.is_main)
         if self.is_main:
             log, path = self.out / "log.jsonl", self.out / "ckpt" / f"it-{it + 1:08d}.pt"
             try:
@@ -705,9 +705,9 @@ class Run:
         """This process's part of an optimiser's state; networks see to it themselves."""
         if not (self.args.shard and isinstance(part, torch.optim.Optimizer)):
             return state
-        from common.shard import take_optimiser
+        from common.shard import local_optimizer_state
 
-        return take_optimiser(part, state)
+        return local_optimizer_state(part, state)
 
     def rewind(self, log_bytes, unreadable):
         """The log back to the length it had at the checkpoint; damaged checkpoints out of the way, so that they do not count as the newest."""

@@ -80,7 +80,7 @@ class Sharding:
 
     def unsharded(self, model):
         """A plain model with all weights on the host: on rank 0, and without its weights elsewhere. To be called by all processes."""
-        tensors = gather(model.state_dict(), dist.get_rank() == 0)
+        tensors = gather_state(model.state_dict(), dist.get_rank() == 0)
         twin = model.skeleton.with_network(copy.deepcopy(model.skeleton.net).float())
         if dist.get_rank() == 0:
             materialise(twin, "cpu")
@@ -136,12 +136,12 @@ def materialise(module, device):
                 )
 
 
-def gather(value, keep=True):
+def gather_state(value, keep=True):
     """A state_dict, or what is in it, with whole tensors on the host. To be called by all processes; those that do not keep it get None in the place of tensors."""
     if isinstance(value, dict):
-        return {k: gather(v, keep) for k, v in value.items()}
+        return {k: gather_state(v, keep) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(gather(v, keep) for v in value)
+        return type(value)(gather_state(v, keep) for v in value)
     if isinstance(value, DTensor):
         value = value.full_tensor()  # one at a time
         return value.cpu() if keep else None
@@ -181,7 +181,7 @@ def take(module, state, prefix, *unused):
             state[prefix + name] = mine(state[prefix + name], p)
 
 
-def take_optimiser(opt, state):
+def local_optimizer_state(opt, state):
     """The same for an optimiser's state_dict."""
     params = [p for group in opt.param_groups for p in group["params"]]
     return dict(

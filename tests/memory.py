@@ -66,7 +66,7 @@ def row(name):
     n, known = sum(p.numel() for p in net.parameters()), dict(net.named_modules())
     a = sum(
         RANK * (known[k].weight.shape[0] + known[k].weight.flatten(1).shape[1])
-        for k in lora.choose(net, dict(rank=RANK, targets=None, flag="--lora"))
+        for k in lora.target_layers(net, dict(rank=RANK, targets=None, flag="--lora"))
     )
     whole = n * (width + 2 * 16 + 4) * experts  # teacher; student and critic; average
     return n * experts, whole, (n * width + a * (2 * 16 + 4)) * experts, whole / PROCESSES

@@ -26,7 +26,7 @@ from test_untrusted import parts
 from common.errors import UserError
 from common.files import ROOT, WEIGHTS, write_json
 from common.flags import Parser
-from common.routed import Routed
+from common.routed import ByLevel
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
 from controls.controlled import load_generator, make
@@ -389,7 +389,7 @@ def students(tmp_path_factory):
         | kw
     )
     teacher.copy().save(home / "whole", info())
-    Routed([teacher.copy(), teacher.copy()], "level", [1.0]).save(
+    ByLevel([teacher.copy(), teacher.copy()], [1.0]).save(
         home / "phased", info(method="phased_dmd", nfe=2, sampler=dict(step_shift=1.0))
     )
     teacher.copy(dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")).save(

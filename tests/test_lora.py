@@ -245,7 +245,7 @@ def test_a_network_without_attention_is_refused():
         UserError,
         match="--lora 4: expected a network with attention, found Sequential; .*--lora-targets, e.g. 0",
     ):
-        lora.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), FLAT)
+        lora.add_adapters(torch.nn.Sequential(torch.nn.Linear(8, 8)), FLAT)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.model import ScalarEmbedding
-from common.routed import Routed
+from common.routed import ByLabel, ByLevel
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.teachers.dit import DiT
 from common.teachers.load import load_model, load_teacher
@@ -717,7 +717,7 @@ def experts(n):
 
 def test_routed_by_level():
     a, b, c = experts(3)
-    model = Routed([a, b, c], "level", [2.0, 0.5])
+    model = ByLevel([a, b, c], [2.0, 0.5])
     x, cond = torch.randn(5, 2), a.encode(torch.arange(5))
     for ratio, expert in ((3.0, a), (2.0, b), (0.6, b), (0.5, c), (0.1, c)):
         assert torch.equal(model(x, 1.0, ratio, cond), expert(x, 1.0, ratio, cond))
@@ -734,11 +734,11 @@ def test_routed_by_level():
     assert all(e.net.out.weight.grad.abs().sum() > 0 for e in (a, b, c))
     # the noisiest level there is: alpha = 0
     assert torch.equal(
-        Routed([tiny(), tiny()], "level", [1.0]).route(2, 0.0, 1.0, {}),
+        ByLevel([tiny(), tiny()], [1.0]).route(2, 0.0, 1.0, {}),
         torch.zeros(2, dtype=torch.int64),
     )
     # a single expert, which needs no table
-    assert torch.equal(Routed([a], "level", [])(x, 1.0, 0.5, cond), a(x, 1.0, 0.5, cond))
+    assert torch.equal(ByLevel([a], [])(x, 1.0, 0.5, cond), a(x, 1.0, 0.5, cond))
 
 
 def test_experts_of_experts(tmp_path):
@@ -746,8 +746,8 @@ def test_experts_of_experts(tmp_path):
     flat = experts(4)
     for i, m in enumerate(flat):
         m.labelled = True
-    two = Routed(flat[:2], "level", [1.0]), Routed(flat[2:], "level", [0.5])
-    model = Routed(two, "label", [0, 1] * 4)
+    two = ByLevel(flat[:2], [1.0]), ByLevel(flat[2:], [0.5])
+    model = ByLabel(two, [0, 1] * 4)
     x, cond = torch.randn(4, 2), flat[0].encode([0, 1, 2, 3])
     model.save(tmp_path, {})
     info = json.loads((tmp_path / "distill.json").read_text())["model"]
@@ -760,7 +760,7 @@ def test_experts_of_experts(tmp_path):
         and two[0].at_level(1.0) is flat[1]
         and model.at_level(1.0) is model
     )
-    Routed([model], "level", []).save(tmp_path / "deep", {})
+    ByLevel([model], []).save(tmp_path / "deep", {})
     with pytest.raises(UserError, match="experts: expected a list of models"):
         load_model(
             tmp_path / "deep", json.loads((tmp_path / "deep" / "distill.json").read_text())["model"]
@@ -771,7 +771,7 @@ def test_routed_by_label(tmp_path):
     a, b = experts(2)
     for m in (a, b):
         m.labelled = True
-    model = Routed([a, b], "label", [0, 1] * 4)
+    model = ByLabel([a, b], [0, 1] * 4)
     x, cond = torch.randn(6, 2), a.encode([0, 1, 2, 3, 8, 5])
     want = torch.stack(
         [

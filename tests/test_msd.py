@@ -13,7 +13,7 @@ import msd
 from common import data, metrics
 from common.errors import UserError
 from common.rng import BatchRandom
-from common.routed import Routed
+from common.routed import ByLabel, Routed
 from common.run import Run
 from common.schedules import EDM, VP, Flow, expand
 from common.teachers.dit import DiT
@@ -545,7 +545,7 @@ def test_a_mixed_batch_keeps_its_order():
             p.data += 0.1 * i
     table = msd.partition(8, 3)
     student, labels, z = (
-        Routed(experts, "label", table),
+        ByLabel(experts, table),
         torch.randperm(64, generator=torch.Generator().manual_seed(0)) % 8,
         torch.randn(64, 2),
     )
@@ -613,7 +613,7 @@ def test_small_students_of_a_transformer(tmp_path):
         torch.equal(p, q)
         for p, q in zip(a.parameters(), teacher.resized(["num_layers=2"], seed=1).parameters())
     )
-    Routed([a, a.copy()], "label", msd.partition(4, 2)).save(tmp_path, {})
+    ByLabel([a, a.copy()], msd.partition(4, 2)).save(tmp_path, {})
     again = load_model(tmp_path, json.loads((tmp_path / "distill.json").read_text())["model"])
     x, cond = torch.randn(4, 1, 8, 8), a.encode(torch.arange(4))
     assert torch.allclose(
@@ -640,7 +640,7 @@ def test_metrics_of_each_expert():
         + 0.1 * z
         + 0.3 * (m.route(len(z), 1, 1, c) == 2)[:, None]
     )
-    model = Routed([teacher.copy() for _ in range(4)], "label", msd.partition(8, 4))
+    model = ByLabel([teacher.copy() for _ in range(4)], msd.partition(8, 4))
     result = metrics.evaluate(right, model, teacher, n=2000)
     parts = result["experts"]
     assert (
@@ -652,7 +652,7 @@ def test_metrics_of_each_expert():
         abs(parts[k]["energy_distance"]) < 0.01 for k in (0, 1, 3)
     )
     assert "experts" not in metrics.evaluate(
-        right, Routed([teacher.copy()], "label", [0] * 8), teacher, n=100
+        right, ByLabel([teacher.copy()], [0] * 8), teacher, n=100
     )
     alone = metrics.evaluate(
         lambda m, z, c, noise: right(model, z, c, noise), teacher, teacher, n=2000
@@ -683,7 +683,7 @@ def test_reference_of_a_part(monkeypatch):
 BROKEN = {  # how it is broken, and the test that finds it
     "router is not the partition": (
         lambda m: m.setattr(
-            Routed, "route", lambda self, n, a, s, c: torch.tensor(self.table[::-1])[c["labels"]]
+            ByLabel, "route", lambda self, n, a, s, c: torch.tensor(self.table[::-1])[c["labels"]]
         ),
         lambda t: test_a_mixed_batch_keeps_its_order(),
     ),

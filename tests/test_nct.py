@@ -15,7 +15,7 @@ import nct
 from common.errors import UserError
 from common.files import WEIGHTS, read_json
 from common.rng import BatchRandom
-from common.routed import Routed
+from common.routed import ByLabel
 from common.teachers.load import load_model, load_teacher
 from controls.branches import make_branch
 from controls.controlled import load_generator, make
@@ -957,7 +957,7 @@ def test_a_generator_of_another_teacher_or_of_experts_is_refused(copied, tmp_pat
     with pytest.raises(UserError, match="expected a student of mnist, dit"):
         load_generator(copied, load_teacher("mnist"), "mnist")
     teacher = load_teacher("toy")
-    Routed([teacher.copy(), teacher.copy()], "label", [0, 0, 0, 0, 1, 1, 1, 1]).save(
+    ByLabel([teacher.copy(), teacher.copy()], [0, 0, 0, 0, 1, 1, 1, 1]).save(
         tmp_path / "two", dict(method="msd", teacher="toy", nfe=1, sampler={})
     )
     with pytest.raises(UserError, match="--generator .*two: expected one network, found 2 experts"):

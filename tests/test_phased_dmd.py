@@ -13,7 +13,7 @@ import dmd2
 import phased_dmd
 from common.errors import UserError
 from common.rng import BatchRandom
-from common.routed import Routed
+from common.routed import ByLevel, Routed
 from common.run import Run
 from common.sampling import generate, teacher_sample
 from common.schedules import Flow, native_weight
@@ -481,7 +481,7 @@ def routed(nfe, phases, shift):
         phased_dmd.phase_ends(nfe, phases),
     )
     return (
-        Routed(experts, "level", [float(times[b] / (1 - times[b])) for b in ends[:-1]]),
+        ByLevel(experts, [float(times[b] / (1 - times[b])) for b in ends[:-1]]),
         times,
         ends,
     )
@@ -513,7 +513,7 @@ def test_every_step_goes_to_its_expert(nfe, phases, shift):
 
 def test_a_sample_does_not_depend_on_its_batch():
     teacher = load_teacher("toy-cond")
-    student = Routed([teacher.copy(), teacher.copy()], "level", [1.0])
+    student = ByLevel([teacher.copy(), teacher.copy()], [1.0])
     sampler = lambda m, z, c, noise: phased_dmd.sample(m, z, c, 4, noise)
     whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
     parts = {
@@ -531,7 +531,7 @@ def test_teacher_sampler_is_the_start(monkeypatch):
     monkeypatch.setattr(Toy, "adapter", "toy")
     net = Toy(MLP(width=16), Flow(), "flow", (2,), 8, labelled=True)
     z, cond = torch.randn(6, 2), dict(labels=torch.arange(6))
-    ours = phased_dmd.sample(Routed([net.copy(), net.copy()], "level", [1.0]), z, cond, 4)
+    ours = phased_dmd.sample(ByLevel([net.copy(), net.copy()], [1.0]), z, cond, 4)
     assert torch.allclose(ours, teacher_sample(net, z, cond, 4), atol=1e-5)
 
 

@@ -19,7 +19,7 @@ import phased_dmd
 from common.errors import UserError
 from common.files import ROOT, WEIGHTS
 from common.model import Model
-from common.routed import Routed
+from common.routed import ByLabel, Routed
 from common.schedules import EDM, VP, TrigFlow, equal_snr
 from common.teachers.flow import pack, unpack
 from common.teachers.load import load_model, load_pipeline, load_teacher
@@ -129,7 +129,7 @@ def test_decoding_is_the_pipelines(name, folders):
         and (ours.int() - theirs.int()).abs().max() <= 1
     )
     assert model.encode_images(ours[None]).shape == latents.shape
-    rows = model.rows(latents)
+    rows = model.to_pictures(latents)
     assert torch.equal(
         rows[0], torch.cat([ours[:, i] for i in (0, 2, 4)], 1) if model.video else ours
     )
@@ -292,9 +292,9 @@ def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
 
 
 def test_labels_of_prompts(folders):
-    """What `Routed` by label, MSD's students, goes by."""
+    """What `ByLabel`, MSD's students, goes by."""
     model = load(folders, "flux")
-    both = Routed([model, model.copy()], "label", [1, 0, 1])
+    both = ByLabel([model, model.copy()], [1, 0, 1])
     assert both.route(3, 1.0, 1.0, model.encode([0, 1, 2])).tolist() == [1, 0, 1] and both.route(
         2, 1.0, 1.0, model.null(2)
     ).tolist() == [0, 0]
@@ -314,7 +314,7 @@ def test_wan_with_one_time_per_token(folders):
 def test_frames(folders, monkeypatch):
     assert load(folders, "wan", frames=9).shape == (4, 3, 8, 8) and load(
         folders, "wan", frames=1
-    ).rows(torch.randn(2, 4, 1, 8, 8)).shape == (2, 3, 32, 32)
+    ).to_pictures(torch.randn(2, 4, 1, 8, 8)).shape == (2, 3, 32, 32)
     assert load(folders, "wan", frames=5, size=[16, 24]).image_shape == (3, 5, 16, 24) and load(
         folders, "wan", frames=1, size=None
     ).image_shape == (3, 1, 480, 832)

@@ -330,7 +330,9 @@ def test_mode_shares():
 
 
 def test_picture_of_points(toy):
-    picture = toy.rows(torch.tensor([[0.0, 0.0], [5.0, 0.0], [-1.6001, 0.0], [float("nan"), 0.0]]))
+    picture = toy.to_pictures(
+        torch.tensor([[0.0, 0.0], [5.0, 0.0], [-1.6001, 0.0], [float("nan"), 0.0]])
+    )
     assert picture.shape == (1, 1, 128, 128) and picture.dtype == torch.uint8
     assert (picture != 255).sum() == 1  # points outside are left out, not drawn on the border
-    assert toy.rows(torch.full((3, 2), 9.0)).min() == 255
+    assert toy.to_pictures(torch.full((3, 2), 9.0)).min() == 255

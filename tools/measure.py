@@ -193,7 +193,7 @@ def draw_rows(path, rows, args, device):
         parts = generate(
             row["sampler"], model, n, args.seed, max(args.batch, 1000) if n > 20 else args.batch
         )
-        sheet.append((row["caption"], model.rows(torch.cat([x for _, _, x in parts]))))
+        sheet.append((row["caption"], model.to_pictures(torch.cat([x for _, _, x in parts]))))
     save_grid(path, sheet)
     print(f"picture: {path}")
 

@@ -17,7 +17,7 @@ from common.files import LOAD_ERRORS, ROOT, WEIGHTS, is_local_name, load_weights
 from common.image_folder import read_captions
 from common.metrics import METRICS
 from common.model import load_extras
-from common.routed import Routed
+from common.routed import ByLabel, ByLevel, Routed
 from common.teachers.dit import DiT
 from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
@@ -167,7 +167,7 @@ def load_lora(folder, info, teacher):
             flag=f"{folder}: lora: rank",
         )
     )
-    load_weights(folder / lora.FILE, student.net, lora.key(student.part))
+    load_weights(folder / lora.FILE, student.net, lora.file_key(student.part))
     load_extras(folder, info, student)
     student.folder = folder
     return student
@@ -211,7 +211,7 @@ def load_routed(folder, info, teacher=None, inner=True):
         raise UserError(
             f"{folder}: expected by and table that route to {len(experts)} experts of one shape, found {by!r}, {str(table)[:80]}"
         )
-    model = Routed(models, by, table)
+    model = ByLevel(models, table) if by == "level" else ByLabel(models, table)
     model.folder = folder
     return model
 

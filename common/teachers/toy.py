@@ -61,7 +61,7 @@ class Toy(Model):
         return twin
 
     def decode(self, x):
-        return self.rows(x)
+        return self.to_pictures(x)
 
     def encode_images(self, images):
         return images
@@ -72,7 +72,7 @@ class Toy(Model):
     def config(self):
         return dict(super().config(), labelled=self.labelled)
 
-    def rows(self, x, size=128, extent=1.6):
+    def to_pictures(self, x, size=128, extent=1.6):
         """One picture of all points: log-density histogram, uint8 [1, 1, size, size]."""
         ij = ((x.detach().cpu().float() / extent + 1) / 2 * size).floor().long()
         ij = ij[((ij >= 0) & (ij < size)).all(1)]

@@ -3,13 +3,13 @@
 import torch
 
 from common.model import layers_at
-from common.routed import Routed
+from common.routed import ByLevel
 from common.teachers.pipeline import Pipeline, channel_stats, flow_schedule
 
 
 class Wan(Pipeline):
     """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
-    noise and one for low noise: `Routed` at boundary_ratio of its pipeline, one w for both."""
+    noise and one for low noise: `ByLevel` at boundary_ratio of its pipeline, one w for both."""
 
     adapter = "wan"
     pipeline = "WanPipeline"
@@ -45,8 +45,8 @@ class Wan(Pipeline):
         edge = torch.nextafter(
             torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
         )  # the first expert has t = s as well
-        model = Routed(
-            [self, self.with_network(self.load_net(folder, dtype, nets[1]))], "level", [float(edge)]
+        model = ByLevel(
+            [self, self.with_network(self.load_net(folder, dtype, nets[1]))], [float(edge)]
         )
         model.folder = self.folder
         return model
@@ -91,7 +91,7 @@ class Wan(Pipeline):
     def latent_stats(self):
         return channel_stats(self.vae, self.shape)
 
-    def rows(self, x):
+    def to_pictures(self, x):
         """First, middle and last frame, one below the other."""
         video = self.decode(x)
         return torch.cat(
