@@ -82,6 +82,11 @@ def first_line(e):
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
+def describe(e, limit=200):
+    """Kind and message of an exception in one line, e.g. "KeyError: 'beta_start'"."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:limit]}"
+
+
 def did_you_mean(word, known):
     """', did you mean X?' for the nearest known names, or ''."""
     hits = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.5)

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.errors import UserError, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +63,15 @@ def read_json(path, what="file"):
     if not isinstance(value, dict):
         raise UserError(f"{what} {path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+@contextlib.contextmanager
+def load_errors(what):
+    """Raises LOAD_ERRORS of the block as one UserError: `what`, then the error in one line."""
+    try:
+        yield
+    except LOAD_ERRORS as e:
+        raise UserError(f"{what}: {describe(e)}") from None
 
 
 def git_revision():
