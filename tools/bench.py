@@ -1,13 +1,13 @@
 """What an iteration costs beside the network passes it cannot avoid.
 
-    python -m tests.bench dmd2 --teacher mnist                 # any flags of the script may follow; the last line is one JSON object
-    python -m tests.bench dmd2 --teacher toy --iters 200
-    python tests/bench.py --teacher sdxl --random-weights      # a full-size network without any download: sd15, sdxl, sana, sd3; bf16, --grad-checkpoint
-    torchrun --nproc_per_node=8 tests/bench.py --teacher sdxl --random-weights --batch 32 --gan --shard
-    python tests/bench.py --teacher sdxl --random-weights --tiny --device cpu     # the same code in seconds
-    python -m tests.bench dmd2 --vs HEAD~3 --pairs 5           # this tree against a revision, in turns; last line: ratios of each pair and their median
-    OMP_NUM_THREADS=1 python -m tests.bench dmd2 --processor-time    # on a machine that others use too: seconds of the processor, not of the wall
-    python -m tests.bench dmd2 --profile trace.json            # instead: torch's profiler over a few iterations; a table, and a trace for chrome://tracing
+    python -m tools.bench dmd2 --teacher mnist                 # any flags of the script may follow; the last line is one JSON object
+    python -m tools.bench dmd2 --teacher toy --iters 200
+    python tools/bench.py --teacher sdxl --random-weights      # a full-size network without any download: sd15, sdxl, sana, sd3; bf16, --grad-checkpoint
+    torchrun --nproc_per_node=8 tools/bench.py --teacher sdxl --random-weights --batch 32 --gan --shard
+    python tools/bench.py --teacher sdxl --random-weights --tiny --device cpu     # the same code in seconds
+    python -m tools.bench dmd2 --vs HEAD~3 --pairs 5           # this tree against a revision, in turns; last line: ratios of each pair and their median
+    OMP_NUM_THREADS=1 python -m tools.bench dmd2 --processor-time    # on a machine that others use too: seconds of the processor, not of the wall
+    python -m tools.bench dmd2 --profile trace.json            # instead: torch's profiler over a few iterations; a table, and a trace for chrome://tracing
 
 The script's own main() runs for --iters iterations. Every network pass in it is recorded by kind (forward; forward + backward; forward + backward
 to the input only; forward with a derivative in forward mode, "jvp", in fp32; those of nct with the branch; each with its batch size and whether it
@@ -36,13 +36,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-
 from common import data
 from common.model import Model
 from common.run import Run
 from controls.controlled import Controlled
-from tools import random_teachers  # noqa: E402
+from tools import random_teachers
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = 6  # iterations before the clock starts: allocation, threads, first-call set-up
@@ -192,7 +190,7 @@ def versus(script, rev, pairs, argv):
 
     def once(root):
         done = subprocess.run(
-            [sys.executable, "tests/bench.py", script, *argv],
+            [sys.executable, "tools/bench.py", script, *argv],
             cwd=root,
             capture_output=True,
             text=True,
@@ -207,7 +205,7 @@ def versus(script, rev, pairs, argv):
             ["git", "worktree", "add", "--quiet", "--detach", old, rev], cwd=ROOT, check=True
         )
         try:
-            for name in ("tests/bench.py", "tools/random_teachers.py", "tools/networks.json"):
+            for name in ("tools/bench.py", "tools/random_teachers.py", "tools/networks.json"):
                 shutil.copy(ROOT / name, os.path.join(old, name))
             for i in range(pairs):
                 a, b = (once(ROOT), once(old)) if i % 2 == 0 else reversed([once(old), once(ROOT)])
