@@ -1,9 +1,9 @@
 """Runs the commands of rows of docs/RESULTS.md again and compares the results with the page.
 
-    python -m tools.reproduce --list                        # rows that can be run; why others cannot
-    python -m tools.reproduce --rows 2                      # two random rows, one seed of each
-    python -m tools.reproduce --match "toy"                 # rows whose command matches
-    python -m tools.reproduce --every-seed --out out/again  # everything; run again to continue
+    python -m tools.reproduce --list                       # rows that can be run; why others cannot
+    python -m tools.reproduce --rows 2                     # two random rows, one seed of each
+    python -m tools.reproduce --match "toy"                # rows whose command matches
+    python -m tools.reproduce --every-seed --out again     # everything; run again to continue
 
 A row is read from a table with a column `command` and a column whose heading begins with fd, FID or
 energy distance. Its seeds are in a column `seeds` or in that heading. The cell holds one value a
