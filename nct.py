@@ -52,7 +52,7 @@ from common.run import Run
 from common.schedules import expand
 from common.teachers.load import load_teacher
 from common.teachers.students import teacher_of
-from controls.controlled import hash_model, load_generator, make
+from controls.controlled import hash_model, load_controlled, load_generator, make_controlled
 from controls.maps import Control
 from controls.measure import control_error, control_rows, control_summary
 
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     )
     p.method.add_argument(
         "--control",
-        help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (common/controls.py)",
+        help="h in (2): edges, canny, sr, half, inpaint, depth; image (image prompt); class, for a generator without labels (controls/maps.py)",
     )
     p.method.add_argument("--factor", type=int, default=4, help="of --control sr")
     p.method.add_argument(
@@ -211,7 +211,7 @@ def parse_args(argv=None):
 
 # ---- networks ---------------------------------------------------------------------------------------------------------------------------
 #   generator f        frozen, the student of another run
-#   branch             trained, starts without effect (common/adapters.py)
+#   branch             trained, starts without effect (controls/branches.py)
 #   student g          both; its parameters are those of the branch
 
 
@@ -316,6 +316,11 @@ def sample(student, z, cond, nfe=1, noise=None, c=None):
     return student(z, c, cond)  # (8)
 
 
+def load_student(folder, info, teacher=None):
+    """The student in a folder that this script wrote. info: "model" of its distill.json."""
+    return load_controlled(folder, info, teacher)
+
+
 def main():
     args, networks = (
         parse_args(),
@@ -335,7 +340,7 @@ def main():
     args.cfg = args.cfg or info.get("cfg") or 1.0  # of the teacher's row in pictures
     control = Control(args.control, generator, teacher, args.factor, args.control_model)
     torch.manual_seed(args.seed)  # the branch starts equal on all processes
-    student = make(generator, info, sampler_f, control, args.blocks)
+    student = make_controlled(generator, info, sampler_f, control, args.blocks)
     if args.grad_checkpoint:
         student.checkpoint_activations()
     G = run.train(student)
@@ -361,7 +366,7 @@ def main():
         consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}",
         graph=dict(student=2),
         boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
-        passes_per_iteration=f"{4 + 2 * getattr(student.branch, 'behind', 1) + 7 * share:.2f}",
+        passes_per_iteration=f"{4 + 2 * student.branch.backward_share + 7 * share:.2f}",
     )  # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
 
     # ==== same in every script: resume ====

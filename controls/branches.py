@@ -1,45 +1,55 @@
-"""Branches: what nct.py puts beside a frozen generator's network.
+"""Branches: trainable networks that feed a condition into a frozen generator (ControlNet and kin).
 
-A small trainable network beside a frozen generator, which is thereby told of a condition: ControlNet and what corresponds to it elsewhere.
-
-Each branch is a copy of the generator's first layers that reads the condition and adds to the frozen network through layers of zeros: at first the
-output is the generator's, bit for bit. Branches see what the network is called with, by hooks, so the generator may be the student of any method, whatever
-that method does around its network. Gradients pass through the frozen network to the branch.
+A branch reads the condition and adds to activations of the frozen network through layers that start
+at zero, so at first the output equals the generator's, bit for bit. Branches attach to the network
+by forward hooks, so they work inside the sampler of any method. Gradients flow through the frozen
+network to the branch.
 """
 
 import contextlib
 import copy
+import functools
 import math
 
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.errors import UserError
+from common.files import WEIGHTS, load_weights, save_weights
+
+# ---- parts ---------------------------------------------------------------------------------------
 
 
-def zero(layer):
-    for p in layer.parameters():
+def zero(module):
+    """Sets all parameters to zero. -> module"""
+    for p in module.parameters():
         nn.init.zeros_(p)
-    return layer
+    return module
 
 
-def hint(control, width, scale=1, patch=1, tokens=False):
-    """Network that reads the condition: a class -> [B, width]; a map -> [B, width, H, W] in the sizes of the latent, or [B, T, width]."""
-    if control.classes:
-        return nn.Embedding(control.classes, width)
-    layers, c = [nn.Conv2d(control.channels, 16, 3, padding=1), nn.SiLU()], 16
-    for _ in range(round(math.log2(scale))):
-        layers += [nn.Conv2d(c, min(2 * c, width), 3, 2, 1), nn.SiLU()]
-        c = min(2 * c, width)
-    layers += [nn.Conv2d(c, width, patch, patch)]
-    return nn.Sequential(*layers, nn.Flatten(2)) if tokens else nn.Sequential(*layers)
-
-
-def twin(module):
+def trainable_copy(module):
     return copy.deepcopy(module).float().requires_grad_(True)
 
 
+def make_hint(control, width, scale=1, patch=1):
+    """Network that embeds the condition. Labels -> [B, width]; a map -> [B, width, H, W] in the
+    size of the latent, divided by `patch`.
+    """
+    if control.classes:
+        return nn.Embedding(control.classes, width)
+    c = 16
+    layers = [nn.Conv2d(control.channels, c, 3, padding=1), nn.SiLU()]
+    for _ in range(round(math.log2(scale))):  # halve from pixels down to latents
+        wider = min(2 * c, width)
+        layers += [nn.Conv2d(c, wider, 3, stride=2, padding=1), nn.SiLU()]
+        c = wider
+    layers += [nn.Conv2d(c, width, patch, stride=patch)]
+    return nn.Sequential(*layers)
+
+
 @contextlib.contextmanager
-def hooked(*handles):
+def hooked(handles):
+    """Removes the hooks at the end of the `with` block."""
     try:
         yield
     finally:
@@ -47,283 +57,233 @@ def hooked(*handles):
             handle.remove()
 
 
-class TransformerBranch(nn.Module):
-    """Copies of the last blocks run on their own tokens, hint added; each adds to the output of its model through a linear layer of zeros. The last and not
-    the first: there the tokens say what the generator is about to make, which the branch must compare with the condition (docs/nct.md, 4)."""
+class Branch(nn.Module):
+    """Base class of all branches, made as cls(net, control, scale).
+
+    net: the frozen network. control: a `Control`. scale: pixels per latent, along one side.
+    """
+
+    copies = ""  # for an error message: why there is no choice of blocks
+    backward_share = 1.0  # share of the frozen network that gradients pass through
+
+    def attached(self, net, c):
+        """Context manager: inside of it `net` is evaluated with the conditions c [B, ...]."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self):
+        """--grad-checkpoint. Hooks are gone when the backward pass runs a block again."""
+        raise UserError(
+            "--grad-checkpoint: expected a generator of class UNet2DConditionModel and a --control "
+            "that is a picture: only its ControlNet can do it"
+        )
+
+    def save(self, folder):
+        save_weights(folder / WEIGHTS, self.state_dict())
+
+    def load(self, folder):
+        load_weights(folder / WEIGHTS, self)
+
+
+# ---- branches ------------------------------------------------------------------------------------
+
+
+class TransformerBranch(Branch):
+    """Copies of the last blocks of a transformer, run on tokens of their own: those of the frozen
+    network plus the hint. Each copy adds to its block's output through a zero linear layer.
+
+    The last blocks and not the first, as in ControlNet: there the tokens already represent what
+    the generator is about to make, which has to be compared with the condition (docs/nct.md, 4).
+    """
 
     def __init__(self, net, control, scale, blocks=None):
         super().__init__()
         total = len(net.transformer_blocks)
-        if not 1 <= (blocks := (total + 1) // 2 if blocks is None else blocks) <= total:
+        blocks = (total + 1) // 2 if blocks is None else blocks
+        if not 1 <= blocks <= total:
             raise UserError(
                 f"--blocks {blocks}: expected a number from 1 to {total}, the generator's blocks"
             )
-        width = net.config.num_attention_heads * net.config.attention_head_dim
-        self.first, self.behind = (
-            total - blocks,
-            blocks / total,
-        )  # behind: share of the frozen network that gradients pass through
-        self.blocks = twin(net.transformer_blocks[self.first :])
+        self.first = total - blocks
+        self.backward_share = blocks / total
+        self.blocks = trainable_copy(net.transformer_blocks[self.first :])
         for name, p in self.blocks[-1].named_parameters():
-            p.requires_grad_(
-                not ("to_add_out" in name or "ff_context" in name)
-            )  # joint attention: text tokens that nobody reads any more
-        self.hint = hint(control, width, scale, net.config.patch_size, tokens=True)
+            # joint attention: nothing reads the text tokens of the last block
+            if "to_add_out" in name or "ff_context" in name:
+                p.requires_grad_(False)
+        width = net.config.num_attention_heads * net.config.attention_head_dim
+        self.hint = make_hint(control, width, scale, net.config.patch_size)
         self.outs = nn.ModuleList(zero(nn.Linear(width, width)) for _ in self.blocks)
 
     def attached(self, net, c):
-        tokens = self.hint(c)
-        tokens = tokens[:, None] if tokens.ndim == 2 else tokens.transpose(1, 2)
-        now = {}
-
-        def after(i, args, kwargs, out):
-            """args, kwargs: of the frozen block i; the copy gets the same, but for its own tokens."""
-            joint = isinstance(out, tuple)  # joint attention: (text tokens, image tokens)
-            h = now["h"] if i else (args[0] if args else kwargs["hidden_states"]) + tokens
-            args, kwargs = (
-                ((h, *args[1:]), kwargs) if args else (args, kwargs | dict(hidden_states=h))
+        hint = self.hint(c)
+        # one token for a label, else a token for each patch
+        hint = hint[:, None] if hint.ndim == 2 else hint.flatten(2).transpose(1, 2)
+        state = dict(hint=hint)
+        handles = [
+            block.register_forward_hook(
+                functools.partial(self.after_block, i, state), with_kwargs=True
             )
-            new = self.blocks[i](
-                *args,
-                **(kwargs | dict(encoder_hidden_states=now["text"]) if joint and i else kwargs),
-            )
-            now["text"], now["h"] = new if joint else (None, new)
-            more = self.outs[i](now["h"])
-            return (out[0], out[1] + more) if joint else out + more
+            for i, block in enumerate(net.transformer_blocks[self.first :])
+        ]
+        return hooked(handles)
 
-        hook = lambda i: net.transformer_blocks[self.first + i].register_forward_hook(
-            lambda m, args, kwargs, out: after(i, args, kwargs, out), with_kwargs=True
-        )
-        return hooked(*map(hook, range(len(self.blocks))))
+    def after_block(self, i, state, block, args, kwargs, out):
+        """Forward hook of a frozen block: runs copy i on the same inputs but its own tokens."""
+        joint = isinstance(out, tuple)  # joint attention: (text tokens, image tokens)
+        if i == 0:
+            tokens = args[0] if args else kwargs["hidden_states"]
+            state["tokens"] = tokens + state["hint"]
+        if args:
+            args = (state["tokens"], *args[1:])
+        else:
+            kwargs = kwargs | dict(hidden_states=state["tokens"])
+        if joint and i > 0:
+            kwargs = kwargs | dict(encoder_hidden_states=state["text"])
+
+        new = self.blocks[i](*args, **kwargs)
+        state["text"], state["tokens"] = new if joint else (None, new)
+        added = self.outs[i](state["tokens"])
+        return (out[0], out[1] + added) if joint else out + added
 
 
-class UNetBranch(nn.Module):
-    """ControlNet for `UNet2DModel`, which has none in diffusers: copies of the down blocks and the middle, a 1x1 convolution of zeros for each skip."""
+class UNetBranch(Branch):
+    """ControlNet for `UNet2DModel`, which has none in diffusers: copies of the down blocks and the
+    middle block, and a zero 1x1 convolution for each skip connection and the middle.
+    """
 
-    def __init__(self, net, control, scale, blocks=None):
+    copies = "whose down blocks are all copied"
+
+    def __init__(self, net, control, scale):
         super().__init__()
-        if blocks is not None:
-            raise UserError(
-                "--blocks: expected a transformer, found UNet2DModel, whose down blocks are all copied"
-            )
         if net.mid_block is None:
             raise UserError(
                 "--generator: expected a UNet2DModel with a middle block, found one without"
             )
-        c = net.config
-        widths = [c.block_out_channels[0]]
-        for i, w in enumerate(c.block_out_channels):
-            widths += [w] * (c.layers_per_block + (i < len(c.block_out_channels) - 1))
-        self.down, self.mid = twin(net.down_blocks), twin(net.mid_block)
-        self.hint = hint(control, 4 * widths[0] if control.classes else widths[0], scale)
+        levels = net.config.block_out_channels
+        widths = [levels[0]]  # channels of the skips: one of conv_in, then those of each level
+        for i, width in enumerate(levels):
+            has_downsampler = i < len(levels) - 1
+            widths += [width] * (net.config.layers_per_block + has_downsampler)
+        self.down = trainable_copy(net.down_blocks)
+        self.mid = trainable_copy(net.mid_block)
+        # a map is added to the activations of conv_in, a label to the time embedding
+        self.hint = make_hint(control, 4 * levels[0] if control.classes else levels[0], scale)
         self.outs = nn.ModuleList(zero(nn.Conv2d(w, w, 1)) for w in [*widths, widths[-1]])
 
     def attached(self, net, c):
-        extra, skips, now = self.hint(c), [], {}
+        hint = self.hint(c)
+        h = temb = skip_sample = None  # inputs of the next copy; skip_sample: of "Skip" blocks only
+        skips = []  # outputs of the copies
+        residuals = []  # to be added to the frozen network's skips, taken from the end
 
-        def down(i, kwargs):
+        def after_down(i, block, args, kwargs, out):
+            nonlocal h, temb, skip_sample
             if i == 0:
-                now["h"] = kwargs["hidden_states"]
-                if extra.ndim == 4:
-                    now["h"] = now["h"] + extra
-                now["temb"] = kwargs["temb"] + extra if extra.ndim == 2 else kwargs["temb"]
-                now["skip"] = (
-                    dict(skip_sample=kwargs["skip_sample"]) if "skip_sample" in kwargs else {}
-                )
-                skips.append(now["h"])
-            new = self.down[i](
-                hidden_states=now["h"],
-                temb=now["temb"],
-                **now["skip"] if hasattr(self.down[i], "skip_conv") else {},
-            )
-            now["h"] = new[0]
-            if len(new) == 3:
-                now["skip"] = dict(skip_sample=new[2])
-            skips.extend(new[1])
+                h, temb = kwargs["hidden_states"], kwargs["temb"]
+                if hint.ndim == 4:
+                    h = h + hint
+                else:
+                    temb = temb + hint
+                skip_sample = kwargs.get("skip_sample")
+                skips.append(h)
+            copied = self.down[i]
+            more = dict(skip_sample=skip_sample) if hasattr(copied, "skip_conv") else {}
+            h, outputs, *rest = copied(hidden_states=h, temb=temb, **more)
+            if rest:
+                skip_sample = rest[0]
+            skips.extend(outputs)
 
-        def mid(module, args, out):
-            now["more"] = [layer(s) for layer, s in zip(self.outs[:-1], skips, strict=True)]
-            return out + self.outs[-1](self.mid(now["h"], now["temb"]))
+        def after_mid(block, args, out):
+            residuals.extend(layer(s) for layer, s in zip(self.outs[:-1], skips, strict=True))
+            return out + self.outs[-1](self.mid(h, temb))
 
-        def up(module, args):
-            n = len(module.resnets)
-            res = tuple(a + b for a, b in zip(args[1], now["more"][-n:], strict=True))
-            now["more"] = now["more"][:-n]
-            return (args[0], res, *args[2:])
+        def before_up(block, args):
+            x, frozen_skips, *rest = args
+            n = len(block.resnets)
+            added = residuals[-n:]
+            del residuals[-n:]
+            return (x, tuple(a + b for a, b in zip(frozen_skips, added, strict=True)), *rest)
 
-        hook = lambda i: net.down_blocks[i].register_forward_hook(
-            lambda m, args, kwargs, out: down(i, kwargs), with_kwargs=True
-        )
-        return hooked(
-            *map(hook, range(len(self.down))),
-            net.mid_block.register_forward_hook(mid),
-            *[b.register_forward_pre_hook(up) for b in net.up_blocks],
-        )
+        handles = [
+            block.register_forward_hook(functools.partial(after_down, i), with_kwargs=True)
+            for i, block in enumerate(net.down_blocks)
+        ]
+        handles.append(net.mid_block.register_forward_hook(after_mid))
+        handles += [block.register_forward_pre_hook(before_up) for block in net.up_blocks]
+        return hooked(handles)
 
 
-class ControlNet(nn.Module):
-    """The class of diffusers, for `UNet2DConditionModel`: Stable Diffusion and SDXL."""
+class ControlNet(Branch):
+    """diffusers' ControlNet, for `UNet2DConditionModel`: Stable Diffusion and SDXL."""
 
-    NAMES = ("encoder_hidden_states", "class_labels", "added_cond_kwargs")
+    copies = "whose ControlNet copies all down blocks"
+    SHARED = ("encoder_hidden_states", "class_labels", "added_cond_kwargs")  # inputs of both
 
-    def __init__(self, net, control, scale, blocks=None):
+    def __init__(self, net, control, scale):
         super().__init__()
-        if control.classes or blocks is not None:
+        if control.classes:
             raise UserError(
-                f"--{'control class' if control.classes else 'blocks'}: not for UNet2DConditionModel; its ControlNet reads pictures and copies all down blocks"
+                "--control class: not for UNet2DConditionModel; its ControlNet reads pictures"
             )
         from diffusers import ControlNetModel
 
-        widths = (16, 32, 96, 256, 256, 256)[
-            : 1 + round(math.log2(scale))
-        ]  # each after the first halves the picture
+        widths = (16, 32, 96, 256, 256, 256)  # each after the first halves the picture
         self.net = ControlNetModel.from_unet(
-            net, conditioning_embedding_out_channels=widths, conditioning_channels=control.channels
+            net,
+            conditioning_embedding_out_channels=widths[: 1 + round(math.log2(scale))],
+            conditioning_channels=control.channels,
         ).float()
 
     def attached(self, net, c):
         def before(module, args, kwargs):
-            given = {k: kwargs[k] for k in self.NAMES if k in kwargs} | dict(
-                encoder_hidden_states=kwargs.get("encoder_hidden_states")
-            )
-            down, mid = self.net(*args, controlnet_cond=c, return_dict=False, **given)
-            return args, kwargs | dict(
+            shared = {k: kwargs[k] for k in self.SHARED if k in kwargs}
+            shared.setdefault("encoder_hidden_states", None)
+            down, mid = self.net(*args, controlnet_cond=c, return_dict=False, **shared)
+            residuals = dict(
                 down_block_additional_residuals=down, mid_block_additional_residual=mid
             )
+            return args, kwargs | residuals
 
-        return hooked(net.register_forward_pre_hook(before, with_kwargs=True))
+        return hooked([net.register_forward_pre_hook(before, with_kwargs=True)])
+
+    def checkpoint_activations(self):
+        self.net.enable_gradient_checkpointing()
+
+    def save(self, folder):
+        self.net.save_pretrained(folder, safe_serialization=True)
+
+    def load(self, folder):
+        load_weights(folder / WEIGHTS, self.net)
 
 
-class IPAdapter(nn.Module):
-    """The layers of diffusers for a condition that is a vector, in `UNet2DConditionModel`: a few tokens made of it, which every cross-attention reads through
-    keys and values of its own, beside the prompt. Values are zero at first; keys those of the text, as the tokens are normed. Attributes are named like the
-    tensors of an IP-Adapter's file, where cross-attentions have odd numbers (`key`)."""
+class MLPBranch(Branch):
+    """For the toy's MLP: a copy of the hidden layers; each adds to its layer's activations."""
 
-    FILE, TOKENS = "ip_adapter.safetensors", 4  # diffusers reads four
+    copies = "whose hidden layers are all copied"
 
-    def __init__(self, net, control, scale, blocks=None):
+    def __init__(self, net, control, scale):
         super().__init__()
-        from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-        from diffusers.models.embeddings import ImageProjection
-
-        found = [
-            name.removesuffix(".processor")
-            for name in getattr(net, "attn_processors", {})
-            if not name.endswith("attn1.processor")
-        ]
-        width = getattr(net.config, "cross_attention_dim", None)
-        if (
-            type(net).__name__ != "UNet2DConditionModel"
-            or not isinstance(width, int)
-            or not found
-            or not all(n.endswith("attn2") for n in found)
-            or net.encoder_hid_proj
-        ):
-            raise UserError(
-                f"--control image: expected a generator of class UNet2DConditionModel that reads a prompt by cross-attention, found {type(net).__name__}"
-                + (
-                    " without, or with other layers there"
-                    if type(net).__name__ == "UNet2DConditionModel"
-                    else ""
-                )
-            )
-        if blocks is not None:
-            raise UserError(
-                "--blocks: expected a transformer, found UNet2DConditionModel, all of whose cross-attentions read the image"
-            )
-        self.names = found
-        self.image_proj = ImageProjection(
-            image_embed_dim=control.embedding,
-            cross_attention_dim=width,
-            num_image_text_embeds=self.TOKENS,
-        )
-        self.ip_adapter = nn.ModuleDict()
-        for i, name in enumerate(found):
-            attn = net.get_submodule(name)
-            self.ip_adapter[str(2 * i + 1)] = layer = IPAdapterAttnProcessor2_0(
-                attn.to_k.out_features, width, num_tokens=(self.TOKENS,)
-            )
-            layer.to_k_ip[0].weight.data.copy_(attn.to_k.weight)
-            zero(layer.to_v_ip)
-
-    @staticmethod
-    def key(name):
-        """Name in the file of the tensor `name`."""
-        return name.replace("image_embeds", "proj").replace("_ip.0.", "_ip.")
-
-    def attached(self, net, c):
-        tokens, attns = [self.image_proj(c)], [net.get_submodule(name) for name in self.names]
-        before = [attn.processor for attn in attns]
-
-        def reader(
-            layer,
-        ):  # a function and no module: the frozen network's own tensors stay as they are
-            return lambda attn, h, encoder_hidden_states=None, attention_mask=None, temb=None: (
-                layer(attn, h, (encoder_hidden_states, tokens), attention_mask, temb)
-            )
-
-        for attn, layer in zip(attns, self.ip_adapter.values(), strict=True):
-            attn.processor = reader(layer)
-
-        @contextlib.contextmanager
-        def there():
-            try:
-                yield
-            finally:
-                for attn, processor in zip(attns, before):
-                    attn.processor = processor
-
-        return there()
-
-
-class MLPBranch(nn.Module):
-    """For the toy: a copy of the hidden layers, which adds to each hidden activation."""
-
-    def __init__(self, net, control, scale, blocks=None):
-        super().__init__()
-        if blocks is not None:
-            raise UserError(
-                "--blocks: expected a transformer, found the toy's MLP, whose hidden layers are all copied"
-            )
-        self.hidden, width = twin(nn.ModuleList([net.inp, *net.hidden])), net.config["width"]
-        self.hint = hint(control, width)
+        width = net.config["width"]
+        self.hidden = trainable_copy(nn.ModuleList([net.inp, *net.hidden]))
+        self.hint = make_hint(control, width)
         self.outs = nn.ModuleList(zero(nn.Linear(width, width)) for _ in self.hidden)
 
     def attached(self, net, c):
-        now = {}
+        h = None  # activations of the copies
 
-        def first(module, args, out):
-            now["h"] = nn.functional.silu(
-                self.hidden[0](args[0]) + net.label.weight[-1] + self.hint(c)
-            )
+        def after_inp(layer, args, out):
+            nonlocal h
+            unlabelled = net.label.weight[-1]
+            h = F.silu(self.hidden[0](args[0]) + unlabelled + self.hint(c))
 
-        def later(i, args):
-            more = self.outs[i](now["h"])
+        def before(i, layer, args):
+            nonlocal h
+            added = self.outs[i](h)
             if i < len(net.hidden):
-                now["h"] = nn.functional.silu(self.hidden[i + 1](now["h"]))
-            return (args[0] + more,)
+                h = F.silu(self.hidden[i + 1](h))
+            return (args[0] + added,)
 
-        readers = [*net.hidden, net.out]
-        return hooked(
-            net.inp.register_forward_hook(first),
-            *[
-                m.register_forward_pre_hook(lambda m, args, i=i: later(i, args))
-                for i, m in enumerate(readers)
-            ],
-        )
-
-
-def make_branch(net, control, scale=1, blocks=None):
-    kinds = dict(UNet2DConditionModel=ControlNet, UNet2DModel=UNetBranch, MLP=MLPBranch)
-    cls = (
-        IPAdapter
-        if control.embedding
-        else kinds.get(
-            type(net).__name__, TransformerBranch if hasattr(net, "transformer_blocks") else None
-        )
-    )
-    if cls is None:
-        raise UserError(
-            f"--generator: expected a UNet or transformer of diffusers, found {type(net).__name__}"
-        )
-    return cls(net, control, scale, blocks).eval()
+        handles = [net.inp.register_forward_hook(after_inp)]
+        for i, layer in enumerate([*net.hidden, net.out]):
+            handles.append(layer.register_forward_pre_hook(functools.partial(before, i)))
+        return hooked(handles)

@@ -29,7 +29,7 @@ from common.flags import Parser
 from common.routed import ByLevel
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
-from controls.controlled import load_generator, make
+from controls.controlled import load_generator, make_controlled
 from controls.maps import Control
 
 TOY = ROOT / "assets" / "toy"
@@ -402,7 +402,7 @@ def students(tmp_path_factory):
         home / "boot", info(method="boot", sampler=dict(at=0.0, grid="time", t_max=1.0))
     )
     f, own, sampler = load_generator(toy_generator(), teacher, "toy")
-    make(f, own, sampler, Control("class", f, teacher)).save(
+    make_controlled(f, own, sampler, Control("class", f, teacher)).save(
         home / "nct", info(method="nct", sampler={})
     )
     return home
