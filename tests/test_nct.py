@@ -16,9 +16,8 @@ from common.errors import UserError
 from common.files import WEIGHTS, read_json
 from common.rng import BatchRandom
 from common.routed import ByLabel
-from common.teachers.load import load_model, load_teacher
-from controls.branches import make_branch
-from controls.controlled import load_generator, make
+from common.teachers.load import load_teacher
+from controls.controlled import load_generator, make_branch, make_controlled
 from controls.maps import MAPS, Control
 from controls.measure import control_error
 from tools.measure import count_nfe
@@ -472,7 +471,7 @@ def test_the_transformer_written_out():
     with torch.no_grad():
         h = net.pos_embed(x)
         for i, block in enumerate(net.transformer_blocks):
-            a = h + branch.hint(c).transpose(1, 2) if i == 4 else a if i > 4 else None
+            a = h + branch.hint(c).flatten(2).transpose(1, 2) if i == 4 else a if i > 4 else None
             h = call(block, h)
             if i >= 4:
                 a = call(branch.blocks[i - 4], a)
@@ -829,7 +828,7 @@ def test_image_embeddings(tmp_path):
     )
     other = control("image", folder=str(tmp_path / "clip"))
     assert torch.equal(
-        other.estimator_input[1].flatten(), torch.full((3,), 0.5)
+        other.estimator.mean.flatten(), torch.full((3,), 0.5)
     ) and not torch.allclose(other(x, None), c, atol=1e-3)
     (tmp_path / "clip" / "preprocessor_config.json").write_text(
         json.dumps(dict(image_mean=[0.5, "a", 1]))
@@ -909,7 +908,7 @@ def test_students_of_every_method_are_generators(method, scripts, tmp_path):
     folder = quick(scripts, method, tmp_path / method, *METHODS[method])
     teacher = load_teacher("toy")
     model, info, sample = load_generator(folder, teacher, "toy")
-    student = make(model, info, sample, Control("class", model))
+    student = make_controlled(model, info, sample, Control("class", model))
     z, cond = torch.randn(16, 2), model.encode(torch.arange(16) % 8)
     theirs = evaluation.load_student(folder, evaluation.parse_args([str(folder)]), {})
     with torch.no_grad():
@@ -1046,7 +1045,7 @@ def test_stable_diffusion(student, scripts, pipelines, tmp_path):
     info = read_json(run / "student" / "distill.json")
     assert info["teacher"] == str(folder) and info["cfg"] == (1.75 if student else 1.0)
     teacher = load_teacher(str(folder), text=pipelines.text)
-    ours = load_model(run / "student", info["model"], teacher)
+    ours = nct.load_student(run / "student", info["model"], teacher)
     controlnet, unet = (
         ControlNetModel.from_pretrained(run / "student"),
         UNet2DConditionModel.from_pretrained(run / "student" / "generator"),
@@ -1103,7 +1102,7 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
     assert "control image: error" in p.out and (run / "samples" / "control.png").exists()
     info = read_json(run / "student" / "distill.json")
     teacher = load_teacher(str(folder), text=pipelines.text)
-    ours = load_model(run / "student", info["model"], teacher)
+    ours = nct.load_student(run / "student", info["model"], teacher)
     assert any(layer.to_v_ip[0].weight.any() for layer in ours.branch.ip_adapter.values())
     with torch.no_grad():
         for layer in ours.branch.ip_adapter.values():
@@ -1111,7 +1110,7 @@ def test_image_prompts(name, scripts, pipelines, tmp_path):
                 layer.to_v_ip[0].weight
             )  # a step or two is hardly seen
     ours.save(tmp_path / "s", {k: v for k, v in info.items() if k != "model"})
-    again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    again = nct.load_student(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "s" / "generator")
     pipe = DiffusionPipeline.from_pretrained(
         folder,
@@ -1198,7 +1197,7 @@ def test_other_pipelines(name, pipelines, tmp_path):
     folder = str(pipelines(name))
     teacher = load_teacher(folder, text=pipelines.text)
     model, info, sample = load_generator(folder, teacher, folder)
-    student = make(model, info, sample, Control("edges", model))
+    student = make_controlled(model, info, sample, Control("edges", model))
     z, cond, c = (
         torch.randn(2, *model.shape),
         model.encode(torch.tensor([0, 1])),
@@ -1214,7 +1213,7 @@ def test_other_pipelines(name, pipelines, tmp_path):
         n for n, p in student.named_parameters() if p.grad is None and p.requires_grad
     ]
     student.save(tmp_path / "s", dict(method="nct", teacher=folder, nfe=1, sampler={}))
-    again = load_model(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
+    again = nct.load_student(tmp_path / "s", read_json(tmp_path / "s" / "distill.json")["model"], teacher)
     with torch.no_grad():
         assert torch.equal(again(z, c, cond), x)
 
@@ -1225,7 +1224,7 @@ def test_other_pipelines(name, pipelines, tmp_path):
 def controlled():
     teacher = load_teacher("toy")
     model, info, sample = load_generator(toy_generator(), teacher, "toy")
-    return make(model, info, sample, Control("class", model))
+    return make_controlled(model, info, sample, Control("class", model))
 
 
 def test_the_sampler_draws_its_condition_from_other_noise(monkeypatch):
@@ -1298,7 +1297,7 @@ def test_without_consistency_the_branch_never_moves(scripts, tmp_path):
     scripts.run("nct.py", *flags, "--con-weight", 0, "--eval-n", 400)
     model, info, sample = load_generator(toy_generator(), load_teacher("toy"), "toy")
     torch.manual_seed(0)
-    start = make(model, info, sample, Control("class", model))
+    start = make_controlled(model, info, sample, Control("class", model))
     assert all(
         torch.equal(v, start.state_dict()[k])
         for k, v in state(tmp_path / "run", 5)["student"].items()
@@ -1344,7 +1343,7 @@ def test_a_run_by_hand(scripts, tmp_path):
     teacher = load_teacher("toy")
     model, info, sample = load_generator(toy_generator(), teacher, "toy")
     torch.manual_seed(0)
-    student = make(model, info, sample, Control("class", model))
+    student = make_controlled(model, info, sample, Control("class", model))
     opt, lam = (
         torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0),
         2.0,
@@ -1402,7 +1401,7 @@ def test_export_and_eval(scripts, tmp_path, capsys):
         read_json(run / "metrics.json")["energy_distance"], rel=1e-4
     )
     info = read_json(run / "student" / "distill.json")
-    student = load_model(run / "student", info["model"])
+    student = nct.load_student(run / "student", info["model"])
     z, cond = torch.randn(5, 2), student.encode([0] * 5)
     assert (
         student.folder == run / "student"
@@ -1411,7 +1410,7 @@ def test_export_and_eval(scripts, tmp_path, capsys):
     )
     for change in (dict(control=3), dict(control=dict(name="class")), dict(blocks="two")):
         with pytest.raises(UserError, match="model\\.(control|blocks)"):
-            load_model(run / "student", info["model"] | change)
+            nct.load_student(run / "student", info["model"] | change)
 
 
 def test_another_generator_is_no_resume(scripts, copied, tmp_path):
