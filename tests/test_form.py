@@ -1,0 +1,139 @@
+"""Rules of form: where equations stand, who imports whom, which copies must stay equal."""
+
+import ast
+import re
+import sys
+
+import pytest
+from helpers.cases import SCRIPTS
+from helpers.source import (
+    ROOT,
+    closure,
+    comments,
+    docstring_equations,
+    find_circle,
+    functions,
+    import_graph,
+    imported_names,
+    parse,
+    source_files,
+)
+
+# Functions and classes that several scripts copy. The copies are the same text, so that `diff` of
+# two scripts shows only what the methods do differently. A change of one is a change of all.
+FAMILIES = {
+    "Head": ["dmd2", "msd"],
+    "dm_gradient": ["dmd2", "msd"],
+    "dm_loss": ["dmd2", "msd"],
+    "fake_loss": ["dmd2", "decoupled_dmd", "msd"],
+    "gen_loss": ["dmd2", "decoupled_dmd", "msd"],
+    "cls_loss": ["dmd2", "decoupled_dmd", "msd"],
+}
+
+
+def script_path(script):
+    return ROOT / f"{script}.py"
+
+
+# ---- equations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_equations_are_numbered_in_order(script):
+    numbers = docstring_equations(script_path(script))
+    assert numbers, "expected equations with a number at the end of their line"
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_equation_is_beside_its_code(script):
+    """A comment such as `# (4)` on the line that computes the equation."""
+    beside = set()
+    for code, comment in comments(script_path(script)):
+        if code:
+            beside.update(int(n) for n in re.findall(r"\((\d+)\)", comment))
+    missing = set(docstring_equations(script_path(script))) - beside
+    assert not missing, f"{script}.py: no line of code has the number of {sorted(missing)}"
+
+
+def equations_named_by_tests(script):
+    """Numbers in names (test_eq04_...), docstrings and comments of tests/test_<script>.py."""
+    path = ROOT / "tests" / f"test_{script}.py"
+    texts = [comment for _, comment in comments(path)]
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            found.update(int(n) for n in re.findall(r"eq(\d+)", node.name))
+            texts.append(ast.get_docstring(node) or "")
+    for text in texts:
+        found.update(int(n) for n in re.findall(r"\((\d+)\)", text))
+        found.update(int(n) for n in re.findall(r"\b[Ee]q\. ?(\d+)", text))
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_equation_has_a_test(script):
+    missing = set(docstring_equations(script_path(script))) - equations_named_by_tests(script)
+    if missing:
+        pytest.skip(f"tests/test_{script}.py: no test names equation {sorted(missing)}")
+
+
+# ---- imports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports_of_a_script(script):
+    """torch, the standard library and common/; nct also controls/. Never another script."""
+    allowed = {"torch", "common"} | set(sys.stdlib_module_names)
+    if script == "nct":
+        allowed.add("controls")
+    found = {name.split(".")[0] for name in imported_names(script_path(script))}
+    assert found <= allowed, f"{script}.py imports {sorted(found - allowed)}"
+
+
+def test_no_import_circles():
+    """Imports inside functions count too: they hide a circle and do not remove it."""
+    circle = find_circle(import_graph())
+    assert circle is None, " -> ".join(circle)
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}}
+    assert find_circle(graph) == ["b", "c", "b"]
+
+
+def test_common_imports_only_common():
+    for module, imported in import_graph().items():
+        if module.startswith("common."):
+            others = [name for name in imported if not name.startswith("common.")]
+            assert not others, f"{module} imports {others}"
+
+
+def test_controls_import_only_common_and_controls():
+    for module, imported in import_graph().items():
+        if module.startswith("controls."):
+            others = [name for name in imported if not name.startswith(("common.", "controls."))]
+            assert not others, f"{module} imports {others}"
+
+
+def test_common_has_only_what_training_imports():
+    """What only eval.py, tools/ or recipes/ need stands there."""
+    needed = closure(import_graph(), SCRIPTS)
+    unused = [name for name in source_files() if name.startswith("common.") and name not in needed]
+    assert not unused, f"no training script imports {unused}"
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_are_equal(name):
+    """Docstrings and comments may differ."""
+    scripts = FAMILIES[name]
+    copies = {}
+    for script in scripts:
+        found = functions(script_path(script))
+        assert name in found, f"{script}.py has no {name}"
+        copies[script] = ast.unparse(found[name])
+    for script in scripts[1:]:
+        assert copies[script] == copies[scripts[0]], f"{name} of {script}.py and {scripts[0]}.py"
