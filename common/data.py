@@ -1,4 +1,4 @@
-"""Images with labels or captions, as a script's losses use them."""
+"""Images with labels or captions for the losses that need real images."""
 
 import zipfile
 import zlib
@@ -11,141 +11,167 @@ from common.files import check_npz_size
 from common.image_folder import SUFFIXES, class_folders, read_images
 from common.rng import derive_seed
 
+TOY_SAMPLES = 20_000  # points that stand for the data set of the toy teachers
+
+# What numpy and zipfile raise for files that are truncated, damaged, pickled or something else.
+NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 class Images:
-    """images: uint8 [N, C, H, W], or latents (Shards), which teacher.encode_images leaves as they are; labels: int64 [N], what teacher.encode turns into
-    conditions, for captions their rows in its table; names: of the classes, [] for captions. Pixels are kept in memory: sets meant here are small."""
+    """A set of images with labels. Pixels are kept in memory: the sets meant here are small.
+
+    images: uint8 [N, C, H, W], or latents, which teacher.encode_images returns unchanged.
+    labels: int64 [N], which teacher.encode turns into conditions; rows of its table for captions.
+    names: of the classes; [] for captions.
+    """
 
     def __init__(self, images, labels, names):
-        self.images, self.labels, self.names = images, labels, names
+        self.images = images
+        self.labels = labels
+        self.names = names
+        self.permutation = None
+        self.permutation_key = None
 
     def __len__(self):
         return len(self.images)
 
     def batch(self, it, batch, seed=0, rank=0, world=1):
-        """The rank's rows of global batch number `it`: every epoch is one permutation of the set. -> (images, labels)"""
-        n, rows = (
-            len(self),
-            torch.arange(it * batch, (it + 1) * batch)[
-                rank * (batch // world) : (rank + 1) * (batch // world)
-            ],
-        )
-        index = torch.empty_like(rows)
-        for epoch in rows.div(n, rounding_mode="floor").unique().tolist():
-            here = rows // n == epoch
-            index[here] = self.order(epoch, seed)[rows[here] % n]
+        """Rows of global batch number `it` for one rank: (images, labels), batch // world of each.
+
+        A function of it and seed. Every epoch is one permutation of the set; a batch may span two.
+        """
+        n = batch // world
+        start = it * batch + rank * n
+        position = torch.arange(start, start + n)  # counted over all epochs
+        index = torch.empty_like(position)
+        epochs = position.div(len(self), rounding_mode="floor")
+        for epoch in epochs.unique().tolist():
+            rows = epochs == epoch
+            index[rows] = self.order(epoch, seed)[position[rows] % len(self)]
         return self.images[index], self.labels[index]
 
-    def part(self, labels, k, n):
-        """Those of these labels. Captions have no class: they are dealt out, to share k of n every n-th."""
-        mine = torch.isin(self.labels, labels) if self.names else torch.arange(len(self)) % n == k
-        return Images(self.images[mine], self.labels[mine], self.names)
+    def samples(self, run, teacher, it):
+        """Clean samples and conditions of this process in iteration `it`, on its device."""
+        pixels, labels = self.batch(it, run.args.batch, run.args.seed, *run.data_shard)
+        return teacher.encode_images(pixels.to(run.device)), teacher.encode(labels)
 
     def order(self, epoch, seed):
-        if getattr(self, "cached", (None, None))[0] != (epoch, seed):
-            self.cached = (
-                (epoch, seed),
-                torch.randperm(
-                    len(self), generator=torch.Generator().manual_seed(derive_seed(seed, epoch, 5))
-                ),
-            )
-        return self.cached[1]
+        """Permutation of the set in this epoch, int64 [N]. The last one is kept."""
+        key = epoch, seed
+        if self.permutation_key != key:
+            generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 5))
+            self.permutation = torch.randperm(len(self), generator=generator)
+            self.permutation_key = key
+        return self.permutation
 
-
-def load_npz(path):
-    """Images from an .npz with arrays `images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N]."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            check_npz_size(f)
-            images, labels = f["images"], f["labels"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        NotImplementedError,
-        MemoryError,
-        OverflowError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
-        raise UserError(
-            f"{path}: expected an .npz with arrays images and labels ({type(e).__name__})"
-        ) from None
-    images = images[..., None] if images.ndim == 3 else images
-    if (
-        images.dtype != np.uint8
-        or images.ndim != 4
-        or labels.shape != images.shape[:1]
-        or not len(images)
-        or labels.dtype.kind not in "iu"
-        or labels.min() < 0
-    ):
-        raise UserError(
-            f"{path}: expected images uint8 [N, H, W, C] and labels int [N] >= 0, found {images.dtype} {list(images.shape)} and {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    names = [str(i) for i in range(int(labels.max()) + 1)]
-    return Images(
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(labels.astype(np.int64)),
-        names,
-    )
-
-
-def load_folder(folder, channels, size, say=print):
-    """Images below `folder`: one subfolder per class (sorted by name = label), or no subfolders = one class. Unreadable files are named and skipped."""
-    files, labels, names = class_folders(folder)
-    images, kept = read_images(files, channels, size, say)
-    if not images:
-        raise UserError(
-            f"--data {folder}: expected images ({', '.join(SUFFIXES)}), found none readable ({len(files)} skipped)"
-        )
-    say(f"{folder}: {len(images)} images, {len(names)} classes, {len(files) - len(images)} skipped")
-    return Images(torch.stack(images), labels[kept], names)
-
-
-def check_classes(folder, names, teacher):
-    """UserError if a folder has more classes than the teacher."""
-    if len(names) > teacher.classes:
-        raise UserError(
-            f"--data {folder}: expected at most {teacher.classes} class subfolders for this teacher, "
-            f"found {len(names)}"
-        )
+    def part(self, labels, k, n):
+        """The images with these labels. Of captions: every n-th from k, they have no class."""
+        if self.names:
+            rows = torch.isin(self.labels, labels)
+        else:
+            rows = torch.arange(len(self)) % n == k
+        return Images(self.images[rows], self.labels[rows], self.names)
 
 
 def load_images(data, teacher, say=print):
-    """Images for a teacher: --data FOLDER, or the set that its folder names. Labels beyond the teacher's classes are refused."""
+    """Images for a teacher, from the folder `data` (--data) or, without it, the teacher's own.
+
+    say(line) reports what was read and skipped. UserError: no images, or of another size or number
+    of classes than the teacher's.
+    """
     if data and teacher.vae is not None:
         return teacher.load_image_folder(data, say)
     if data:
         images = load_folder(data, teacher.shape[0], teacher.shape[-1], say)
         check_classes(data, images.names, teacher)
         return images
-    if teacher.adapter == "toy":  # clean samples of the mixture stand for the data set
-        g = torch.Generator().manual_seed(derive_seed(0, 6))
-        labels = torch.arange(20000) % teacher.classes
-        return Images(
-            teacher.mixture.sample(20000, labels, g),
-            labels,
-            [str(i) for i in range(teacher.classes)],
-        )
+    if teacher.adapter == "toy":
+        return toy_images(teacher)
     if not teacher.evaluation.get("images"):
-        kind = (
-            "of images with captions (a .txt of the same name, or metadata.jsonl)"
-            if teacher.prompts is not None
-            else "with one subfolder per class"
-        )
+        kind = "with one subfolder per class"
+        if teacher.prompts is not None:
+            kind = "of images with captions (a .txt of the same name, or metadata.jsonl)"
         raise UserError(f"--data: this teacher ships no images; give a folder {kind}")
-    images = load_npz(teacher.folder / teacher.evaluation["images"])
-    if (
-        tuple(images.images.shape[1:]) != (shape := teacher.image_shape)
-        or len(images.names) > teacher.classes
-    ):
+    return shipped_images(teacher)
+
+
+def load_folder(folder, channels, size, say=print):
+    """Images below a folder: a subfolder per class, or no subfolders and one class.
+
+    Labels follow the sorted names of the subfolders. Unreadable files are named and skipped.
+    """
+    files, labels, names = class_folders(folder)
+    images, places = read_images(files, channels, size, say)
+    if not images:
         raise UserError(
-            f"{teacher.folder / teacher.evaluation['images']}: expected images {list(shape)} of at most {teacher.classes} classes, "
-            f"found {list(images.images.shape[1:])} of {len(images.names)}"
+            f"--data {folder}: expected images ({', '.join(SUFFIXES)}), "
+            f"found none readable ({len(files)} skipped)"
+        )
+    say(f"{folder}: {len(images)} images, {len(names)} classes, {len(files) - len(images)} skipped")
+    return Images(torch.stack(images), labels[places], names)
+
+
+def check_classes(folder, names, teacher):
+    """UserError if a folder has more classes than the teacher."""
+    if len(names) > teacher.classes:
+        raise UserError(
+            f"--data {folder}: expected at most {teacher.classes} class subfolders for this "
+            f"teacher, found {len(names)}"
+        )
+
+
+def toy_images(teacher):
+    """Clean samples of the toy's mixture, equally many per label."""
+    generator = torch.Generator().manual_seed(derive_seed(0, 6))
+    labels = torch.arange(TOY_SAMPLES) % teacher.classes
+    points = teacher.mixture.sample(TOY_SAMPLES, labels, generator)
+    return Images(points, labels, [str(i) for i in range(teacher.classes)])
+
+
+def shipped_images(teacher):
+    """The images in the teacher's folder."""
+    path = teacher.folder / teacher.evaluation["images"]
+    images = load_npz(path)
+    shape = tuple(images.images.shape[1:])
+    if shape != tuple(teacher.image_shape) or len(images.names) > teacher.classes:
+        raise UserError(
+            f"{path}: expected images {list(teacher.image_shape)} of at most {teacher.classes} "
+            f"classes, found {list(shape)} of {len(images.names)}"
         )
     return images
+
+
+def load_npz(path):
+    """Images from an .npz with arrays images uint8 [N, H, W] or [N, H, W, C], labels int [N]."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            check_npz_size(archive)
+            images, labels = archive["images"], archive["labels"]
+    except NPZ_ERRORS as e:
+        raise UserError(
+            f"{path}: expected an .npz with arrays images and labels ({type(e).__name__})"
+        ) from None
+    if images.ndim == 3:
+        images = images[..., None]
+    are_images = images.dtype == np.uint8 and images.ndim == 4 and len(images) > 0
+    are_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not are_images or not are_labels or labels.min() < 0:
+        raise UserError(
+            f"{path}: expected images uint8 [N, H, W, C] and labels int [N] >= 0, "
+            f"found {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    names = [str(i) for i in range(int(labels.max()) + 1)]
+    return Images(pixels, torch.from_numpy(labels.astype(np.int64)), names)

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from common.distributed import gather_rows, on_all_ranks
 from common.errors import UserError
-from common.image_folder import SUFFIXES
+from common.image_folder import SUFFIXES, read_image
 from common.metrics import METRICS, Extractor, hash_images
 from common.report import save_grid
 from common.sampling import generate
@@ -82,22 +81,6 @@ def list_images(flag, folder, n=None):
     return files[:n]
 
 
-def read_full_image(path, channels):
-    """uint8 [C, H, W] at the file's own size: an image that is resized twice gives another number."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(
-                path, formats=("PNG", "JPEG", "WEBP", "BMP")
-            ) as img:  # others run programs (EPS) or are rare
-                a = np.array(img.convert("L" if channels == 1 else "RGB"))
-        except Exception as e:  # pillow's readers raise many kinds for a damaged file; leaving it out would change n without a word
-            raise UserError(f"{path}: not readable as an image ({type(e).__name__})") from None
-    return torch.from_numpy(a).reshape(*a.shape[:2], channels).permute(2, 0, 1)
-
-
 def folder_features(files, extractor, batch, rank, world):
     """Features float32 [n, D] and fingerprints [n] of image files, on every rank."""
     shape = extractor.shape
@@ -112,9 +95,12 @@ def folder_features(files, extractor, batch, rank, world):
             disable=rank > 0,
             mininterval=bar_interval(),
         ):
-            image = (
-                None if path is None else read_full_image(path, 3 if shape is None else shape[0])
-            )
+            try:  # at the file's own size: an image that is resized twice gives another number
+                image = (
+                    None if path is None else read_image(path, 3 if shape is None else shape[0])
+                )
+            except ValueError as e:
+                raise UserError(f"{path}: not readable as an image ({str(e)[:100]})") from None
             if image is not None and shape is not None and image.shape != shape:
                 raise UserError(
                     f"{path}: expected {shape[1]} x {shape[2]} pixels, the teacher's size, found {image.shape[1]} x {image.shape[2]}"
