@@ -6,94 +6,99 @@ import torch
 
 
 class EMA:
-    """Average of a model's weights, fp32. `halflife` is in images; it is shortened to 5 % of the images seen so far, so that the average forgets the
-    start early on (EDM's ramp-up). halflife 0: `.model` is the model itself. host: the average stays in the host's memory (--ema-cpu); weights are fetched
-    after each update and blended by a thread of its own while the next iteration runs, and `.model` is a copy made when it is asked for."""
+    """Average of a model's weights, fp32.
 
-    def __init__(self, model, halflife, host=False):
-        self.halflife, self.images, self.live, self.blending = halflife, 0, model, None
-        self.twin = model.copy().requires_grad_(False) if halflife and not host else model
-        self.host = (
-            [p.detach().to("cpu", torch.float32, copy=True) for p in model.parameters()]
-            if halflife and host
-            else []
-        )
-        self.fetched = [
-            torch.empty_like(h, pin_memory=torch.cuda.is_available()) for h in self.host
-        ]
-        self.thread = ThreadPoolExecutor(1) if self.host else None
+    halflife: in images, 0 for no average (`.model` is then the model itself). It is shortened to
+    5 % of the images seen so far, so that the average forgets its start (EDM's ramp-up).
+    on_cpu: the average stays in CPU memory (--ema-cpu). A background thread blends the weights in
+    while the next iteration runs, and `.model` is a copy that is made at each use.
+    """
 
-    def wait(self):
-        if self.blending:
-            self.blending.result()  # raises what went wrong there
-        self.blending = None
+    def __init__(self, model, halflife, on_cpu=False):
+        self.halflife = halflife
+        self.images = 0
+        self.live = model
+        self.averaged = model
+        self.on_cpu = bool(halflife and on_cpu)
+        if self.on_cpu:
+            self.weights = [copy_to_cpu(p) for p in model.parameters()]
+            pinned = torch.cuda.is_available()
+            self.fetched = [torch.empty_like(w, pin_memory=pinned) for w in self.weights]
+            self.thread = ThreadPoolExecutor(1)
+            self.blending = None
+        elif halflife:
+            self.averaged = model.copy().requires_grad_(False)
 
     @property
     def model(self):
-        if not self.host:
-            return self.twin
+        """The averaged model, frozen."""
+        if not self.on_cpu:
+            return self.averaged
         self.wait()
-        twin = self.live.copy().requires_grad_(False)
-        for p, h in zip(twin.parameters(), self.host, strict=True):
-            p.copy_(h)
-        return twin
+        model = self.live.copy().requires_grad_(False)
+        for p, w in zip(model.parameters(), self.weights, strict=True):
+            p.copy_(w)
+        return model
 
     @torch.no_grad()
     def update(self, images):
-        """To be called after a student update only: on other iterations the average would drift towards a student that did not move. images: of this update
-        (Run.stepped); 0 changes nothing."""
+        """Call after a student update only: in other iterations the average would advance towards
+        a student that did not move. images: of this update (run.images_stepped); 0: no change."""
         self.images += images
-        if self.halflife and images:
-            beta = 0.5 ** (images / max(min(self.halflife, 0.05 * self.images), 1e-8))
-            if self.host:
-                self.fetch(1 - beta)
-            else:
-                torch._foreach_lerp_(
-                    list(self.twin.parameters()),
-                    [p.float() for p in self.live.parameters()],
-                    1 - beta,
-                )
+        if not self.halflife or not images:
+            return
+        halflife = max(min(self.halflife, 0.05 * self.images), 1e-8)
+        beta = 0.5 ** (images / halflife)
+        if self.on_cpu:
+            self.blend_in_background(1 - beta)
+        else:
+            averaged = list(self.averaged.parameters())
+            live = [p.float() for p in self.live.parameters()]
+            torch._foreach_lerp_(averaged, live, 1 - beta)
 
-    def fetch(self, share):
+    def blend_in_background(self, share):
         self.wait()
         for to, p in zip(self.fetched, self.live.parameters(), strict=True):
             to.copy_(p, non_blocking=True)
-        done = (
-            torch.cuda.current_stream().record_event()
-            if torch.cuda.is_available() and torch.cuda.is_initialized()
-            else None
-        )
+        copied = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            copied = torch.cuda.current_stream().record_event()
 
         def blend():
-            if done:
-                done.synchronize()
-            torch._foreach_lerp_(self.host, self.fetched, share)
+            if copied is not None:
+                copied.synchronize()
+            torch._foreach_lerp_(self.weights, self.fetched, share)
 
         self.blending = self.thread.submit(blend)
 
+    def wait(self):
+        """Until the background thread is done; raises what went wrong there."""
+        if self.blending is not None:
+            self.blending.result()
+        self.blending = None
+
     def state_dict(self):
+        if not self.halflife:
+            return dict(images=self.images, model={})
+        if not self.on_cpu:
+            return dict(images=self.images, model=self.averaged.state_dict())
         self.wait()
-        average = (
-            dict(zip((name for name, _ in self.live.named_parameters()), self.host))
-            if self.host
-            else {}
-        )
-        return dict(
-            images=self.images,
-            model=(self.live.state_dict() | average if self.host else self.twin.state_dict())
-            if self.halflife
-            else {},
-        )
+        names = [name for name, _ in self.live.named_parameters()]
+        state = self.live.state_dict() | dict(zip(names, self.weights))
+        return dict(images=self.images, model=state)
 
     def load_state_dict(self, state):
-        if not isinstance(state["images"], (int, float)) or not state["images"] >= 0:
-            raise ValueError(
-                f"average: expected a number of images, found {str(state['images'])[:80]}"
-            )
-        self.images = state["images"]
-        if self.host:
+        images = state["images"]
+        if not isinstance(images, (int, float)) or not images >= 0:
+            raise ValueError(f"average: expected a number of images, found {str(images)[:80]}")
+        self.images = images
+        if self.on_cpu:
             self.wait()
-            for (name, _), h in zip(self.live.named_parameters(), self.host, strict=True):
-                h.copy_(state["model"][name])
+            for (name, _), w in zip(self.live.named_parameters(), self.weights, strict=True):
+                w.copy_(state["model"][name])
         elif self.halflife:
-            self.twin.load_state_dict(state["model"])
+            self.averaged.load_state_dict(state["model"])
+
+
+def copy_to_cpu(p):
+    return p.detach().to("cpu", torch.float32, copy=True)

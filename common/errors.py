@@ -1,4 +1,4 @@
-"""Errors of the user and of the run, each reported as one line with an exit code."""
+"""Mistakes of the user and faults of a run: one line each, and an exit code. No traceback for either."""
 
 import difflib
 import os
@@ -10,25 +10,35 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names the flag or file, what was expected and what was found. Scripts print it and exit with 2."""
+    """A mistake of the user: names the flag or file, what was expected, what was found. Exit code 2."""
 
 
 class RunError(Exception):
-    """A fault of the run (not finite for long, disk full): one line, exit code 1. The last checkpoint stays as it is."""
+    """A fault of the run (gradients not finite, disk full). Exit code 1; checkpoints stay intact."""
+
+
+def require(condition, message):
+    """UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def launch(main):
-    """Calls a script's main() and turns faults into one line and an exit code: 2 user error, 1 fault, 130 Ctrl-C, 143 SIGTERM (after saving)."""
-    code, line = 0, None
+    """Runs a script's main() and ends the process.
+
+    Exit codes: 0 done, 1 fault of the run, 2 mistake of the user, 130 Ctrl-C, 143 SIGTERM (main
+    has saved a checkpoint). An exception that none of these explains keeps its traceback.
+    """
+    code = 0
+    line = None
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid text
         main()
     except (UserError, RunError) as e:
-        code, line = (
-            2 if isinstance(e, UserError) else 1,
-            str(e) if int(os.environ.get("RANK", 0)) == 0 else None,
-        )
+        code = 2 if isinstance(e, UserError) else 1
+        if int(os.environ.get("RANK", 0)) == 0:  # every rank fails with it, one prints it
+            line = str(e)
     except KeyboardInterrupt:
         code, line = 130, "interrupted"
     except (OSError, RuntimeError, MemoryError, SafetensorError) as e:
@@ -43,43 +53,46 @@ def launch(main):
     sys.exit(code)
 
 
-EXPLANATIONS = (  # words in the messages of torch, and what they mean
-    (
-        ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"),
-        "out of memory: lower --batch (if it happened while measuring: --eval-n), or add --accumulate N, --grad-checkpoint, --lora RANK or --shard",
-    ),
-    (
-        ("deterministic implementation", "Deterministic behavior was enabled"),
-        "--deterministic: an operation of this run has no deterministic form here; leave it out",
-    ),
-    (
-        ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"),
-        "another process of this run is gone; torchrun --max-restarts goes on alone, else --resume",
-    ),
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch (during an evaluation: --eval-n), "
+    "or add --accumulate N, --grad-checkpoint, --lora RANK or --shard"
 )
+NO_DETERMINISTIC_FORM = (
+    "--deterministic: an operation of this run has no deterministic implementation; drop the flag"
+)
+PROCESS_LOST = (
+    "another process of this run is gone; torchrun --max-restarts resumes by itself, else --resume"
+)
+EXPLANATIONS = {  # text in torch's messages -> what it means
+    "out of memory": OUT_OF_MEMORY,
+    "can't allocate memory": OUT_OF_MEMORY,
+    "not enough memory": OUT_OF_MEMORY,
+    "ALLOC_FAILED": OUT_OF_MEMORY,
+    "deterministic implementation": NO_DETERMINISTIC_FORM,
+    "Deterministic behavior was enabled": NO_DETERMINISTIC_FORM,
+    "gloo": PROCESS_LOST,
+    "NCCL": PROCESS_LOST,
+    "Connection closed by peer": PROCESS_LOST,
+    "Connection reset by peer": PROCESS_LOST,
+}
 
 
 def explain_fault(e):
-    """One line for a fault that is no mistake of the code: memory, disk, another process. None: it may be one."""
+    """One line for a fault outside the code (memory, disk, another process); None for any other."""
     if isinstance(e, MemoryError):
-        return EXPLANATIONS[0][1]
-    meaning = [
-        f"{text} ({first_line(e)[:200]})"
-        for words, text in EXPLANATIONS
-        if any(w in str(e) for w in words)
-    ]
-    return (
-        meaning[0]
-        if meaning
-        else f"file not written or not read: {first_line(e)}"
-        if isinstance(e, (OSError, SafetensorError))
-        else None
-    )
+        return OUT_OF_MEMORY
+    for text, meaning in EXPLANATIONS.items():
+        if text in str(e):
+            return f"{meaning} ({first_line(e)[:200]})"
+    if isinstance(e, (OSError, SafetensorError)):
+        return f"file not written or not read: {first_line(e)}"
+    return None
 
 
 def first_line(e):
-    """First line of an exception's message; its kind if it has none."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    """First line of an exception's message, or the name of its class if it has none."""
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__
 
 
 def describe(e, limit=200):
@@ -88,6 +101,6 @@ def describe(e, limit=200):
 
 
 def did_you_mean(word, known):
-    """', did you mean X?' for the nearest known names, or ''."""
+    """', did you mean X?' with the nearest of the known names, or ''."""
     hits = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.5)
     return f", did you mean {' or '.join(hits)}?" if hits else ""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, safetensors."""
+"""Files: written whole or not at all, JSON, safetensors. Nothing that is read is ever executed."""
 
 import contextlib
 import json
@@ -9,13 +9,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError, describe
+from common.errors import UserError, describe, require
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# What diffusers and transformers raise for missing, truncated or foreign files.
-LOAD_ERRORS = (
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # a network, under the name that diffusers uses
+LOAD_ERRORS = (  # what diffusers and transformers raise for missing, truncated or foreign files
     OSError,
     ValueError,
     KeyError,
@@ -25,24 +23,26 @@ LOAD_ERRORS = (
     ImportError,
     SafetensorError,
 )
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # a network as diffusers writes it
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file that appears under its name complete or not at all: temporary name, fsync, rename, fsync of the folder."""
-    tmp = Path(
-        f"{path}.{os.urandom(4).hex()}.tmp"
-    )  # another run may be writing the same file of a cache
+    """A binary file that appears under its name complete or not at all.
+
+    Written under a temporary name, fsync'ed, renamed, and the folder fsync'ed. The temporary name
+    is random, because another run may be writing the same file of a shared cache.
+    """
+    path = Path(path)
+    tmp = Path(f"{path}.{os.urandom(4).hex()}.tmp")
     try:
         with open(tmp, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        fd = os.open(Path(path).parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -53,15 +53,15 @@ def write_json(path, value):
 
 
 def read_json(path, what="file"):
-    """Dict of a JSON file. UserError if it is missing, not JSON or not an object."""
+    """Dict of a JSON file. UserError if the file is missing, not JSON or not an object."""
     try:
         value = json.loads(Path(path).read_text())
     except OSError as e:
         raise UserError(f"{what} {path}: {e.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{what} {path}: expected JSON, found something else") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path}: expected a JSON object, found {type(value).__name__}")
+    found = type(value).__name__
+    require(isinstance(value, dict), f"{what} {path}: expected a JSON object, found {found}")
     return value
 
 
@@ -74,65 +74,70 @@ def load_errors(what):
         raise UserError(f"{what}: {describe(e)}") from None
 
 
-def git_revision():
-    """Commit of the code, '+' appended when the tree differs from it; 'unknown' outside git."""
-    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True)
-    try:
-        head = git("rev-parse", "--short=10", "HEAD")
-        return (
-            head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "")
-            if head.returncode == 0
-            else "unknown"
-        )
-    except OSError:
-        return "unknown"
-
-
 def save_weights(path, tensors):
+    """Dict of tensors -> safetensors file."""
+    tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     with atomic(path) as f:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            f.name,
-            metadata={"format": "pt"},
-        )
+        save_file(tensors, f.name, metadata={"format": "pt"})
 
 
 def load_weights(path, module, key=lambda name: name):
-    """The tensors of a safetensors file into a module, all of them and no others. key: name in the file of the module's tensor `name`."""
+    """Loads a safetensors file into a module: all of its tensors, and no others.
+
+    key: function of a tensor's name in the module -> its name in the file.
+    UserError: not a safetensors file, a tensor is missing, unknown or of another shape.
+    """
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
+        reason = str(e).splitlines()[0]
         raise UserError(
-            f"{path}: expected a safetensors file, found something else or half of one ({str(e).splitlines()[0]})"
+            f"{path}: expected a safetensors file, found something else or half of one ({reason})"
         ) from None
-    expected = {key(k): tuple(v.shape) for k, v in module.state_dict().items()}
-    for k, shape in expected.items():
-        if k not in tensors:
-            raise UserError(f"{path}: tensor {k} is missing")
-        if tuple(tensors[k].shape) != shape:
-            raise UserError(
-                f"{path}: tensor {k}: expected shape {list(shape)}, found {list(tensors[k].shape)}"
-            )
-    if extra := sorted(set(tensors) - set(expected)):
+
+    state = module.state_dict()
+    for name, v in state.items():
+        k = key(name)
+        require(k in tensors, f"{path}: tensor {k} is missing")
+        expected, found = list(v.shape), list(tensors[k].shape)
+        require(found == expected, f"{path}: tensor {k}: expected shape {expected}, found {found}")
+    extra = sorted(set(tensors) - {key(name) for name in state})
+    if extra:
         raise UserError(
-            f"{path}: {len(extra)} tensors that the configuration does not know, the first is {extra[0]}"
+            f"{path}: {len(extra)} tensors that the configuration does not know, "
+            f"the first is {extra[0]}"
         )
-    module.load_state_dict({k: tensors[key(k)] for k in module.state_dict()})
+    module.load_state_dict({name: tensors[key(name)] for name in state})
 
 
 def is_local_name(name):
-    """Is this the name of a file in the folder that holds the JSON which names it? The folder may be somebody else's."""
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and "\0" not in name
-        and not os.path.isabs(name)
-        and ".." not in Path(name).parts
-    )
+    """Whether a name found in a JSON file stays inside that file's folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def check_npz_size(archive, largest=2**28, ratio=100):
-    """ValueError if an open .npz says that it grows beyond what arrays of numbers do."""
-    sizes = [(part.file_size, part.compress_size) for part in archive.zip.infolist()]
-    if (total := sum(a for a, _ in sizes)) > largest and total > ratio * sum(b for _, b in sizes):
-        raise ValueError(f"would grow to {total} bytes")
+    """ValueError for an open .npz that unpacks to far more than arrays of numbers do."""
+    parts = archive.zip.infolist()
+    unpacked = sum(part.file_size for part in parts)
+    packed = sum(part.compress_size for part in parts)
+    if unpacked > largest and unpacked > ratio * packed:
+        raise ValueError(f"would grow to {unpacked} bytes")
+
+
+def git_revision():
+    """Commit of the code, with '+' if the tree differs from it; 'unknown' outside git."""
+
+    def git(*args):
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "--short=10", "HEAD")
+        if head.returncode != 0:
+            return "unknown"
+        changed = git("status", "--porcelain").stdout.strip()
+    except OSError:  # no git on this machine
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed else "")

@@ -1,6 +1,5 @@
 """What a script shows and leaves: sample grids, metrics, the exported student."""
 
-import datetime
 import json
 import math
 import platform
@@ -9,180 +8,202 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 from common.files import atomic, write_json
+from common.folder import utc_now
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
 
 
-def save_grid(path, rows, scale=None):
-    """PNG of captioned rows. rows: list of (caption, uint8 [n, C, H, W], C 1 or 3). Small images are enlarged by whole pixels."""
-    from PIL import Image, ImageDraw
+class Report:
+    """Pictures, metrics and export of a run's student, as its average (`ema`) has it.
 
-    side = rows[0][1].shape[-1]
-    scale = scale or max(1, 64 // side)
-    pad, text = 2, 14
-    n, (h, w) = max(len(r[1]) for r in rows), (rows[0][1].shape[-2] * scale, side * scale)
-    sheet = Image.new("RGB", (n * (w + pad) + pad, len(rows) * (h + text + pad) + pad), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (caption, images) in enumerate(rows):
-        top = pad + r * (h + text + pad)
-        pen.text((pad, top), caption, fill="black")
-        for i, img in enumerate(images):
-            a = img.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            sheet.paste(
-                Image.fromarray(a).resize((w, h), Image.NEAREST), (pad + i * (w + pad), top + text)
+    sample: the method's sampler (student, z, cond, nfe, noise, **sampler) -> samples.
+    sampler: its further arguments, kept in distill.json, so that others sample in the same way.
+    """
+
+    def __init__(self, run, teacher, ema, sample, sampler):
+        self.run = run
+        self.teacher = teacher
+        self.ema = ema
+        self.sample = sample
+        self.sampler = sampler
+        self.teacher_row = None
+
+    def student_sampler(self, student, z, cond, noise):
+        return self.sample(student, z, cond, self.run.args.nfe, noise, **self.sampler)
+
+    def teacher_sampler(self, teacher, z, cond, noise):
+        return teacher_sample(teacher, z, cond, TEACHER_NFE, self.run.args.cfg)
+
+    def pictures(self, it):
+        """samples/<it>.png: teacher and student, from the same noise and conditions."""
+        run, teacher = self.run, self.teacher
+        if not (run.is_main or run.args.shard):  # sharded networks need all processes
+            return
+        if self.teacher_row is None:
+            self.teacher_row = self.draw(teacher, self.teacher_sampler)
+        student_row = self.draw(self.ema.model, self.student_sampler)
+        if run.is_main:
+            nfe = run.args.nfe
+            steps = "1 step" if nfe == 1 else f"{nfe} steps"
+            rows = [
+                (f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", self.teacher_row),
+                (f"{run.method}, {steps}, iteration {it}", student_row),
+            ]
+            save_grid(run.out / "samples" / f"{it:08d}.png", rows)
+
+    def draw(self, model, sampler):
+        """Samples of a model as uint8 pictures [n, C, H, W]; points as one picture of them all."""
+        n, batch = 20, 4000
+        if self.teacher.adapter == "toy":
+            n = 4000
+        elif self.teacher.shape[-1] > 64 or hasattr(self.teacher, "prompts"):
+            n, batch = 8, 2
+        parts = [x for _, _, x in generate(sampler, model, n, self.run.args.seed, batch)]
+        return model.to_pictures(torch.cat(parts))
+
+    def evaluate(self, it, n):
+        """Metrics of n samples, after `it` iterations: metrics.json and a line of eval.jsonl."""
+        run, teacher, args = self.run, self.teacher, self.run.args
+        if n and teacher.adapter != "toy" and not teacher.evaluation:
+            run.print(
+                f"{run.method}: this teacher brings no metric; samples/ has pictures, "
+                "eval.py measures folders of images"
             )
+            return
+        if not n:
+            return
+        student = self.ema.model
+        rank, world = run.rank, run.world
+        result = evaluate(
+            self.student_sampler, student, teacher, n, args.seed, rank=rank, world=world
+        )
+        facts = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg)
+        result = facts | dict(train_seconds=round(run.seconds)) | result
+        if run.is_main:
+            self.write_result(it, result)
+            self.print_result(result)
+
+    def write_result(self, it, result):
+        path = self.run.out / "eval.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # lines of later iterations were undone by a resume; the last one may be half a line
+        lines = [line for line in lines if iteration_of(line) < it]
+        with atomic(path) as f:
+            f.write("\n".join([*lines, dumps(result), ""]).encode())
+        write_json(self.run.out / "metrics.json", json.loads(dumps(result)))
+
+    def print_result(self, result):
+        for row in self.teacher.evaluation.get("measured", []):  # of the teacher, as a scale
+            self.run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
+        self.run.print(summary(result))
+        for part in result.get("experts", []):
+            name = f"  expert {part['expert']}"
+            protocol = f"labels {part['labels']}, n={part['n']}"
+            row = result | dict.fromkeys(METRICS) | part
+            self.run.print(summary(dict(row, method=name, protocol=protocol)))
+
+    def export(self):
+        """student/: weights in diffusers' format, and distill.json with all that sampling needs."""
+        run, args = self.run, self.run.args
+        student = self.ema.model.unsharded()
+        if not run.is_main:
+            return
+        home = run.out / "student"
+        # written last: a student that is half written does not look finished
+        (home / "distill.json").unlink(missing_ok=True)
+        flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
+        training = dict(
+            seconds=round(run.seconds),
+            iterations=args.iters,
+            batch=args.batch,
+            command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            world=run.world,
+            dtype=str(run.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            hardware=hardware(run.device),
+            date=utc_now(),
+        )
+        info = dict(
+            method=run.method,
+            teacher=args.teacher,
+            nfe=args.nfe,
+            cfg=args.cfg,
+            sampler=self.sampler,
+            flags=flags,
+            seed=args.seed,
+            revision=run.revision,
+            torch=torch.__version__,
+            training=run.record | training,
+        )
+        student.save(home, info)
+        run.print(f"student: {home}")
+
+    def end(self):
+        """After the last iteration: the student, a picture, the metrics of --eval-n samples."""
+        args = self.run.args
+        self.export()
+        self.pictures(args.iters)
+        self.evaluate(args.iters, args.eval_n)
+
+
+def iteration_of(line):
+    """Iteration of a line of eval.jsonl; infinity if it is not one."""
+    try:
+        return float(json.loads(line)["it"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def save_grid(path, rows):
+    """PNG of captioned rows of pictures. Small pictures are enlarged by whole pixels.
+
+    rows: list of (caption, uint8 [n, C, H, W] with C 1 or 3).
+    """
+    padding, caption_height = 2, 14
+    height, width = rows[0][1].shape[-2:]
+    scale = max(1, 64 // width)
+    height, width = height * scale, width * scale
+    columns = max(len(pictures) for _, pictures in rows)
+    row_height = height + caption_height + padding
+    size = (columns * (width + padding) + padding, len(rows) * row_height + padding)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (caption, pictures) in enumerate(rows):
+        top = padding + r * row_height
+        pen.text((padding, top), caption, fill="black")
+        for i, picture in enumerate(pictures):
+            pixels = picture.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            image = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            sheet.paste(image, (padding + i * (width + padding), top + caption_height))
     with atomic(path) as f:
         sheet.save(f, "PNG")
 
 
-def pictures(run, teacher, student, sample, sampler, it, n=20):
-    """samples/<it>.png: teacher row beside student rows, same noise, same labels. Rank 0 draws."""
-    if not (run.is_main or run.args.shard):  # a sharded network answers when all processes ask
-        return
-    nfe = run.args.nfe
-    n = (
-        4000
-        if teacher.adapter == "toy"
-        else n
-        if teacher.shape[-1] <= 64 and teacher.prompts is None
-        else 8
-    )
-    one = lambda fn, model: torch.cat(
-        [x for _, _, x in generate(fn, model, n, run.args.seed, 4000 if n > 8 else 2)]
-    )
-    if not hasattr(run, "teacher_row"):
-        run.teacher_row = teacher.to_pictures(
-            one(lambda m, z, c, noise: teacher_sample(m, z, c, TEACHER_NFE, run.args.cfg), teacher)
-        )
-    now = student.to_pictures(
-        one(lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler), student)
-    )
-    rows = [
-        (f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", run.teacher_row),
-        (f"{run.method}, {nfe} step{'s' * (nfe > 1)}, iteration {it}", now),
-    ]
-    if run.is_main:
-        save_grid(run.out / "samples" / f"{it:08d}.png", rows)
-
-
-def evaluate_run(run, teacher, student, sample, sampler, it, n):
-    """Metrics of the student into metrics.json, and one line of eval.jsonl. Beside it, for scale, what was measured of its teacher (teacher.json)."""
-    args = run.args
-    if n and teacher.adapter != "toy" and not teacher.evaluation:
-        run.print(
-            f"{run.method}: this teacher brings no metric; samples/ has pictures, eval.py measures folders of images"
-        )
-        n = 0
-    if not n:
-        return
-    model_sampler = lambda m, z, c, noise: sample(m, z, c, args.nfe, noise, **sampler)
-    result = evaluate(model_sampler, student, teacher, n, args.seed, rank=run.rank, world=run.world)
-    result = dict(
-        method=run.method,
-        teacher=args.teacher,
-        it=it,
-        nfe=args.nfe,
-        cfg=args.cfg,
-        train_seconds=round(run.seconds),
-        **result,
-    )
-    if run.is_main:
-        before = (
-            [line for line in path.read_text().splitlines() if earlier(line, it)]
-            if (path := run.out / "eval.jsonl").exists()
-            else []
-        )
-        with atomic(path) as f:
-            f.write("\n".join([*before, dumps(result), ""]).encode())
-        write_json(
-            run.out / "metrics.json", json.loads(dumps(result))
-        )  # strict JSON: a diverged run has nan
-        for row in teacher.evaluation.get("measured", []):
-            run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
-        run.print(summary(result))
-        for part in result.get("experts", []):
-            run.print(
-                summary(
-                    dict(result, **{k: None for k in METRICS})
-                    | part
-                    | dict(
-                        method=f"  expert {part['expert']}",
-                        protocol=f"labels {part['labels']}, n={part['n']}",
-                    )
-                )
-            )
-
-
-def earlier(line, it):
-    """Is this line of eval.jsonl of an iteration before `it`? Others are of iterations that a resume has undone, or half a line."""
-    try:
-        return json.loads(line)["it"] < it
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def export(run, teacher, student, sampler):
-    """student/: weights in diffusers format and distill.json, all that inference needs."""
-    student = student.unsharded()
-    if run.is_main:
-        (run.out / "student" / "distill.json").unlink(
-            missing_ok=True
-        )  # written last: no half-written student looks finished
-        flags = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite")}
-        student.save(
-            run.out / "student",
-            dict(
-                method=run.method,
-                teacher=run.args.teacher,
-                nfe=run.args.nfe,
-                cfg=run.args.cfg,
-                sampler=sampler,
-                flags=flags,
-                seed=run.args.seed,
-                revision=run.revision,
-                torch=torch.__version__,
-                training=run.record
-                | dict(
-                    seconds=round(run.seconds),
-                    iterations=run.args.iters,
-                    batch=run.args.batch,
-                    command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                    world=run.world,
-                    dtype=str(run.dtype)[6:],
-                    threads=torch.get_num_threads(),
-                    hardware=hardware(run.device),
-                    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                ),
-            ),
-        )
-        run.print(f"student: {run.out / 'student'}")
-
-
 def hardware(device):
+    """Name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor() or platform.machine(),
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def dumps(value):
-    """One line of strict JSON: NaN and infinities become null."""
-    clean = lambda v: (
-        {k: clean(w) for k, w in v.items()}
-        if isinstance(v, dict)
-        else [clean(w) for w in v]
-        if isinstance(v, list)
-        else None
-        if isinstance(v, float) and not math.isfinite(v)
-        else v
-    )
-    return json.dumps(clean(value), allow_nan=False)
+    """One line of strict JSON: nan and infinities become null."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,109 +1,171 @@
-"""Finished students of any method, found by what their folder says: eval.py measures them, nct.py builds on them."""
+"""Finished students, found by what their folder says: the network, and the sampler of its script.
 
+A student's distill.json names its method, which is the name of a script. That script's `sample` is
+the sampler, and its `load_student`, if it has one, loads the network. Scripts are looked for next to
+common/ and in the folders of PYTHONPATH, never in the student's own folder: that may be somebody
+else's.
+"""
+
+import ast
 import functools
-import importlib
+import importlib.util
 import inspect
+import os
+import re
+import sys
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean, first_line
-from common.files import read_json
+from common.errors import UserError, did_you_mean, first_line, require
+from common.files import ROOT, read_json
 from common.teachers.load import load_model
-
-METHODS = (
-    "sid",
-    "dmd2",
-    "decoupled_dmd",
-    "phased_dmd",
-    "sana_sprint",
-    "twinflow",
-    "flowmap",
-    "boot",
-    "nct",
-    "msd",
-)  # the only modules ever imported by name
 
 
 def read_student(folder):
-    """-> folder of the weights, the checked distill.json. folder: of a run, or its student/."""
-    home = Path(folder) / "student" if (Path(folder) / "student").is_dir() else Path(folder)
-    if not Path(folder).is_dir():
-        raise UserError(
-            f"{folder}: expected the folder of a run, found {'a file' if Path(folder).exists() else 'nothing'}"
-        )
-    if not (home / "distill.json").is_file():
-        hint = (
-            "a teacher (give it as --teacher)"
-            if (home / "teacher.json").is_file()
-            else "no student/distill.json, so the run has not ended yet or is none"
-        )
+    """Folder of a run, or its student/ -> folder of the weights, its checked distill.json."""
+    folder = Path(folder)
+    found = "a file" if folder.exists() else "nothing"
+    require(folder.is_dir(), f"{folder}: expected the folder of a run, found {found}")
+    home = folder / "student" if (folder / "student").is_dir() else folder
+    path = home / "distill.json"
+    if not path.is_file():
+        hint = "no student/distill.json, so the run has not ended yet or is none"
+        if (home / "teacher.json").is_file():
+            hint = "a teacher (give it as --teacher)"
         raise UserError(f"{folder}: expected a student of this project, found {hint}")
-    info, where = read_json(home / "distill.json", "student"), home / "distill.json"
-    for key, kind in dict(method=str, teacher=str, nfe=int, sampler=dict, model=dict).items():
-        if not isinstance(info.get(key), kind) or (key == "nfe" and not 1 <= info["nfe"] <= 1000):
-            expected = dict(str="a name", int="an integer from 1 to 1000", dict="an object")[
-                kind.__name__
-            ]
-            raise UserError(f"{where}: {key}: expected {expected}, found {info.get(key)!r}")
-    if info["method"] not in METHODS:
-        raise UserError(
-            f"{where}: method: expected one of {', '.join(METHODS)}, found {info['method']!r}{did_you_mean(info['method'], METHODS)}"
-        )
+    info = read_json(path, "student")
+    check_record(info, path)
     return home, info
 
 
-def sampler_of(home, info):
-    """`sample` of the student's method."""
-    where = home / "distill.json"
-    try:
-        sample = importlib.import_module(info["method"]).sample
-    except ModuleNotFoundError as e:
-        if e.name != info["method"]:
-            raise
-        raise UserError(
-            f"{where}: method {info['method']}: its script {info['method']}.py is not here"
-        ) from None
-    try:
-        inspect.signature(sample).bind(None, None, None, 1, None, **info["sampler"])
-    except TypeError as e:
-        raise UserError(f"{where}: sampler: does not fit {info['method']}.sample: {e}") from None
+def check_record(info, path):
+    """UserError if what all methods keep in distill.json is missing or of another kind."""
 
-    @functools.wraps(sample)
-    def checked(*args, **given):
+    def check(key, ok, expected):
+        require(ok, f"{path}: {key}: expected {expected}, found {info.get(key)!r}")
+
+    check("method", isinstance(info.get("method"), str), "a name")
+    check("teacher", isinstance(info.get("teacher"), str), "a name")
+    nfe = info.get("nfe")
+    check("nfe", isinstance(nfe, int) and 1 <= nfe <= 1000, "an integer from 1 to 1000")
+    check("sampler", isinstance(info.get("sampler"), dict), "an object")
+    check("model", isinstance(info.get("model"), dict), "an object")
+
+
+# ---- the script of a student ---------------------------------------------------------------------
+
+
+def script_folders():
+    """Where scripts are looked for: next to common/, then in the folders of PYTHONPATH."""
+    extra = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return [ROOT, *(Path(p).resolve() for p in extra)]
+
+
+def functions_of(path):
+    """Names of the functions that a Python file defines, without running it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def known_scripts():
+    """Names of the scripts with a function `sample`."""
+    paths = [path for folder in script_folders() for path in sorted(folder.glob("*.py"))]
+    return [path.stem for path in paths if "sample" in functions_of(path)]
+
+
+def script_of(home, info):
+    """Module of the student's script. UserError: there is none of that name, or it has no `sample`."""
+    name = info["method"]
+    where = f"{home / 'distill.json'}: method {name[:80]!r}"
+    path = None
+    if re.fullmatch(r"[A-Za-z_]\w*", name):
+        paths = [folder / f"{name}.py" for folder in script_folders()]
+        path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        folders = ", ".join(map(str, script_folders()))
+        raise UserError(
+            f"{where}: expected its script {name[:80]}.py in {folders} (PYTHONPATH adds folders), "
+            f"found none{did_you_mean(name, known_scripts())}"
+        )
+    require("sample" in functions_of(path), f"{where}: {path} has no function `sample`")
+    return import_script(name, path)
+
+
+def import_script(name, path):
+    module = sys.modules.get(name)
+    if module is not None and Path(getattr(module, "__file__", None) or "").resolve() == path:
+        return module
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sampler_of(home, info):
+    """`sample` of the student's script. Arguments in the record that do not fit it: UserError."""
+    script = script_of(home, info)
+    where = f"{home / 'distill.json'}: sampler"
+    try:
+        inspect.signature(script.sample).bind(None, None, None, 1, None, **info["sampler"])
+    except TypeError as e:
+        raise UserError(f"{where}: does not fit {info['method']}.sample: {e}") from None
+
+    @functools.wraps(script.sample)
+    def sample(*args, **kwargs):
         try:
-            return sample(*args, **given)
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as e:  # values of another kind than the method's own
+            return script.sample(*args, **kwargs)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+            # values in the record of another kind than the method's own
             raise UserError(
-                f"{where}: sampler: {info['method']}.sample cannot do it with {str(given)[:100]}: {type(e).__name__}: {first_line(e)[:100]}"
+                f"{where}: {info['method']}.sample fails with {str(kwargs)[:100]}: "
+                f"{type(e).__name__}: {first_line(e)[:100]}"
             ) from e
 
-    return checked
+    return sample
+
+
+# ---- its network ---------------------------------------------------------------------------------
 
 
 def network_of(folder, home, info, teacher, name):
-    """The student's Model, frozen, if it is one of this teacher."""
-    student = load_model(home, info["model"], teacher).requires_grad_(False)
-    if (student.adapter, student.shape, student.classes) != (
-        teacher.adapter,
-        teacher.shape,
-        teacher.classes,
-    ):
+    """The student's Model, frozen. UserError unless it is a student of this teacher."""
+    load = getattr(script_of(home, info), "load_student", load_model)
+    student = load(home, info["model"], teacher).requires_grad_(False)
+    expected = (teacher.adapter, teacher.shape, teacher.classes)
+    found = (student.adapter, student.shape, student.classes)
+    if found != expected:
         raise UserError(
-            f"{folder}: expected a student of {name}, {teacher.adapter} {list(teacher.shape)} with {teacher.classes} classes, "
-            f"found {student.adapter} {list(student.shape)} with {student.classes}"
+            f"{folder}: expected a student of {name}, {describe_kind(*expected)}, "
+            f"found {describe_kind(*found)}"
         )
     return student
 
 
+def start_from(folder, student, teacher):
+    """--start: loads the weights of a finished student of the same teacher into `student`."""
+    home, info = read_student(folder)
+    loaded = network_of(folder, home, info, teacher, "this teacher")
+    try:
+        student.load_state_dict(loaded.state_dict())
+    except RuntimeError as e:
+        reason = first_line(e)
+        raise UserError(
+            f"--start {folder}: does not fit the student of these flags: {reason}"
+        ) from None
+
+
+def describe_kind(adapter, shape, classes):
+    return f"{adapter} {list(shape)} with {classes} classes"
+
+
 def teacher_of(folder):
-    """Name of the teacher that a finished student was trained with; of a pipeline's folder: itself. None if the folder is neither."""
-    if (Path(folder) / "model_index.json").is_file():
+    """Name of the teacher of a finished student; of a pipeline's folder: itself; else None."""
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
         return str(folder)
-    if not any((Path(folder) / sub / "distill.json").is_file() for sub in ("student", "")):
+    if not any((home / "distill.json").is_file() for home in (folder / "student", folder)):
         return None
     return read_student(folder)[1]["teacher"]

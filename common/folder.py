@@ -1,0 +1,143 @@
+"""The folder of a run: one process at a time, nothing half-written, no run lost by mistake."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import sys
+from importlib import metadata
+
+from common.checkpoint import delete_oldest, list_checkpoints
+from common.errors import UserError, require
+from common.files import atomic, git_revision
+
+LITTER = ("*.json*.tmp", "ckpt/*.tmp", "samples/*.tmp", "student/**/*.tmp")
+RESULTS = (
+    "ckpt/it-*",
+    "samples/[0-9]*.png",
+    "metrics.json",
+    "control.json",
+    "path.json",
+    "student/**/*.json",
+    "student/**/*.safetensors",
+)
+LOGS = ("log.jsonl", "eval.jsonl", "run.jsonl")
+TO_BE_DISCARDED = "to be discarded"
+
+
+class RunFolder:
+    """path: the folder, with log.jsonl, run.jsonl, eval.jsonl, ckpt/, samples/, student/.
+
+    torchrun --max-restarts starts a failed worker again with the same flags. Such an attempt
+    resumes from the last checkpoint, unless the first attempt refused the folder: .lock says so.
+    """
+
+    def __init__(self, path, resume, overwrite):
+        self.path = path
+        self.resume = resume
+        self.overwrite = overwrite
+        self.under_torchrun = "TORCHELASTIC_RESTART_COUNT" in os.environ
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.resume_wanted = resume or self.restarted
+        self.lock = None
+
+    def open(self):
+        """On rank 0: makes and locks the folder. UserError if there is a reason not to use it."""
+        out = self.path
+        try:
+            for sub in ("ckpt", "samples"):
+                (out / sub).mkdir(parents=True, exist_ok=True)
+            self.lock = open(out / ".lock", "a+")
+        except OSError as e:
+            raise UserError(
+                f"--out {out}: expected a folder that can be written, found: {e.strerror}"
+            ) from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--out {out}: another run is writing here; choose another folder or wait for it"
+            ) from None
+        remove_files(out, LITTER)  # of a run that was killed while writing
+        if self.restarted:
+            self.lock.seek(0)
+            left = self.lock.read()
+            require("holds a run" not in left, left)
+
+        checkpoints = list_checkpoints(out)
+        refusal = ""
+        if checkpoints and not self.resume_wanted:
+            it = int(checkpoints[-1].stem[3:])
+            refusal = (
+                f"--out {out}: holds a run at iteration {it}; "
+                "add --resume, --overwrite or another --out"
+            )
+        if not self.restarted:
+            self._note(TO_BE_DISCARDED if refusal and self.overwrite else refusal)
+        require(not refusal or self.overwrite, refusal)
+        require(checkpoints or not self.resume, f"--resume: no checkpoint in {out / 'ckpt'}")
+
+    def after_open(self):
+        """On all ranks. A restart whose first attempt ended before it discarded the old run must
+        discard it, not resume it."""
+        if self.restarted and self.overwrite and (self.path / ".lock").read_text():
+            self.resume_wanted = False
+
+    def _note(self, text):
+        """Writes into .lock what torchrun's next attempts need to know about this one."""
+        if self.under_torchrun:
+            self.lock.truncate(0)
+            self.lock.write(text)
+            self.lock.flush()
+
+    def clear(self):
+        """Removes what an earlier run left. Called once all flags have proven right, so that a typo
+        next to --overwrite costs nothing."""
+        remove_files(self.path, LOGS + (RESULTS if self.overwrite else ()))
+        self._note("")
+
+    def rewind(self, log_bytes, unreadable):
+        """Cuts the log to its length at the checkpoint, renames damaged checkpoints so that they do
+        not count as the newest, and deletes surplus ones (a kill may have come before that)."""
+        log = self.path / "log.jsonl"
+        if log.exists():
+            os.truncate(log, min(log_bytes, log.stat().st_size))
+        for path in unreadable:
+            path.rename(f"{path}.unreadable")
+        delete_oldest(self.path)
+
+    def note_start(self, **facts):
+        """Adds a line to run.jsonl: all that is needed to start the same run again. Returns the
+        revision of the code."""
+        revision = git_revision()
+        line = dict(
+            date=utc_now(),
+            command=sys.argv,
+            revision=revision,
+            versions=package_versions(),
+            **facts,
+        )
+        path = self.path / "run.jsonl"
+        before = path.read_text() if path.exists() else ""
+        with atomic(path) as f:
+            f.write((before + json.dumps(line) + "\n").encode())
+        return revision
+
+
+def remove_files(folder, patterns):
+    for pattern in patterns:
+        for path in list(folder.glob(pattern)):
+            path.unlink()
+
+
+def utc_now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def package_versions():
+    versions = dict(python=sys.version.split()[0])
+    for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
