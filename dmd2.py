@@ -11,16 +11,16 @@ Notation: x_t = alpha_t x + sigma_t eps; mu(x_t, t, c) is a network's estimate o
 the label or prompt; w is the guidance scale --cfg; sg[] stops gradients. All times t are indices
 into a grid of 1000 noise levels, from data to noise.
 
-    x = G(x_in, t_k, c)                      k ~ U{0..n-1}, one draw for the whole batch          (1)
-    x_in = alpha_k xhat + sigma_k eps        xhat: the student's own output after k steps         (2)
-    r = mu_real(x_t, t, c), with guidance    f = mu_fake(x_t, t, c), without                      (3)
-    g = (f - r) / mean|x - r|                mean over the pixels of a sample; t ~ U{20..980}     (4)
-    L_dm = 1/2 mean (x - sg[x - g])^2        so that dL_dm/dx = g / numel(x)                      (5)
-    L_fake = mean lambda_t (mu_fake(x_t, t, c) - sg[x])^2     t ~ U{0..999}                       (6)
-    l(x) = head(critic features of x_t)      t ~ U{0..999}                                        (7)
-    L_gen = mean softplus(-l(x))                                                                  (8)
-    L_cls = mean softplus(l(sg[x])) + mean softplus(-l(x_real))                                   (9)
-    student: L_dm + w_G L_gen                critic and head: L_fake + w_D L_cls                 (10)
+    x = G(x_in, t_k, c)                      k ~ U{0..n-1}, one draw for the whole batch         (1)
+    x_in = alpha_k xhat + sigma_k eps        xhat: the student's own output after k steps        (2)
+    r = mu_real(x_t, t, c), with guidance    f = mu_fake(x_t, t, c), without                     (3)
+    g = (f - r) / mean|x - r|                mean over the pixels of a sample; t ~ U{20..980}    (4)
+    L_dm = 1/2 mean (x - sg[x - g])^2        so that dL_dm/dx = g / numel(x)                     (5)
+    L_fake = mean lambda_t (mu_fake(x_t, t, c) - sg[x])^2     t ~ U{0..999}                      (6)
+    l(x) = head(critic features of x_t)      t ~ U{0..999}                                       (7)
+    L_gen = mean softplus(-l(x))                                                                 (8)
+    L_cls = mean softplus(l(sg[x])) + mean softplus(-l(x_real))                                  (9)
+    student: L_dm + w_G L_gen                critic and head: L_fake + w_D L_cls                (10)
 
 Usage:
     python dmd2.py                                           # one step, MNIST, minutes on a CPU
@@ -146,7 +146,7 @@ def parse_args(argv=None):
     p = Parser(__doc__, critic=True, images=True)
     add = p.method.add_argument
     add("--start", metavar="RUN", help="run whose student to start from [the teacher]")
-    add("--step-indices", help="grid indices of the steps, e.g. 999,749,499,249 [evenly spaced]")
+    add("--step-indices", metavar="I,...", help="grid indices of the steps, e.g. 999,749,499,249")
     add("--ratio", type=int, help="critic steps per student step")
     add("--shift", type=float, help="factor on sigma / alpha of all levels drawn in (4), (6), (7)")
     add("--sim", choices=["backward", "data"], default="backward", help="x_in: (2) or noised data")
@@ -187,12 +187,12 @@ class Head(nn.Module):
 
 
 def group_norm(c):
-    """32 groups, or fewer where a group would have less than 4 channels: at 1 x 1 it would be 0."""
+    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
     return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
 
 
 class Critic(nn.Module):
-    """mu_fake and the head in one module, so that one DDP wrapper averages the gradients of both."""
+    """mu_fake and the head in one module, so that one DDP wrapper averages both gradients."""
 
     def __init__(self, fake, head=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mistakes of the user and faults of a run: one line each, and an exit code. No traceback for either."""
+"""Mistakes of the user and faults of a run: one line each and an exit code, no traceback."""
 
 import difflib
 import os
@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A mistake of the user: names the flag or file, what was expected, what was found. Exit code 2."""
+    """A mistake of the user: names the flag or file, what was expected and found. Exit code 2."""
 
 
 class RunError(Exception):
-    """A fault of the run (gradients not finite, disk full). Exit code 1; checkpoints stay intact."""
+    """A fault of the run (gradients not finite, disk full). Exit code 1; checkpoints stay."""
 
 
 def require(condition, message):

@@ -14,7 +14,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help in 100 columns, with the default of each flag, that of the chosen teacher's preset."""
 
     def __init__(self, prog):
-        super().__init__(prog, width=100, max_help_position=26)
+        super().__init__(prog, width=100, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
 
     def _get_help_string(self, action):
         default = action.default
@@ -46,17 +49,34 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(lora_alpha=None, lora_targets=None, shard=False)
 
         add = self.model.add_argument
-        add("--teacher", default="mnist", help="name (docs/teachers.md), hub name, or folder")
+        add("--teacher", metavar="NAME", default="mnist", help="a name, a hub name, or a folder")
         add("--cfg", type=float, help="guidance scale w of the teacher in u + w (c - u); 1 is none")
         if few_steps:
             add("--nfe", type=int, help="network passes of the student per sample")
-        add("--prompts", help="text-to-image: file of prompts, one a line [assets/prompts.txt]")
-        add("--cache-prompts", help="folder for prompt embeddings and latents [out/prompts]")
-        add("--size", type=parse_size, help="pixels, N or HEIGHTxWIDTH [the pipeline's]")
+        add(
+            "--prompts",
+            metavar="FILE",
+            help="text-to-image: file of prompts, one a line [assets/prompts.txt]",
+        )
+        add(
+            "--cache-prompts",
+            metavar="DIR",
+            help="folder for prompt embeddings and latents [out/prompts]",
+        )
+        add(
+            "--size",
+            type=parse_size,
+            metavar="PX",
+            help="pixels, N or HEIGHTxWIDTH [the pipeline's]",
+        )
         add("--frames", type=int, help="text-to-video: number of frames [the pipeline's]")
         add("--embedded-guidance", type=float, help="FLUX.1-dev: its guidance input [3.5]")
         if images:
-            add("--data", help="image folder: a subfolder per class, or captions [the teacher's]")
+            add(
+                "--data",
+                metavar="DIR",
+                help="image folder: a subfolder per class, or captions [the teacher's]",
+            )
         if lora:
             add("--lora", type=int, metavar="RANK", help="train adapters of this rank")
             if critic if lora_fake is None else lora_fake:
@@ -81,9 +101,9 @@ class Parser(argparse.ArgumentParser):
         add("--grad-checkpoint", action="store_true", help="recompute activations in backward")
 
         add = self.run.add_argument
-        add("--out", help="folder of the run [out/<script>-<teacher>]")
+        add("--out", metavar="DIR", help="folder of the run [out/<script>-<teacher>]")
         add("--seed", type=int, default=0, help="of all random numbers")
-        add("--device", default="auto", help="auto, cpu or cuda")
+        add("--device", metavar="NAME", default="auto", help="auto, cpu or cuda")
         add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of network passes")
         add("--deterministic", action="store_true", help="CUDA: the same bits in every run")
         if lora:

@@ -24,7 +24,7 @@ from common.checkpoint import (
     write_checkpoint,
 )
 from common.distributed import init_processes, on_rank0
-from common.errors import RunError, UserError, first_line, require
+from common.errors import RunError, first_line, require
 from common.folder import RunFolder
 from common.log import Log
 from common.memory import (
@@ -171,8 +171,8 @@ class Run:
         )
 
     def train(self, module):
-        """The module to call where gradients flow: compiled with --compile, and wrapped in DDP if
-        there are several processes. With --shard the networks average their gradients themselves."""
+        """The module to call where gradients flow: compiled with --compile, in DDP if there are
+        several processes. With --shard the networks average their gradients themselves."""
         if self.args.grad_checkpoint:
             for model in module.modules():
                 if isinstance(model, Model):
@@ -276,7 +276,8 @@ class Run:
         cycle = getattr(self.args, "ratio", None) or 1
         self.bar = progress_bar(first, last, self.method, disable=not self.is_main)
         for it in self.bar:
-            for self.microstep in range(self.args.accumulate):
+            for microstep in range(self.args.accumulate):
+                self.microstep = microstep
                 for module in self.ddp_modules:
                     module.require_backward_grad_sync = self.is_last_microstep
                 yield it

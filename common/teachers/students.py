@@ -1,8 +1,8 @@
 """Finished students, found by what their folder says: the network, and the sampler of its script.
 
 A student's distill.json names its method, which is the name of a script. That script's `sample` is
-the sampler, and its `load_student`, if it has one, loads the network. Scripts are looked for next to
-common/ and in the folders of PYTHONPATH, never in the student's own folder: that may be somebody
+the sampler, and its `load_student`, if it has one, loads the network. Scripts are looked for beside
+common/ and in the folders of PYTHONPATH, never in the student's own folder: it may be somebody
 else's.
 """
 
@@ -17,7 +17,12 @@ from pathlib import Path
 
 from common.errors import UserError, did_you_mean, first_line, require
 from common.files import ROOT, read_json
+from common.schema import OBJECT, TEXT, check, integer
 from common.teachers.load import load_model
+
+RECORD = dict(  # what all methods keep in distill.json
+    method=TEXT, teacher=TEXT, nfe=integer(1, 1000), sampler=OBJECT, model=OBJECT
+)
 
 
 def read_student(folder):
@@ -33,22 +38,8 @@ def read_student(folder):
             hint = "a teacher (give it as --teacher)"
         raise UserError(f"{folder}: expected a student of this project, found {hint}")
     info = read_json(path, "student")
-    check_record(info, path)
+    check(info, f"{path}: ", required=RECORD)
     return home, info
-
-
-def check_record(info, path):
-    """UserError if what all methods keep in distill.json is missing or of another kind."""
-
-    def check(key, ok, expected):
-        require(ok, f"{path}: {key}: expected {expected}, found {info.get(key)!r}")
-
-    check("method", isinstance(info.get("method"), str), "a name")
-    check("teacher", isinstance(info.get("teacher"), str), "a name")
-    nfe = info.get("nfe")
-    check("nfe", isinstance(nfe, int) and 1 <= nfe <= 1000, "an integer from 1 to 1000")
-    check("sampler", isinstance(info.get("sampler"), dict), "an object")
-    check("model", isinstance(info.get("model"), dict), "an object")
 
 
 # ---- the script of a student ---------------------------------------------------------------------
@@ -76,7 +67,7 @@ def known_scripts():
 
 
 def script_of(home, info):
-    """Module of the student's script. UserError: there is none of that name, or it has no `sample`."""
+    """Module of the student's script. UserError: there is none, or it has no `sample`."""
     name = info["method"]
     where = f"{home / 'distill.json'}: method {name[:80]!r}"
     path = None
