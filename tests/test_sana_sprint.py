@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
+from helpers.conversions import from_x0
 
 import sana_sprint as ss
 from common.errors import UserError
@@ -14,7 +15,7 @@ from common.model import Model, ScalarEmbedding
 from common.rng import BatchRandom
 from common.run import Run
 from common.sampling import generate, teacher_sample
-from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr, expand, from_x0
+from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr, expand
 from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy

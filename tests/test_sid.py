@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
+from helpers.conversions import from_x0
 
 import dmd2
 import sid
@@ -16,7 +17,7 @@ from common.errors import UserError
 from common.rng import BatchRandom
 from common.run import Run
 from common.sampling import generate
-from common.schedules import EDM, VP, Flow, TrigFlow, eps_from_x0, expand, from_x0
+from common.schedules import EDM, VP, Flow, TrigFlow, eps_from_x0, expand
 from common.teachers.load import load_teacher
 from common.teachers.toy import Toy
 
