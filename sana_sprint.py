@@ -31,7 +31,7 @@ Differences from the paper:
       it is off on the toy, clamped on mnist; full, as in the paper, by default. lv is a small network of t (paper: a layer on the network's embedding) and
       starts at -ln D, D numbers a sample, where (7) leads it (paper: 0): on its way there the weight of sCM beside the GAN would change D times.
     - --anchor (mnist 0.2; elsewhere 0, as in the paper): near t = 0 the mnist teacher does not see all noise. Samplers jump over these times, (5) does not.
-    - the paper trains the teacher on with a dense time embedding and QK norm first: python -m common.pretrain --start TEACHER. --time dense does without
+    - the paper trains the teacher on with a dense time embedding and QK norm first: python -m recipes.pretrain --start TEACHER. --time dense does without
       training: the network is shown times of 0..1, its new time embedders are fitted to the old ones at 0..1000, and fast waves, which JVPs magnify, are gone.
     - heads have GroupNorm (code: batch norm over 8 samples) and 3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
     - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025). No ControlNet.
