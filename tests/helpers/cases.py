@@ -75,7 +75,7 @@ COMMON_MISTAKES = [
     ("--out {tmp}/file", "--out .*file"),
     ("--out {tmp}/file/below", "--out"),
     ("--out {tmp}/empty --resume", "--resume: no checkpoint"),
-    ("--resume --overwrite", "--resume and --overwrite"),
+    ("--resume --overwrite", "--resume .* --overwrite .*: use one of them"),
     ("--no-such-flag", "--no-such-flag"),
     ("--nf 2", "--nf"),
     ("--dtype fp8", "--dtype"),
@@ -88,11 +88,12 @@ COMMON_MISTAKES = [
 MISTAKES = {
     "dmd2": [
         ("--nfe 1000", "--nfe 1000: expected at most 999"),
-        ("--steps abc", "--steps abc"),
-        ("--steps 5,7 --nfe 2", "--steps 5,7"),
-        ("--steps 999,499", "--steps 999,499.*--nfe 1"),
+        ("--step-indices abc", "--step-indices abc"),
+        ("--step-indices 5,7 --nfe 2", "--step-indices 5,7"),
+        ("--step-indices 999,499", "--step-indices 999,499.*--nfe 1"),
         ("--ratio 0", "--ratio"),
-        ("--alternate --ratio 1", "--alternate"),
+        ("--shift 0", "--shift"),
+        ("--start {tmp}/nowhere", "nowhere: expected the folder of a run"),
         ("--seed 1000000000000000000000", "--seed: expected a number of ordinary size"),
         ("--accumulate 0", "--accumulate: expected at least 1"),
         (
@@ -100,10 +101,6 @@ MISTAKES = {
             "--batch 32: expected a multiple of the number of processes times --accumulate,"
             " found 1 x 3",
         ),
-        ("--t-range 0.9 0.1", "--t-range"),
-        ("--t-range 0.5 1.5", "--t-range"),
-        ("--dm-weight 0", "--gan"),
-        ("--gan-clean", "--gan"),
         ("--data {tmp}", "--data"),
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
