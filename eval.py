@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import fid, metrics
 from common.distributed import init_processes, on_all_ranks
 from common.errors import UserError, launch
+from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
 from common.flags import parse_size
 from common.report import dumps, hardware
@@ -372,7 +373,9 @@ def best_row(row, n, nfe, cfg, heun):
 
     def sampler(m, z, cond, noise):
         if not extractors:
-            extractors.append(metrics.Extractor(teacher))  # on the teacher's device, known only now
+            extractors.append(
+                ClassifierExtractor(teacher)
+            )  # on the teacher's device, known only now
         best = score = None
         for i in range(n):
             z = noise() if i else z
@@ -479,7 +482,7 @@ def make_extractor(args, teacher, device, rank, world):
     extractor = (
         InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception)
         if args.inception
-        else metrics.Extractor(teacher)
+        else ClassifierExtractor(teacher)
     )
     if args.ref:
         try:
@@ -490,7 +493,7 @@ def make_extractor(args, teacher, device, rank, world):
             raise UserError(
                 f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}"
             )
-        extractor.use(stats, Path(args.ref).name)
+        extractor.set_reference(stats, Path(args.ref).name)
     elif args.ref_images:
         real, _ = folder_features(
             list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world
@@ -498,7 +501,7 @@ def make_extractor(args, teacher, device, rank, world):
         stats = fid.Stats(extractor.dims)
         stats.update(real)
         mu, sigma = stats.mean_cov()
-        extractor.use(
+        extractor.set_reference(
             dict(mu=mu, sigma=sigma, n=stats.n), f"{Path(args.ref_images).name}:{stats.n}", real
         )
     return extractor

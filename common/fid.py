@@ -12,42 +12,9 @@ A mistake of the user (a file, its shapes) raises UserError, a mistake of the ca
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 from common.errors import UserError
 from common.files import atomic, check_npz_size
-
-
-class SmallCNN(nn.Module):
-    """Classifier of small images. Its penultimate layer is the feature space of `fd`.
-
-    Input: uint8 [B, C, H, W], H and W divisible by 2^stages.
-    Output: features float32 [B, dim], logits float32 [B, classes].
-    """
-
-    def __init__(self, channels=1, size=28, classes=10, width=32, dim=64, stages=2):
-        super().__init__()
-        blocks = []
-        c_in = channels
-        for stage in range(stages):
-            c_out = width * 2**stage
-            blocks += [conv_block(c_in, c_out, stride=1), conv_block(c_out, c_out, stride=2)]
-            c_in = c_out
-        self.body = nn.Sequential(*blocks)
-        self.feat = nn.Linear(c_in * (size // 2**stages) ** 2, dim)
-        self.head = nn.Linear(dim, classes)
-
-    def forward(self, images):
-        x = images.float().div(127.5).sub(1)
-        features = self.feat(self.body(x).flatten(1))
-        return features, self.head(F.relu(features))
-
-
-def conv_block(c_in, c_out, stride):
-    conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
-
 
 # ---- mean and covariance -------------------------------------------------------------------------
 

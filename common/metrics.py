@@ -1,17 +1,15 @@
-"""Metrics of samples: distances to a reference, agreement with labels."""
+"""Metrics of samples: distances to a reference set, agreement with labels."""
 
-import copy
 import hashlib
 import time
 
 import torch
-from safetensors.torch import load_file
 
 from common import fid
-from common.data import load_images
 from common.distributed import gather_rows, on_all_ranks
 from common.errors import UserError
-from common.files import read_json
+from common.features import ClassifierExtractor
+from common.routed import ByLabel
 from common.sampling import generate
 from common.teachers.toy import energy_distance, mode_shares, sliced_wasserstein
 
@@ -35,180 +33,42 @@ METRICS = (
 )
 
 
-class Extractor:
-    """Features and label logits of images under a teacher's own protocol (its classifier), with the reference statistics of its data."""
-
-    metric, dims = "fd", 64  # never called FID: the network is not the public Inception
-
-    def __init__(self, teacher):
-        e, shape, text = (
-            teacher.evaluation,
-            teacher.image_shape,
-            teacher.prompts is not None,
-        )
-        for key in (
-            "protocol",
-            "classifier",
-            "reference",
-            "names",
-            *(("kinds", "groups", "labels") if text else ("images",)),
-        ):
-            if key not in e:
-                raise UserError(
-                    f"{teacher.folder / 'teacher.json'}: evaluation.{key} is missing, so this teacher's samples cannot be measured"
-                )
-        self.protocol, self.device = e["protocol"], next(teacher.parameters()).device
-        kinds = e.get("kinds", e["names"])  # with kinds, names are groups of them
-        self.groups = torch.tensor(e["groups"]) if text else None
-        self.targets = (
-            known_prompts(teacher.folder / e["labels"], teacher.prompts, len(kinds))
-            if text
-            else None
-        )
-        self.net = fid.SmallCNN(shape[0], shape[-1], len(kinds), stages=e.get("stages", 2))
-        try:
-            self.net.load_state_dict(load_file(teacher.folder / e["classifier"]))
-        except (
-            Exception
-        ) as err:  # safetensors and torch raise several kinds; all mean the same to the user
-            raise UserError(
-                f"{teacher.folder / e['classifier']}: expected the safetensors of the classifier ({type(err).__name__})"
-            ) from None
-        self.net.eval().to(self.device)
-        self.reference = fid.load_stats(teacher.folder / e["reference"])
-        self.teacher, self.ref_name, self.shape = teacher, self.reference["n"], torch.Size(shape)
-        real = self.reference["features"]  # of the images, where these are not shipped
-        self.real = (
-            None
-            if real is None
-            else real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
-        )
-
-    def use(self, reference, name, real=None):
-        """Another reference: statistics, and features [m, D] of its images where there are any (KID, precision and recall need them)."""
-        if real is not None:  # files come class by class; the first n shall hold all classes
-            real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
-        self.reference, self.ref_name, self.teacher, self.real = reference, name, None, real
-
-    def describe(self, n, source):
-        """Protocol string: all that changes the number."""
-        return f"{self.metric} {self.protocol} uint8 n={n} {source} ref={self.ref_name}"
-
-    def classes(self, labels):
-        """Class that the classifier shall see for these labels [n], or for the prompts of these numbers: -1 where nothing is known of a prompt."""
-        return labels if self.targets is None else self.targets[labels.cpu()]
-
-    def label_agreement(self, predicted, labels):
-        """Did the classifier see [n] what the labels [n] say? -> dict of float64 [n], nan where nothing is known: agreement, of the group where classes have
-        groups, and then agreement_kind, of the class itself. Empty if nothing is known of any."""
-        wanted = self.classes(labels)
-        same = lambda a, b: torch.where(wanted < 0, torch.nan, (a == b).double())
-        if not (wanted >= 0).any():
-            return {}
-        if self.groups is None:
-            return dict(agreement=same(predicted, wanted))
-        return dict(
-            agreement=same(self.groups[predicted], self.groups[wanted]),
-            agreement_kind=same(predicted, wanted),
-        )
-
-    def part(self, labels):
-        """The same extractor with the reference images of these labels only. None if only statistics are known, or if there are too few images."""
-        data = (
-            load_images(None, self.teacher, lambda *a: None)
-            if self.teacher is not None and "images" in self.teacher.evaluation
-            else None
-        )
-        images = data.images[torch.isin(data.labels, torch.as_tensor(labels))] if data else ()
-        if len(images) <= self.dims:
-            return None
-        real, stats, twin = (
-            torch.cat([self(batch)[0] for batch in images.split(500)]),
-            fid.Stats(self.dims),
-            copy.copy(self),
-        )
-        stats.update(real)
-        mu, sigma = stats.mean_cov()
-        twin.use(dict(mu=mu.numpy(), sigma=sigma.numpy(), n=len(real)), len(real), real)
-        return twin
-
-    @torch.no_grad()
-    def __call__(self, images):
-        return [a.float().cpu() for a in self.net(images.to(self.device))]
-
-    def real_features(self, n):
-        """Features of the first n reference images, of a fixed shuffle, so that the classes are mixed; None if only statistics are known."""
-        if self.real is None and self.teacher is not None:
-            data = load_images(None, self.teacher, lambda *a: None)
-            order = data.order(0, 0)[:n]
-            self.real = torch.cat([self(part)[0] for part in data.images[order].split(500)])
-        return None if self.real is None else self.real[:n]
-
-
-def known_prompts(path, prompts, classes):
-    """Class of each prompt, int64 [n], -1 where the file, a JSON object of prompts and numbers of classes, has no such prompt."""
-    known = read_json(path)
-    if wrong := [
-        k
-        for k, v in known.items()
-        if not isinstance(v, int) or isinstance(v, bool) or not 0 <= v < classes
-    ]:
-        raise UserError(
-            f"{path}: {wrong[0][:80]!r}: expected a number below {classes}, found {str(known[wrong[0]])[:80]!r}"
-        )
-    return torch.tensor([known.get(p, -1) for p in prompts])
-
-
-def hash_images(x):
-    """One number per image, equal for equal images: int64 [n]. Counting distinct ones finds a seed that is the same on every rank."""
-    rows = x.detach().cpu().contiguous().numpy()
-    return torch.tensor(
-        [
-            int.from_bytes(hashlib.sha256(r.tobytes()).digest()[:8], "big", signed=True)
-            for r in rows
-        ],
-        dtype=torch.int64,
-    )
-
-
 def distances(extractor, features):
-    """Features [n, D] of the samples against the extractor's reference -> dict: fd or fid; kid (mean and std of 100 subsets of 1,000, not times 1000),
-    precision, recall, density, coverage (k = 3, as many reference images as samples, if there are so many) where reference images are known."""
-    device = (
-        extractor.device if torch.device(extractor.device).type == "cuda" else "cpu"
-    )  # on CUDA the eigenvalues take seconds, not a minute
-    features, ref, stats = (
-        features.to(device),
-        extractor.reference,
-        fid.Stats(features.shape[1], device),
-    )
+    """Distances of samples with these features [n, D] to the extractor's reference.
+
+    dict: fd or fid; if there are reference images also kid, kid_std (100 subsets of 1,000, not
+    multiplied by 1000), precision, recall, density, coverage (k = 3, against n reference images).
+    """
+    is_cuda = torch.device(extractor.device).type == "cuda"
+    device = extractor.device if is_cuda else "cpu"  # eigenvalues: seconds instead of a minute
+    features = features.to(device)
+    reference = extractor.reference
     try:
+        stats = fid.Stats(features.shape[1], device)
         for part in features.split(5000):
             stats.update(part)
-        out = {
-            extractor.metric: fid.frechet(
-                *stats.mean_cov(), torch.as_tensor(ref["mu"]), torch.as_tensor(ref["sigma"])
-            )
-        }
+        distance = fid.frechet(*stats.mean_cov(), reference["mu"], reference["sigma"])
+        result = {extractor.metric: distance}
         real = extractor.real_features(len(features))
         if real is not None:
-            out["kid"], out["kid_std"] = fid.kid(real.to(device), features)
-            out |= fid.prdc(real.to(device), features, k=3)
-    except ValueError as e:  # too few images, or a reference that is no covariance
+            real = real.to(device)
+            result["kid"], result["kid_std"] = fid.kid(real, features)
+            result |= fid.prdc(real, features, k=3)
+    except ValueError as e:  # too few images, or a reference that is not a covariance
         raise UserError(str(e)) from None
-    return out
+    return result
 
 
 def toy_distances(x, mixture, labels, seed):
-    """Samples [n, 2] against as many of the exact mixture, with the same labels [n] -> dict."""
+    """Distances of points [n, 2] to as many of the exact mixture with the same labels [n]."""
     y = mixture.sample(len(x), labels, torch.Generator().manual_seed(seed + 1))
-    share, near = mode_shares(x, mixture)
+    shares, near_mode = mode_shares(x, mixture)
     return dict(
         energy_distance=energy_distance(x, y),
         sliced_wasserstein=sliced_wasserstein(x, y),
-        mode_min=float(share.min()),
-        mode_max=float(share.max()),
-        near_mode=near,
+        mode_min=shares.min().item(),
+        mode_max=shares.max().item(),
+        near_mode=near_mode,
     )
 
 
@@ -225,115 +85,133 @@ def evaluate(
     progress=None,
     keep=None,
 ):
-    """Metrics of n samples -> dict, the same on every rank and for any world size. `mnist`-type teachers: fd (or fid: InceptionExtractor), kid, precision,
-    recall, density, coverage, agreement of the classifier with the labels; `toy`: energy distance, sliced Wasserstein distance, mode shares against the
-    exact mixture. progress(number done) and keep(indices, uint8 images) are called for each batch of this rank."""
-    start, seconds, toy = time.time(), 0.0, teacher.adapter == "toy"
+    """Metrics of n samples -> dict, the same on every rank and for any number of processes.
+
+    Samples are compared with the extractor's reference (default: the teacher's protocol), those of
+    a toy teacher with its exact mixture. sampler(model, z, cond, noise) -> samples.
+    progress(number of samples) and keep(indices, uint8 images or points) are called per batch.
+    """
+    start = time.time()
     if n < world:
         raise UserError(f"{n} samples: expected at least one for each of {world} processes")
-    device = next(model.parameters()).device
-    sync = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
-    if not toy:
-        extractor = extractor or Extractor(teacher)
-    points, predicted, ids, finite = [], [], [], []
-    for index, _, (x, spent) in generate(
-        lambda *a: timed(sampler, sync, *a), model, n, seed, batch, rank, world
-    ):
-        seconds += spent
-        images = x.cpu() if toy else model.decode(x)
-        f, logits = (images, None) if toy else extractor(images)
-        points.append(f)
-        ids.append(hash_images(images))
-        finite.append(x.isfinite().flatten(1).all(1).cpu())
-        if logits is not None:
-            predicted.append(logits.argmax(1))
+    is_toy = teacher.adapter == "toy"
+    if extractor is None and not is_toy:
+        extractor = ClassifierExtractor(teacher)
+    sampler = Stopwatch(sampler, next(model.parameters()).device)
+
+    rows = dict(features=[], hashes=[], finite=[], predicted=[])
+    for index, _, x in generate(sampler, model, n, seed, batch, rank, world):
+        if is_toy:
+            images = features = x.cpu()
+        else:
+            images = model.decode(x)
+            features, logits = extractor(images)
+            if logits is not None:
+                rows["predicted"].append(logits.argmax(1))
+        rows["features"].append(features)
+        rows["hashes"].append(hash_images(images))
+        rows["finite"].append(x.isfinite().flatten(1).all(1).long().cpu())
         if keep:
             keep(index, images)
         if progress:
             progress(len(index))
-    points, ids, bad = (
-        gather_rows(torch.cat(a), n, rank, world)
-        for a in (points, ids, [1 - f.long() for f in finite])
-    )
+    rows = {k: gather_rows(torch.cat(v), n, rank, world) for k, v in rows.items() if v}
+    features = rows["features"]  # of all samples, on every rank
     labels = torch.arange(n) % max(teacher.classes, 1)
-    if toy:
-        protocol, measure = (
-            f"toy exact n={n} seed={seed}",
-            lambda: toy_distances(points, teacher.mixture, labels, seed),
-        )
-    else:
-        protocol, measure = (
-            extractor.describe(n, f"seed={seed}"),
-            lambda: distances(extractor, points),
-        )
-    result = on_all_ranks(lambda: measure() if rank == 0 else None, world)[
-        0
-    ]  # the other ranks would only compute the same again
-    right = (
-        extractor.label_agreement(gather_rows(torch.cat(predicted), n, rank, world), labels)
-        if predicted
-        else {}
-    )
-    result |= {k: v.nanmean().item() for k, v in right.items()}
-    if getattr(model, "by", None) == "label" and len(model.experts) > 1:
-        by_expert = lambda: measure_experts(
-            model.table, points, labels, right.get("agreement"), teacher, extractor, seed
-        )
-        result["experts"] = on_all_ranks(lambda: by_expert() if rank == 0 else None, world)[0]
-    if bad.any():
-        result["nonfinite"] = int(bad.sum())
-    return dict(
-        protocol=protocol,
-        **result,
+
+    def measure():
+        if rank > 0:  # would only compute the same again
+            return None
+        agreement = {}
+        if is_toy:
+            result = toy_distances(features, teacher.mixture, labels, seed)
+        else:
+            result = distances(extractor, features)
+        if "predicted" in rows:
+            agreement = extractor.label_agreement(rows["predicted"], labels)
+        result |= {name: values.nanmean().item() for name, values in agreement.items()}
+        if isinstance(model, ByLabel) and len(model.experts) > 1:
+            result["experts"] = [
+                measure_expert(i, model, features, labels, agreement, teacher, extractor, seed)
+                for i in range(max(model.table) + 1)
+            ]
+        return result
+
+    result = on_all_ranks(measure, world)[0]
+    protocol = f"toy exact n={n} seed={seed}" if is_toy else extractor.describe(n, f"seed={seed}")
+    result = dict(protocol=protocol, **result)
+    if not rows["finite"].all():
+        result["nonfinite"] = n - int(rows["finite"].sum())
+    rate = len(range(rank, n, world)) / max(sampler.seconds, 1e-9)
+    return result | dict(
         n=n,
         seed=seed,
-        distinct=len(ids.unique()),
-        images_per_s=round(len(range(rank, n, world)) / max(seconds, 1e-9), 1),
+        distinct=len(rows["hashes"].unique()),
+        images_per_s=round(rate, 1),
         seconds=round(time.time() - start, 1),
     )
 
 
-def measure_experts(table, points, labels, right, teacher, extractor, seed):
-    """What each expert of a model routed by label makes of its own labels, against the reference of these labels -> list of dicts. The same samples as
-    in the joint numbers, which are no average of these: distances within a part do not see how the parts compare."""
-    out, table = [], torch.tensor(table)
-    for i in range(int(table.max()) + 1):
-        mine, rows = (table == i).nonzero()[:, 0].tolist(), table[labels] == i
-        found = dict(expert=i, labels=mine, n=int(rows.sum()))
-        reference = extractor.part(mine) if extractor else None
-        if extractor is None and found["n"] > 1:
-            d = toy_distances(points[rows], teacher.mixture, labels[rows], seed)
-            found |= {
-                k: d[k] for k in ("energy_distance", "sliced_wasserstein", "near_mode")
-            }  # shares of modes are those of the labels drawn
-        elif reference and found["n"] > reference.dims:
-            found |= distances(reference, points[rows])
-        out.append(
-            found
-            | (
-                dict(agreement=right[rows].nanmean().item())
-                if right is not None and rows.any()
-                else {}
-            )
-        )
-    return out
+def measure_expert(i, model, features, labels, agreement, teacher, extractor, seed):
+    """Metrics of expert i of a ByLabel model, on the samples of its labels -> dict.
+
+    The joint metrics are not an average of these: they also compare the sizes of the parts.
+    """
+    table = torch.tensor(model.table)
+    own_labels = (table == i).nonzero()[:, 0].tolist()
+    rows = table[labels] == i
+    n = int(rows.sum())
+    result = dict(expert=i, labels=own_labels, n=n)
+    if extractor is None:
+        if n > 1:
+            found = toy_distances(features[rows], teacher.mixture, labels[rows], seed)
+            keys = ("energy_distance", "sliced_wasserstein", "near_mode")
+            result |= {key: found[key] for key in keys}
+    else:
+        part = extractor.for_labels(own_labels)
+        if part is not None and n > part.dims:
+            result |= distances(part, features[rows])
+    if n and "agreement" in agreement:
+        result["agreement"] = agreement["agreement"][rows].nanmean().item()
+    return result
 
 
-def timed(sampler, sync, *args):
-    sync()
-    t = time.perf_counter()
-    x = sampler(*args)
-    sync()
-    return x, time.perf_counter() - t
+class Stopwatch:
+    """A sampler that adds up the seconds it takes."""
+
+    def __init__(self, sampler, device):
+        self.sampler = sampler
+        self.device = device
+        self.seconds = 0.0
+
+    def __call__(self, *args):
+        self.synchronize()
+        start = time.perf_counter()
+        x = self.sampler(*args)
+        self.synchronize()
+        self.seconds += time.perf_counter() - start
+        return x
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
-def summary(r):
-    """One line for people."""
-    keys = [
-        k for k in METRICS if r.get(k) is not None and k not in ("kid_std", "density", "mode_max")
-    ]
-    return (
-        f"{r['method']} nfe={r['nfe']}: "
-        + "  ".join(f"{k} {r[k]:.4g}" for k in keys)
-        + f"  ({r['protocol']})"
-    )
+def hash_images(x):
+    """A hash per image, int64 [n], equal for equal images.
+
+    Counting different ones finds noise that is the same on every rank or in every batch.
+    """
+    hashes = []
+    for image in x.detach().cpu().contiguous().numpy():
+        digest = hashlib.sha256(image.tobytes()).digest()
+        hashes.append(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.tensor(hashes, dtype=torch.int64)
+
+
+def summary(result):
+    """One line for the terminal."""
+    hidden = ("kid_std", "density", "mode_max")
+    shown = [k for k in METRICS if k not in hidden and result.get(k) is not None]
+    values = "  ".join(f"{k} {result[k]:.4g}" for k in shown)
+    return f"{result['method']} nfe={result['nfe']}: {values}  ({result['protocol']})"

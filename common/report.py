@@ -59,7 +59,7 @@ class Report:
         n, batch = 20, 4000
         if self.teacher.adapter == "toy":
             n = 4000
-        elif self.teacher.shape[-1] > 64 or hasattr(self.teacher, "prompts"):
+        elif self.teacher.shape[-1] > 64 or self.teacher.prompts is not None:
             n, batch = 8, 2
         parts = [x for _, _, x in generate(sampler, model, n, self.run.args.seed, batch)]
         return model.to_pictures(torch.cat(parts))

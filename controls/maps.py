@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import UserError, did_you_mean
-from common.metrics import Extractor
+from common.features import ClassifierExtractor
 from controls.estimator import ESTIMATORS, Estimator
 
 # ---- maps ----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Control:
         if name == "class" and self.is_toy:
             self.classes = model.mixture.modes
         elif name == "class":
-            self.classifier = Extractor(teacher if teacher is not None else model)
+            self.classifier = ClassifierExtractor(teacher if teacher is not None else model)
             self.classes = len(self.classifier.teacher.evaluation["names"])
         elif name == "image":
             self.embedding = self.estimator.net.config.projection_dim

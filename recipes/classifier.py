@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import fid
+from common.features import SmallCNN
 from common.rng import derive_seed
 
 
@@ -56,7 +57,7 @@ def train_classifier(data, epochs, seed):
 
 def new_classifier(data):
     _, channels, _, size = data.images.shape
-    return fid.SmallCNN(channels, size, len(data.names))
+    return SmallCNN(channels, size, len(data.names))
 
 
 @torch.no_grad()

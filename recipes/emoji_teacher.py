@@ -35,6 +35,7 @@ from tqdm import tqdm
 from common import fid
 from common.ema import EMA
 from common.errors import UserError, launch
+from common.features import SmallCNN
 from common.files import ROOT, atomic, read_json, write_json
 from common.report import save_grid
 from common.rng import BatchRandom, derive_seed
@@ -247,7 +248,7 @@ def train_classifier(data, args):
             for b, s in zip(data.base, data.style)
         ]
     )
-    nets = Nets(dict(cnn=fid.SmallCNN(3, SIDE, len(data.kinds), stages=STAGES)))
+    nets = Nets(dict(cnn=SmallCNN(3, SIDE, len(data.kinds), stages=STAGES)))
     kept = SimpleNamespace(weight=data.weight, held=hold | data.held)
 
     def loss(draw, it):

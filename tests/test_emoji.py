@@ -13,6 +13,7 @@ from PIL import Image
 
 from common import fid, metrics
 from common.errors import UserError
+from common.features import ClassifierExtractor, read_prompt_classes
 from common.files import ROOT, read_json, write_json
 from common.image_folder import read_captions
 from common.rng import BatchRandom
@@ -333,7 +334,7 @@ def test_the_folder_is_a_pipeline_of_diffusers_and_a_teacher(folder, tmp_path, d
         str(folder / "teacher"),
         text=dict(prompts=["red heart", "no such thing"], cache=tmp_path / "cache"),
     )
-    extractor = metrics.Extractor(own)
+    extractor = ClassifierExtractor(own)
     heart, labels = data.kinds.index("heart"), torch.tensor([0, 1, 0, 1])
     right = extractor.label_agreement(
         torch.tensor([heart, heart, data.kinds.index("food-prepared"), 0]), labels
@@ -361,7 +362,7 @@ def test_the_flow_teacher_shares_text_model_and_autoencoder(folder, source, tmp_
     assert (
         teacher.adapter == "sd3"
         and teacher.schedule.config == dict(name="flow", shift=2.0)
-        and metrics.Extractor(teacher).protocol == "emoji-cnn"
+        and ClassifierExtractor(teacher).protocol == "emoji-cnn"
     )
     said = projected(load(folder, "text_encoder"))(
         tokens(pipe.tokenizer, ["red heart"]), output_hidden_states=True
@@ -448,7 +449,9 @@ def test_agreement_of_the_category_forgives_a_neighbour(folder, tmp_path, data):
         text=dict(prompts=["dog face", "woman farmer with medium dark skin"], cache=tmp_path),
     )
     hand = data.kinds.index("hand")  # of the farmer's category
-    right = metrics.Extractor(teacher).right(torch.tensor([hand, hand]), torch.tensor([0, 1]))
+    right = ClassifierExtractor(teacher).label_agreement(
+        torch.tensor([hand, hand]), torch.tensor([0, 1])
+    )
     assert right["agreement"][1] == 1 and right["agreement_kind"][1] == 0
 
 
@@ -475,7 +478,7 @@ def test_a_spoiled_evaluation_is_one_line(folder, tmp_path, change, words):
 def test_labels_and_features_are_checked(folder, tmp_path):
     write_json(tmp_path / "labels.json", {"red heart": 99})
     with pytest.raises(UserError, match="expected a number below 5, found '99'"):
-        metrics.known_prompts(tmp_path / "labels.json", ["red heart"], 5)
+        read_prompt_classes(tmp_path / "labels.json", ["red heart"], 5)
     fid.save_stats(tmp_path / "s.npz", np.zeros(4), np.eye(4), 9, "p", torch.ones(9, 3))
     with pytest.raises(UserError, match="features float16"):
         fid.load_stats(tmp_path / "s.npz")
@@ -891,7 +894,7 @@ def test_the_shipped_teacher_draws_what_it_is_told(tmp_path):
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    extractor = metrics.Extractor(teacher)
+    extractor = ClassifierExtractor(teacher)
     _, logits = extractor.net(
         torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2)
     )
@@ -933,7 +936,7 @@ def test_the_shipped_flow_teacher_draws_what_it_is_told(tmp_path):
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    extractor = metrics.Extractor(teacher)
+    extractor = ClassifierExtractor(teacher)
     _, logits = extractor.net(
         torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2)
     )

@@ -21,11 +21,13 @@ import eval as script
 from common import data, fid, metrics, schedules
 from common.distributed import gather_rows
 from common.errors import UserError
+from common.features import ClassifierExtractor, SmallCNN
 from common.files import ROOT
 from common.rng import PerImageNoise
 from common.sampling import generate, teacher_sample
 from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
+from tools import measure
 from tools.inception import INCEPTION_SHA256, resize_tf1
 from tools.measure import InceptionExtractor, similarity
 
@@ -67,7 +69,7 @@ def home(tmp_path_factory):
         labels=digits.labels.numpy(),
     )
     torch.manual_seed(0)
-    classifier = fid.SmallCNN().eval()
+    classifier = SmallCNN().eval()
     save_file(classifier.state_dict(), home / "teacher" / "classifier.safetensors")
     stats = fid.Stats(64)
     with torch.no_grad():
@@ -169,7 +171,7 @@ def two_processes(torchrun, out, *flags):
 
 def test_similarity(home, run, tmp_path):
     """The mean over pairs, one by one; the same for any batch and on two processes; 1 where noise changes nothing."""
-    model, extractor = make_dit(2), metrics.Extractor(load_teacher(str(home / "teacher")))
+    model, extractor = make_dit(2), ClassifierExtractor(load_teacher(str(home / "teacher")))
     sampler = lambda m, z, c, noise: z + c["labels"].view(-1, 1, 1, 1)
     found = similarity(sampler, model, extractor, 3, seed=5, batch=7)
     pairs = []
@@ -243,7 +245,7 @@ def test_gather_restores_the_order(monkeypatch):
         for part, x in zip(parts, locals_):
             part.copy_(torch.cat([x, x.new_zeros(len(part) - len(x), 2)]))
 
-    monkeypatch.setattr(metrics.dist, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     for rank in range(3):
         assert torch.equal(gather_rows(locals_[rank], 7, rank, 3), rows)
 
@@ -288,7 +290,7 @@ def test_indices_labels_and_noise():
     assert y.tolist() == [k % 8 for k in range(27, 36)] == x[:, 4].tolist()
 
 
-class Oracle(metrics.Extractor):
+class Oracle(ClassifierExtractor):
     """A classifier that reads the label which the sampler below wrote into the first pixel."""
 
     def __call__(self, images):
@@ -402,7 +404,7 @@ def test_compare(home, run, tmp_path):
         r["cfg"] for r in rows
     ] == [1.5] * 4
     assert rows[2]["fd"] == rows[3]["fd"]
-    lines = [line for line in run.prompt_kwargs.splitlines() if line.startswith("|")]
+    lines = [line for line in run.text.splitlines() if line.startswith("|")]
     assert len(lines) == 6 and "fd" in lines[0] and "fid" not in lines[0]
     sheet = Image.open(tmp_path / "compare.png")
     assert (
@@ -482,8 +484,8 @@ def test_best_of_gives_the_teacher_the_best_noise(monkeypatch):
         )
 
     verifier.classes = lambda labels: labels
-    monkeypatch.setattr(metrics, "Extractor", lambda teacher: verifier)
-    monkeypatch.setattr(metrics, "teacher_sample", lambda teacher, z, *a: z)
+    monkeypatch.setattr(script, "ClassifierExtractor", lambda teacher: verifier)
+    monkeypatch.setattr(script, "teacher_sample", lambda teacher, z, *a: z)
     teacher = make_dit(1)
     plain = dict(
         model=teacher.copy(),
@@ -533,8 +535,8 @@ def test_two_folders(home, run):
 
 
 def test_part_of_the_reference_is_mixed(home):
-    extractor = metrics.Extractor(load_teacher(str(home / "teacher")))
-    extractor.use(
+    extractor = ClassifierExtractor(load_teacher(str(home / "teacher")))
+    extractor.set_reference(
         extractor.reference, "x", torch.arange(1000.0)[:, None]
     )  # features in the order of class folders
     assert 300 < extractor.real_features(100).mean() < 700
@@ -565,7 +567,7 @@ def inception(monkeypatch):
     mix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(InceptionExtractor, "dims", 32)
     net = lambda images, resize: (resize_tf1(images, 8).mean(1).flatten(1) @ mix, None)
-    monkeypatch.setattr(fid, "load_inception", lambda path, device, force: (net, digest[0]))
+    monkeypatch.setattr(measure, "load_inception", lambda path, device, force: (net, digest[0]))
     return digest
 
 
@@ -597,7 +599,7 @@ def test_fid_is_named_only_with_the_public_weights(home, run, tmp_path, inceptio
         and "precision" not in r
         and "agreement" not in r
     )
-    assert "singular" in run.prompt_kwargs
+    assert "singular" in run.text
     inception[0] = "00000000"
     r = run(
         "--images", home / "A", "--ref-images", home / "B", "--inception", "w", "--force-inception"
@@ -705,7 +707,7 @@ def test_mistakes(home, tmp_path, monkeypatch, flags, expected):
     "changes,expected",
     [
         (dict(method="dmd3"), "did you mean dmd2"),
-        (dict(method="os"), "method: expected one of"),
+        (dict(method="os"), "expected its script os.py"),
         (dict(method="nct"), "nct.py is not here"),
         (dict(text="{"), "expected JSON"),
         (dict(text="[]"), "JSON object"),

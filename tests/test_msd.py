@@ -11,7 +11,9 @@ import torch.nn as nn
 import dmd2
 import msd
 from common import data, metrics
+from common import features as features_module
 from common.errors import UserError
+from common.features import ClassifierExtractor
 from common.rng import BatchRandom
 from common.routed import ByLabel, Routed
 from common.run import Run
@@ -662,20 +664,20 @@ def test_metrics_of_each_expert():
 
 def test_reference_of_a_part(monkeypatch):
     teacher = load_teacher("mnist")
-    extractor, images = metrics.Extractor(teacher), data.load_images(None, teacher)
+    extractor, images = ClassifierExtractor(teacher), data.load_images(None, teacher)
     images = data.Images(images.images[::10], images.labels[::10], images.names)
-    monkeypatch.setattr(metrics, "load_images", lambda *a: images)
-    part = extractor.part([3, 4])
+    monkeypatch.setattr(features_module, "load_images", lambda *a: images)
+    part = extractor.for_labels([3, 4])
     rows = (images.labels == 3) | (images.labels == 4)
     features = torch.cat([extractor(b)[0] for b in images.images[rows].split(500)])
-    assert part.ref_name == int(rows.sum()) == len(features) and part.reference[
+    assert part.reference_name == int(rows.sum()) == len(features) and part.reference[
         "mu"
     ] == pytest.approx(features.double().mean(0).numpy(), abs=1e-6)
-    assert extractor.reference["n"] == 5000 and extractor.real is None  # unchanged
+    assert extractor.reference["n"] == 5000 and extractor.reference_features is None  # unchanged
     found = metrics.distances(part, features)
     assert found["fd"] < 1e-3 and found["precision"] == found["recall"] == 1
-    extractor.use(extractor.reference, "a file")
-    assert extractor.part([3, 4]) is None  # only statistics are known
+    extractor.set_reference(extractor.reference, "a file")
+    assert extractor.for_labels([3, 4]) is None  # only statistics are known
 
 
 # ---- broken on purpose ----------------------------------------------------------------------------------------------------------------------------

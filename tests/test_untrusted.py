@@ -20,9 +20,9 @@ import eval as evaluation_script
 from common import data, fid
 from common.ema import EMA
 from common.errors import RunError, UserError, explain_fault
+from common.features import ClassifierExtractor
 from common.files import ROOT, WEIGHTS
 from common.image_folder import read_image
-from common.metrics import Extractor
 from common.model import EXTRAS
 from common.pairs import Pairs
 from common.teachers.imagenet import read_checkpoint
@@ -126,12 +126,12 @@ def mnist(tmp):
 
 def classifier(tmp, run):
     teacher = mnist(tmp)
-    return tmp / "m" / "classifier.safetensors", lambda: Extractor(teacher)
+    return tmp / "m" / "classifier.safetensors", lambda: ClassifierExtractor(teacher)
 
 
 def statistics(tmp, run):
     teacher = mnist(tmp)
-    return tmp / "m" / "stats.npz", lambda: Extractor(teacher)
+    return tmp / "m" / "stats.npz", lambda: ClassifierExtractor(teacher)
 
 
 def images(tmp, run):

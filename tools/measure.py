@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from common.distributed import gather_rows, on_all_ranks
 from common.errors import UserError
+from common.features import Extractor
 from common.image_folder import SUFFIXES, read_image
-from common.metrics import METRICS, Extractor, hash_images
+from common.metrics import METRICS, hash_images
 from common.report import save_grid
 from common.sampling import generate
 from tools.inception import INCEPTION_SHA256, load_inception
@@ -32,17 +33,11 @@ class InceptionExtractor(Extractor):
             "fid" if public else "fd",
             f"inception-{resize}resize" + ("" if public else f"-{digest}"),
         )
-        self.device, self.resize, self.teacher, self.real, self.reference, self.shape = (
-            device,
-            resize,
-            None,
-            None,
-            None,
-            None,
-        )  # any RGB
+        self.device = device
+        self.resize = resize
 
     def describe(self, n, source):
-        return f"{self.metric}{f'{n // 1000}k' if n % 1000 == 0 else n} {self.protocol} uint8 ref={self.ref_name} n={n} {source}"
+        return f"{self.metric}{f'{n // 1000}k' if n % 1000 == 0 else n} {self.protocol} uint8 ref={self.reference_name} n={n} {source}"
 
     def __call__(self, images):
         return self.net(images.to(self.device), self.resize)[0].float().cpu(), None
@@ -96,9 +91,7 @@ def folder_features(files, extractor, batch, rank, world):
             mininterval=bar_interval(),
         ):
             try:  # at the file's own size: an image that is resized twice gives another number
-                image = (
-                    None if path is None else read_image(path, 3 if shape is None else shape[0])
-                )
+                image = None if path is None else read_image(path, 3 if shape is None else shape[0])
             except ValueError as e:
                 raise UserError(f"{path}: not readable as an image ({str(e)[:100]})") from None
             if image is not None and shape is not None and image.shape != shape:
