@@ -47,7 +47,7 @@ from common.ema import EMA
 from common.errors import UserError, launch
 from common.files import ROOT, write_json
 from common.flags import Parser
-from common.report import dumps, evaluate_run, export, pictures, save_grid
+from common.report import Report, dumps, save_grid
 from common.run import Run
 from common.schedules import expand
 from common.teachers.load import load_teacher
@@ -117,10 +117,11 @@ PRESETS["image"] = dict(
     PRESETS["default"], lr=1e-4, drop=0.05
 )  # a folder with --control image: rate and empty prompts of the paper's IP-Adapter [P]
 PRESETS |= {"toy-cond": PRESETS["toy"], "emoji": dict(PRESETS["mnist"], lr=3e-4, iters=800)}
+PRESETS["emoji-flow"] = PRESETS["emoji"]
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = Parser(__doc__, critic=True, images=True)
     p.model.add_argument(
         "--generator",
         help="finished one-step student, folder of a run; or of a one-step pipeline. Default out/dmd2-<teacher>; its teacher is found there",
@@ -330,11 +331,9 @@ def main():
         raise UserError(
             f"--generator {args.generator}: expected the folder of a finished one-step run, found none; `python dmd2.py --teacher {args.teacher}` makes one"
         )
-    # ==== same in every script: setup ====
-    run = Run("nct", args)
+    run = Run(__file__, args)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
-    schedule, shape = teacher.schedule, teacher.shape
-    # ==== end ====
+    shape = teacher.shape
     generator, info, sampler_f = load_generator(args.generator, teacher, args.teacher)
     generator.dtype = run.dtype
     args.cfg = args.cfg or info.get("cfg") or 1.0  # of the teacher's row in pictures
@@ -353,10 +352,12 @@ def main():
     )
     ema = EMA(student, args.ema, args.ema_cpu)
     multiplier = Multiplier(args, run.device, json.dumps([control.config(), hash_model(generator)]))
-    sampler = {}
+    report = Report(run, teacher, ema, sample, {})
     share = sum(p.numel() for p in student.parameters()) / sum(
         p.numel() for p in generator.parameters()
     )
+    # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
+    passes = f"{4 + 2 * student.branch.backward_share + 7 * share:.2f}"
     run.print_summary(
         student=student,
         generator=generator,
@@ -364,17 +365,14 @@ def main():
         steps="1, from pure noise",
         control=f"{control.config()}",
         consistency=f"N = {args.N}, {args.path}, {args.distance}, weight {args.con_weight:g}",
-        graph=dict(student=2),
         boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
-        passes_per_iteration=f"{4 + 2 * student.branch.backward_share + 7 * share:.2f}",
-    )  # f 4 forwards, 2 backwards through it; the branch 3 forwards, 2 backwards
+        passes_per_iteration=passes,
+    )
+    run.record["passes_per_iteration"] = passes
 
-    # ==== same in every script: resume ====
-    state = dict(student=student, opt_g=opt_g, ema=ema) | dict(multiplier=multiplier)
+    state = dict(student=student, opt_g=opt_g, ema=ema, multiplier=multiplier)
     first = run.resume(state)
     it = first - 1
-    # ==== end ====
-
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
@@ -398,23 +396,10 @@ def main():
             grad_student=norm,
         )
 
-        # ==== same in every script: log, pictures, checkpoint ====
-        if it % args.log_every == 0:
-            run.log(it, logs)
-        if run.due(it, args.sample_every):
-            pictures(run, teacher, ema.model, sample, sampler, it + 1)
-        if run.due(it, args.eval_every):
-            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
-        if run.due(it, args.save_every):
-            run.save(it, state)
-        # ==== end ====
+        run.after(it, logs, state, report)
 
-    # ==== same in every script: end ====
     run.finish(it, state)
-    export(run, teacher, ema.model, sampler)
-    pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
-    # ==== end ====
+    report.end()
     if run.is_main and args.eval_n:
         result = control_error(ema.model, min(args.eval_n, 2000), args.seed)
         write_json(run.out / "control.json", json.loads(dumps(result)))

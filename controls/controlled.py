@@ -89,10 +89,6 @@ class Controlled(nn.Module):
         uniform = torch.special.ndtr(r.flatten(1)[:, :4])
         return self.control(self.f(z, cond), uniform)
 
-    def rehearsal(self, z, cond):
-        cond = {k: v.expand(len(z), *v.shape[1:]) for k, v in cond.items()}
-        return self(z, self.condition(z, torch.zeros(len(z), 4, device=z.device), cond), cond)
-
     def checkpoint_activations(self):
         self.branch.checkpoint_activations()
         self.generator.checkpoint_activations()
