@@ -1,50 +1,25 @@
-"""Invariants of DMD2 (arXiv 2405.14867) on closed-form Gaussians, then who gets gradients in a real run. Numbers were derived apart from the code."""
+"""dmd2.py: its equations on closed-form Gaussians, then who is trained when in a real run.
+
+Expected numbers were derived apart from the code.
+"""
 
 import math
-import signal
-import sys
 
 import pytest
 import torch
 import torch.nn as nn
+from helpers.gaussian import Gauss, f64, normal
+from helpers.trace import Trace
 
-import decoupled_dmd
 import dmd2
-import msd
 from common.errors import UserError
 from common.model import Model
 from common.rng import BatchRandom, PerImageNoise
-from common.run import Run
 from common.sampling import generate
-from common.schedules import EDM, VP, eps_from_x0, expand, native_weight
+from common.schedules import EDM, VP, add_noise, eps_from_x0, native_weight
 from common.teachers.load import load_teacher
 
-torch.set_default_dtype(torch.float32)
-ONE = torch.ones((), dtype=torch.float64)
-
-
-class Gauss(nn.Module):
-    """Optimal denoiser for data N(mean, std^2 I). Counts its calls."""
-
-    def __init__(self, mean=0.0, std=1.0, schedule=None):
-        super().__init__()
-        self.mean, self.std, self.schedule = (
-            nn.Parameter(torch.tensor(mean, dtype=torch.float64)),
-            std,
-            schedule,
-        )
-        self.inputs = []
-
-    def forward(self, x_t, alpha, sigma, cond):
-        self.inputs.append(x_t)
-        a, s = expand(alpha, x_t), expand(sigma, x_t)
-        return ((self.std**2 * a * x_t + s**2 * self.mean) / (a**2 * self.std**2 + s**2)).to(
-            x_t.dtype
-        )
-
-    def guided(self, x_t, alpha, sigma, cond, w):
-        assert w == 1
-        return self(x_t, alpha, sigma, cond)
+ONE = f64(1.0)
 
 
 class Features(nn.Module):
@@ -55,158 +30,182 @@ class Features(nn.Module):
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
-        return [self.layer(x_t)] if features else self.layer(x_t)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        h = self.layer(x_t)
+        return [h] if features else h
 
 
 def gradient(x, sigma, real, fake, seed=1):
-    """dm_gradient at VE noise levels sigma (float or [B])."""
-    sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    x_t = dmd2.renoise(x.detach(), ONE, sigma, normal(*x.shape, seed=seed))
-    return dmd2.dm_gradient(x, x_t, ONE.expand(sigma.shape), sigma, {}, real, fake, 1.0)
+    """dm_gradient of (4) for alpha = 1 at the levels sigma (a number or [B])."""
+    sigma = f64(sigma)
+    alpha = ONE.expand(sigma.shape)
+    x_t = add_noise(x.detach(), alpha, sigma, normal(*x.shape, seed=seed))
+    return dmd2.dm_gradient(x, x_t, alpha, sigma, {}, real, fake, 1.0)
 
 
-# ---- 10.1 - 10.5: the distribution-matching gradient ---------------------------------------------------------------------------------------
+# ---- (4), (5): the distribution-matching gradient ------------------------------------------------
 
 
-def test_autograd_of_the_loss_is_g_over_numel():
+def test_eq05_autograd_of_the_loss_is_g_over_numel():
     real, fake = Gauss(0.3, 0.5), Gauss(-0.2, 0.7)
     x = (0.2 * normal(16, 4, 8, 8)).requires_grad_()
-    g, r, f, w = gradient(x, torch.linspace(0.1, 20, 16), real, fake)
+    g, r, f, norm = gradient(x, torch.linspace(0.1, 20, 16), real, fake)
     loss = dmd2.dm_loss(x, g)
     loss.backward()
     assert (x.grad - g / x.numel()).abs().max() < 1e-18
     assert abs(loss.item() - 0.5 * g.square().mean().item()) < 1e-15
-    assert not any(t.requires_grad for t in (g, r, f, w, real.inputs[0], fake.inputs[0]))
-    assert real.mean.grad is None and fake.mean.grad is None
+    for t in (g, r, f, norm, real.inputs[0], fake.inputs[0]):
+        assert not t.requires_grad
+    assert real.mean.grad is None
+    assert fake.mean.grad is None
 
 
-def test_no_gradient_if_critic_equals_teacher():
+def test_eq04_no_gradient_if_the_critic_equals_the_teacher():
     same = Gauss(0.3, 0.5)
     for seed in range(5):
         g = gradient(3 * normal(8, 5, seed=seed), 2.0, same, same, seed)[0]
-        assert torch.equal(g, torch.zeros_like(g)) and dmd2.dm_loss(normal(8, 5), g) == 0
+        assert torch.equal(g, torch.zeros_like(g))
+        assert dmd2.dm_loss(normal(8, 5), g) == 0
 
 
-def test_zero_over_zero_is_zero():
+def test_eq04_zero_over_zero_is_zero():
     x = torch.full((2, 3), 0.3, dtype=torch.float64)
-    real = Gauss(0.3, 0.0)  # all data in one point, and the sample sits there: x - r = 0, f - r = 0
-    assert torch.equal(gradient(x, 1.0, real, Gauss(0.3, 0.0))[0], torch.zeros_like(x))
+    point = Gauss(0.3, 0.0)  # all data in one point, and x is there: x - r = 0 and f - r = 0
+    g = gradient(x, 1.0, point, Gauss(0.3, 0.0))[0]
+    assert torch.equal(g, torch.zeros_like(x))
 
 
-def test_scale_invariance_and_independent_rows():
-    c, x, sigma = (
-        3.7,
-        0.5 * normal(6, 50),
-        torch.tensor([0.01, 0.1, 0.5, 2.5, 10.0, 80.0], dtype=torch.float64),
-    )
+def test_eq04_does_not_change_with_the_scale_of_the_data():
+    c = 3.7
+    x = 0.5 * normal(6, 50)
+    sigma = f64(0.01, 0.1, 0.5, 2.5, 10.0, 80.0)
     g = gradient(x, sigma, Gauss(0.3, 0.5), Gauss(-0.4, 0.6))[0]
-    scaled = gradient(c * x, c * sigma, Gauss(c * 0.3, c * 0.5), Gauss(-c * 0.4, c * 0.6))[
-        0
-    ]  # eps stays, c sigma eps is noise at level c sigma
+    real, fake = Gauss(c * 0.3, c * 0.5), Gauss(-c * 0.4, c * 0.6)
+    scaled = gradient(c * x, c * sigma, real, fake)[0]
     error = (g - scaled).abs().amax(1)
-    assert (
-        error[2:].max() < 2e-15 and error.max() < 1e-13
-    )  # small sigma: w is small and divides the rounding of x - r
-    other = torch.cat([x[:1], 100 * normal(5, 50, seed=7)])
-    assert torch.equal(gradient(other, sigma, Gauss(0.3, 0.5), Gauss(-0.4, 0.6))[0][0], g[0])
+    assert error[2:].max() < 2e-15
+    assert error.max() < 1e-13  # small sigma: the normaliser is small and divides rounding errors
+
+
+def test_eq04_rows_are_independent():
+    x = 0.5 * normal(6, 50)
+    sigma = f64(0.01, 0.1, 0.5, 2.5, 10.0, 80.0)
+    real, fake = Gauss(0.3, 0.5), Gauss(-0.4, 0.6)
+    g = gradient(x, sigma, real, fake)[0]
+    others = torch.cat([x[:1], 100 * normal(5, 50, seed=7)])
+    assert torch.equal(gradient(others, sigma, real, fake)[0][0], g[0])
 
 
 @pytest.mark.parametrize(
     "sigma, expected", [(0.01, -0.0351), (0.5, -0.8536), (2.5, -0.9463), (80.0, -0.9502)]
 )
-def test_shifted_gaussians(sigma, expected):
+def test_eq04_of_shifted_gaussians(sigma, expected):
+    """x ~ N(mg, s^2) and data ~ N(m, s^2): f - r is a constant u, the normaliser E|N(u, v)|."""
     m, mg, s = 0.3, -0.4, 0.5
     x = mg + s * normal(1, 1_000_000)
-    g, r, f, w = gradient(x, sigma, Gauss(m, s), Gauss(mg, s))
-    u, v = sigma**2 * (mg - m) / (s**2 + sigma**2), s**2 * sigma**2 / (s**2 + sigma**2)
-    assert (f - r - u).abs().max() < 1e-11  # constant: no noise in the direction
-    folded = math.sqrt(2 * v / math.pi) * math.exp(-(u**2) / (2 * v)) + u * math.erf(
-        u / math.sqrt(2 * v)
-    )
+    g, r, f, _ = gradient(x, sigma, Gauss(m, s), Gauss(mg, s))
+    u = sigma**2 * (mg - m) / (s**2 + sigma**2)
+    v = s**2 * sigma**2 / (s**2 + sigma**2)
+    spread = math.sqrt(2 * v / math.pi) * math.exp(-(u**2) / (2 * v))
+    folded = spread + u * math.erf(u / math.sqrt(2 * v))
+    assert (f - r - u).abs().max() < 1e-11  # no noise in the direction
     assert u / folded == pytest.approx(expected, abs=6e-5)
     assert g.mean().item() == pytest.approx(expected, abs=2e-3)
-    matched = gradient(m + s * normal(1, 1_000_000), sigma, Gauss(m, s), Gauss(m, s))[3].item()
-    assert matched == pytest.approx(0.798 * math.sqrt(v), rel=3e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 2.5, 80.0])
+def test_eq04_normaliser_of_a_student_that_is_right(sigma):
+    m, s = 0.3, 0.5
+    v = s**2 * sigma**2 / (s**2 + sigma**2)
+    x = m + s * normal(1, 1_000_000)
+    norm = gradient(x, sigma, Gauss(m, s), Gauss(m, s))[3]
+    assert norm.item() == pytest.approx(0.798 * math.sqrt(v), rel=3e-3)
 
 
 @pytest.mark.parametrize("b, expected", [(0.8, 0.11665), (0.5, 0.0), (0.3, None)])
-def test_gradient_of_the_width(b, expected):
-    """E[(f - r) z] for x = b z is sigma^2 dKL/db: it shrinks a wide generator, widens a narrow one, and vanishes at the match only."""
-    s, sigma, z = 0.5, 1.3, normal(1, 2_000_000)
+def test_eq04_moves_the_width_towards_the_datas(b, expected):
+    """E[(f - r) z] for x = b z is sigma^2 dKL/db: positive for a wide generator, negative for a
+    narrow one, zero only at the match."""
+    s, sigma = 0.5, 1.3
+    z = normal(1, 2_000_000)
     _, r, f, _ = gradient(b * z, sigma, Gauss(0.0, s), Gauss(0.0, b))
     formula = sigma**2 * b * (b**2 - s**2) / ((b**2 + sigma**2) * (s**2 + sigma**2))
-    assert expected is None or formula == pytest.approx(expected, abs=5e-6)
+    if expected is not None:
+        assert formula == pytest.approx(expected, abs=5e-6)
     assert ((f - r) * z).mean().item() == pytest.approx(formula, abs=1e-3)
     assert (formula > 0) == (b > s)
 
 
-# ---- 10.6, 10.7: critic and GAN ------------------------------------------------------------------------------------------------------------
+# ---- (6): the critic's loss ----------------------------------------------------------------------
+
+
+def optimal_loss(std, alpha, sigma, weight, n=1000):
+    """fake_loss of the optimal denoiser of N(0, std^2), at levels alpha, sigma (0-d or [n])."""
+    x = std * normal(n, 500)
+    x_t = add_noise(x, alpha, sigma, normal(n, 500, seed=1))
+    prediction = Gauss(0.0, std)(x_t, alpha, sigma, {})
+    return dmd2.fake_loss(prediction, x, weight).item()
 
 
 @pytest.mark.parametrize(
-    "s, sigma, expected",
+    "std, sigma, expected",
     [(0.5, 0.002, 1.0), (0.5, 0.5, 1.0), (0.5, 2.5, 1.0), (0.5, 80.0, 1.0), (0.25, 1.0, 0.2941)],
 )
-def test_critic_floor_edm(s, sigma, expected):
-    x, sigma = s * normal(1000, 500), torch.tensor(sigma, dtype=torch.float64)
-    x_t = dmd2.renoise(x, ONE, sigma, normal(1000, 500, seed=1))
-    loss = dmd2.fake_loss(
-        Gauss(0.0, s), x, x_t, ONE, sigma, {}, native_weight("edm", ONE, sigma, 0.5)
-    )
-    assert loss.item() == pytest.approx(expected, rel=7e-3)
+def test_eq06_floor_of_an_edm_critic(std, sigma, expected):
+    sigma = f64(sigma)
+    weight = native_weight("edm", ONE, sigma, 0.5)
+    assert optimal_loss(std, ONE, sigma, weight) == pytest.approx(expected, rel=7e-3)
 
 
-def test_critic_floor_eps():
-    schedule, t, x = VP(), torch.full((1000,), 499.0), normal(1000, 500)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    x_t = dmd2.renoise(x, alpha, sigma, normal(1000, 500, seed=1))
-    assert dmd2.fake_loss(
-        Gauss(0.0, 1.0), x, x_t, alpha, sigma, {}, native_weight("eps", alpha, sigma)
-    ).item() == pytest.approx(0.27767, rel=7e-3)
+def test_eq06_floor_of_an_eps_critic():
+    t = torch.full((1000,), 499.0)
+    alpha, sigma = VP().alpha(t), VP().sigma(t)
+    loss = optimal_loss(1.0, alpha, sigma, native_weight("eps", alpha, sigma))
+    assert loss == pytest.approx(0.27767, rel=7e-3)
 
 
-def test_critic_weight_edm():
-    assert native_weight("edm", 1.0, 0.002, 0.5).item() == pytest.approx(250004) and native_weight(
-        "edm", 1.0, 80.0, 0.5
-    ).item() == pytest.approx(4.00016, abs=1e-5)
+def test_eq06_weight_of_an_edm_critic():
+    assert native_weight("edm", 1.0, 0.002, 0.5).item() == pytest.approx(250004)
+    assert native_weight("edm", 1.0, 80.0, 0.5).item() == pytest.approx(4.00016, abs=1e-5)
 
 
-def test_critic_loss_reaches_the_critic_only():
+def test_eq06_reaches_the_critic_only():
     student, fake = Gauss(0.1, 0.5), Gauss(0.2, 0.5)
     x = student(normal(4, 6), ONE, ONE, {})
-    dmd2.fake_loss(
-        dmd2.Critic(fake), x, dmd2.renoise(x.detach(), ONE, ONE, normal(4, 6)), ONE, ONE, {}, ONE
-    ).backward()
-    assert student.mean.grad is None and fake.mean.grad.abs() > 0
+    x_t = add_noise(x.detach(), ONE, ONE, normal(4, 6))
+    prediction = dmd2.Critic(fake)(x_t, ONE, ONE, {})
+    dmd2.fake_loss(prediction, x, ONE).backward()
+    assert student.mean.grad is None
+    assert fake.mean.grad.abs() > 0
 
 
-def test_gan_values_at_zero_logits():
-    zero, real = torch.zeros(5, 1, requires_grad=True), torch.zeros(5, 1, requires_grad=True)
-    loss = dmd2.gen_loss(zero)
+# ---- (7), (8), (9): the GAN term -----------------------------------------------------------------
+
+
+def test_eq08_at_logit_zero():
+    fake = torch.zeros(5, 1, requires_grad=True)
+    loss = dmd2.gen_loss(fake)
     loss.backward()
-    assert loss.item() == pytest.approx(0.693147, abs=1e-6) and torch.allclose(
-        zero.grad, torch.full((5, 1), -0.5 / 5)
-    )
-    zero.grad = None
-    loss = dmd2.cls_loss(zero, real)
+    assert loss.item() == pytest.approx(0.693147, abs=1e-6)
+    assert torch.allclose(fake.grad, torch.full((5, 1), -0.5 / 5))
+
+
+def test_eq09_at_logit_zero():
+    fake = torch.zeros(5, 1, requires_grad=True)
+    real = torch.zeros(5, 1, requires_grad=True)
+    loss = dmd2.cls_loss(fake, real)
     loss.backward()
     assert loss.item() == pytest.approx(1.386294, abs=1e-6)
-    assert (zero.grad > 0).all() and (
-        real.grad < 0
-    ).all()  # its descent lowers the logits of fakes and raises those of real images
+    assert (fake.grad > 0).all()  # descent lowers the logits of fakes
+    assert (real.grad < 0).all()  # and raises the logits of real images
 
 
-def test_gan_gradient_passes_a_frozen_critic():
+def test_eq07_gradient_passes_through_a_frozen_critic():
     critic = dmd2.Critic(Features(), dmd2.Head(torch.zeros(1, 6))).requires_grad_(False)
     x = torch.randn(4, 6, requires_grad=True)
-    dmd2.gen_loss(
-        critic(dmd2.renoise(x, ONE, ONE, torch.randn(4, 6)), ONE, ONE, {}, logit=True)
-    ).backward()
-    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in critic.parameters())
+    x_t = add_noise(x, ONE, ONE, torch.randn(4, 6))
+    dmd2.gen_loss(critic(x_t, ONE, ONE, {}, logit=True)).backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters())
 
 
 @pytest.mark.parametrize(
@@ -221,37 +220,38 @@ def test_gan_gradient_passes_a_frozen_critic():
         ((24,), 0),
     ],
 )
-def test_head(shape, halvings):
+def test_eq07_head(shape, halvings):
     head = dmd2.Head(torch.zeros(1, *shape))
     assert head(torch.randn(3, *shape)).shape == (3, 1)
+    assert head(torch.randn(3, *shape).bfloat16()).dtype == torch.float32
+
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
-    assert sum(m.kernel_size == (4, 4) and m.stride == (2, 2) for m in convs) == halvings
-    assert all(m.out_channels == shape[0] for m in convs[:-1])  # all keep C channels
-    assert all(
-        m.num_groups == math.gcd(32, shape[0] // 4)
-        for m in head.modules()
-        if isinstance(m, nn.GroupNorm)
-    )  # 32 for the paper's 768 and 1280
+    halving = [m for m in convs if m.kernel_size == (4, 4) and m.stride == (2, 2)]
+    assert len(halving) == halvings
+    assert all(m.out_channels == shape[0] for m in convs[:-1])
+    for m in head.modules():
+        if isinstance(m, nn.GroupNorm):
+            assert m.num_groups == math.gcd(32, shape[0] // 4)  # 32 for the paper's widths
+
     h = torch.randn(3, *shape, requires_grad=True)
     head(h)[0].sum().backward()
-    assert (
-        h.grad[0].norm() > 1e-3 and h.grad[1:].norm() == 0
-    )  # a group of one number would be normalised to a constant
-    assert head(torch.randn(3, *shape).bfloat16()).dtype == torch.float32
+    assert h.grad[0].norm() > 1e-3  # a group of one number would be normalised to a constant
+    assert h.grad[1:].norm() == 0
 
 
 @pytest.mark.parametrize("shape", [(16, 15, 26), (16, 26, 15), (16, 4, 30)])
-def test_heads_of_pictures_that_are_not_square(shape):
-    """Lying, standing, and frames one below the other: several logits of a sample, in the three scripts that have this head."""
+def test_eq07_head_of_pictures_that_are_not_square(shape):
+    """Landscape, portrait, and frames one below the other: a sample has several logits."""
     h = torch.randn(2, *shape, requires_grad=True)
-    for head in (dmd2.Head(h), msd.Head(h), decoupled_dmd.Critic(nn.Identity(), h).head):
-        logits = head(h)
-        assert logits.shape[0] == 2 and logits.shape[1] >= 1 and logits.ndim == 2
-        (grad,) = torch.autograd.grad(logits[0].sum(), h)
-        assert grad[0].norm() > 1e-3 and grad[1].norm() == 0
+    logits = dmd2.Head(h)(h)
+    assert logits.ndim == 2
+    assert logits.shape[0] == 2
+    (grad,) = torch.autograd.grad(logits[0].sum(), h)
+    assert grad[0].norm() > 1e-3
+    assert grad[1].norm() == 0
 
 
-# ---- 10.8, 10.9: grids, backward simulation, sampler ----------------------------------------------------------------------------------------
+# ---- (1), (2): steps, backward simulation, sampler -----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,16 +264,19 @@ def test_heads_of_pictures_that_are_not_square(shape):
         (6, [999, 833, 667, 501, 335, 169]),
     ],
 )
-def test_step_grid(n, expected):
+def test_step_indices(n, expected):
     assert dmd2.step_indices(n) == expected
     assert dmd2.step_indices(n, ",".join(map(str, expected))) == expected
 
 
-def test_step_grid_of_every_size_and_nonsense():
+def test_there_are_n_step_indices():
     for n in range(1, 1000):
         assert len(dmd2.step_indices(n)) == n
-    for n, steps in (
-        (1000, None),
+
+
+@pytest.mark.parametrize(
+    "n, text",
+    [
         (2, "999"),
         (2, "499,999"),
         (2, "999,999"),
@@ -281,429 +284,336 @@ def test_step_grid_of_every_size_and_nonsense():
         (1, "-1"),
         (2, "a,b"),
         (1, ""),
-    ):
-        with pytest.raises(UserError, match="--nfe" if steps is None else "--steps"):
-            dmd2.step_indices(n, steps)
+    ],
+)
+def test_wrong_step_indices_are_refused(n, text):
+    with pytest.raises(UserError, match="--step-indices"):
+        dmd2.step_indices(n, text)
 
 
-def test_noise_grids():
-    k = EDM().grid(1000)
-    for i, v in {
-        0: 0.002,
-        20: 0.003232,
-        100: 0.01675,
-        250: 0.1703,
-        500: 2.5265,
-        980: 72.05,
-        999: 80.0,
-    }.items():
-        assert k[i].item() == pytest.approx(v, rel=3e-4)
-    assert (
-        k[0] == 0.002
-        and k[999] == 80
-        and (k < 0.5).double().mean() == pytest.approx(0.339)
-        and (k > 5).double().mean() == pytest.approx(0.419)
-    )
-    vp = VP()
-    for t, abar, ratio in (
+def test_more_steps_than_levels_are_refused():
+    with pytest.raises(UserError, match="--nfe 1000"):
+        dmd2.step_indices(1000)
+
+
+def test_grid_of_edm():
+    grid = EDM().grid(1000)
+    levels = {0: 0.002, 20: 0.003232, 100: 0.01675, 250: 0.1703, 500: 2.5265, 980: 72.05, 999: 80.0}
+    for i, sigma in levels.items():
+        assert grid[i].item() == pytest.approx(sigma, rel=3e-4)
+    assert grid[0] == 0.002
+    assert grid[999] == 80
+    assert (grid < 0.5).double().mean() == pytest.approx(0.339)
+    assert (grid > 5).double().mean() == pytest.approx(0.419)
+
+
+@pytest.mark.parametrize(
+    "t, abar, ratio",
+    [
         (999, 0.0046601, 14.6146),
         (749, 0.0566236, 4.0817),
         (499, 0.2776694, 1.6129),
         (399, 0.4260861, 1.1606),
         (249, 0.6754321, 0.6932),
-    ):
-        assert vp.alpha(t).square().item() == pytest.approx(
-            abar, rel=3e-6
-        )  # the table was made in float32
-        assert (vp.sigma(t) / vp.alpha(t)).item() == pytest.approx(ratio, abs=6e-5)
-    assert torch.equal(vp.grid(1000), torch.arange(1000.0, dtype=torch.float64))
+    ],
+)
+def test_grid_of_vp(t, abar, ratio):
+    vp = VP()
+    assert vp.grid(1000)[t] == t
+    # the published table was made in float32
+    assert vp.alpha(t).square().item() == pytest.approx(abar, rel=3e-6)
+    assert (vp.sigma(t) / vp.alpha(t)).item() == pytest.approx(ratio, abs=6e-5)
 
 
-def test_range_of_times():
-    draw = BatchRandom(0, 0, 100_000)
-    dm, fake = draw.randint(20, 981), draw.randint(0, 1000)  # the calls of main: test_draws below
-    assert (dm.min(), dm.max(), fake.min(), fake.max()) == (20, 980, 0, 999)
-
-
-MOMENTS = [
-    (0.0, 1.0),
-    (0.1663, 0.9713),
-    (0.3688, 0.8511),
-    (0.5753, 0.5921),
-]  # of the sampler's input at step k; G exact for N(0.7, 0.6^2)
+# Mean and standard deviation of the sampler's input at step k, for the exact G of N(0.7, 0.6^2).
+MOMENTS = [(0.0, 1.0), (0.1663, 0.9713), (0.3688, 0.8511), (0.5753, 0.5921)]
+# The same for data with noise, the ablation --sim data.
+STD_OF_NOISED_DATA = [None, 0.9817, 0.9068, 0.7535]
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_backward_simulation_moments(k):
+def test_eq02_moments_of_backward_simulation(k):
     schedule, n = VP(), 1_000_000
     times = schedule.grid(1000)[dmd2.step_indices(4)]
     seeds = iter(range(10))
-    x = dmd2.backward_simulation(
-        Gauss(0.7, 0.6), schedule, times, k, {}, lambda: normal(n, 1, seed=next(seeds))
-    )
-    assert x.mean().item() == pytest.approx(
-        MOMENTS[k][0], abs=3e-3
-    ) and x.std().item() == pytest.approx(MOMENTS[k][1], abs=3e-3)
-    if k:  # the ablation, noised real data, is something else
-        noised = dmd2.renoise(
-            0.7 + 0.6 * normal(n, 1),
-            schedule.alpha(times[k]),
-            schedule.sigma(times[k]),
-            normal(n, 1, seed=1),
-        )
-        assert noised.std().item() == pytest.approx([0.9817, 0.9068, 0.7535][k - 1], abs=3e-3)
+    noise = lambda: normal(n, 1, seed=next(seeds))
+    x = dmd2.backward_simulation(Gauss(0.7, 0.6), schedule, times, k, {}, noise)
+    mean, std = MOMENTS[k]
+    assert x.mean().item() == pytest.approx(mean, abs=3e-3)
+    assert x.std().item() == pytest.approx(std, abs=3e-3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_noised_data_differs_from_backward_simulation(k):
+    schedule, n = VP(), 1_000_000
+    t = schedule.grid(1000)[dmd2.step_indices(4)][k]
+    data = 0.7 + 0.6 * normal(n, 1)
+    x = add_noise(data, schedule.alpha(t), schedule.sigma(t), normal(n, 1, seed=1))
+    assert x.std().item() == pytest.approx(STD_OF_NOISED_DATA[k], abs=3e-3)
 
 
 @pytest.mark.parametrize("schedule", [VP(), EDM()], ids=["vp", "edm"])
 @pytest.mark.parametrize("nfe", [1, 2, 4])
-def test_training_inputs_are_the_samplers_inputs(schedule, nfe):
-    """Bit for bit with the same noise, and the student runs k times without gradient for the input of step k."""
+def test_eq02_training_inputs_are_the_samplers_inputs(schedule, nfe):
+    """Bit for bit with the same noise; the input of step k costs k passes without gradient."""
     noises = [normal(5, 3, seed=i) for i in range(nfe)]
     times = schedule.grid(1000)[dmd2.step_indices(nfe)]
     student = Gauss(0.7, 0.6, schedule)
     rest = iter(noises[1:])
     x = dmd2.sample(student, noises[0], {}, nfe, lambda: next(rest))
-    inputs, student.inputs = student.inputs, []
-    assert len(inputs) == nfe and not x.requires_grad
-    assert torch.equal(
-        inputs[0], noises[0] * (80 if isinstance(schedule, EDM) else 1)
-    )  # 80 z, or exactly the noise tensor
-    assert torch.equal(
-        x, student(inputs[-1], schedule.alpha(times[-1]), schedule.sigma(times[-1]), {})
-    )
+    inputs = student.inputs
+    assert len(inputs) == nfe
+    assert not x.requires_grad
+    scale = 80 if isinstance(schedule, EDM) else 1
+    assert torch.equal(inputs[0], noises[0] * scale)
+    last = student(inputs[-1], schedule.alpha(times[-1]), schedule.sigma(times[-1]), {})
+    assert torch.equal(x, last)
+
     for k in range(nfe):
-        again, student.inputs = iter(noises), []
+        again = iter(noises)
+        student.inputs = []
         x_in = dmd2.backward_simulation(student, schedule, times, k, {}, lambda: next(again))
-        assert torch.equal(x_in, inputs[k]) and len(student.inputs) == k and not x_in.requires_grad
+        assert torch.equal(x_in, inputs[k])
+        assert len(student.inputs) == k
+        assert not x_in.requires_grad
 
 
-def test_sampler_ends_where_it_should():
+def test_eq01_moments_of_samples():
     seeds = iter(range(10))
-    x = dmd2.sample(
-        Gauss(0.7, 0.6, VP()),
-        normal(1_000_000, 1, seed=99),
-        {},
-        4,
-        lambda: normal(1_000_000, 1, seed=next(seeds)),
-    )
-    assert x.mean().item() == pytest.approx(0.7, abs=2e-3) and x.std().item() == pytest.approx(
-        0.3086, abs=2e-3
-    )
+    z = normal(1_000_000, 1, seed=99)
+    noise = lambda: normal(1_000_000, 1, seed=next(seeds))
+    x = dmd2.sample(Gauss(0.7, 0.6, VP()), z, {}, 4, noise)
+    assert x.mean().item() == pytest.approx(0.7, abs=2e-3)
+    assert x.std().item() == pytest.approx(0.3086, abs=2e-3)
 
 
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_a_sample_does_not_depend_on_its_batch(nfe):
     student = load_teacher("toy-cond").copy()
-    sampler = lambda m, z, c, noise: dmd2.sample(m, z, c, nfe, noise)
+    sampler = lambda model, z, cond, noise: dmd2.sample(model, z, cond, nfe, noise)
     whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {
-        i: row
-        for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2)
-        for i, row in zip(part.tolist(), x)
-    }
-    assert sorted(parts) == [1, 3, 5, 7, 9, 11]
-    for i, row in parts.items():
+    rows = {}
+    for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2):
+        rows |= dict(zip(part.tolist(), x))
+    assert sorted(rows) == [1, 3, 5, 7, 9, 11]
+    for i, row in rows.items():
         assert torch.allclose(row, whole[i], atol=1e-5)
     assert len(PerImageNoise(0, [4])(2)) == 1
 
 
-def test_custom_steps_reach_the_sampler():
+def test_step_indices_reach_the_sampler():
     student = Gauss(0.7, 0.6, EDM())
     dmd2.sample(student, normal(2, 3), {}, 1, None, steps="399")
     assert torch.equal(student.inputs[0], EDM().grid(1000)[399] * normal(2, 3))
 
 
-# ---- 10.10, 10.12: guidance, x0 of an eps network ------------------------------------------------------------------------------------------
+# ---- (3): guidance -------------------------------------------------------------------------------
 
 
-def test_guidance():
-    teacher, x_t = load_teacher("toy-cond"), 2 * normal(64, 2)
-    cond, (alpha, sigma) = (
-        teacher.encode(torch.arange(64) % 8),
-        torch.tensor([0.8, 0.6], dtype=torch.float64),
-    )
-    c, u = teacher(x_t, alpha, sigma, cond), teacher(x_t, alpha, sigma, teacher.null(64))
-    assert torch.equal(teacher.guided(x_t, alpha, sigma, cond, 1), c)
-    assert torch.allclose(teacher.guided(x_t, alpha, sigma, cond, 0.0), u, atol=1e-12, rtol=0)
-    w = 3.0
-    r = dmd2.dm_gradient(u, x_t, alpha.expand(64), sigma.expand(64), cond, teacher, teacher, w)[1]
-    assert torch.allclose(r, u + w * (c - u), atol=1e-12, rtol=0) and (r - c).abs().max() > 0.1
-    eps_c, eps_u = (eps_from_x0(v, x_t, alpha, sigma) for v in (c, u))
-    assert torch.allclose(
-        r, (x_t - sigma * (eps_u + w * (eps_c - eps_u))) / alpha, atol=1e-12, rtol=0
-    )
-
-
-def test_student_and_critic_are_not_guided():
-    """With guidance the gradient at the start, critic == teacher, is that of the guidance alone: (c - r) / w."""
+def guided_case():
     teacher = load_teacher("toy-cond")
-    x, cond, a, s = normal(8, 2), teacher.encode(torch.arange(8)), ONE.expand(8), ONE.expand(8)
-    x_t = dmd2.renoise(x, a, s, normal(8, 2, seed=1))
-    g, r, f, w = dmd2.dm_gradient(x, x_t, a, s, cond, teacher, teacher, 2.0)
-    assert (
-        torch.equal(f, teacher(x_t, a, s, cond))
-        and torch.allclose(g * w[:, None], f - r)
-        and g.abs().max() > 0
-    )
+    cond = teacher.encode(torch.arange(64) % 8)
+    return teacher, cond, 2 * normal(64, 2), f64(0.8), f64(0.6)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+def test_eq03_guidance_at_its_ends(w):
+    teacher, cond, x_t, alpha, sigma = guided_case()
+    expected = teacher(x_t, alpha, sigma, cond if w else teacher.null(64))
+    guided = teacher.guided(x_t, alpha, sigma, cond, w)
+    assert torch.allclose(guided, expected, atol=1e-12, rtol=0)
+
+
+def test_eq03_guidance_on_x0_is_guidance_on_eps():
+    teacher, cond, x_t, alpha, sigma = guided_case()
+    w = 3.0
+    c = teacher(x_t, alpha, sigma, cond)
+    u = teacher(x_t, alpha, sigma, teacher.null(64))
+    levels = (alpha.expand(64), sigma.expand(64))
+    r = dmd2.dm_gradient(u, x_t, *levels, cond, teacher, teacher, w)[1]
+    assert torch.allclose(r, u + w * (c - u), atol=1e-12, rtol=0)
+    assert (r - c).abs().max() > 0.1
+    eps_c = eps_from_x0(c, x_t, alpha, sigma)
+    eps_u = eps_from_x0(u, x_t, alpha, sigma)
+    from_eps = (x_t - sigma * (eps_u + w * (eps_c - eps_u))) / alpha
+    assert torch.allclose(r, from_eps, atol=1e-12, rtol=0)
+
+
+def test_eq03_student_and_critic_are_not_guided():
+    """With critic == teacher, the gradient is the guidance alone: (c - r) / norm."""
+    teacher = load_teacher("toy-cond")
+    cond = teacher.encode(torch.arange(8))
+    x, levels = normal(8, 2), ONE.expand(8)
+    x_t = add_noise(x, levels, levels, normal(8, 2, seed=1))
+    g, r, f, norm = dmd2.dm_gradient(x, x_t, levels, levels, cond, teacher, teacher, 2.0)
+    assert torch.equal(f, teacher(x_t, levels, levels, cond))
+    assert torch.allclose(g * norm[:, None], f - r)
+    assert g.abs().max() > 0
 
 
 @pytest.mark.parametrize("t, factor", [(999, 0.03417), (399, 0.37139)])
-def test_x0_of_an_eps_network(t, factor):
+def test_eq01_first_step_of_an_eps_network(t, factor):
+    """A network that returns its input: x0 = (1 - sigma) / alpha z at the noisy end."""
+
     class Echo(Model):
-        predict = lambda self, x, t, cond: x
+        def predict(self, x, t, cond):
+            return x
 
-    net, z = Echo(None, VP(), "eps", (3,)), torch.randn(4, 3)
-    assert torch.allclose(
-        net(z, net.schedule.alpha(t), net.schedule.sigma(t), {}), factor * z, atol=3e-5
-    )
-
-
-# ---- 10.11: a run: who is trained when, by which gradient, at which learning rate ------------------------------------------------------------
+    net = Echo(None, VP(), "eps", (3,))
+    z = torch.randn(4, 3)
+    x0 = net(z, net.schedule.alpha(t), net.schedule.sigma(t), {})
+    assert torch.allclose(x0, factor * z, atol=3e-5)
 
 
-class Trace(list):
-    """main() in this process on the toy teacher. One entry per optimiser step: role, lr, gradients, weights of both networks before and after."""
-
-    def __init__(self, monkeypatch, tmp_path, *flags):
-        super().__init__()
-        self.made, self.integers, self.shared = {}, set(), set()
-        self.keep(monkeypatch, dmd2, "Critic", "critic")
-        self.keep(monkeypatch, dmd2, "EMA", "ema")
-        self.keep(monkeypatch, models, "load_teacher", "teacher")
-        step, integers, shared = Run.step, BatchRandom.integers, BatchRandom.shared_int
-        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(
-            BatchRandom, "integers", lambda draw, *a: self.integers.add(a) or integers(draw, *a)
-        )
-        monkeypatch.setattr(
-            BatchRandom, "shared_int", lambda draw, *a: self.shared.add(a) or shared(draw, *a)
-        )
-        for name in ("export", "pictures", "report"):
-            monkeypatch.setattr(metrics, name, lambda *a, **k: None)
-        default = [
-            "--teacher",
-            "toy-cond",
-            "--batch",
-            "16",
-            "--out",
-            str(tmp_path / "out"),
-            "--overwrite",
-            "--save-every",
-            "0",
-            "--sample-every",
-            "0",
-        ]
-        monkeypatch.setattr(sys, "argv", ["dmd2.py", *default, *map(str, flags)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            dmd2.main()
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-            monkeypatch.undo()
-
-    def keep(self, monkeypatch, module, name, key):
-        make = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **k: self.made.setdefault(key, make(*a, **k)))
-
-    def nets(self):
-        return dict(
-            student=self.made["ema"].live, critic=self.made["critic"], teacher=self.made["teacher"]
-        )
-
-    def weights(self):
-        return {
-            k: torch.cat([p.detach().flatten() for p in net.parameters()])
-            for k, net in self.nets().items()
-        }
-
-    def step(self, step, run, opt, clip):
-        params = [p for group in opt.param_groups for p in group["params"]]
-        nets = self.nets()
-        role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
-        grads = {
-            k: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
-            for k, net in nets.items()
-        }
-        before = self.weights()
-        norm = step(run, opt, clip)
-        self.append(
-            dict(
-                role=role,
-                lr=opt.param_groups[0]["lr"],
-                grads=grads,
-                before=before,
-                after=self.weights(),
-                images=self.made["ema"].images,
-            )
-        )
-        return norm
-
-    def flat(self, i):
-        """Gradient of step i as one vector."""
-        return torch.cat([g.flatten() for g in self[i]["grads"][self[i]["role"]]]).double()
+# ---- (10) and the loop: who is trained when, by which gradient, at which rate --------------------
 
 
 @pytest.fixture
 def trace(monkeypatch, tmp_path):
-    return lambda *flags: Trace(monkeypatch, tmp_path, *flags)
+    def run(*flags, **kwargs):
+        return Trace(monkeypatch, dmd2, tmp_path / "out", *flags, **kwargs)
+
+    return run
 
 
-VARIANTS = [
-    "",
-    "--gan",
-    "--gan --nfe 4",
-    "--gan --gan-on teacher",
-    "--gan --gan-clean",
-    "--sim data --nfe 3",
-    "--gan --sim data --nfe 2",
-    "--fake-weight x0",
-    "--gan --dm-weight 0",
-    "--cfg 2.5",
-    "--gan --nfe 2 --alternate --ema 1000 --cfg 3",
-]
+VARIANTS = ["", "--gan", "--gan --nfe 4", "--sim data --nfe 3", "--gan --sim data --nfe 2"]
+VARIANTS += ["--cfg 2.5", "--gan --nfe 2 --ema 1000 --cfg 3"]
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_gradient_routing(trace, flags):
+    """Every weight of the network whose turn it is gets a gradient and moves; no other does."""
     steps = trace("--iters", 5, "--ratio", 2, *flags.split())
-    alternate = "--alternate" in flags
-    expected = ["student", "critic", "critic"] * 2 + ["student", "critic"]
-    assert [s["role"] for s in steps] == (
-        ["student", "critic"] * 2 + ["student"] if alternate else expected
-    )
-    for s in steps:
-        for net, grads in s[
-            "grads"
-        ].items():  # every weight of the network whose turn it is; not one of the others
-            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (
-                s["role"],
-                net,
-            )
-        changed = {k for k in s["before"] if not torch.equal(s["before"][k], s["after"][k])}
-        assert changed <= {s["role"]} and (changed or flags == "" and s is steps[0])
+    order = ["student", "critic", "critic"] * 2 + ["student", "critic"]
+    assert [step.role for step in steps] == order
+    for i, step in enumerate(steps):
+        for name, grads in step.grads.items():
+            found = [g is not None for g in grads]
+            assert found == [name == step.role] * len(grads), (step.role, name)
+        # at the first step (4) is exactly 0: critic and teacher are equal, without guidance
+        if flags or i > 0:
+            assert step.moved(step.role)
+        for name in step.before:
+            assert name == step.role or not step.moved(name)
     for a, b in zip(steps, steps[1:]):  # nothing moves between the steps
-        assert all(torch.equal(a["after"][k], b["before"][k]) for k in a["after"])
-    assert all(p.requires_grad for k in ("student", "critic") for p in steps.nets()[k].parameters())
-    assert not any(p.requires_grad for p in steps.nets()["teacher"].parameters())
+        for name in a.after:
+            assert torch.equal(a.after[name], b.before[name])
+    assert all(p.requires_grad for p in steps.student.parameters())
+    assert all(p.requires_grad for p in steps.critic.parameters())
+    assert not any(p.requires_grad for p in steps.teacher.parameters())
 
 
 def test_two_time_scales(trace):
-    steps = trace(
-        "--iters",
-        100,
-        "--ratio",
-        5,
-        "--warmup",
-        50,
-        "--lr",
-        1e-3,
-        "--lr-fake",
-        2e-3,
-        "--ema",
-        500,
-        "--cooldown",
-        0,
-    )
-    student, critic = ([s for s in steps if s["role"] == role] for role in ("student", "critic"))
-    assert len(student) == 20 and len(critic) == 100
-    # warm-up counts iterations of the loop, also for the student, which moves in every fifth only
-    assert [s["lr"] for s in student] == pytest.approx(
-        [1e-3 * min(1, (it + 1) / 50) for it in range(0, 100, 5)]
-    )
-    assert [s["lr"] for s in critic] == pytest.approx(
-        [2e-3 * min(1, (it + 1) / 50) for it in range(100)]
-    )
-    assert steps.made["ema"].images == 20 * 16  # the average moves with the student
-    assert [s["images"] for s in student] == [16 * i for i in range(20)]
-    assert not torch.equal(
-        next(steps.made["ema"].model.parameters()), next(steps.made["ema"].live.parameters())
-    )
+    """The student moves every --ratio iterations; warm-up counts iterations of the loop."""
+    rates = ["--lr", 1e-3, "--lr-fake", 2e-3, "--warmup", 50, "--cooldown", 0]
+    steps = trace("--iters", 100, "--ratio", 5, "--ema", 500, *rates)
+    student = [step for step in steps if step.role == "student"]
+    critic = [step for step in steps if step.role == "critic"]
+    warmup = [min(1, (it + 1) / 50) for it in range(100)]
+    assert [step.lr for step in student] == pytest.approx([1e-3 * f for f in warmup[::5]])
+    assert [step.lr for step in critic] == pytest.approx([2e-3 * f for f in warmup])
+
+
+def test_the_average_moves_with_the_student(trace):
+    steps = trace("--iters", 100, "--ratio", 5, "--ema", 500)
+    student = [step for step in steps if step.role == "student"]
+    assert [step.images for step in student] == [16 * i for i in range(20)]
+    assert steps.ema.images == 20 * 16
+    averaged, live = next(steps.ema.model.parameters()), next(steps.student.parameters())
+    assert not torch.equal(averaged, live)
 
 
 def test_cooldown(trace):
-    lr = [
-        s["lr"]
-        for s in trace(
-            "--iters", 10, "--ratio", 10, "--cooldown", 0.5, "--lr-fake", 1.0, "--clip", 1e-9
-        )
-        if s["role"] == "critic"
-    ]
-    assert lr == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    flags = ["--cooldown", 0.5, "--lr-fake", 1.0, "--clip", 1e-9]
+    steps = trace("--iters", 10, "--ratio", 10, *flags)
+    rates = [step.lr for step in steps if step.role == "critic"]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("", {(0, 8), (20, 981), (0, 1000)}),
-        ("--t-range 0 1", {(0, 8), (0, 1000)}),
-        ("--t-range 0.5 0.5", {(0, 8), (500, 501), (0, 1000)}),
-    ],
-)
-def test_draws(trace, flags, expected):
-    """Times of (4) from 20..980, of the critic from all; one step index for the whole batch."""
-    steps = trace("--iters", 1, "--nfe", 4, *flags.split())
-    assert steps.integers == expected and steps.shared == {(0, 4)}
+def test_ranges_of_the_draws(trace):
+    """Labels; t of (4) from 20..980, of (6) from 0..999; one step index for the whole batch."""
+    record = [(BatchRandom, "randint"), (BatchRandom, "shared_randint")]
+    steps = trace("--iters", 1, "--nfe", 4, record=record)
+    assert {call.args[1:] for call in steps.calls["randint"]} == {(0, 8), (20, 981), (0, 1000)}
+    assert {call.args[1:] for call in steps.calls["shared_randint"]} == {(0, 4)}
 
 
-def test_weights_of_the_losses(trace):
-    """(10) is linear in dm_weight, w_G and w_D."""
-    run = lambda dm, g, d: trace(
-        "--iters", 1, "--gan", "--dm-weight", dm, "--gan-weight", g, "--cls-weight", d, "--cfg", 2
-    )
-    both, dm, gan = run(1, 1, 0.6), run(1, 0, 0), run(0, 0.5, 0.6)
-    assert (
-        gan.flat(0).norm() > 1e-4
-    )  # the GAN term alone moves the student: x is not detached on its way through the critic
-    assert torch.allclose(both.flat(0), dm.flat(0) + 2 * gan.flat(0), atol=1e-6)
-    assert run(0, 0, 0).flat(0).norm() == 0
-    # the student's step differs, the sample and the critic's loss at iteration 0 do not
-    assert (
-        torch.allclose(both.flat(1) - dm.flat(1), gan.flat(1) - dm.flat(1), atol=1e-5)
-        and (both.flat(1) - dm.flat(1)).norm() > 1e-3
-    )
+def test_randint_includes_its_first_and_excludes_its_last_number():
+    t = BatchRandom(0, 0, 100_000).randint(20, 981)
+    assert t.min() == 20
+    assert t.max() == 980
 
 
-def test_the_first_student_gradient_by_hand(trace):
-    """One iteration against the formulas of the paper written out: g / numel into x, and x from one pass at sigma_max."""
+def test_eq10_weights_of_the_losses(trace, monkeypatch):
+    """The student's gradient is linear in w_G, the critic's in w_D, and (4) can be left out."""
+
+    def run(w_g, w_d):
+        flags = ["--gan-weight", w_g, "--cls-weight", w_d, "--cfg", 2]
+        steps = trace("--iters", 1, "--gan", *flags)
+        return [step.flat_grad() for step in steps]
+
+    student_dm, critic_fake = run(0, 0)
+    student, critic = run(0.5, 0.6)
+    student_twice, critic_twice = run(1.0, 1.2)
+    gan, cls = student - student_dm, critic - critic_fake
+    assert gan.norm() > 1e-4  # x is not detached on its way through the critic
+    assert cls.norm() > 1e-3
+    assert torch.allclose(student_twice, student_dm + 2 * gan, atol=1e-6)
+    assert torch.allclose(critic_twice, critic_fake + 2 * cls, atol=1e-5)
+
+    monkeypatch.setattr(dmd2, "dm_loss", lambda x, g: 0 * x.mean())
+    assert torch.allclose(run(0.5, 0.6)[0], gan, atol=1e-6)
+    assert run(0, 0)[0].norm() == 0
+
+
+def test_eq01_eq05_first_student_gradient_by_hand(trace):
+    """One iteration, written out from the paper: g / numel into x, and x from one pass at
+    sigma_max."""
     steps = trace("--iters", 1, "--cfg", 2)
-    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
-    student, fake, s = teacher.copy(), teacher.copy(), teacher.schedule
+    teacher = load_teacher("toy-cond")
+    student, fake = teacher.copy(), teacher.copy()
+    draw = BatchRandom(0, 0, 16)
     cond = teacher.encode(draw.randint(0, 8))
-    z = draw.randn(2)
-    x = student(20.0 * z, 1.0, 20.0, cond)
-    sigma = s.grid(1000)[draw.randint(20, 981)]
+    x = student(20.0 * draw.randn(2), 1.0, 20.0, cond)
+    sigma = teacher.schedule.grid(1000)[draw.randint(20, 981)]
+    alpha = torch.ones(16)
     x_t = (x.detach() + sigma[:, None] * draw.randn(2)).float()
-    r = 2 * teacher(x_t, torch.ones(16), sigma, cond) - teacher(
-        x_t, torch.ones(16), sigma, teacher.null(16)
-    )
-    g = (fake(x_t, torch.ones(16), sigma, cond) - r) / (x - r).abs().mean(1, keepdim=True)
+    c = teacher(x_t, alpha, sigma, cond)
+    u = teacher(x_t, alpha, sigma, teacher.null(16))
+    r = 2 * c - u
+    g = (fake(x_t, alpha, sigma, cond) - r) / (x - r).abs().mean(1, keepdim=True)
     x.backward(g.detach() / x.numel())
     expected = torch.cat([p.grad.flatten() for p in student.parameters()]).double()
-    assert (steps.flat(0) - expected).norm() < 1e-5 * expected.norm()
+    assert (steps[0].flat_grad() - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_the_head_learns_which_images_are_real(trace):
-    steps = trace(
-        "--teacher",
-        "toy",
-        "--iters",
-        40,
-        "--ratio",
-        1000,
-        "--gan",
-        "--gan-clean",
-        "--cls-weight",
-        1,
-        "--lr-fake",
-        2e-3,
-        "--batch",
-        256,
-    )
-    critic, teacher = steps.made["critic"], steps.made["teacher"]
-    cond, student = teacher.encode(torch.arange(512) % 8), steps.nets()["student"]
-    fake = dmd2.sample(student, torch.randn(512, 2), cond, 1, None)
-    real = teacher.mixture.sample(512, torch.arange(512) % 8)
+def test_eq06_first_critic_gradient_by_hand(trace):
+    """The same iteration's critic step: an EDM loss on the student's samples at new levels."""
+    steps = trace("--iters", 1, "--cfg", 2)
+    teacher = load_teacher("toy-cond")
+    student, fake = teacher.copy(), teacher.copy()
+    draw = BatchRandom(0, 0, 16)
+    cond = teacher.encode(draw.randint(0, 8))
+    x = student(20.0 * draw.randn(2), 1.0, 20.0, cond).detach()
+    draw.randint(20, 981), draw.randn(2)  # the student's turn
+    sigma = teacher.schedule.grid(1000)[draw.randint(0, 1000)]
+    x_t = (x + sigma[:, None] * draw.randn(2)).float()
+    error = fake(x_t, torch.ones(16), sigma, cond) - x
+    sigma_data = teacher.sigma_data
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    (weight[:, None] * error.double().square()).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in fake.parameters()]).double()
+    assert (steps[1].flat_grad() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_eq09_the_head_learns_which_images_are_real(trace):
+    flags = ["--cls-weight", 1, "--lr-fake", 2e-3, "--batch", 256]
+    steps = trace("--teacher", "toy", "--iters", 150, "--ratio", 1000, "--gan", *flags)
+    labels = torch.arange(512) % 8
+    cond = steps.teacher.encode(labels)
+    fake = dmd2.sample(steps.student, torch.randn(512, 2), cond, 1, None)
+    real = steps.teacher.mixture.sample(512, labels)
     with torch.no_grad():
-        logit = [critic(x, 1.0, 0.01, cond, logit=True).mean() for x in (fake, real)]
-    assert logit[1] - logit[0] > 5
+        logit_fake = steps.critic(fake, 1.0, 0.01, cond, logit=True).mean()
+        logit_real = steps.critic(real, 1.0, 0.01, cond, logit=True).mean()
+    assert logit_real - logit_fake > 5
