@@ -1,55 +1,91 @@
-"""What README promises, run as written."""
+"""What README promises, run as written; links and paths of all pages."""
 
+import ast
 import re
-from pathlib import Path
 
 import pytest
 import test_lora
 import torch
 
 import dmd2
+from common.files import ROOT
 from common.teachers.load import load_teacher
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CODE_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+# docs/LOG.md is a diary: it names files that were there at the time
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "tests/README.md",
+    *[f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"],
+    *[str(page.relative_to(ROOT)) for page in (ROOT / "assets").rglob("*.md")],
+]
+EXAMPLES = ["docs/mine.md", "tests/test_mine.py"]  # of CONTRIBUTING.md
 
 
 def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
-    """The code block of README, on the shipped network saved as a student, makes the images of our own sampler."""
+    """The first code block, with the embedded teacher saved as a student, makes the images of our
+    own sampler."""
     teacher = load_teacher("mnist")
     teacher.copy().save(tmp_path / "out" / "dmd2-mnist" / "student", dict(method="dmd2"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    scope = {}
+    names = {}
     with torch.no_grad():
-        exec(re.search(r"```python\n(.*?)```", README, re.S).group(1), scope)
+        exec(CODE_BLOCKS[0], names)
+
     torch.manual_seed(0)
     z = torch.randn(10, 1, 28, 28)
-    ours = teacher.decode(dmd2.sample(teacher, z, teacher.encode(torch.arange(10)), 1, None))
-    assert (
-        ours.int() - scope["images"].int()
-    ).abs().max() <= 1 and ours.float().std() > 50  # one grey level: round-off at a border
+    cond = teacher.encode(torch.arange(10))
+    ours = teacher.decode(dmd2.sample(teacher, z, cond, 1, None))
+    difference = (ours.int() - names["images"].int()).abs().max()
+    assert difference <= 1  # one grey level: round-off
+    assert ours.float().std() > 50  # not an empty image
 
 
-def test_lines_for_pipelines_are_those_that_test_lora_runs():
-    assert re.findall(r"```python\n(.*?)```", README, re.S)[1:] == [
-        code.lstrip("\n") for code in (test_lora.FULL, test_lora.LORA, test_lora.FLOW)
-    ]
+@pytest.mark.parametrize("block, name", [(1, "FULL"), (2, "LORA"), (3, "FLOW")])
+def test_blocks_for_pipelines_are_tested(block, name):
+    """They are the code that tests/test_lora.py runs on tiny pipelines, but for line breaks."""
+    in_readme = ast.dump(ast.parse(CODE_BLOCKS[block]))
+    in_test = ast.dump(ast.parse(getattr(test_lora, name)))
+    assert in_readme == in_test
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def test_there_is_no_other_block():
+    assert len(CODE_BLOCKS) == 4
 
 
-def test_shipped_teacher_is_what_the_assets_page_says():
+@pytest.mark.parametrize("page", PAGES)
+def test_links_exist(page):
+    folder = (ROOT / page).parent
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    missing = [link for link in links if not (folder / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    """Paths of this repository in backticks, and modules of `python -m`."""
+    text = (ROOT / page).read_text()
+    paths = re.findall(r"`((?:common|controls|tools|recipes|tests|docs|assets)/[\w/.-]+)`", text)
+    for module in re.findall(r"python -m ((?:common|controls|tools|recipes|tests)\.[\w.]+)", text):
+        paths.append(module.replace(".", "/") + ".py")
+    missing = [path for path in paths if not (ROOT / path).exists() and path not in EXAMPLES]
+    assert not missing
+
+
+def test_the_assets_page_describes_the_embedded_teacher():
     teacher = load_teacher("mnist")
     page = (ROOT / "assets" / "README.md").read_text()
-    assert f"{sum(p.numel() for p in teacher.parameters()):,} parameters" in page
-    assert (
-        ROOT / "assets" / "mnist" / "diffusion_pytorch_model.safetensors"
-    ).stat().st_size <= 8 * 2**20
-    assert (
-        teacher.evaluation["held_out_accuracy"] >= 0.97
-        and f"{teacher.evaluation['held_out_accuracy']:.1%}" in page
-    )
+    parameters = sum(p.numel() for p in teacher.parameters())
+    accuracy = teacher.evaluation["held_out_accuracy"]
+    assert f"{parameters:,} parameters" in page
+    assert f"{accuracy:.1%}" in page
+    assert accuracy >= 0.97
+
+
+def test_the_embedded_teacher_is_small():
+    weights = ROOT / "assets" / "mnist" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size <= 8 * 2**20
