@@ -31,3 +31,25 @@ def trace(monkeypatch, tmp_path):
         return Trace(monkeypatch, script, tmp_path / "out", *flags, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(*flags) -> a Run of dmd2.py on the toy teacher, in tmp_path / "out"."""
+    from helpers.trace import signal_handlers_restored
+
+    import dmd2
+    from common.run import Run
+
+    runs = []
+
+    def make(*flags):
+        args = ["--teacher", "toy", "--out", tmp_path / "out", *flags]
+        run = Run("dmd2.py", dmd2.parse_args([str(a) for a in args]))
+        runs.append(run)
+        return run
+
+    with signal_handlers_restored():
+        yield make
+    for run in runs:
+        run.close()
