@@ -53,3 +53,8 @@ def make_run(tmp_path):
         yield make
     for run in runs:
         run.close()
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run

@@ -19,8 +19,7 @@ from helpers.cases import FULL, SEED, toy_generator
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_run import run  # noqa: F401  the fixture
-from test_scripts import SCRIPTS
+from helpers.runs import SCRIPTS
 from test_untrusted import parts
 
 from common.errors import UserError

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
+from helpers.runs import QUICK, close, processes, same
+from helpers.runs import SCRIPTS as ALL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_scripts import QUICK, close, processes, same
-from test_scripts import SCRIPTS as ALL
 from test_teachers import folders, load  # noqa: F401  the fixture
 
 import dmd2

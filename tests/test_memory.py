@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import pipelines
-from test_scripts import QUICK, checkpoint, log
+from helpers.runs import QUICK, checkpoint, log
 
 from common.ema import EMA
 from common.errors import UserError

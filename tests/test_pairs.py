@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import QUICK, close, processes, same
+from helpers.runs import QUICK, close, processes, same
 
 import dmd2
 from common.errors import RunError, UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import pipelines
 from helpers.cases import SCRIPTS, SECOND_FLAGS
-from test_scripts import QUICK, close, one_line, processes, same
+from helpers.runs import QUICK, close, one_line, processes, same
 
 from common import shard
 from common.errors import UserError

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import test_teachers
 import torch
+from helpers.runs import close, processes
 from safetensors.torch import load_file
 from test_data import picture
-from test_scripts import close, processes
 from test_teachers import PROMPTS, SIZE, folders, load, native, pipeline  # noqa: F401  folders: a fixture
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_scripts import QUICK, log, processes
+from helpers.runs import QUICK, log, processes
 
 import twinflow
 from common import data

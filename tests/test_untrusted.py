@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin
-from test_run import run  # noqa: F401  the fixture
 
 import eval as evaluation_script
 from common import data, fid
