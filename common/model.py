@@ -6,16 +6,17 @@ import json
 import math
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import lora, schedules
+from common import lora
 from common.errors import UserError, did_you_mean
 from common.files import WEIGHTS, load_weights, save_weights, write_json
-from common.schedules import equal_snr, expand, to_x0
+from common.schedules import equal_snr, expand, native_weight, to_x0
 
-EXTRAS = "extras.safetensors"  # weights that `extend` added
+EXTRAS = "extras.safetensors"  # weights of the scalar conditions that `extend` added
 
 
 class StopForward(Exception):
@@ -23,9 +24,12 @@ class StopForward(Exception):
 
 
 class ScalarEmbedding(nn.Module):
-    """Embedding of a new scalar condition, [B] of order one -> [B, width]. The last layer starts at zero: the network starts as it was. Smooth in its
-    input (at most freqs / 4 periods per unit), so that derivatives along it are tame. [B, 2] is the number and a factor on its embedding: where the
-    factor is 0 the network knows nothing of the condition, for good."""
+    """Embedding of a new scalar condition: numbers of order one [B] -> [B, width].
+
+    The last layer starts at zero, so that a network starts as it was without the condition. At most
+    freqs / 4 periods per unit keep derivatives along the condition moderate. Input [B, 2] is the
+    number and a factor on its embedding: factor 0 removes the condition, whatever was learnt.
+    """
 
     def __init__(self, width, freqs=8):
         super().__init__()
@@ -36,95 +40,82 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, s):
         s = s.to(self.layers[0].weight.dtype)
-        s, factor = (s[:, 0], s[:, 1:]) if s.ndim == 2 else (s, 1)
+        factor = 1
+        if s.ndim == 2:
+            s, factor = s[:, 0], s[:, 1:]
         phase = s[:, None] * torch.arange(1, self.freqs + 1, device=s.device) * (math.pi / 2)
         return factor * self.layers(torch.cat([phase.cos(), phase.sin()], 1))
 
 
 class Model(nn.Module):
-    """A network with its schedule and conditioning. Teacher, student and critic are all of this class.
+    """A network with its schedule and conditions. Teacher, student and critic are Models.
 
-    schedule: of the network; prediction: what it outputs (common/schedules.py); shape: of one sample, without batch; classes: number of labels, the
-    null label being `classes`; dtype: of the network pass (bf16 runs it under autocast, parameters and everything around it stay as they are).
+    schedule, prediction: see common/schedules.py; prediction is what the network outputs. shape: of
+    one sample, without batch. classes: number of labels; the null label is `classes`. A subclass
+    for one architecture is called a teacher class.
     """
 
-    adapter = None  # name in teacher.json
-    part = "transformer"  # name of the network in a LoRA file, that of its place in a pipeline
-    settings = ()  # attributes that the network gets besides time and condition, kept with a student
+    adapter = None  # name of the teacher class in teacher.json and distill.json
+    part = "transformer"  # prefix in LoRA files: the network's name in a diffusers pipeline
+    settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos
-    vae = None  # a teacher of latents: the autoencoder
-    prompts = None  # a teacher of text: list of str
+    vae = None  # the autoencoder of a teacher of latents
+    prompts = None  # list of str of a text-to-image teacher
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):
         super().__init__()
-        schedules.native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
-        self.net, self.schedule, self.prediction, self.shape, self.classes, self.sigma_data = (
-            net,
-            schedule,
-            prediction,
-            tuple(shape),
-            classes,
-            sigma_data,
-        )
-        self.dtype, self.folder, self.evaluation, self.extras, self.extra = (
-            torch.float32,
-            None,
-            {},
-            nn.ModuleDict(),
-            None,
-        )
-        self.lora, self.base = (
-            None,
-            [],
-        )  # of a network with adapters: rank, alpha, targets; the weights that are not its own
-        self.sharding, self.skeleton = (
-            None,
-            None,
-        )  # --shard (common/shard.py): what spreads modules over the processes; this model as it was, without weights
+        native_weight(prediction, 1.0, 1.0)  # ValueError if the prediction is unknown
+        self.net = net
+        self.schedule = schedule
+        self.prediction = prediction
+        self.shape = tuple(shape)
+        self.classes = classes
+        self.sigma_data = sigma_data
+        self.dtype = (
+            torch.float32
+        )  # of the pass: bf16 runs it under autocast, weights stay as they are
+        self.folder = None
+        self.evaluation = {}  # how samples are measured, from teacher.json
+        self.extras = nn.ModuleDict()  # scalar conditions, see `extend`
+        self.extra = None  # sum of their embeddings during a pass
+        self.lora = None  # rank, alpha and targets, if the network has LoRA adapters
+        self.base = []  # then: the weights under them, which are shared with the teacher
+        self.sharding = None  # --shard: what spreads modules over processes (common/shard.py)
+        self.skeleton = None  # --shard: this model without weights
 
-    # -- what an adapter defines
+    # -- what a teacher class defines
 
     def predict(self, x, t, cond):
-        """The network's own output for its own input x [B, *shape] and time t [B] on its own schedule (float32; float64 if x is). cond: dict of tensors [B, ...]."""
+        """The network's own output, for its own input x [B, *shape] at its own time t [B].
+
+        t is float32, or float64 if x is. cond: dict of tensors [B, ...].
+        """
         raise NotImplementedError
 
     def feature_layers(self, depths=(0.5,)):
-        """Modules whose outputs serve as features, in the order in which the network runs them; depths: rising shares of the network, from 0 to below 1."""
-        raise NotImplementedError
+        """Modules whose outputs serve as features, in the order in which the network runs them.
 
-    def time_embedders(self):
-        """(modules whose output [B, width] carries the time into the network, width): what `extend` adds to."""
+        depths: rising shares of the network's depth, from 0 to below 1.
+        """
         raise NotImplementedError
 
     def to_feature_map(self, h):
-        """Output of a site as a map [B, C, H, W] (or [B, C])."""
+        """Output of a feature layer as a map [B, C, H, W], or [B, C]."""
         return h
 
+    def time_embedders(self):
+        """(modules, width): modules whose output [B, width] carries the time into the network."""
+        raise NotImplementedError
+
     def encode(self, labels):
-        """Labels (int64 tensor or list, [n]) or prompts (list of str) -> cond: dict of tensors [n, ...] on the model's device."""
+        """cond, a dict of tensors [n, ...] on the model's device, of n samples.
+
+        labels: int64 tensor or list [n], for text-to-image models indices into their prompts.
+        """
         raise NotImplementedError
 
     def null(self, n):
         """cond of n unconditional samples."""
-        raise NotImplementedError
-
-    def random_cond(self, draw):
-        """cond of a batch with uniformly drawn labels (of a text-to-image model: prompts of its list).
-
-        draw: BatchRandom of common/rng.py. A model without classes gets label 0 for every sample.
-        """
-        return self.encode(draw.randint(0, max(self.classes, 1)))
-
-    def drop_condition(self, cond, empty):
-        """cond of n samples, the unconditional one where `empty` [n] is true."""
-        null = self.null(len(empty))
-        return {
-            k: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[k], v) if k in null else v
-            for k, v in cond.items()
-        }
-
-    def expected_shape(self):
-        """(shape, classes) that the network's own configuration asks for."""
         raise NotImplementedError
 
     def decode(self, x):
@@ -132,67 +123,117 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def encode_images(self, images):
-        """uint8 images [n, C, H, W] -> samples [n, *shape], the inverse of decode up to rounding."""
+        """uint8 images [n, C, H, W] -> samples [n, *shape]: inverse of decode, up to rounding."""
         raise NotImplementedError
 
-    # -- what every model can do
+    def to_pictures(self, x):
+        """Samples [n, *shape] -> uint8 images for a grid of pictures, usually one a sample."""
+        return self.decode(x)
+
+    def expected_shape(self):
+        """(shape, classes) according to the network's own configuration."""
+        raise NotImplementedError
 
     @property
     def image_shape(self):
-        """Shape of what `decode` returns, without batch."""
+        """Shape of the images that `decode` returns, without batch."""
         return self.shape
+
+    # -- evaluation
 
     @property
     def device(self):
         return next(self.parameters()).device
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
-        """x0 estimate [B, *shape] in the dtype of x_t, for x_t = alpha x0 + sigma eps of any schedule; alpha, sigma: 0-d or [B].
-        features=True: instead the list of hidden states at `sites()`, float32, and the network runs no further than the last site; a tuple: at those depths."""
+        """Clean-sample estimate [B, *shape], in the dtype of x_t = alpha x0 + sigma eps.
+
+        alpha, sigma: numbers or tensors, 0-d or [B], of any schedule. features: True or depths of
+        `feature_layers`; the result is then the list of their maps, float32, and the network does
+        not run beyond the last of them.
+        """
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
-        x = (x_t.double() * expand(scale, x_t)).to(
-            x_t.dtype
-        )  # scale is exactly 1 in the network's own schedule
+        x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is 1 in the own schedule
         t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
         autocast = torch.autocast(
             x.device.type,
             torch.bfloat16,
             enabled=self.dtype == torch.bfloat16,
-            cache_enabled=self.sharding is None,
+            cache_enabled=self.sharding is None,  # casts of gathered weights would stay in memory
         )
-        with autocast, self.attention(), self.extended(cond):
+        with autocast, self.attention(), self.adding_to_time(self.embed_scalars(cond)):
             if features:
-                return self.run_to_features(x, t, cond, *[features] * (features is not True))
+                depths = (0.5,) if features is True else features
+                return self.run_to_features(x, t, cond, depths)
             out = self.predict(x, t, cond)
-        return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(
-            x_t.dtype
-        )  # float64 inside: eps / alpha amplifies rounding
+        # in float64: dividing by alpha amplifies rounding
+        return to_x0(self.prediction, out, x, alpha_n, sigma_n, self.sigma_data).to(x_t.dtype)
 
-    x0 = forward
+    def guided(self, x_t, alpha, sigma, cond, w):
+        """Classifier-free guidance u + w (c - u) on the clean-sample estimate.
 
-    def rehearsal(self, x, cond):
-        """A pass on x [n, *shape], for what it costs; cond: of one sample."""
-        given = {k: v.expand(len(x), *v.shape[1:]) for k, v in cond.items()} | {
-            name: torch.zeros(len(x), device=x.device) for name in self.extras
-        }
-        return self(x, 0.5, 0.5, given)
+        It is the same in eps or velocity, which are linear in x0. w = 1 is the conditional, w = 0
+        the unconditional estimate; both take one pass.
+        """
+        if w == 1:
+            return self(x_t, alpha, sigma, cond)
+        if w == 0:
+            null = self.null(len(x_t))
+            return self(x_t, alpha, sigma, {name: null.get(name, cond[name]) for name in cond})
+        c, u = self.cond_and_uncond(x_t, alpha, sigma, cond)
+        return u + w * (c - u)
+
+    def cond_and_uncond(self, x_t, alpha, sigma, cond):
+        """Estimates with the condition and with the null condition, in one pass of twice the batch.
+
+        Scalar conditions (`extend`) are the same in both.
+        """
+        null = self.null(len(x_t))
+        both = {name: torch.cat([cond[name], null.get(name, cond[name])]) for name in cond}
+        twice = lambda a: torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a
+        return self(torch.cat([x_t, x_t]), twice(alpha), twice(sigma), both).chunk(2)
+
+    def random_cond(self, draw):
+        """cond of a batch with uniformly drawn labels (of a text-to-image model: of its prompts).
+
+        draw: BatchRandom of common/rng.py. A model without classes gets label 0 for every sample.
+        """
+        return self.encode(draw.randint(0, max(self.classes, 1)))
+
+    def drop_condition(self, cond, empty):
+        """cond with the null condition in the samples where `empty` [n] is true."""
+        null = self.null(len(empty))
+        dropped = dict(cond)
+        for name in null.keys() & cond.keys():
+            rows = empty.view(-1, *[1] * (cond[name].ndim - 1))
+            dropped[name] = torch.where(rows, null[name], cond[name])
+        return dropped
+
+    def native_loss_weight(self, alpha, sigma):
+        """lambda, shaped as sigma, that weighs squared x0 errors as the network's training loss."""
+        _, alpha_n, sigma_n, _ = equal_snr(self.schedule, alpha, sigma)
+        return native_weight(self.prediction, alpha_n, sigma_n, self.sigma_data)
 
     def attention(self):
-        """Which attention torch takes. On CPUs the backward of its fused one needs longer in bf16 than all the rest of a network; forwards it is the faster one."""
-        plain = (
-            self.dtype == torch.bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled()
-        )
-        return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+        """Context that chooses the kernel of attention.
+
+        On CPUs the backward pass of torch's fused attention is slow in bf16: it takes longer than
+        the rest of a network. Without gradient the fused kernel is the faster one.
+        """
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and torch.is_grad_enabled():
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
 
     def run_to_features(self, x, t, cond, depths=(0.5,)):
-        found, sites = [], self.feature_layers(depths)
+        """Maps of the feature layers, float32. The pass ends after the last of them."""
+        maps, layers = [], self.feature_layers(depths)
 
-        def hook(module, args, out):
-            found.append(self.to_feature_map(out).float())
-            if len(found) == len(sites):
+        def collect(module, args, out):
+            maps.append(self.to_feature_map(out).float())
+            if len(maps) == len(layers):
                 raise StopForward
 
-        handles = [site.register_forward_hook(hook) for site in sites]
+        handles = [layer.register_forward_hook(collect) for layer in layers]
         try:
             self.predict(x, t, cond)
         except StopForward:
@@ -200,218 +241,208 @@ class Model(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return maps
+
+    def checkpoint_activations(self):
+        """--grad-checkpoint: blocks keep no activations, and run again in the backward pass."""
+        if not hasattr(self.net, "enable_gradient_checkpointing"):
+            raise UserError(
+                f"--grad-checkpoint: expected a network of diffusers, "
+                f"found {type(self.net).__name__}, which does not offer it"
+            )
+
+        def checkpoint(block, *args):
+            extra = self.extra  # of this pass; by the time of the backward there may be another
+
+            def run(*args):
+                with self.attention(), self.adding_to_time(extra):
+                    return block(*args)
+
+            return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+        self.net.enable_gradient_checkpointing(checkpoint)
+
+    # -- scalar conditions beside the time: a second time, a guidance scale
 
     def extend(self, *names):
-        """New scalar conditions, a second time or a guidance scale: given as cond[name], [B] numbers of order one (or [B, 2]: Scalar), from then on.
-        They are added to the time embedding, by zero at first, so the network starts as it was. -> self"""
+        """Adds scalar conditions, given as cond[name] from then on (see ScalarEmbedding).
+
+        Their embeddings are added to that of the time. They start at zero, so that the network
+        starts as it was. Returns self.
+        """
         for name in names:
             embed = ScalarEmbedding(self.time_embedders()[1]).to(self.device)
             self.extras[name] = self.sharding(embed) if self.sharding else embed
         return self
 
-    @contextlib.contextmanager
-    def extended(self, cond, extra=None):
+    def embed_scalars(self, cond):
+        """Sum of the embeddings of all scalar conditions, [B, width]; None if there are none."""
         if not self.extras:
+            return None
+        return sum(embed(cond[name]) for name, embed in self.extras.items())
+
+    @contextlib.contextmanager
+    def adding_to_time(self, extra):
+        """Context in which the time embedders return their output plus `extra` [B, width].
+
+        The networks are diffusers' and have no argument for more conditions. A forward hook adds
+        them without a change to the network, its state_dict or its folder; it exists during a pass
+        only, so that copies of the network never have it.
+        """
+        if extra is None or extra is self.extra:  # nothing to add, or added already
             yield
             return
-        outer, self.extra = (
-            self.extra,
-            sum(embed(cond[name]) for name, embed in self.extras.items())
-            if extra is None
-            else extra,
-        )
         add = lambda module, args, out: out + self.extra.to(out.dtype)
-        handles = (
-            [module.register_forward_hook(add) for module in self.time_embedders()[0]]
-            if outer is None
-            else []
-        )
+        handles = [module.register_forward_hook(add) for module in self.time_embedders()[0]]
+        self.extra = extra
         try:
             yield
         finally:
-            self.extra = outer
+            self.extra = None
             for handle in handles:
                 handle.remove()
 
-    def guided(self, x_t, alpha, sigma, cond, w):
-        """Classifier-free guidance u + w (c - u) on the x0 estimate (linear, so the same in eps or velocity). w = 1 is the conditional, w = 0 the
-        unconditional, each in one pass."""
-        if w == 1:
-            return self(x_t, alpha, sigma, cond)
-        if w == 0:
-            null = self.null(len(x_t))
-            return self(x_t, alpha, sigma, {k: null.get(k, cond[k]) for k in cond})
-        c, u = self.cond_and_uncond(x_t, alpha, sigma, cond)
-        return u + w * (c - u)
-
-    def cond_and_uncond(self, x_t, alpha, sigma, cond):
-        """x0 estimates with the condition and with the null condition, in one pass of twice the batch."""
-        null = self.null(len(x_t))
-        both = {
-            k: torch.cat([cond[k], null.get(k, cond[k])]) for k in cond
-        }  # conditions of `extend` are the same in both halves
-        alpha, sigma = (
-            torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (alpha, sigma)
-        )
-        return self(torch.cat([x_t, x_t]), alpha, sigma, both).chunk(2)
-
-    def native_loss_weight(self, alpha, sigma):
-        """lambda [same shape as sigma] that turns a squared x0 error at (alpha, sigma) into the loss this network was trained with."""
-        _, alpha_n, sigma_n, _ = equal_snr(self.schedule, alpha, sigma)
-        return schedules.native_weight(self.prediction, alpha_n, sigma_n, self.sigma_data)
+    # -- copies
 
     def copy(self, adapters=None):
-        """A twin with its own fp32 network weights, trainable; everything else is shared. adapters, what --lora says (common/lora.py): only these are its
-        own, on this model's weights. A twin of a model with adapters has its own adapters on the same weights."""
+        """A trainable copy with its own network weights in fp32; everything else is shared.
+
+        adapters: the specification that --lora gives (common/lora.py). Then the copy has LoRA
+        adapters of its own, on the weights of this model. So has a copy of a model with adapters.
+        """
         if self.sharding:
             return self.sharding.copy(self)
         if self.lora:
-            twin = self.with_network(lora.copy_network(self.net, self.base).requires_grad_(True))
+            copied = self.with_network(lora.copy_network(self.net, self.base))
         elif adapters:
             net, base = lora.add_adapters(self.net, adapters)
-            twin = self.with_network(net.requires_grad_(True))
-            twin.lora, twin.base = {k: adapters[k] for k in ("rank", "alpha", "targets")}, base
+            copied = self.with_network(net)
+            copied.base = base
+            copied.lora = {name: adapters[name] for name in ("rank", "alpha", "targets")}
         else:
-            twin = self.with_network(copy.deepcopy(self.net).float().requires_grad_(True))
-        twin.extras = copy.deepcopy(self.extras).float().requires_grad_(True)
-        return twin
-
-    def unsharded(self):
-        """The model itself; with --shard, by all processes, one with all weights on the host of rank 0."""
-        return self.sharding.unsharded(self) if self.sharding else self
+            copied = self.with_network(copy.deepcopy(self.net).float())
+        copied.extras = copy.deepcopy(self.extras).float()
+        return copied.requires_grad_(True)
 
     def with_network(self, net):
-        """The same model around another network of its class; everything else is shared."""
-        twin = copy.copy(self)
-        twin.__dict__.update(
-            {
-                k: v.copy()
-                for k, v in vars(self).items()
-                if k.startswith("_") and isinstance(v, dict)
-            }
-        )  # hooks, parameters: its own
-        twin.net, twin.extras = net, nn.ModuleDict()
-        return twin
+        """This model around another network of its class; everything else is shared."""
+        copied = copy.copy(self)
+        for name, value in vars(self).items():
+            if name.startswith("_") and isinstance(value, dict):  # its own modules, hooks, ...
+                vars(copied)[name] = value.copy()
+        copied.net = net
+        copied.extras = nn.ModuleDict()
+        return copied
+
+    def unsharded(self):
+        """The model with whole weights. With --shard: to be called by all processes; the weights
+        are in the CPU memory of rank 0."""
+        return self.sharding.unsharded(self) if self.sharding else self
 
     def resized(self, changes, seed=0):
-        """A model like this one with a fresh network of another size. changes: ["KEY=VALUE", ...] to its configuration, values as in JSON."""
-        twin, config, flag = (
-            (self.skeleton or self).copy(),
-            dict(self.net_config()),
-            f"--small {' '.join(changes)}",
-        )
-        for key, _, value in (change.partition("=") for change in changes):
+        """A model like this one with a fresh network of another size.
+
+        changes: ["KEY=VALUE", ...] to the network's configuration, values as in JSON or words.
+        """
+        flag = f"--small {' '.join(changes)}"
+        config = dict(self.net_config())
+        for change in changes:
+            key, _, value = change.partition("=")
             if key not in config:
                 raise UserError(
-                    f"{flag}: {key}: expected a key of the network's config.json{did_you_mean(key, config)}"
+                    f"{flag}: {key}: expected a key of the network's config.json"
+                    f"{did_you_mean(key, config)}"
                 )
             try:
                 config[key] = json.loads(value)
             except ValueError:
-                config[key] = value  # a word
+                config[key] = value
+        model = (self.skeleton or self).copy()
         torch.manual_seed(seed)  # equal on all processes
         try:
-            twin.net = self.network(config).to(self.device)
-            fits = twin.expected_shape()
-        except (
-            Exception
-        ) as e:  # diffusers and torch raise many kinds for a configuration that cannot be built
+            model.net = self.network(config).to(self.device)
+            found = model.expected_shape()
+        except Exception as e:  # diffusers and torch raise many kinds for an unusable configuration
+            reason = " ".join(str(e).split())[:200]
             raise UserError(
-                f"{flag}: no network can be built: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                f"{flag}: no network can be built: {type(e).__name__}: {reason}"
             ) from None
-        if fits != (self.shape, self.classes):
+        if found != (self.shape, self.classes):
             raise UserError(
-                f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} classes, found one for {list(fits[0])} of {fits[1]}"
+                f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} "
+                f"classes, found one for {list(found[0])} of {found[1]}"
             )
-        return self.sharding(twin) if self.sharding else twin
+        return self.sharding(model) if self.sharding else model
 
-    def checkpoint_activations(self):
-        """--grad-checkpoint: recompute activations in backward."""
-        if not hasattr(self.net, "enable_gradient_checkpointing"):
-            raise UserError(
-                f"--grad-checkpoint: expected a network of diffusers, found {type(self.net).__name__}, which does not offer it"
-            )
-
-        def recompute(block, *args):
-            extra = (
-                self.extra
-            )  # a later call of the network will have another one by the time of the backward
-
-            def run(*args):
-                with (
-                    self.attention(),
-                    self.extended(None, extra) if extra is not None else contextlib.nullcontext(),
-                ):
-                    return block(*args)
-
-            return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
-
-        self.net.enable_gradient_checkpointing(recompute)
-
-    def config(self):
-        return (
-            dict(
-                adapter=self.adapter,
-                schedule=self.schedule.config,
-                prediction=self.prediction,
-                shape=list(self.shape),
-                classes=self.classes,
-                sigma_data=self.sigma_data,
-            )
-            | (dict(extras=list(self.extras)) if self.extras else {})
-            | (dict(lora=lora.config(self)) if self.lora else {})
-        )
+    # -- files
 
     def save(self, folder, info, name="distill.json"):
-        """Diffusers folder (config.json, *.safetensors; with adapters a LoRA file) plus `name`: what inference needs beside the weights. The JSON is written last."""
+        """Writes a diffusers folder and the JSON file `name`: info and what loading needs.
+
+        The folder holds config.json and the weights, or a LoRA file. The JSON is written last.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_net(folder)
         write_json(folder / name, dict(info, model=self.config()))
 
     def save_net(self, folder):
-        if not self.lora:
-            write_json(
-                folder / "config.json", dict(self.net_config(), _class_name=type(self.net).__name__)
-            )
-        own = {lora.FILE: lora.tensors(self)} if self.lora else {WEIGHTS: self.net.state_dict()}
-        for name, tensors in (
-            own | ({EXTRAS: self.extras.state_dict()} if self.extras else {})
-        ).items():
-            save_weights(folder / name, tensors)
+        if self.lora:
+            save_weights(folder / lora.FILE, lora.tensors(self))
+        else:
+            config = dict(self.net_config(), _class_name=type(self.net).__name__)
+            write_json(folder / "config.json", config)
+            save_weights(folder / WEIGHTS, self.net.state_dict())
+        if self.extras:
+            save_weights(folder / EXTRAS, self.extras.state_dict())
+
+    def config(self):
+        """The entry "model" of teacher.json and distill.json."""
+        config = dict(
+            adapter=self.adapter,
+            schedule=self.schedule.config,
+            prediction=self.prediction,
+            shape=list(self.shape),
+            classes=self.classes,
+            sigma_data=self.sigma_data,
+        )
+        if self.extras:
+            config["extras"] = list(self.extras)
+        if self.lora:
+            config["lora"] = lora.config(self)
+        return config
 
     def net_config(self):
+        """The network's configuration, without diffusers' private entries but its version."""
         return {
-            k: v
-            for k, v in self.net.config.items()
-            if not k.startswith("_") or k == "_diffusers_version"
+            key: value
+            for key, value in self.net.config.items()
+            if not key.startswith("_") or key == "_diffusers_version"
         }
-
-    def to_pictures(self, x):
-        """Pictures of samples for a grid: here one image per sample."""
-        return self.decode(x)
 
 
 def layers_at(layers, depths):
-    """The layers at these shares of the depth; a shallow network has fewer of them."""
-    return list(dict.fromkeys(layers[int(d * len(layers))] for d in depths))
+    """The layers at these shares of the depth, each once: a shallow network has fewer of them."""
+    return list(dict.fromkeys(layers[int(depth * len(layers))] for depth in depths))
 
 
 def load_extras(folder, info, model):
-    """What a student has beside its network's weights, if the folder's `info` says so: numbers it is told, conditions that `extend` added."""
+    """Loads what a student has besides its network: `settings`, and conditions of `extend`.
+
+    info: the entry "model" of its distill.json. UserError if it cannot be used.
+    """
     for name in model.settings:
-        if name in info:
-            if (
-                isinstance(info[name], bool)
-                or not isinstance(info[name], (int, float))
-                or not 0 <= info[name] < math.inf
-            ):
-                raise UserError(f"{folder}: {name}: expected a number >= 0, found {info[name]!r}")
-            setattr(model, name, info[name])
-    if names := info.get("extras"):
-        if not isinstance(names, list) or not all(
-            isinstance(n, str) and n.isidentifier() for n in names
-        ):
-            raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
-        load_weights(Path(folder) / EXTRAS, model.extend(*names).extras)
+        if name not in info:
+            continue
+        value = info[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise UserError(f"{folder}: {name}: expected a number >= 0, found {value!r}")
+        setattr(model, name, value)
+    names = info.get("extras")
+    if not names:
+        return
+    known = isinstance(names, list) and all(isinstance(n, str) and n.isidentifier() for n in names)
+    if not known:
+        raise UserError(f"{folder}: extras: expected a list of names, found {names!r}")
+    load_weights(Path(folder) / EXTRAS, model.extend(*names).extras)

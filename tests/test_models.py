@@ -290,7 +290,7 @@ def test_save_replaces_and_keeps_the_old_weights_on_failure(dit, folder, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr("common.models.save_file", disk_full)
+        m.setattr("common.files.save_file", disk_full)
         with pytest.raises(OSError):
             changed.save(folder, {}, "teacher.json")
     assert (folder / WEIGHTS).read_bytes() == old and not list(folder.glob("*.tmp"))

@@ -109,7 +109,7 @@ def network_example(model, kind, cond):
                 return model.predict(x, t, cond)
 
             # fused attention has no forward-mode derivative
-            with sdpa_kernel(SDPBackend.MATH), model.extended(cond):
+            with sdpa_kernel(SDPBackend.MATH), model.adding_to_time(model.embed_scalars(cond)):
                 _, tangent = torch.func.jvp(call, (x, t), (torch.ones_like(x), torch.ones_like(t)))
             return tangent
 
@@ -119,7 +119,7 @@ def network_example(model, kind, cond):
                 return model(x, alpha, sigma, cond, kind.features)
             with (
                 torch.autocast(x.device.type, torch.bfloat16, enabled=autocast),
-                model.extended(cond),
+                model.adding_to_time(model.embed_scalars(cond)),
             ):
                 if not kind.features:
                     return model.predict(x, t, cond)
