@@ -116,6 +116,11 @@ class Run:
         """fn() on rank 0; its errors are raised on all ranks."""
         on_rank0(fn, self.rank, self.world)
 
+    def barrier(self):
+        """Waits for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
     def print(self, *text):
         if self.is_main:
             print(*text, flush=True)
@@ -400,8 +405,7 @@ class Run:
                     "the previous one is intact"
                 )
         self.saved = it + 1
-        if self.world > 1:
-            dist.barrier()
+        self.barrier()
 
     def _write_checkpoint(self, it, saved):
         log = self.out / "log.jsonl"
