@@ -1,0 +1,81 @@
+"""The variants under "How to change it" in docs/<method>.md: each edit applies to the script and
+the changed copy trains.
+
+An edit is a fenced ```diff block. Its lines start with a space (context), - (removed) or +
+(added); a line @@ separates places of the script. A comment <!-- flags: ... --> before the block
+gives the flags of the run.
+"""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+from helpers.cases import required_flags
+from helpers.runs import QUICK, ROOT, SCRIPTS
+
+BLOCK = re.compile(r"(?:<!-- flags: (?P<flags>.*?) -->\n)?```diff\n(?P<lines>.*?)```", re.S)
+
+
+@dataclass
+class Edit:
+    script: str
+    flags: list
+    lines: list
+
+    def places(self):
+        """[(old text, new text)] for every place of the script that changes."""
+        places = [[]]
+        for line in self.lines:
+            if line == "@@":
+                places.append([])
+            else:
+                places[-1].append(line)
+        return [(side(place, "-"), side(place, "+")) for place in places]
+
+
+def side(lines, sign):
+    """Text of one side of a diff: the context and the lines with this sign."""
+    return "".join(f"{line[1:]}\n" for line in lines if line[:1] in (sign, " ", ""))
+
+
+def edits(script):
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    found = []
+    for match in BLOCK.finditer(page):
+        flags = (match["flags"] or "--teacher toy").split()
+        found.append(Edit(script, flags, match["lines"].splitlines()))
+    return found
+
+
+EDITS = [
+    pytest.param(edit, id=f"{script}-{i}")
+    for script in SCRIPTS
+    for i, edit in enumerate(edits(script))
+]
+
+
+def changed_script(edit):
+    code = (ROOT / f"{edit.script}.py").read_text()
+    for old, new in edit.places():
+        assert old, "an edit needs lines of the script, to be found by"
+        assert code.count(old) == 1, f"expected once in {edit.script}.py, found other:\n{old}"
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edit_applies(edit):
+    code = changed_script(edit)
+    compile(code, f"{edit.script}.py", "exec")
+    assert code != (ROOT / f"{edit.script}.py").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", EDITS)
+def test_edit_trains(edit, scripts, tmp_path):
+    copy = tmp_path / f"{edit.script}.py"
+    copy.write_text(changed_script(edit))
+    args = [*QUICK, "--iters", 3, "--log-every", 1, "--out", tmp_path / "run"]
+    if edit.script == "nct":
+        args = [*required_flags("nct.py"), *args]
+    scripts.run(copy, *args, *edit.flags)
