@@ -388,7 +388,7 @@ class Model(nn.Module):
 
     def save_net(self, folder):
         if self.lora:
-            save_weights(folder / lora.FILE, lora.tensors(self))
+            save_weights(folder / lora.FILE, lora.file_tensors(self))
         else:
             config = dict(self.net_config(), _class_name=type(self.net).__name__)
             write_json(folder / "config.json", config)
