@@ -15,11 +15,10 @@ import shutil
 
 import pytest
 import torch
-from helpers.cases import FULL, SEED, toy_generator
+from helpers.cases import FULL, SCRIPTS, SEED, toy_generator
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from helpers.runs import SCRIPTS
 from test_untrusted import parts
 
 from common.errors import UserError

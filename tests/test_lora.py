@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers.runs import QUICK, close, processes, same
-from helpers.runs import SCRIPTS as ALL
+from helpers.cases import SCRIPTS as ALL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_teachers import folders, load  # noqa: F401  the fixture

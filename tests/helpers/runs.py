@@ -10,18 +10,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = [
-    "dmd2",
-    "sid",
-    "decoupled_dmd",
-    "phased_dmd",
-    "msd",
-    "sana_sprint",
-    "twinflow",
-    "flowmap",
-    "boot",
-    "nct",
-]
 # No cooldown: its rates depend on --iters, which a resume changes.
 QUICK = ["--teacher", "toy", "--batch", 32, "--eval-n", 0, "--sample-every", 0]
 QUICK += ["--log-every", 3, "--cooldown", 0]

@@ -1,6 +1,7 @@
 """Reads this repository's Python files: imports, docstrings, comments, functions."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -101,6 +102,7 @@ def comments(path):
     return found
 
 
+@functools.cache
 def functions(path):
     """{name: node} of a file's functions and classes, without docstrings, for comparison."""
     found = {}
