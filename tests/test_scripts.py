@@ -17,13 +17,13 @@ from helpers.cases import (
     COMMON_MISTAKES,
     MISTAKES,
     PLAN_DEPENDS_ON_ITERS,
+    SCRIPTS,
     SECOND_FLAGS,
     required_flags,
 )
 from helpers.runs import (
     QUICK,
     ROOT,
-    SCRIPTS,
     close,
     count_lines,
     log,
