@@ -12,10 +12,10 @@ Notation: x_t = alpha_t x + sigma_t eps; mu(x_t, t, c) is a network's estimate o
 the label, one of C; w is the guidance scale --cfg; sg[] stops gradients. All times t are indices
 into a grid of 1000 noise levels, from data to noise.
 
-    V_k = {c: table[c] = k}                  table[c] = floor(c K / C), the router of all samples (1)
+    V_k = {c: table[c] = k}                  table[c] = floor(c K / C), the router              (1)
     x = G_k(noise, t = 999, c)               c ~ uniform on V_k                                 (2)
     L_tsm = mean lambda_t (phi(x_t, t, c) - sg[mu_real(x_t, t, c)])^2
-                                             x: real images of all labels; phi: the start of all  (3)
+                                             x: real images; phi: what all students start from  (3)
     r = mu_real(x_t, t, c), with guidance    f = mu_fake(x_t, t, c), without                    (4)
     g = (f - r) / mean|x - r|                mean over the pixels of a sample; t ~ U{20..980}   (5)
     L_dm = 1/2 mean (x - sg[x - g])^2        so that dL_dm/dx = g / numel(x)                    (6)

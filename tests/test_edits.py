@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from helpers.cases import required_flags
-from helpers.runs import QUICK, ROOT, SCRIPTS
+from helpers.cases import SCRIPTS, required_flags
+from helpers.runs import QUICK, ROOT
 
 BLOCK = re.compile(r"(?:<!-- flags: (?P<flags>.*?) -->\n)?```diff\n(?P<lines>.*?)```", re.S)
 
