@@ -56,6 +56,9 @@ class Model(nn.Module):
     """
 
     adapter = None  # name of the teacher class in teacher.json and distill.json
+    network_class = None  # name of the network's class in config.json
+    pipeline = None  # diffusers class of the pipeline that the network belongs to
+    fields = ()  # further arguments of __init__, saved in teacher.json and distill.json
     part = "transformer"  # prefix in LoRA files: the network's name in a diffusers pipeline
     settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos

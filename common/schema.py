@@ -1,8 +1,8 @@
 """Checks of JSON objects that somebody else may have written.
 
-A schema has an entry for each field: name = (what is expected, in words; a test of the value).
+A schema has a kind for each field: (what is expected, in words; a test of the value).
 
-    LORA = dict(rank=COUNT, targets=NAMES)
+    LORA = dict(rank=integer(1), targets=NAMES)
     check(info["lora"], f"{folder}: lora.", required=LORA)
     # UserError: out/s: lora.rank: expected an integer >= 1, found 'x'
 """
@@ -32,7 +32,7 @@ def check(value, where, required=None, optional=None):
 
 
 def is_number(value):
-    """Is this a number of JSON? nan and inf are; true and false are not."""
+    """Is this a number in JSON? nan and inf are, true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -40,31 +40,40 @@ def is_integer(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_list_of(fits, value):
-    return isinstance(value, list) and all(fits(item) for item in value)
-
-
-def is_names(value):
-    return value != [] and is_list_of(lambda item: isinstance(item, str), value)
+# ---- kinds ---------------------------------------------------------------------------------------
 
 
 def integer(low, high=math.inf):
-    """Kind of an integer from low to high."""
     expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
     return expected, lambda value: is_integer(value) and low <= value <= high
 
 
 def choice(*allowed):
-    """Kind of a value that equals one of these."""
+    """A value that equals one of these."""
     return " or ".join(map(str, allowed)), lambda value: value in allowed
+
+
+def list_of(words, kind, least=0):
+    """A list of at least `least` values of a kind. words: for several of them, e.g. "numbers"."""
+    _, fits = kind
+
+    def test(value):
+        return isinstance(value, list) and len(value) >= least and all(map(fits, value))
+
+    return f"a list of {words}", test
+
+
+def maybe(kind):
+    """A kind that may also be null, or absent if it is required."""
+    expected, fits = kind
+    return expected, lambda value: value is None or fits(value)
 
 
 TEXT = ("text", lambda value: isinstance(value, str))
 OBJECT = ("an object", lambda value: isinstance(value, dict))
 BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
-COUNT = integer(1)
+NUMBER = ("a number", is_number)
 POSITIVE = ("a number > 0", lambda value: is_number(value) and 0 < value < math.inf)
 NOT_NEGATIVE = ("a number >= 0", lambda value: is_number(value) and 0 <= value < math.inf)
-NAMES = ("a list of names", is_names)
-NUMBERS = ("a list of numbers", lambda value: is_list_of(is_number, value))
+NAMES = list_of("names", TEXT, least=1)
 LOCAL_FILE = ("a file in this folder", is_local_name)

@@ -227,7 +227,7 @@ def test_latents_and_captions(name, folders, tmp_path, monkeypatch):  # noqa: F8
             atol=1e-5,
         ), path
         with torch.no_grad():
-            for k, v in cls.text(pipe, [text]).items():
+            for k, v in cls.embed(pipe, [text]).items():
                 assert torch.allclose(cond[k][i].float(), v[0].float(), atol=1e-5), (k, text)
     plain = load(folders, name, None, tmp_path / "cache")
     assert all(

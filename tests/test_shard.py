@@ -216,7 +216,7 @@ def test_pipeline(name, folder, scripts, tmp_path):
     teacher = load_pipeline(
         str(home), prompts=["dog", "a red heart"], cache=args[5], say=lambda *a: None
     )
-    net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "two" / "student")
+    net = getattr(diffusers, teacher.network_class).from_pretrained(tmp_path / "two" / "student")
     assert all(torch.equal(v, average[f"net.{k}"]) for k, v in net.state_dict().items())
     assert (
         "resumed it-00000003.pt"

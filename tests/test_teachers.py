@@ -235,7 +235,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
         say=lambda *a: None,
     )
     student = load_model(tmp_path / "run" / "student", info["model"], teacher)
-    net = getattr(diffusers, teacher.network).from_pretrained(tmp_path / "run" / "student")
+    net = getattr(diffusers, teacher.network_class).from_pretrained(tmp_path / "run" / "student")
     z, cond = torch.randn(2, *teacher.shape), teacher.encode([0, 1])
     with torch.no_grad():
         ours = dmd2.sample(student, z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])

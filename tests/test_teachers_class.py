@@ -143,7 +143,7 @@ def test_flags_for_a_teacher_of_labels(folders):
         (dict(prompts="prompts.txt"), "--prompts: .*takes labels"),
         (dict(size=[16, 32]), "--size 16x32: expected a square"),
         (dict(frames=5), "--frames 5: .*DiTPipeline"),
-        (dict(guidance=2.0), "--embedded-guidance 2: expected a teacher that is told"),
+        (dict(guidance=2.0), "--embedded-guidance 2: expected a teacher whose network takes"),
     ):
         with pytest.raises(UserError, match=says):
             load(folders("dit"), **text)
@@ -318,14 +318,14 @@ def test_foreign_checkpoints(spoil, says, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (dict(weights=None), "weights: expected a name, found None"),
+        (dict(weights=None), "weights: expected a file in this folder, found None"),
         (dict(weights="none.pt"), "none.pt: expected the weights of SiT, found no such file"),
-        (dict(heads="two"), "heads: expected a number"),
+        (dict(heads="two"), "heads: expected an integer >= 1, found 'two'"),
         (dict(heads=None), "heads: expected, in teacher.json, the number"),
         (dict(heads=3), "heads: expected"),
         (dict(convention="dit"), "convention: expected sit or repa, found 'dit'"),
-        (dict(vae="../../x"), "vae: expected names in this folder"),
-        (dict(vae=3), "vae"),
+        (dict(vae="../../x"), "vae: expected a file in this folder"),
+        (dict(vae=3), "vae: expected a file in this folder"),
     ],
 )
 def test_bad_teacher_json_of_sit(change, says, folders, tmp_path):
@@ -474,12 +474,12 @@ def test_null_label_of_edm(folders):
     [
         (dict(schedule=dict(name="flow")), "expected schedule edm"),
         (dict(prediction="eps"), "expected schedule edm, prediction edm"),
-        (dict(time_scale=0), "time_scale"),
-        (dict(time_scale="x"), "not usable"),
+        (dict(time_scale=0), "time_scale: expected a number > 0, found 0"),
+        (dict(time_scale="x"), "time_scale: expected a number > 0, found 'x'"),
         (dict(classes=8), "shape and classes: expected .*10.*found .*8"),
         (dict(shape=[3, 16, 16]), "shape and classes"),
-        (dict(sigma_data=-1), "sigma_data"),
-        (dict(sigma_data=None), "not usable"),
+        (dict(sigma_data=-1), "sigma_data: expected a number > 0, found -1"),
+        (dict(sigma_data=None), "sigma_data: expected a number > 0, found None"),
     ],
 )
 def test_bad_teacher_json_of_edm(change, says, folders, tmp_path):

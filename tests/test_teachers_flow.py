@@ -234,7 +234,7 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
     )
     with pytest.raises(
         UserError,
-        match="--embedded-guidance 2: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found .*sd3",
+        match="--embedded-guidance 2: expected a teacher whose network takes a guidance scale, such as FLUX.1-dev, found .*sd3",
     ):
         load(folders, "sd3", guidance=2.0)
 
@@ -438,7 +438,7 @@ def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=F
             if name == "wan22"
             else (("transformer", ""),)
         ):
-            setattr(pipe, part, getattr(diffusers, teacher.network).from_pretrained(home / sub))
+            setattr(pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(home / sub))
     torch.manual_seed(5)
     theirs = call(
         student,

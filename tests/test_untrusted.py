@@ -26,7 +26,8 @@ from common.model import EXTRAS
 from common.pairs import Pairs
 from common.teachers.imagenet import read_checkpoint
 from common.teachers.latents import load_latents
-from common.teachers.load import check_evaluation, load_model, load_pipeline, load_teacher
+from common.teachers.formats import check_evaluation
+from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.prompts import embed_prompts
 from controls.maps import Control
 from tools.inception import load_inception
@@ -168,7 +169,7 @@ def embeddings(tmp, run):
         (),
         dict(
             text_pipeline=lambda folder, dtype: SimpleNamespace(to=lambda device: None),
-            text=lambda pipe, prompts: dict(text=torch.ones(len(prompts or [0]), 3)),
+            embed=lambda pipe, prompts: dict(text=torch.ones(len(prompts or [0]), 3)),
         ),
     )
     load = lambda: embed_prompts(
@@ -300,7 +301,7 @@ def test_sit_names_files_of_its_folder(changes, tmp_path):
     (tmp_path / "t" / "teacher.json").write_text(
         json.dumps(dict(model=dict(adapter="sit", weights="sit.pt") | changes))
     )
-    with pytest.raises(UserError, match="weights, vae: expected names in this folder"):
+    with pytest.raises(UserError, match="(weights|vae): expected a file in this folder"):
         load_teacher(str(tmp_path / "t"))
 
 

@@ -36,7 +36,7 @@ def network(e, device, dtype=torch.float32):
 
     diffusers.utils.logging.set_verbosity_error()
     with torch.device(device):
-        return getattr(diffusers, PIPELINES[e["pipeline"]].network)(**e["network"]).to(dtype)
+        return getattr(diffusers, PIPELINES[e["pipeline"]].network_class)(**e["network"]).to(dtype)
 
 
 def load(e, device, dtype, seed=0, budget=lambda **sizes: None, place=None):

@@ -16,6 +16,7 @@ class DiT(Model):
     """
 
     adapter = "dit"
+    network_class = "DiTTransformer2DModel"
     dense = False  # the network sees times in [0, 1]
     qk_norm = False  # queries and keys are normalised
 

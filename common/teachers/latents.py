@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,7 @@ from common.distributed import on_all_ranks
 from common.errors import UserError, first_line
 from common.files import ROOT, atomic
 from common.image_folder import SUFFIXES, read_images
-from common.teachers.prompts import SHARD
+from common.teachers.prompts import SHARD, stamp_files
 
 BATCH = 16  # images that are read and encoded together
 
@@ -49,16 +50,15 @@ def load_latents(folder, teacher, files, labels, names, say=print):
     """
     if len(teacher.shape) == 4 and teacher.shape[1] > 1:
         raise UserError(
-            f"--data {folder}: expected a teacher of images, found one of videos, which are not read "
-            "here; --frames 1 makes pictures of them"
+            f"--data {folder}: expected a teacher of images, found one of videos, which are not "
+            "read here; --frames 1 makes pictures of them"
         )
     home = cache_folder(folder, teacher, files)
     paths = [home / f"{i // SHARD:05d}.safetensors" for i in range(0, len(files), SHARD)]
     complete = all(path.is_file() for path in paths)
     say(f"latents: {len(files)} images, {'read from' if complete else 'encoding into'} {home}")
 
-    dist = torch.distributed
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     on_all_ranks(lambda: write_missing(paths, rank, world, teacher, files, say), world)
     latents, kept_labels = read_cache(paths, labels) if paths else ([], [])
     if not len(kept_labels):
@@ -70,6 +70,12 @@ def load_latents(folder, teacher, files, labels, names, say=print):
     classes = f"{len(names)} classes" if names else "with captions"
     say(f"{folder}: {len(images)} images, {classes}, {len(files) - len(images)} skipped")
     return images
+
+
+def rank_and_world():
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def cache_folder(folder, teacher, files):
@@ -86,19 +92,6 @@ def cache_folder(folder, teacher, files):
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(teacher.cache or ROOT / "out" / "prompts")
     return cache / f"{Path(folder).resolve().name}-latents-{digest}"
-
-
-def stamp_files(files, base):
-    """What changes when files do: names, sizes and modification times."""
-    stamps = []
-    for path in files:
-        name = str(path.relative_to(base))
-        if path.exists():
-            stat = path.stat()
-            stamps.append((name, stat.st_size, stat.st_mtime_ns))
-        else:
-            stamps.append((name,))
-    return stamps
 
 
 def write_missing(paths, rank, world, teacher, files, say):

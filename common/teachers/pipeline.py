@@ -1,4 +1,4 @@
-"""What all pipelines of diffusers share as teachers."""
+"""What all diffusers pipelines share as teachers."""
 
 import math
 import warnings
@@ -8,165 +8,190 @@ import torch
 
 from common import schedules
 from common.errors import UserError
-from common.files import LOAD_ERRORS, read_json, save_weights
+from common.files import load_errors, read_json, save_weights
 from common.model import EXTRAS, Model, layers_at, load_extras
 from common.teachers.latents import load_latents
 
-warnings.filterwarnings(
-    "ignore", "`torch_dtype` is deprecated", FutureWarning
-)  # diffusers 0.42 calls it dtype, 0.35 knows the old name only
+# diffusers 0.42 calls this argument dtype; 0.35, which is supported as well, has only the old name.
+warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 
 class Pipeline(Model):
-    """A network of a diffusers pipeline with its VAE and the table of its prompts. Samples are latents."""
+    """The network of a diffusers pipeline, its VAE and the embeddings of its prompts.
 
-    part, network = "transformer", None  # subfolder and diffusers class of the network
-    at_once = 4  # samples that the VAE takes at a time
-    since = 0, 35  # version of diffusers
-    square = False  # takes no other pictures
+    Samples are latents [B, *shape]. A subclass is one pipeline. It sets the attributes below and
+    defines `embed` (prompts to embeddings), `predict` (a call of the network), `make_schedule`,
+    `time_embedders`, and what else differs from the majority.
+    """
+
+    pipeline = None  # diffusers class of the pipeline
+    network_class = None  # diffusers class of the network
+    part = "transformer"  # the network's subfolder
+    without = ()  # further components that are not needed for embedding prompts
+    since = (0, 35)  # version of diffusers
+    takes_prompts = True
+    pickles = False  # read .bin files where there are no safetensors: weights only, no code
+    built_for = None  # (height, width) in pixels, where the network's configuration has no size
+    square = False  # the network takes square images only
+    at_once = 4  # samples that the VAE decodes or encodes at a time
+
+    table = None  # PromptEmbeddings
+    cache = None  # folder of cached embeddings and latents; None: out/prompts
+    vae_folder = None
+    captioned = ([], 0)  # image files of --data, and the row of the first one's caption in `table`
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
-        object.__setattr__(
-            self, "vae", vae
-        )  # not registered as a module: optimisers, copies and checkpoints do not see it
+        """scheduler: its configuration (dict). size: [height, width] in pixels; None: default."""
+        # Not a registered module: optimisers, copies and checkpoints must not include the VAE.
+        object.__setattr__(self, "vae", vae)
         shape = self.latent_shape(net.config, size)
         super().__init__(net, self.make_schedule(scheduler, shape, net.config), prediction, shape)
 
-    # -- what can be known from the configuration files alone
+    # -- from the configuration files alone; c: a configuration, with its fields as attributes
 
     @classmethod
     def networks(cls, index):
-        """Subfolders of the networks that this pipeline has. index: of model_index.json."""
+        """Subfolders of the pipeline's networks. index: contents of model_index.json."""
         return [cls.part]
 
     @staticmethod
     def scale(c):
-        """Pixels per latent, along one side; c: the VAE's configuration."""
-        return 2 ** (
-            len(
-                c.encoder_block_out_channels
-                if hasattr(c, "encoder_block_out_channels")
-                else c.block_out_channels
-            )
-            - 1
-        )
+        """Pixels per latent along a side. c: of the VAE."""
+        if hasattr(c, "encoder_block_out_channels"):
+            return 2 ** (len(c.encoder_block_out_channels) - 1)
+        return 2 ** (len(c.block_out_channels) - 1)
 
     @classmethod
     def patch(cls, c):
-        """Latents that the network takes together, along one side; c: its configuration."""
-        p = getattr(c, "patch_size", 2)
-        return p[-1] if isinstance(p, (list, tuple)) else p
+        """Latents per token along a side. c: of the network."""
+        patch = getattr(c, "patch_size", 2)  # UNets have none, and halve the size
+        return patch[-1] if isinstance(patch, (list, tuple)) else patch
 
     @classmethod
     def check(cls, name, c, vae, size, frames, guidance):
-        """UserError if the flags ask for what this teacher cannot. c, vae: configurations; size: [height, width]."""
-        if frames is not None and not cls.video:
+        """UserError if --size, --frames or --embedded-guidance do not suit this teacher.
+
+        c, vae: configurations of network and VAE. size: [height, width] or None.
+        """
+        if frames is not None:
+            cls.check_frames(frames, vae)
+        if guidance is not None and not getattr(c, "guidance_embeds", False):
+            raise UserError(
+                f"--embedded-guidance {guidance:g}: expected a teacher whose network takes a "
+                f"guidance scale, such as FLUX.1-dev, found {name}; --cfg is for all"
+            )
+        if size is not None:
+            cls.check_size(size, c, vae)
+
+    @classmethod
+    def check_frames(cls, frames, vae):
+        if not cls.video:
             raise UserError(
                 f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}"
             )
-        if frames is not None and (frames < 1 or (frames - 1) % vae.scale_factor_temporal):
+        step = vae.scale_factor_temporal
+        if frames < 1 or (frames - 1) % step:
             raise UserError(
-                f"--frames {frames}: expected a multiple of {vae.scale_factor_temporal}, plus 1, for this teacher"
+                f"--frames {frames}: expected a multiple of {step}, plus 1, for this teacher"
             )
-        if guidance is not None and not getattr(c, "guidance_embeds", False):
-            raise UserError(
-                f"--embedded-guidance {guidance:g}: expected a teacher that is told its guidance scale, such as FLUX.1-dev, found {name}; --cfg is for all"
-            )
-        if size is None:
-            return
-        unit, flag = (
-            cls.scale(vae) * cls.patch(c),
-            f"--size {'x'.join(map(str, dict.fromkeys(size)))}",
-        )
-        most = getattr(c, "pos_embed_max_size", None) or math.inf
-        if min(size) < 1 or any(n % unit for n in size):
+
+    @classmethod
+    def check_size(cls, size, c, vae):
+        height, width = size
+        flag = f"--size {height}" if height == width else f"--size {height}x{width}"
+        unit = cls.scale(vae) * cls.patch(c)  # pixels of a token
+        tokens = getattr(c, "pos_embed_max_size", None) or math.inf
+        if min(size) < 1 or height % unit or width % unit:
             raise UserError(f"{flag}: expected a multiple of {unit} pixels for this teacher")
-        if max(size) > most * unit:
+        if max(size) > tokens * unit:
             raise UserError(
-                f"{flag}: expected at most {most * unit} pixels along a side for this teacher"
+                f"{flag}: expected at most {tokens * unit} pixels along a side for this teacher"
             )
-        if cls.square and size[0] != size[1]:
-            raise UserError(
-                f"{flag}: expected a square, the network of this teacher knows no other pictures"
-            )
+        if cls.square and height != width:
+            raise UserError(f"{flag}: expected a square, this teacher makes no other images")
 
     # -- loading
 
     @classmethod
     def text_pipeline(cls, folder, dtype):
-        """The pipeline without network and VAE: for `text`."""
+        """The diffusers pipeline without network and VAE, for `embed`."""
         import diffusers
 
-        empty = [
-            k for k, v in read_json(Path(folder) / "model_index.json").items() if v == [None, None]
-        ]
-        without = dict.fromkeys([cls.part, "vae", *cls.without, *empty])
+        index = read_json(Path(folder) / "model_index.json")
+        absent = [part for part, value in index.items() if value == [None, None]]
+        unused = dict.fromkeys([cls.part, "vae", *cls.without, *absent])
         return getattr(diffusers, cls.pipeline).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, **without
+            folder, torch_dtype=dtype, use_safetensors=True, **unused
         )
-
-    without = ()  # further components that are not loaded
-    pickles = False  # .bin files (weights only, no code) where there are no safetensors
 
     @classmethod
-    def load_net(cls, folder, dtype, sub=None):
+    def load_net(cls, folder, dtype, part=""):
+        """The network in the subfolder `part` of a pipeline's folder, or in a student's folder."""
         import diffusers
 
-        sub = cls.part if sub is None else sub
-        return getattr(diffusers, cls.network).from_pretrained(
-            folder, **(dict(subfolder=sub) if sub else {}), torch_dtype=dtype, use_safetensors=True
+        return getattr(diffusers, cls.network_class).from_pretrained(
+            folder,
+            subfolder=part or None,
+            torch_dtype=dtype,
+            use_safetensors=None if cls.pickles and part else True,  # None: .bin will do
         )
 
+    @classmethod
+    def load_vae(cls, folder, dtype, vae_class):
+        import diffusers
+
+        vae = getattr(diffusers, vae_class).from_pretrained(
+            folder,
+            subfolder="vae",
+            torch_dtype=dtype,
+            use_safetensors=None if cls.pickles else True,
+        )
+        return vae.eval().requires_grad_(False)
+
     def load_student(self, folder, info):
-        """A student of this teacher from its folder (`save`)."""
-        try:
-            student = self.with_network(self.load_net(folder, torch.float32, ""))
-        except LOAD_ERRORS as e:
-            raise UserError(
-                f"{folder}: expected a network {self.network} as diffusers saves it: {' '.join(str(e).split())[:200]}"
-            ) from None
+        """A student of this teacher from the folder that `save` wrote. info: its saved `config`."""
+        with load_errors(f"{folder}: expected a {self.network_class} as diffusers saves it"):
+            student = self.with_network(self.load_net(folder, torch.float32))
         load_extras(folder, info, student)
         student.folder = Path(folder)
         return student
 
-    def assembled(self, folder, index, dtype, nets):
-        """This model, or several as one where the pipeline has several networks, `nets`. index: of model_index.json."""
+    def with_experts(self, folder, index, dtype):
+        """This model, or a Routed of all networks of the pipeline where it has several."""
         return self
-
-    def attach(self, folder, table, prompts):
-        self.folder, self.table, self.prompts, self.classes = folder, table, prompts, len(prompts)
 
     # -- conditions
 
     @classmethod
-    def text(cls, pipe, prompts):
-        """Prompts (list), or None: the null prompt as this pipeline has it -> dict of tensors [n, ...]."""
+    def embed(cls, pipe, prompts):
+        """Embeddings of prompts (list of str; None: the null prompt): dict of tensors [n, ...]."""
         raise NotImplementedError
 
-    def encode(
-        self, labels
-    ):  # the numbers themselves go along: they tell whose sample it is (Routed)
-        return dict(
-            self.table.rows(torch.as_tensor(labels).cpu(), self.device),
-            labels=torch.as_tensor(labels, device=self.device),
-        )
+    def attach(self, folder, table, prompts):
+        """Adds the prompts. table: their PromptEmbeddings."""
+        self.folder = folder
+        self.table = table
+        self.prompts = prompts
+        self.classes = len(prompts)
+
+    def encode(self, labels):
+        # Routed needs the labels themselves: they decide which expert a sample goes to.
+        cond = self.table.rows(torch.as_tensor(labels).cpu(), self.device)
+        return cond | dict(labels=torch.as_tensor(labels, device=self.device))
 
     def null(self, n):
-        return self.table.nulls(n, self.device) | dict(
-            labels=torch.full((n,), self.classes, device=self.device)
-        )
+        labels = torch.full((n,), self.classes, device=self.device)
+        return self.table.nulls(n, self.device) | dict(labels=labels)
 
     # -- latents and pixels
 
-    built_for = None  # pixels that the pipeline makes by default, if its network's configuration does not say it
-
     def latent_shape(self, c, size):
-        """size: [height, width] of the picture in pixels, or None for what the network was built for."""
+        """Shape of a sample. c: of the network. size: [height, width] in pixels; None: default."""
         size = size or self.built_for
-        return (
-            c.in_channels,
-            *((c.sample_size,) * 2 if size is None else (n // self.vae_scale for n in size)),
-        )
+        if size is None:
+            return c.in_channels, c.sample_size, c.sample_size
+        height, width = size
+        return c.in_channels, height // self.vae_scale, width // self.vae_scale
 
     @property
     def vae_scale(self):
@@ -183,24 +208,32 @@ class Pipeline(Model):
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents -> uint8 images [n, 3, H, W], `at_once` at a time."""
         vae = self.vae.to(x.device)
         shift, scale = self.latent_stats()
-        images = [
-            self.from_vae((part / scale + shift).to(vae.dtype)) for part in x.split(self.at_once)
-        ]
-        return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        parts = [self.from_vae((y / scale + shift).to(vae.dtype)) for y in x.split(self.at_once)]
+        images = torch.cat(parts).float()  # in [-1, 1]
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()
     def encode_images(self, images):
-        if images.is_floating_point():  # latents already, of the cache (common/data.py)
-            return images
+        if images.is_floating_point():
+            return images  # latents, read from the cache
         vae = self.vae.to(images.device)
         shift, scale = self.latent_stats()
-        out = []
+        latents = []
         for part in images.split(self.at_once):
-            out.append((self.to_vae(part.to(vae.dtype) / 127.5 - 1).float() - shift) * scale)
-        return torch.cat(out)
+            output = self.to_vae(part.to(vae.dtype) / 127.5 - 1)
+            latents.append((output.float() - shift) * scale)
+        return torch.cat(latents)
+
+    def from_vae(self, z):
+        """Decoder: images in [-1, 1]."""
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def to_vae(self, images):
+        """Encoder: the mean of the latents. images: in [-1, 1]."""
+        z = self.vae.encode(images, return_dict=False)[0]
+        return z if torch.is_tensor(z) else z.mode()  # AutoencoderDC returns the latents themselves
 
     def load_image_folder(self, folder, say=print):
         """--data FOLDER -> Images of latents, with the captions as conditions."""
@@ -208,26 +241,20 @@ class Pipeline(Model):
         labels = torch.arange(len(files)) + first
         return load_latents(folder, self, files, labels, [], say)
 
-    def from_vae(self, z):
-        return self.vae.decode(z, return_dict=False)[0]
-
-    def to_vae(self, y):
-        z = self.vae.encode(y, return_dict=False)[0]
-        return z if torch.is_tensor(z) else z.mode()  # AutoencoderDC gives the latents themselves
-
     # -- the network
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.transformer_blocks, depths)
 
     def to_feature_map(self, h):
-        """Output of a block, image tokens [B, h w, D] or a map -> [B, D, h, w]. Blocks of joint attention give (text tokens, image tokens)."""
-        h = h[-1] if isinstance(h, tuple) else h
+        """Output of a block, [B, D, h, w] or image tokens [B, h w, D] -> [B, D, h, w]."""
+        if isinstance(h, tuple):
+            h = h[-1]  # blocks of joint attention return (text tokens, image tokens)
         if h.ndim == 4:
             return h
         height, width = self.shape[-2:]
-        side = round((h.shape[1] * height / width) ** 0.5)
-        return h.transpose(1, 2).reshape(len(h), -1, side, h.shape[1] // side)
+        rows = round((h.shape[1] * height / width) ** 0.5)
+        return h.transpose(1, 2).reshape(len(h), -1, rows, h.shape[1] // rows)
 
     def save_net(self, folder):
         if self.lora:
@@ -237,39 +264,45 @@ class Pipeline(Model):
             save_weights(Path(folder) / EXTRAS, self.extras.state_dict())
 
     def config(self):
-        return dict(super().config(), image=list(self.image_shape))
+        return super().config() | dict(image=list(self.image_shape))
+
+
+# ---- from the configurations of schedulers and VAEs ----------------------------------------------
 
 
 def vp_schedule(scheduler):
-    if (
-        scheduler.get("beta_schedule") not in ("scaled_linear", "linear")
-        or scheduler.get("trained_betas")
-        or scheduler.get("rescale_betas_zero_snr")
-    ):
+    """Schedule of the Stable Diffusion 1 family. scheduler: its configuration."""
+    kind = scheduler.get("beta_schedule")
+    rescaled = scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr")
+    if kind not in ("scaled_linear", "linear") or rescaled:
         raise UserError(
-            f"scheduler: expected beta_schedule linear or scaled_linear without rescaling, found {scheduler.get('beta_schedule')!r}"
+            "scheduler: expected beta_schedule linear or scaled_linear without rescaling, "
+            f"found {kind!r}"
         )
     return schedules.VP(
-        scheduler["num_train_timesteps"],
-        scheduler["beta_start"],
-        scheduler["beta_end"],
-        scheduler["beta_schedule"],
+        scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"], kind
     )
 
 
 def flow_schedule(scheduler, tokens=None):
-    """Flow with the pipeline's time shift. Dynamic shifting: exp(mu), mu linear in the number of image tokens."""
-    if scheduler.get("use_dynamic_shifting") and tokens:  # "linear" shifts by mu itself
-        a, b = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        mu = low + (high - low) * (tokens - a) / (b - a)
-        return schedules.Flow(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
-    return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
+    """Flow schedule with the pipeline's time shift.
+
+    Dynamic shifting, for a number of image tokens: the shift is exp(mu), mu linear in the number.
+    """
+    if not (scheduler.get("use_dynamic_shifting") and tokens):
+        return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
+    low_tokens = scheduler.get("base_image_seq_len", 256)
+    high_tokens = scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - low_tokens) / (high_tokens - low_tokens)
+    if scheduler.get("time_shift_type") == "linear":
+        return schedules.Flow(mu)
+    return schedules.Flow(math.exp(mu))
 
 
 def channel_stats(vae, shape):
-    """(shift, scale) of autoencoders with numbers for each channel; shape: of a sample."""
-    side = [1] * (len(shape) - 1)
-    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, *side)
-    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, *side)
+    """(shift, scale) of VAEs with a number per channel, to broadcast over samples of `shape`."""
+    ones = [1] * (len(shape) - 1)
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, *ones)
+    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, *ones)
     return mean, 1 / std

@@ -9,15 +9,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.errors import UserError
-from common.files import LOAD_ERRORS, ROOT, atomic, save_weights
+from common.errors import UserError, first_line
+from common.files import ROOT, load_errors, save_weights, write_json
 from common.image_folder import LONGEST
 
 SHARD = 1024  # rows in one file of a cache, of embeddings or of latents
+BATCH = 16  # prompts that are encoded together
 
 
 def read_prompts(path):
-    """Lines of a UTF-8 text file, empty ones left out. UserError: not readable, no prompt, a line that is no prompt."""
+    """Lines of a UTF-8 text file without empty ones. UserError: unreadable, no prompt, too long."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as e:
@@ -26,112 +27,143 @@ def read_prompts(path):
     for i, line in enumerate(lines, 1):
         if len(line) > 4 * LONGEST:
             raise UserError(
-                f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, found {len(line)} bytes"
+                f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, "
+                f"found {len(line)} bytes"
             )
         try:
             prompts.append(line.decode().strip())
         except UnicodeDecodeError:
             raise UserError(f"--prompts {path}: line {i}: expected UTF-8 text") from None
-    prompts = [p for p in prompts if p]
+    prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError(f"--prompts {path}: expected one prompt per line, found an empty file")
     return prompts
 
 
 class PromptEmbeddings:
-    """Embeddings of prompts: parts, a list of dicts of tensors [<= SHARD, ...], memory-mapped files where they come from the cache; null, one row each."""
+    """Embeddings of numbered prompts.
+
+    parts: list of dicts of tensors [SHARD, ...], the last one perhaps shorter; memory-mapped files
+    where they come from the cache. null: the same dict with one row, of the null prompt.
+    """
 
     def __init__(self, parts, null):
-        self.parts, self.null = parts, null
+        self.parts = parts
+        self.null = null
 
     def rows(self, index, device):
         """index: int64 [n] -> dict of tensors [n, ...]."""
         index = index.tolist()
         return {
-            k: torch.stack([self.parts[i // SHARD][k][i % SHARD] for i in index]).to(device)
-            for k in self.null
+            name: torch.stack([self.parts[i // SHARD][name][i % SHARD] for i in index]).to(device)
+            for name in self.null
         }
 
+    def nulls(self, n, device):
+        return {name: v.expand(n, *v.shape[1:]).to(device) for name, v in self.null.items()}
+
     def append(self, other):
-        """Takes the rows of another table in, behind its own -> number of the first of them. Numbers between may have no row."""
+        """Adds the rows of other embeddings -> number of the first of them.
+
+        They start at a multiple of SHARD, so numbers in between may have no row.
+        """
+        first = SHARD * len(self.parts)
         pad_to_same_length([*self.parts, *other.parts, self.null])
         self.parts += other.parts
-        return SHARD * (len(self.parts) - len(other.parts))
-
-    def nulls(self, n, device):
-        return {k: v.expand(n, *v.shape[1:]).to(device) for k, v in self.null.items()}
+        return first
 
 
 def pad_to_same_length(parts):
-    """Zero-pads the second dimension of every tensor whose length differs between parts (encoders that do not pad to a fixed one)."""
-    for k in parts[0]:
-        longest = max(p[k].shape[1] if p[k].ndim > 1 else 0 for p in parts)
-        for p in parts:
-            if p[k].ndim > 1 and p[k].shape[1] < longest:
-                p[k] = torch.cat(
-                    [p[k], p[k].new_zeros(len(p[k]), longest - p[k].shape[1], *p[k].shape[2:])], 1
-                )
+    """Pads tensors [n, length, ...] of some name with zeros to the longest, in place.
+
+    Some text encoders do not pad to a fixed length.
+    """
+    for name in parts[0]:
+        if parts[0][name].ndim < 2:
+            continue
+        longest = max(part[name].shape[1] for part in parts)
+        for part in parts:
+            v = part[name]
+            if v.shape[1] < longest:
+                zeros = v.new_zeros(len(v), longest - v.shape[1], *v.shape[2:])
+                part[name] = torch.cat([v, zeros], 1)
 
 
-def stamp_text_encoders(folder):
-    """What changes when the text encoders of a local folder do: names, sizes and times of their files."""
-    files = sorted(
-        p
-        for p in Path(folder).glob("t*/*")
-        if p.parent.name.startswith(("text_encoder", "tokenizer"))
-    )
-    return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-
-
-@torch.no_grad()
 def embed_prompts(cls, folder, prompts, device, dtype, cache, say, once):
-    """Table of the prompts, from the cache if it has them. `once`: runs a function on rank 0 while the others wait (Run.once)."""
-    key = hashlib.sha256(
-        json.dumps(
-            [cls.__name__, str(folder), stamp_text_encoders(folder), str(dtype), prompts]
-        ).encode()
-    ).hexdigest()[:16]
-    home = Path(cache or ROOT / "out" / "prompts") / f"{Path(str(folder)).name}-{key}"
+    """PromptEmbeddings of a list of prompts by the text encoders of a pipeline, or from the cache.
 
-    def compute():
+    cls: a subclass of Pipeline. say: prints a line. once: runs a function on rank 0 while the
+    others wait (Run.on_rank0).
+    UserError: the text encoders cannot be loaded, or the cache cannot be read or written.
+    """
+    home = cache_folder(cls, folder, prompts, dtype, cache)
+
+    def write():
         if (home / "done.json").is_file():
             say(f"prompts: {len(prompts)} embeddings read from {home}")
             return
         say(f"prompts: encoding {len(prompts)} into {home}")
-        try:
-            pipe = cls.text_pipeline(folder, dtype).to(device)
-        except LOAD_ERRORS as e:
-            raise UserError(
-                f"--teacher {folder}: not loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            ) from None
-        parts = [
-            {k: v.cpu() for k, v in cls.text(pipe, prompts[i : i + 16]).items()}
-            for i in range(0, len(prompts), 16)
-        ]
-        null = {k: v[:1].cpu() for k, v in cls.text(pipe, None).items()}
-        del pipe
-        gc.collect()
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
-        pad_to_same_length([*parts, null])
-        home.mkdir(parents=True, exist_ok=True)
-        whole = {k: torch.cat([p[k] for p in parts]) for k in null}
-        for i in range(0, len(prompts), SHARD):
-            save_weights(
-                home / f"{i // SHARD:05d}.safetensors",
-                {k: v[i : i + SHARD] for k, v in whole.items()},
-            )
-        save_weights(home / "null.safetensors", null)
-        with atomic(home / "done.json") as f:
-            f.write(json.dumps(dict(prompts=len(prompts))).encode())
+        rows, null = encode(cls, folder, prompts, device, dtype)
+        write_cache(home, rows, null)
 
     try:
-        once(compute)
-        parts = [
-            load_file(home / f"{i // SHARD:05d}.safetensors") for i in range(0, len(prompts), SHARD)
-        ]
+        once(write)
+        paths = [home / f"{i // SHARD:05d}.safetensors" for i in range(0, len(prompts), SHARD)]
+        parts = [load_file(path) for path in paths]
         return PromptEmbeddings(parts, load_file(home / "null.safetensors"))
     except (OSError, SafetensorError) as e:
         raise UserError(
-            f"--cache-prompts {home}: expected to read and write embeddings there, found: {str(e).splitlines()[0]}; delete it to encode again"
+            f"--cache-prompts {home}: expected to read and write embeddings there, "
+            f"found: {first_line(e)}; delete it to encode again"
         ) from None
+
+
+def cache_folder(cls, folder, prompts, dtype, cache):
+    """Folder of these embeddings. Its name changes when the prompts or the text encoders do."""
+    parts = ("text_encoder", "tokenizer")
+    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(parts))
+    key = [cls.__name__, str(folder), stamp_files(files, folder), str(dtype), prompts]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return Path(cache or ROOT / "out" / "prompts") / f"{Path(folder).name}-{digest}"
+
+
+def stamp_files(files, base):
+    """What changes when files do: names, sizes and modification times."""
+    stamps = []
+    for path in files:
+        name = str(path.relative_to(base))
+        if path.exists():
+            stamps.append((name, path.stat().st_size, path.stat().st_mtime_ns))
+        else:
+            stamps.append((name,))
+    return stamps
+
+
+@torch.no_grad()
+def encode(cls, folder, prompts, device, dtype):
+    """-> embeddings of all prompts and of the null prompt, dicts of tensors on the CPU."""
+    with load_errors(f"--teacher {folder}: not loaded"):
+        pipe = cls.text_pipeline(folder, dtype).to(device)
+    batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+    parts = [{name: v.cpu() for name, v in cls.embed(pipe, batch).items()} for batch in batches]
+    null = {name: v[:1].cpu() for name, v in cls.embed(pipe, None).items()}
+
+    # The text encoders may be larger than the network: free their memory before it is loaded.
+    del pipe
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+    pad_to_same_length([*parts, null])
+    return {name: torch.cat([part[name] for part in parts]) for name in null}, null
+
+
+def write_cache(home, rows, null):
+    """Files of SHARD rows. done.json is written last: without it, the rest does not count."""
+    home.mkdir(parents=True, exist_ok=True)
+    n = len(next(iter(rows.values())))
+    for i in range(0, n, SHARD):
+        part = {name: v[i : i + SHARD] for name, v in rows.items()}
+        save_weights(home / f"{i // SHARD:05d}.safetensors", part)
+    save_weights(home / "null.safetensors", null)
+    write_json(home / "done.json", dict(prompts=n))

@@ -19,6 +19,8 @@ class Toy(Model):
     """
 
     adapter = "toy"
+    network_class = "MLP"
+    fields = ("labelled",)
 
     def __init__(self, *args, exact=False, labelled=False, **kw):
         super().__init__(*args, **kw)

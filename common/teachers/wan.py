@@ -1,4 +1,8 @@
-"""Wan 2.1 and 2.2: text to video."""
+"""Wan 2.1 and 2.2: text to video.
+
+Not reproduced, since it is a matter of the solver and not of the network: the UniPC scheduler of
+Wan's pipeline rounds times down to integers.
+"""
 
 import torch
 
@@ -8,19 +12,23 @@ from common.teachers.pipeline import Pipeline, channel_stats, flow_schedule
 
 
 class Wan(Pipeline):
-    """Wan text to video: samples are latents [C, F, h, w], F = (frames - 1) / 4 + 1. Videos are uint8 [n, 3, frames, H, W]. Wan 2.2 A14B has an expert for high
-    noise and one for low noise: `ByLevel` at boundary_ratio of its pipeline, one w for both."""
+    """Wan: latents [C, F, h, w], F = (frames - 1) / 4 + 1; videos uint8 [n, 3, frames, H, W].
+
+    Wan 2.2 A14B has one network for high noise and one for low noise: a ByLevel that changes at the
+    pipeline's boundary_ratio, with one w for both.
+    """
 
     adapter = "wan"
     pipeline = "WanPipeline"
-    network = "WanTransformer3DModel"
+    network_class = "WanTransformer3DModel"
+    without = ("transformer_2",)
+    since = (0, 37)  # older versions need a further package for text
     video = True
     at_once = 1
-    without, since = ("transformer_2",), (0, 37)  # older ones need a further package for text
-    built_for = 480, 832
+    built_for = (480, 832)
 
     def __init__(self, net, vae, scheduler, size=None, frames=81):
-        object.__setattr__(self, "frames", frames)
+        object.__setattr__(self, "frames", frames)  # latent_shape needs it before Module.__init__
         super().__init__(net, vae, scheduler, size)
 
     def latent_shape(self, c, size):
@@ -32,53 +40,49 @@ class Wan(Pipeline):
 
     @classmethod
     def networks(cls, index):
-        one = index.get("boundary_ratio") is None or index.get("transformer_2", [None, None]) == [
-            None,
-            None,
-        ]
-        return [cls.part] if one else [cls.part, "transformer_2"]
+        absent = [None, None]
+        if index.get("boundary_ratio") is None or index.get("transformer_2", absent) == absent:
+            return [cls.part]
+        return [cls.part, "transformer_2"]
 
-    def assembled(self, folder, index, dtype, nets):
-        if len(nets) == 1:
+    def with_experts(self, folder, index, dtype):
+        parts = self.networks(index)
+        if len(parts) == 1:
             return self
+        # The first expert has t >= s, so the change is just below sigma / alpha of t = s.
         s = float(index["boundary_ratio"])
-        edge = torch.nextafter(
-            torch.tensor(s / (1 - s), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
-        )  # the first expert has t = s as well
-        model = ByLevel(
-            [self, self.with_network(self.load_net(folder, dtype, nets[1]))], [float(edge)]
-        )
+        ratio = torch.tensor(s / (1 - s), dtype=torch.float64)
+        boundary = torch.nextafter(ratio, torch.zeros_like(ratio))
+        second = self.with_network(self.load_net(folder, dtype, parts[1]))
+        model = ByLevel([self, second], [float(boundary)])
         model.folder = self.folder
         return model
 
     @classmethod
-    def text(cls, pipe, prompts):
-        return dict(
-            text=pipe.encode_prompt(
-                prompts or [""],
-                do_classifier_free_guidance=False,
-                max_sequence_length=512,
-                device=pipe.device,
-            )[0]
+    def embed(cls, pipe, prompts):
+        text, _ = pipe.encode_prompt(
+            prompts or [""],
+            do_classifier_free_guidance=False,
+            max_sequence_length=512,
+            device=pipe.device,
         )
+        return dict(text=text)
 
     def predict(self, x, t, cond):
-        return self.net(
-            x, timestep=t * 1000, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False
-        )[0]
+        text = cond["text"].to(x.dtype)
+        return self.net(x, timestep=t * 1000, encoder_hidden_states=text, return_dict=False)[0]
 
     def time_embedders(self):
-        return [
-            self.net.condition_embedder.time_embedder
-        ], self.net.condition_embedder.time_embedder.linear_2.out_features
+        embedder = self.net.condition_embedder.time_embedder
+        return [embedder], embedder.linear_2.out_features
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.blocks, depths)
 
-    def to_feature_map(self, h):  # [B, F h w, D]: a map of the frames one below the other
-        return h.transpose(1, 2).reshape(
-            len(h), h.shape[2], -1, self.shape[3] // self.net.config.patch_size[2]
-        )
+    def to_feature_map(self, h):
+        """[B, F h w, D] -> [B, D, F h, w]: the frames one below the other."""
+        width = self.shape[3] // self.net.config.patch_size[2]
+        return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, width)
 
     @staticmethod
     def scale(c):
@@ -94,6 +98,5 @@ class Wan(Pipeline):
     def to_pictures(self, x):
         """First, middle and last frame, one below the other."""
         video = self.decode(x)
-        return torch.cat(
-            [video[:, :, i] for i in dict.fromkeys((0, self.frames // 2, self.frames - 1))], 2
-        )
+        shown = dict.fromkeys((0, self.frames // 2, self.frames - 1))  # without repeats
+        return torch.cat([video[:, :, i] for i in shown], 2)
