@@ -2,7 +2,7 @@
 
 A schema has a kind for each field: (what is expected, in words; a test of the value).
 
-    LORA = dict(rank=integer(1), targets=NAMES)
+    LORA = dict(rank=COUNT, targets=NAMES)
     check(info["lora"], f"{folder}: lora.", required=LORA)
     # UserError: out/s: lora.rank: expected an integer >= 1, found 'x'
 """
@@ -75,5 +75,6 @@ BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 NUMBER = ("a number", is_number)
 POSITIVE = ("a number > 0", lambda value: is_number(value) and 0 < value < math.inf)
 NOT_NEGATIVE = ("a number >= 0", lambda value: is_number(value) and 0 <= value < math.inf)
+COUNT = integer(1)
 NAMES = list_of("names", TEXT, least=1)
 LOCAL_FILE = ("a file in this folder", is_local_name)

@@ -23,7 +23,6 @@ from common.features import ClassifierExtractor
 from common.files import ROOT, WEIGHTS
 from common.image_folder import read_image
 from common.model import EXTRAS
-from common.pairs import Pairs
 from common.teachers.imagenet import read_checkpoint
 from common.teachers.latents import load_latents
 from common.teachers.formats import check_evaluation
@@ -205,7 +204,7 @@ def latents(tmp, run):
 
 
 def noise_pairs(tmp, run):
-    r, teacher = run("--regression", "3", "1", "1e-3"), load_teacher("toy")
+    r, teacher = run(), load_teacher("toy")
     load = lambda: Pairs(r, teacher, 3, 1.0)
     load()
     return next(r.out.glob("pairs-*/*.safetensors")), load

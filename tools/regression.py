@@ -75,7 +75,7 @@ class Pairs:
         self.n = n
         # other noise than that of sample grids and metrics
         self.seed = derive_seed(run.args.seed, 11) % 2**31
-        prompts = getattr(teacher, "prompts", teacher.classes)
+        prompts = teacher.classes if teacher.prompts is None else teacher.prompts
         key = [run.args.teacher, prompts, list(teacher.shape), self.seed, n, cfg, str(run.dtype)]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         self.folder = run.out / f"pairs-{name}"

@@ -8,6 +8,7 @@ from common.files import read_json
 from common.metrics import METRICS
 from common.schema import (
     BOOLEAN,
+    COUNT,
     LOCAL_FILE,
     NAMES,
     NUMBER,
@@ -28,7 +29,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MODEL = dict(
     schedule=OBJECT,  # common/schedules.py checks its fields
     prediction=TEXT,
-    shape=list_of("integers >= 1", integer(1)),
+    shape=list_of("integers >= 1", COUNT),
     classes=integer(0),
     sigma_data=POSITIVE,
     adapted=maybe(choice(["dense"], ["dense", "qk_norm"])),  # DiT.adapt
@@ -37,7 +38,7 @@ MODEL = dict(
 )
 
 # "model" and its "lora", of a student whose weights are its teacher's with adapters.
-LORA = dict(rank=integer(1), targets=NAMES)
+LORA = dict(rank=COUNT, targets=NAMES)
 
 # "model" of several experts.
 ROUTED = dict(
@@ -53,7 +54,7 @@ SIT = dict(
     weights=LOCAL_FILE,
     vae=maybe(LOCAL_FILE),  # or a name on the hub
     convention=maybe(CONVENTION),
-    heads=maybe(integer(1)),
+    heads=maybe(COUNT),
 )
 
 
