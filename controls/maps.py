@@ -156,8 +156,9 @@ class Control:
         if name == "class" and self.is_toy:
             self.classes = model.mixture.modes
         elif name == "class":
-            self.classifier = ClassifierExtractor(teacher if teacher is not None else model)
-            self.classes = len(self.classifier.teacher.evaluation["names"])
+            measured = teacher if teacher is not None else model
+            self.classifier = ClassifierExtractor(measured)
+            self.classes = len(measured.evaluation["names"])
         elif name == "image":
             self.embedding = self.estimator.net.config.projection_dim
         else:

@@ -1,49 +1,40 @@
-"""Emoji images with captions, from the npm packages emoji-datasource-google (Noto, Apache-2.0) and emoji-datasource-twitter (Twemoji, CC BY 4.0): needed only
-to train the `emoji` teachers again (common/pretrain_emoji.py). Archives are read into memory, nothing is unpacked.
+"""Emoji images with captions: the training data of the `emoji` teachers (recipes/emoji_teacher.py).
 
-Unicode's names say what was meant in 1993 ("HEAVY BLACK HEART"), the packages' short names what people type ("heart"): captions use both.
+They come from two packages of npm: emoji-datasource-google (Noto, Apache-2.0) and
+emoji-datasource-twitter (Twemoji, CC BY 4.0). Archives are read in memory, nothing is unpacked.
+
+Captions use two kinds of names. Unicode's were given when a character was added ("HEAVY BLACK
+HEART"), the short names of the packages are what people type ("heart").
 """
 
 import collections
+import dataclasses
 import hashlib
 import io
 import json
 import re
-import subprocess
-import tarfile
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.errors import UserError
+from recipes.npm import read_package
 
-SETS = {"google": "noto", "twitter": "twemoji"}  # package -> the word for its style in captions
-
-
-OFTEN = dict(
-    noto=1.0, twemoji=0.5
-)  # how often a style is seen: a prompt that names none is then mostly Noto
-
-
-SIDE, LARGEST = 64, 2**23  # pixels of an image; bytes of a file that is read
-
-
-SKIN = {
+SIDE = 64  # pixels
+STYLES = {"google": "noto", "twitter": "twemoji"}  # end of the package's name -> word in captions
+STYLE_WEIGHT = {"noto": 1.0, "twemoji": 0.5}  # captions that name no style mostly show Noto
+SKIN_TONES = {
     "1F3FB": "light",
     "1F3FC": "medium light",
     "1F3FD": "medium",
     "1F3FE": "medium dark",
     "1F3FF": "dark",
 }
-
-
 TEMPLATES = ("{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}")
 
-
-SAID = {  # by the first short name, where neither name is what people say
+# Phrases by first short name, where neither of the names is what people say.
+SPOKEN = {
     "heart": ["red heart", "heart"],
     "star": ["star", "yellow star"],
     "+1": ["thumbs up"],
@@ -73,211 +64,231 @@ SAID = {  # by the first short name, where neither name is what people say
     "clubs": ["club suit"],
     "diamonds": ["diamond suit"],
 }
+BUTTON = (
+    r"(?:negative squared latin capital letter|circled latin capital letter"
+    r"|squared|negative squared) (.+)"
+)
+HAIR = r"(man|woman|person) (red hair|curly hair|white hair|blond hair|beard)"
+PERSON = r"\b(man|woman|person|men|women|people|boy|girl|adult|child) ?"
+PRINTING = ("heavy", "black", "white", "ornament", "symbol", "sign")  # how a glyph was printed
 
 
-def package(source, name):
-    """source: None (npm fetches it), a folder with the .tgz, or one with the unpacked package -> dict of path below package/ -> bytes: emoji.json and the PNGs."""
-    if source is None:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                subprocess.run(["npm", "pack", name], cwd=folder, check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as e:
-                raise UserError(
-                    f"npm pack {name}: expected the package, found: {' '.join(str(e).split())[:200]}; give --source a folder that has it"
-                ) from None
-            return package(folder, name)
-    wanted = lambda path: (
-        path == "emoji.json" or re.fullmatch(rf"img/{name.split('-')[-1]}/64/[\w-]+\.png", path)
+@dataclasses.dataclass
+class EmojiSet:
+    images: torch.Tensor  # uint8 [n, 3, 64, 64]
+    categories: list  # names
+    category: torch.Tensor  # int64 [n]
+    kinds: list  # names of the subcategories
+    kind: torch.Tensor  # int64 [n]
+    phrases: list  # [n] lists of phrases, the best first
+    skin_tones: list  # [n] lists of words, of no, one or two people
+    styles: list  # [n] words
+    codes: list  # [n] Unicode numbers of the emoji, without skin tones
+    held_out: torch.Tensor  # bool [n], not for training
+    weight: torch.Tensor  # float [n] up to 1, how often an image is drawn in training
+
+    def __len__(self):
+        return len(self.images)
+
+
+def load_emoji(source=None):
+    """-> EmojiSet of both packages. source: see `read_package`. UserError."""
+    rows = []
+    for vendor, style in STYLES.items():
+        rows += load_vendor(source, vendor, style)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    categories = sorted(set(columns["category"]))
+    kinds = sorted(set(columns["kind"]))
+    return EmojiSet(
+        images=torch.stack(columns["image"]),
+        categories=categories,
+        category=torch.tensor([categories.index(name) for name in columns["category"]]),
+        kinds=kinds,
+        kind=torch.tensor([kinds.index(name) for name in columns["kind"]]),
+        phrases=columns["phrases"],
+        skin_tones=columns["skin_tones"],
+        styles=columns["style"],
+        codes=columns["code"],
+        held_out=torch.tensor(columns["held_out"]),
+        weight=torch.tensor(columns["weight"]),
     )
-    archives, folder = sorted(Path(source).glob(f"{name}-*.tgz")), Path(source) / name
-    if archives:
-        try:
-            with tarfile.open(archives[-1], "r:gz") as tar:
-                members = [m for m in tar if wanted(m.name.removeprefix("package/"))]
-                for m in members:
-                    if not m.isfile() or m.size > LARGEST:
-                        raise UserError(
-                            f"--source {archives[-1]}: {m.name}: expected a file of at most {LARGEST} bytes, found {'more' if m.isfile() else 'no plain file'}"
-                        )
-                return {m.name.removeprefix("package/"): tar.extractfile(m).read() for m in members}
-        except (tarfile.TarError, OSError, EOFError) as e:
-            raise UserError(
-                f"--source {archives[-1]}: expected a .tgz of npm, found something else ({type(e).__name__})"
-            ) from None
-    if folder.is_dir():
-        paths = [
-            p
-            for p in folder.glob("**/*")
-            if wanted(p.relative_to(folder).as_posix()) and p.is_file() and not p.is_symlink()
-        ]
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
-    raise UserError(
-        f"--source {source}: expected {name}-VERSION.tgz or a folder {name}, found neither"
-    )
 
 
-def on_white(png, where):
-    """PNG file -> uint8 [3, 64, 64], transparent parts white."""
-    from PIL import Image
-
+def load_vendor(source, vendor, style):
+    """-> list of dicts, one an image of the package."""
+    package = f"emoji-datasource-{vendor}"
+    wanted = re.compile(rf"emoji\.json|img/{vendor}/64/[\w-]+\.png")
+    files = read_package(source, package, wanted)
+    rows = []
     try:
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            if max(image.size) > 4 * SIDE:
-                raise ValueError("too large")
-            image = (
-                image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-                if image.size != (SIDE, SIDE)
-                else image.convert("RGBA")
-            )
-    except Exception as e:  # pillow's readers raise many kinds for a damaged file
+        table = [e for e in json.loads(files["emoji.json"]) if e["category"] != "Component"]
+        names = {simplify(entry["name"]) for entry in table}
+        for entry, weight in zip(table, entry_weights(table)):
+            phrases = phrases_of(entry, names)
+            for skin, image, share in variants(entry):
+                path = f"img/{vendor}/64/{image}"
+                if path not in files:  # some are missing in a set
+                    continue
+                skin_tones = [SKIN_TONES[code] for code in skin.split("-") if code]
+                row = dict(
+                    image=read_png(files[path], path),
+                    category=entry["category"],
+                    kind=entry["subcategory"],
+                    phrases=phrases,
+                    skin_tones=skin_tones,
+                    style=style,
+                    code=entry["unified"],
+                    held_out=is_held_out(entry["unified"], skin_tones),
+                    weight=STYLE_WEIGHT[style] * weight / share,
+                )
+                rows.append(row)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
-            f"{where}: expected a PNG of {SIDE} x {SIDE} pixels, found something else ({type(e).__name__})"
+            f"{package}: expected emoji.json with name, short_names, category, subcategory and "
+            f"image of each, found {type(e).__name__}: {e}"
         ) from None
-    a = np.asarray(image, np.float32)
-    white = a[..., :3] * (a[..., 3:] / 255) + 255 - a[..., 3:]
-    return torch.from_numpy(white.round().astype(np.uint8)).permute(2, 0, 1)
+    if not rows:
+        raise UserError(f"{package}: expected images in img/{vendor}/64, found none")
+    return rows
 
 
-def plain(text):
-    """Letters, digits and single spaces, lower case."""
-    return " ".join(
-        re.sub(r"[^a-z0-9]+", " ", text.lower().replace("'", "").replace("’", "")).split()
-    )
+def variants(entry):
+    """(skin code, name of the image, divisor of its weight) of an emoji and its skin tones.
 
-
-def nouns(entry, taken):
-    """Phrases for an entry of emoji.json, the best first. taken: plain names of all entries; a short name that is another's name ("dog" of DOG FACE) is left out."""
-    name, shorts = plain(entry["name"]), entry["short_names"]
-    if shorts[0] in SAID:
-        return SAID[shorts[0]]
-    if (
-        entry["category"] == "Flags"
-        and (m := re.fullmatch(r"(.+) flag", name))
-        and entry["subcategory"] != "flag"
-    ):
-        return [f"flag of {m[1]}", f"{m[1]} flag"] + (
-            [f"flag of the {m[1]}"] if m[1].endswith("s") or "united" in m[1] else []
-        )
-    if m := re.fullmatch(
-        r"(?:negative squared latin capital letter|circled latin capital letter|squared|negative squared) (.+)",
-        name,
-    ):
-        m = re.sub(r"^(cjk unified ideograph|katakana)", "japanese", m[1])
-        return [f"{m} button"] + ([f"letter {m} button"] if len(m) == 1 else [])
-    if m := re.fullmatch(
-        r"(man|woman|person) (red hair|curly hair|white hair|blond hair|beard)", name
-    ):
-        return [f"{m[1]} with {m[2]}", *map(plain, shorts[:1])]
-    if m := re.fullmatch(r"(man|woman|person) bald", name):
-        return [f"bald {m[1]}"]
-    if m := re.fullmatch(r"clock face (.+)", name):
-        return [f"clock at {m[1]}", "clock"]
-    words, short = name.split(), plain(shorts[0])
-    words = [
-        w
-        for i, w in enumerate(words)
-        if not (
-            w in ("heavy", "black", "white", "ornament", "symbol", "sign")
-            and w not in short.split()
-            and len(words) > 1
-        )
-    ]
-    found = [" ".join(words) or name]
-    for s in shorts:
-        s = plain(
-            re.sub(
-                r"^female\b",
-                "woman",
-                re.sub(r"^male\b", "man", s.replace("_", "-").replace("-", " ")),
-            )
-        )
-        s = s if not re.search(r"\d$", s) else found[0]  # "dog2" is a number among short names
-        if len(s) > 2 and s not in found and s not in taken:
-            found.append(s)
+    Skin codes are "", "1F3FB" for one person or "1F3FB-1F3FF" for two. All tones of one person
+    together weigh half of the emoji without tone, and so do all pairs of tones.
+    """
+    tones = entry.get("skin_variations") or {}
+    people = collections.Counter(code.count("-") for code in tones)
+    found = [("", entry["image"], 1)]
+    for code, variant in tones.items():
+        found.append((code, variant["image"], 2 * people[code.count("-")]))
     return found
 
 
-def rarity(table):
-    """Weight in training of every entry of emoji.json: those that differ in man, woman, boy or girl only weigh as one; flags, many and seldom asked for, half."""
-    key = lambda e: (
-        e["category"],
-        re.sub(
-            r"\b(man|woman|person|men|women|people|boy|girl|adult|child) ?", "", plain(e["name"])
-        )
-        or plain(e["name"]),
-    )
-    keys = [key(e) if e["category"] == "People & Body" else i for i, e in enumerate(table)]
-    count = collections.Counter(keys)
-    return [(0.5 if e["category"] == "Flags" else 1.0) / count[k] for e, k in zip(table, keys)]
+def read_png(data, where):
+    """Bytes of a PNG file -> uint8 [3, 64, 64] on white. UserError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if max(image.size) > 4 * SIDE:
+                raise ValueError("too large")
+            image = image.convert("RGBA")
+    except Exception as e:  # pillow's readers raise many kinds for a damaged file
+        raise UserError(
+            f"{where}: expected a PNG of {SIDE} x {SIDE} pixels, found something else "
+            f"({type(e).__name__})"
+        ) from None
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    rgba = np.asarray(image, np.float32)
+    color, alpha = rgba[..., :3], rgba[..., 3:]
+    on_white = color * (alpha / 255) + 255 - alpha
+    return torch.from_numpy(on_white.round().astype(np.uint8)).permute(2, 0, 1)
 
 
-def held_out(base, skin):
-    """Is this skin tone of this person kept from training? One pair of 25, the same in both styles, so that the composition has never been seen."""
-    return len(skin) == 1 and hashlib.sha256(f"{base} {skin[0]}".encode()).digest()[0] % 25 == 0
+# ---- captions ------------------------------------------------------------------------------------
 
 
-def load(source=None):
-    """Both sets -> SimpleNamespace: images uint8 [n, 3, 64, 64]; label int64 [n] (category) and kind int64 [n] (subcategory), names and kinds; nouns: list of lists
-    of phrases; skin: list of lists of words; style: list of words; held bool [n]; base: list of Unicode numbers; weight float [n]: how often an image is seen,
-    at most 1: all tones of an emoji together weigh half of the emoji (`rarity`, OFTEN)."""
-    rows, images = [], []
-    for name, style in SETS.items():
-        files = package(source, f"emoji-datasource-{name}")
-        try:
-            table = json.loads(files["emoji.json"])
-            table = [e for e in table if e["category"] != "Component"]
-            taken = {plain(e["name"]) for e in table}
-            for e, often in zip(table, rarity(table)):
-                phrases, tones = nouns(e, taken), e.get("skin_variations") or {}
-                for skin, variant in [("", e), *tones.items()]:
-                    if (path := f"img/{name}/64/{variant['image']}") not in files:
-                        continue  # a set lacks some
-                    skins = [SKIN[s] for s in skin.split("-") if s]
-                    same = 2 * sum(s.count("-") == skin.count("-") for s in tones) if skin else 1
-                    rows.append(
-                        (
-                            e["category"],
-                            e["subcategory"],
-                            phrases,
-                            skins,
-                            style,
-                            held_out(e["unified"], skins),
-                            OFTEN[style] * often / same,
-                            e["unified"],
-                        )
-                    )
-                    images.append(on_white(files[path], path))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(
-                f"emoji-datasource-{name}: expected emoji.json with name, short_names, category, subcategory and image of each, found {type(e).__name__}: {e}"
-            ) from None
-        if not images:
-            raise UserError(
-                f"emoji-datasource-{name}: expected images in img/{name}/64, found none"
-            )
-    category, kind, phrases, skin, style, held, weight, base = map(list, zip(*rows))
-    names, kinds = sorted(set(category)), sorted(set(kind))
-    return SimpleNamespace(
-        images=torch.stack(images),
-        label=torch.tensor([names.index(c) for c in category]),
-        kind=torch.tensor([kinds.index(k) for k in kind]),
-        names=names,
-        kinds=kinds,
-        nouns=phrases,
-        skin=skin,
-        style=style,
-        held=torch.tensor(held),
-        weight=torch.tensor(weight),
-        base=base,
-    )
+def simplify(text):
+    """Lower case, only letters, digits and single spaces."""
+    text = text.lower().replace("'", "").replace("’", "")
+    return " ".join(re.sub(r"[^a-z0-9]+", " ", text).split())
 
 
-def caption(data, i, u):
-    """Caption of image i; u: three uniform numbers that choose the phrase (the first half of the time), the template, and whether the style is said."""
-    phrases = data.nouns[i]
-    phrase = phrases[0 if u[0] < 0.5 else int((u[0] - 0.5) * 2 * len(phrases))]
-    if data.skin[i]:
-        skin = f"{' and '.join(dict.fromkeys(data.skin[i]))} skin"
+def phrases_of(entry, names):
+    """Phrases for an entry of emoji.json, the best first. names: simplified, of all entries."""
+    name, shorts = simplify(entry["name"]), entry["short_names"]
+    if shorts[0] in SPOKEN:
+        return SPOKEN[shorts[0]]
+    if flag := re.fullmatch(r"(.+) flag", name):
+        if entry["category"] == "Flags" and entry["subcategory"] != "flag":
+            return flag_phrases(flag[1])
+    if button := re.fullmatch(BUTTON, name):
+        return button_phrases(button[1])
+    if hair := re.fullmatch(HAIR, name):
+        return [f"{hair[1]} with {hair[2]}", simplify(shorts[0])]
+    if bald := re.fullmatch(r"(man|woman|person) bald", name):
+        return [f"bald {bald[1]}"]
+    if clock := re.fullmatch(r"clock face (.+)", name):
+        return [f"clock at {clock[1]}", "clock"]
+    return general_phrases(name, shorts, names)
+
+
+def flag_phrases(country):
+    phrases = [f"flag of {country}", f"{country} flag"]
+    if country.endswith("s") or "united" in country:
+        phrases.append(f"flag of the {country}")
+    return phrases
+
+
+def button_phrases(label):
+    label = re.sub(r"^(cjk unified ideograph|katakana)", "japanese", label)
+    phrases = [f"{label} button"]
+    if len(label) == 1:
+        phrases.append(f"letter {label} button")
+    return phrases
+
+
+def general_phrases(name, shorts, names):
+    """Unicode's name without words about printing, then short names that add something."""
+    words = name.split()
+    if len(words) > 1:
+        short_words = simplify(shorts[0]).split()
+        words = [w for w in words if w not in PRINTING or w in short_words]
+    phrases = [" ".join(words) or name]
+    for short in shorts:
+        short = short.replace("_", " ").replace("-", " ")
+        short = re.sub(r"^male\b", "man", short)
+        short = simplify(re.sub(r"^female\b", "woman", short))
+        if len(short) < 3 or re.search(r"\d$", short):  # "dog2" is the second with this name
+            continue
+        # another emoji's name is ambiguous, such as "dog" of DOG FACE
+        if short not in phrases and short not in names:
+            phrases.append(short)
+    return phrases
+
+
+def entry_weights(table):
+    """Weight in training of every entry of emoji.json.
+
+    Entries that differ in man, woman, boy, girl and the like only, weigh as much as one. Flags,
+    of which there are many, weigh half.
+    """
+    groups = []
+    for i, entry in enumerate(table):
+        if entry["category"] == "People & Body":
+            name = simplify(entry["name"])
+            groups.append(re.sub(PERSON, "", name) or name)
+        else:
+            groups.append(i)
+    sizes = collections.Counter(groups)
+    weights = []
+    for entry, group in zip(table, groups):
+        weight = 0.5 if entry["category"] == "Flags" else 1.0
+        weights.append(weight / sizes[group])
+    return weights
+
+
+def is_held_out(code, skin_tones):
+    """Whether this skin tone of this emoji is left out of training: one pair in 25, the same in
+    both styles, so that the composition is new.
+    """
+    if len(skin_tones) != 1:
+        return False
+    return hashlib.sha256(f"{code} {skin_tones[0]}".encode()).digest()[0] % 25 == 0
+
+
+def make_caption(data, i, u):
+    """Caption of image i of an EmojiSet.
+
+    u: three uniform numbers, which choose the phrase (the first one half of the time), the template
+    and the form of the skin tone, and whether the style is named.
+    """
+    phrases = data.phrases[i]
+    phrase = phrases[0] if u[0] < 0.5 else phrases[int((u[0] - 0.5) * 2 * len(phrases))]
+    if data.skin_tones[i]:
+        different = dict.fromkeys(data.skin_tones[i])
+        skin = f"{' and '.join(different)} skin"
         phrase = f"{phrase} with {skin}" if u[1] < 0.5 else f"{phrase}, {skin}"
     text = TEMPLATES[int(u[1] * 2 % 1 * len(TEMPLATES))].format(phrase)
-    return text if u[2] < 0.5 else f"{text}, {data.style[i]} style"
+    return text if u[2] < 0.5 else f"{text}, {data.styles[i]} style"

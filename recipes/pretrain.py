@@ -240,7 +240,7 @@ def fit_toy(args, out, iters=4000, lr=2e-3):
             group["lr"] = lr * min(1, 2 * (1 - it / iters))
         draw = BatchRandom(args.seed, it, 256)
         labels = draw.randint(0, 8)
-        x0 = toy.mixture.sample(256, labels, draw.gen)
+        x0 = toy.mixture.sample(256, labels, draw.generator)
         sigma = grid[draw.randint(0, 1000)]
         x_t = x0 + sigma[:, None].float() * draw.randn(2)
         labels = torch.where(draw.rand() < 0.75, 8, labels)
