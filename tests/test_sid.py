@@ -1,383 +1,379 @@
-"""Invariants of SiD (arXiv 2404.04057 and its successors): closed-form Gaussians, schedules, who gets gradients in a real run. Numbers were derived apart
-from the code. Expectations over z, eps ~ N(0, 1) of polynomials of degree two are exact means over the four points (+-1, +-1)."""
+"""sid.py: its equations on closed-form Gaussians, then who is trained when in a real run.
+
+Expected numbers were derived apart from the code.
+"""
 
 import math
-import signal
-import sys
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from helpers.conversions import from_x0
+from helpers.gaussian import Gauss, f64, normal, relative_error
+from helpers.trace import Trace
 
 import dmd2
 import sid
-from common import data
+from common.data import load_images
 from common.errors import UserError
 from common.rng import BatchRandom
-from common.run import Run
 from common.sampling import generate
-from common.schedules import EDM, VP, Flow, TrigFlow, eps_from_x0, expand
+from common.schedules import EDM, VP, Flow, TrigFlow, add_noise, eps_from_x0
 from common.teachers.load import load_teacher
-from common.teachers.toy import Toy
 
-ONE = torch.ones((), dtype=torch.float64)
-f64 = lambda *v: torch.tensor(v, dtype=torch.float64)
-Z, EPS = f64(1, 1, -1, -1).view(4, 1), f64(1, -1, 1, -1).view(4, 1)
+ONE = f64(1.0)
+SCHEDULES = dict(edm=EDM, vp=VP, flow=Flow)
 
-
-class Gauss(nn.Module):
-    """Optimal denoiser for data N(mean, std^2 I). Counts its calls."""
-
-    classes = 0
-
-    def __init__(self, mean=0.0, std=1.0, schedule=None):
-        super().__init__()
-        self.mean, self.std, self.schedule, self.inputs = nn.Parameter(f64(mean)), std, schedule, []
-
-    def forward(self, x_t, alpha, sigma, cond):
-        self.inputs.append(x_t)
-        a, s = expand(alpha, x_t), expand(sigma, x_t)
-        return ((self.std**2 * a * x_t + s**2 * self.mean) / (a**2 * self.std**2 + s**2)).to(
-            x_t.dtype
-        )
+# A mean over these four points is the exact expectation over z, eps ~ N(0, 1) of a polynomial of
+# degree two.
+Z = f64([[1.0], [1.0], [-1.0], [-1.0]])
+EPS = f64([[1.0], [-1.0], [1.0], [-1.0]])
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+# ---- (5): value and gradient ---------------------------------------------------------------------
 
 
-def gaussian(theta, alpha, s=1.0, sigma=1.0, detach=False, fake_std=None):
-    """E L_alpha and its derivative for data N(0, s^2), x = theta z, VE noise, w = 1; the critic is optimal for std fake_std (theta) and stands still."""
+def gaussian(theta, alpha, sigma=1.0, detach=False):
+    """E L_sid and its derivative, for data N(0, 1), x = theta z, x_t = x + sigma eps, w = 1.
+
+    The critic is the optimal one of x, and stands still.
+    """
+    real = Gauss(0.0, 1.0)
+    fake = Gauss(0.0, theta)
     theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     x = theta * Z
-    x_t = sid.add_noise(x, ONE, sigma * ONE, EPS)
-    f_phi, f_psi = (
-        Gauss(0, std)(x_t, ONE, sigma * ONE, {})
-        for std in (s, float(theta.detach() if fake_std is None else fake_std))
-    )
+    x_t = add_noise(x, 1.0, sigma, EPS)
+    r = real(x_t, 1.0, sigma, {})
+    f = fake(x_t, 1.0, sigma, {})
     if detach:
-        f_phi, f_psi = f_phi.detach(), f_psi.detach()
-    loss = sid.sid_loss(x, f_phi, f_psi, f_psi, torch.ones(4, dtype=torch.float64), alpha)
+        r, f = r.detach(), f.detach()
+    loss = sid.sid_loss(x, r, f, ONE.expand(4), alpha)
     loss.backward()
     return loss.item(), theta.grad.item()
 
 
-# ---- 10.1 - 10.5: value and gradient ---------------------------------------------------------------------------------------------------------
-
-
-TABLE = [
-    (2.0, 0.0, 0.45, 0.60),
-    (2.0, 0.5, 0.225, 0.42),
-    (2.0, 1.0, 0.0, 0.24),
-    (2.0, 1.2, -0.09, 0.168),
-    (0.5, 0.0, 0.1125, -0.15),
-    (0.5, 0.5, 0.05625, -0.195),
-    (0.5, 1.0, 0.0, -0.24),
-    (0.5, 1.2, -0.0225, -0.258),
-]
-
-
-@pytest.mark.parametrize("theta, alpha, value, gradient", TABLE)
-def test_gaussian_value_and_gradient(theta, alpha, value, gradient):
+@pytest.mark.parametrize(
+    "theta, alpha, value, gradient",
+    [
+        (2.0, 0.0, 0.45, 0.60),
+        (2.0, 0.5, 0.225, 0.42),
+        (2.0, 1.0, 0.0, 0.24),
+        (2.0, 1.2, -0.09, 0.168),
+        (0.5, 0.0, 0.1125, -0.15),
+        (0.5, 0.5, 0.05625, -0.195),
+        (0.5, 1.0, 0.0, -0.24),
+        (0.5, 1.2, -0.0225, -0.258),
+    ],
+)
+def test_eq05_of_a_gaussian(theta, alpha, value, gradient):
     loss, grad = gaussian(theta, alpha)
-    assert loss == pytest.approx(value, abs=1e-14) and grad == pytest.approx(gradient, abs=1e-14)
-    A, B = 1 / 2, theta**2 / (theta**2 + 1)
-    assert loss == pytest.approx((1 - alpha) * (A - B) ** 2 * (theta**2 + 1), abs=1e-14)
-    assert grad == pytest.approx(2 * theta * (A - B) * ((1 - alpha) * A + alpha * B - 1), abs=1e-14)
+    assert loss == pytest.approx(value, abs=1e-14)
+    assert grad == pytest.approx(gradient, abs=1e-14)
+    a = 1 / 2
+    b = theta**2 / (theta**2 + 1)
+    formula = 2 * theta * (a - b) * ((1 - alpha) * a + alpha * b - 1)
+    assert loss == pytest.approx((1 - alpha) * (a - b) ** 2 * (theta**2 + 1), abs=1e-14)
+    assert grad == pytest.approx(formula, abs=1e-14)
 
 
-def test_monte_carlo_agrees():
-    z, eps, theta = (
-        normal(2_000_000, 1),
-        normal(2_000_000, 1, seed=1),
-        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
-    )
-    x_t = theta * z + eps
-    loss = sid.sid_loss(
-        theta * z, x_t / 2, 0.8 * x_t, 0.8 * x_t, torch.ones(len(z), dtype=torch.float64), 1.2
-    )
+def test_eq05_by_monte_carlo():
+    n = 2_000_000
+    theta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    x = theta * normal(n, 1)
+    x_t = x + normal(n, 1, seed=1)
+    loss = sid.sid_loss(x, x_t / 2, 0.8 * x_t, ONE.expand(n), 1.2)
     loss.backward()
-    assert loss.item() == pytest.approx(-0.09, abs=5e-3) and theta.grad.item() == pytest.approx(
-        0.168, abs=5e-3
-    )
+    assert loss.item() == pytest.approx(-0.09, abs=5e-3)
+    assert theta.grad.item() == pytest.approx(0.168, abs=5e-3)
 
 
-def test_half_is_the_fisher_divergence():
-    """At alpha = 1/2, for any tensors; so its gradient at the optimal critic is half of the total derivative of E |f_phi - f_psi|^2."""
-    x, a, b, w = *(normal(5, 3, 4, 4, seed=i) for i in range(3)), normal(5, seed=3).abs()
-    halves = 0.5 * (w * ((a - x).square() - (b - x).square()).flatten(1).sum(1)).mean()
-    assert sid.sid_loss(x, a, b, b, w, 0.5).item() == pytest.approx(halves.item(), rel=1e-12)
-    F = lambda theta: (1 / 2 - theta**2 / (theta**2 + 1)) ** 2 * (theta**2 + 1)
-    total = (F(2 + 1e-6) - F(2 - 1e-6)) / 2e-6
-    assert total == pytest.approx(0.84, abs=1e-8) and 2 * gaussian(2.0, 0.5)[1] == pytest.approx(
-        total, abs=1e-8
-    )
+def random_estimates():
+    """x, r, f [5, 3, 4, 4] and w [5]."""
+    return *(normal(5, 3, 4, 4, seed=i) for i in range(3)), normal(5, seed=3).abs()
+
+
+def test_eq05_at_one_half_for_any_estimates():
+    """It is half the difference of the two denoising errors."""
+    x, r, f, w = random_estimates()
+    errors = (r - x).square() - (f - x).square()
+    halves = 0.5 * (w * errors.flatten(1).sum(1)).mean()
+    assert sid.sid_loss(x, r, f, w, 0.5).item() == pytest.approx(halves.item(), rel=1e-12)
+
+
+def test_eq05_at_one_half_is_the_gradient_of_the_fisher_divergence():
+    """With the optimal critic, it is half of the derivative of E|r - f|^2, critic included."""
+
+    def divergence(theta):
+        gap = 1 / 2 - theta**2 / (theta**2 + 1)
+        return gap**2 * (theta**2 + 1)
+
+    slope = (divergence(2 + 1e-6) - divergence(2 - 1e-6)) / 2e-6
+    assert slope == pytest.approx(0.84, abs=1e-8)
+    assert 2 * gaussian(2.0, 0.5)[1] == pytest.approx(slope, abs=1e-8)
+
+
+def test_eq05_at_one_for_any_estimates():
+    x, r, f, w = random_estimates()
+    short = (w * ((r - f) * (f - x)).flatten(1).sum(1)).mean()
+    assert sid.sid_loss(x, r, f, w, 1.0).item() == pytest.approx(short.item(), rel=1e-13)
 
 
 @pytest.mark.parametrize(
     "theta, sigma, threshold", [(3.0, 0.1, 1.126), (3.0, 1.0, 1.25), (2.0, 0.5, 1.417)]
 )
-def test_where_alpha_turns_the_gradient_round(theta, sigma, threshold):
+def test_eq05_largest_alpha_with_the_right_direction(theta, sigma, threshold):
+    """Descent moves the width theta towards the data's, 1, up to a threshold of alpha."""
     for alpha in (0.0, 0.5, 1.0, threshold - 2e-3):
-        assert (
-            gaussian(theta, alpha, sigma=sigma)[1] > 0
-            and gaussian(1 / theta, alpha, sigma=sigma)[1] < 0
-        )  # towards theta = s
+        assert gaussian(theta, alpha, sigma=sigma)[1] > 0
+        assert gaussian(1 / theta, alpha, sigma=sigma)[1] < 0
     assert gaussian(theta, threshold + 2e-3, sigma=sigma)[1] < 0
 
 
-def detached_gradient(alpha, dtype=torch.float64):
-    x = normal(6, 3, 4, 4).to(dtype).requires_grad_()
-    a, b, w = (
-        normal(6, 3, 4, 4, seed=1).to(dtype),
-        normal(6, 3, 4, 4, seed=2).to(dtype),
-        normal(6, seed=3).abs(),
-    )
-    sid.sid_loss(x, a, b, b, w, alpha).backward()
-    return x.grad, -(a - b) * w.view(6, 1, 1, 1).to(dtype) / 6
-
-
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
-def test_detached_networks_leave_the_same_gradient_for_every_alpha(alpha):
-    found, expected = detached_gradient(alpha)
-    assert (found - expected).abs().max() < 1e-15
-    assert gaussian(2.0, alpha, detach=True)[1] == pytest.approx(
-        0.60, abs=1e-14
-    )  # and a correct SiD must not give it at alpha = 1
+def test_eq05_with_detached_networks_does_not_depend_on_alpha(alpha):
+    """The gradient is -(r - f) w for every alpha: 0.60 for the Gaussian, not 0.24 as it should."""
+    x, r, f, w = random_estimates()
+    x.requires_grad_()
+    sid.sid_loss(x, r, f, w, alpha).backward()
+    expected = -(r - f) * w.view(5, 1, 1, 1) / 5
+    assert (x.grad - expected).abs().max() < 1e-15
+    assert gaussian(2.0, alpha, detach=True)[1] == pytest.approx(0.60, abs=1e-14)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
-def test_detached_networks_give_the_direction_of_dmd(dtype, tolerance, alpha):
-    """dmd2's generator gradient, from the same sample, noise and level, into the student's weights: the same up to C H W."""
-    real, fake, student = Gauss(0.3, 0.5), Gauss(-0.2, 0.7), nn.Linear(6, 6).to(dtype)
-    sigma, eps, z = f64(0.1, 0.5, 2.0, 10.0), normal(4, 6, seed=1).to(dtype), normal(4, 6).to(dtype)
-    ones, grads = torch.ones(4, dtype=torch.float64), []
-    for method in ("dmd2", "sid"):
-        x = student(z)
-        if method == "dmd2":
-            real.guided = lambda x_t, a, s, c, w: real(x_t, a, s, c)
-            loss = dmd2.dm_loss(
-                x,
-                dmd2.dm_gradient(
-                    x, dmd2.renoise(x.detach(), ones, sigma, eps), ones, sigma, {}, real, fake, 1.0
-                )[0],
-            )
-        else:
-            x_t = sid.add_noise(x, ones, sigma, eps)
-            with torch.no_grad():
-                f_phi, f_psi = real(x_t, ones, sigma, {}), fake(x_t, ones, sigma, {})
-            loss = sid.sid_loss(
-                x, f_phi, f_psi, f_psi, sid.sid_weight("sid_legacy", x, f_phi, ones, sigma), alpha
-            )
-        grads.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, student.parameters())])
-        )
-    assert (grads[1] - 6 * grads[0]).norm() < tolerance * grads[1].norm() and grads[0].norm() > 1e-3
+def test_eq05_with_detached_networks_has_the_direction_of_dmd(dtype, tolerance, alpha):
+    """dmd2's gradient of the student's weights, from the same x, noise and level, times C H W."""
+    real, fake = Gauss(0.3, 0.5), Gauss(-0.2, 0.7)
+    student = nn.Linear(6, 6).to(dtype)
+    levels = (ONE.expand(4), f64(0.1, 0.5, 2.0, 10.0))
+    x = student(normal(4, 6).to(dtype))
+    x_t = add_noise(x.detach(), *levels, normal(4, 6, seed=1).to(dtype))
 
-
-# ---- 10.6 - 10.8: identities ------------------------------------------------------------------------------------------------------------------
+    g, r, f, _ = dmd2.dm_gradient(x, x_t, *levels, {}, real, fake, 1.0)
+    dmd = torch.autograd.grad(dmd2.dm_loss(x, g), student.parameters(), retain_graph=True)
+    w = sid.sid_weight("sid_legacy", x, r, *levels)
+    found = torch.autograd.grad(sid.sid_loss(x, r, f, w, alpha), student.parameters())
+    dmd = torch.cat([p.flatten() for p in dmd])
+    found = torch.cat([p.flatten() for p in found])
+    assert dmd.norm() > 1e-3
+    assert relative_error(6 * dmd, found) < tolerance
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
-def test_no_gradient_if_critic_equals_teacher(alpha):
+def test_eq05_no_gradient_if_the_critic_equals_the_teacher(alpha):
     teacher = load_teacher("toy-cond").copy().requires_grad_(False)
-    x = (2 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    cond, sigma = (
-        teacher.encode(torch.arange(64) % 8),
-        torch.logspace(-2, 1, 64, dtype=torch.float64),
-    )
-    x_t = sid.add_noise(
-        x, ONE.expand(64), sigma, torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
-    )
-    f_phi, f_psi = (
-        sid.Critic(net)(x_t, ONE.expand(64), sigma, cond, 2.0)
-        for net in (teacher, teacher.copy().requires_grad_(False))
-    )
-    loss = sid.sid_loss(
-        x, f_phi, f_psi, f_psi, sid.sid_weight("sid_legacy", x, f_phi, ONE, sigma), alpha
-    )
+    critic = sid.Critic(teacher.copy().requires_grad_(False))
+    x = 2 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    cond = teacher.encode(torch.arange(64) % 8)
+    levels = (ONE.expand(64), torch.logspace(-2, 1, 64, dtype=torch.float64))
+    x_t = add_noise(x, *levels, torch.randn(64, 2, generator=torch.Generator().manual_seed(1)))
+    r = teacher.guided(x_t, *levels, cond, 2.0)
+    f = critic(x_t, *levels, cond, 2.0)
+    loss = sid.sid_loss(x, r, f, sid.sid_weight("sid_legacy", x, r, *levels), alpha)
     loss.backward()
-    assert loss.item() == 0 and x.grad.abs().max() < 1e-6
+    assert loss.item() == 0
+    assert x.grad.abs().max() < 1e-6
 
 
-def test_the_form_of_alpha_one():
-    x, a, b, b3, w = *(normal(5, 3, 4, 4, seed=i) for i in range(4)), normal(5, seed=4).abs()
-    short = (w * ((a - b) * (b3 - x)).flatten(1).sum(1)).mean()
-    assert sid.sid_loss(x, a, b, b3, w, 1.0).item() == pytest.approx(short.item(), rel=1e-13)
+@pytest.mark.parametrize("kind, schedule", [("flow", Flow()), ("eps", VP()), ("v", VP())])
+def test_eq05_in_predictions_of_the_networks(kind, schedule):
+    """At alpha = 1, with network outputs n and the target n* of x: w scale <n_r - n_f, n_f - n*>.
 
-
-@pytest.mark.parametrize("form", ["flow", "vp", "v"])
-def test_the_same_loss_in_velocity_and_noise(form):
-    """Flow: w t^2 <v_phi - v_psi, v_psi - (eps - x)>; VP: w (s / a)^2 <e_phi - e_psi, e_psi - eps>; v-prediction: (1 / snr) of w <..., ...> (a^2 / s^2) s^2."""
-    schedule, t = (Flow(), f64(0.1, 0.5, 0.9)) if form == "flow" else (VP(), f64(20, 400, 979))
-    a, s = schedule.alpha(t), schedule.sigma(t)
-    x, eps, f_phi, f_psi, w = *(normal(3, 8, seed=i) for i in range(4)), f64(1, 2, 3)
-    x_t = sid.add_noise(x, a, s, eps)
-    kind = dict(flow="flow", vp="eps", v="v")[form]
-    n_phi, n_psi, n = (from_x0(kind, f, x_t, a, s) for f in (f_phi, f_psi, x))
+    The scale is t^2 for velocities of a flow, (sigma / alpha)^2 for eps, sigma^2 for v.
+    """
+    t = f64(0.1, 0.5, 0.9) if kind == "flow" else f64(20, 400, 979)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    x, eps, r, f = (normal(3, 8, seed=i) for i in range(4))
+    w = f64(1, 2, 3)
+    x_t = add_noise(x, alpha, sigma, eps)
+    n_r, n_f, target = (from_x0(kind, x0, x_t, alpha, sigma) for x0 in (r, f, x))
     if kind == "eps":
-        assert torch.allclose(n, eps, atol=1e-12)
-    scale = s**2 / a**2 if kind == "eps" else s**2
-    other = (w * scale * ((n_phi - n_psi) * (n_psi - n)).sum(1)).mean()
-    assert sid.sid_loss(x, f_phi, f_psi, f_psi, w, 1.0).item() == pytest.approx(
-        other.item(), rel=1e-11
-    )
+        assert torch.allclose(target, eps, atol=1e-12)
+    scale = sigma**2 / alpha**2 if kind == "eps" else sigma**2
+    expected = (w * scale * ((n_r - n_f) * (n_f - target)).sum(1)).mean()
+    assert sid.sid_loss(x, r, f, w, 1.0).item() == pytest.approx(expected.item(), rel=1e-11)
+
+
+def test_eq05_gradient_through_both_networks_by_differences():
+    """dL_sid/dx through two float64 networks with guidance, against central differences."""
+    teacher = load_teacher("toy-cond")
+    real = teacher.copy().double().requires_grad_(False)
+    fake = teacher.copy().double().requires_grad_(False)
+    with torch.no_grad():
+        for i, p in enumerate(fake.parameters()):
+            p += 0.05 * normal(*p.shape, seed=i)
+    levels = (ONE.expand(3), f64(0.3, 1.0, 3.0))
+    cond = teacher.encode(torch.arange(3))
+
+    def loss(x):
+        x_t = add_noise(x, *levels, normal(3, 2, seed=1))
+        r = real.guided(x_t, *levels, cond, 2.0)
+        f = sid.Critic(fake)(x_t, *levels, cond, 1.5)
+        return sid.sid_loss(x, r, f, f64(1, 2, 3), 1.2)
+
+    x = normal(3, 2).requires_grad_()
+    loss(x).backward()
+    for i in range(3):
+        for j in range(2):
+            h = torch.zeros(3, 2, dtype=torch.float64)
+            h[i, j] = 1e-5
+            slope = (loss(x + h) - loss(x - h)) / 2e-5
+            assert x.grad[i, j].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+
+
+# ---- (4), (11): the critic's loss ----------------------------------------------------------------
+
+
+def edm_loss(f, x, x_t, alpha, sigma):
+    return (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (f - x).square().sum(1)
+
+
+def eps_loss(f, x, x_t, alpha, sigma):
+    error = eps_from_x0(f, x_t, alpha, sigma) - eps_from_x0(x, x_t, alpha, sigma)
+    return error.square().sum(1)
+
+
+def velocity_loss(f, x, x_t, alpha, sigma):
+    s = sigma[:, None]
+    return ((x_t - f) / s - (x_t - x) / s).square().sum(1)
+
+
+def v_loss(f, x, x_t, alpha, sigma):
+    """snr / (snr + 1) |v - v*|^2, the loss of a v-prediction network, is that of eps."""
+    error = from_x0("v", f, x_t, alpha, sigma) - from_x0("v", x, x_t, alpha, sigma)
+    return alpha**2 * error.square().sum(1)
 
 
 @pytest.mark.parametrize(
-    "form, schedule, expected",
-    [
-        (
-            "edm",
-            EDM(),
-            lambda f, x, x_t, a, s: (s**2 + 0.25) / (s * 0.5) ** 2 * (f - x).square().sum(1),
-        ),
-        (
-            "vp",
-            VP(),
-            lambda f, x, x_t, a, s: (
-                (eps_from_x0(f, x_t, a, s) - eps_from_x0(x, x_t, a, s)).square().sum(1)
-            ),
-        ),
-        (
-            "flow",
-            Flow(),
-            lambda f, x, x_t, a, s: (
-                ((x_t - f) / s[:, None] - (x_t - x) / s[:, None]).square().sum(1)
-            ),
-        ),
-    ],
+    "form, expected",
+    [("edm", edm_loss), ("vp", eps_loss), ("vp", v_loss), ("flow", velocity_loss)],
 )
-def test_critic_loss_of_each_form(form, schedule, expected):
+def test_eq04_eq11_loss_of_each_form(form, expected):
     t = f64(20, 400, 979) if form == "vp" else f64(0.1, 0.5, 0.9)
-    a, s = schedule.alpha(t), schedule.sigma(t)
+    schedule = SCHEDULES[form]()
+    levels = (schedule.alpha(t), schedule.sigma(t))
     x, eps, f = (normal(3, 8, seed=i) for i in range(3))
-    x_t = sid.add_noise(x, a, s, eps)
-    weight = sid.native_weight(dict(edm="edm", vp="eps", flow="flow")[form], a, s, 0.5)
-    assert sid.fake_loss(f, x, weight).item() == pytest.approx(
-        expected(f, x, x_t, a, s).mean().item(), rel=1e-12
-    )
-    if form == "vp":  # a v-network's loss snr / (snr + 1) |v - v*|^2 is the same
-        v = (from_x0("v", f, x_t, a, s) - from_x0("v", x, x_t, a, s)).square().sum(1)
-        assert (a**2 * v).mean().item() == pytest.approx(
-            sid.fake_loss(f, x, weight).item(), rel=1e-12
-        )
+    x_t = add_noise(x, *levels, eps)
+    loss = sid.fake_loss(f, x, sid.fake_weight(form, *levels, 0.5))
+    assert loss.item() == pytest.approx(expected(f, x, x_t, *levels).mean().item(), rel=1e-12)
 
 
-def test_critic_loss_reaches_the_critic_only():
+def test_eq04_reaches_the_critic_only():
     student, fake = Gauss(0.1, 0.5), Gauss(0.2, 0.5)
     x = student(normal(4, 6), ONE, ONE, {})
-    sid.fake_loss(
-        fake(sid.add_noise(x.detach(), ONE, ONE, normal(4, 6)), ONE, ONE, {}), x, torch.ones(4)
-    ).backward()
-    assert student.mean.grad is None and fake.mean.grad.abs() > 0
+    x_t = add_noise(x.detach(), ONE, ONE, normal(4, 6))
+    prediction = sid.Critic(fake)(x_t, ONE, ONE, {})
+    sid.fake_loss(prediction, x, torch.ones(4)).backward()
+    assert student.mean.grad is None
+    assert fake.mean.grad.abs() > 0
 
 
-def test_weight():
-    x, f_phi, f_psi = (normal(5, 3, 4, 4, seed=i) for i in range(3))
-    x = x.requires_grad_()
-    w = sid.sid_weight("sid_legacy", x, f_phi, ONE, ONE)
-    assert torch.allclose(w, 1 / (x - f_phi).abs().mean((1, 2, 3))) and not w.requires_grad
-    assert sid.sid_weight("sid_legacy", x, x, ONE, ONE).tolist() == pytest.approx([1e5] * 5)
-    value = lambda c: sid.sid_loss(
-        c * x,
-        c * f_phi,
-        c * f_psi,
-        c * f_psi,
-        sid.sid_weight("sid_legacy", c * x, c * f_phi, ONE, ONE),
-        1.2,
-    ).item()
-    assert value(3.7) == pytest.approx(3.7 * value(1.0), rel=1e-12)  # not 3.7^2
+# ---- (6): the weight -----------------------------------------------------------------------------
+
+
+def test_eq06_has_no_gradient():
+    x, r, _, _ = random_estimates()
+    x.requires_grad_()
+    w = sid.sid_weight("sid_legacy", x, r, ONE, ONE)
+    assert torch.allclose(w, 1 / (x - r).abs().mean((1, 2, 3)))
+    assert not w.requires_grad
+
+
+def test_eq06_is_finite_if_the_teacher_returns_x():
+    x = normal(5, 3, 4, 4)
+    w = sid.sid_weight("sid_legacy", x, x, ONE, ONE)
+    assert w.tolist() == pytest.approx([1e5] * 5)
+
+
+def test_eq06_makes_the_loss_linear_in_the_scale_of_the_data():
+    x, r, f, _ = random_estimates()
+
+    def value(c):
+        w = sid.sid_weight("sid_legacy", c * x, c * r, ONE, ONE)
+        return sid.sid_loss(c * x, c * r, c * f, w, 1.2).item()
+
+    assert value(3.7) == pytest.approx(3.7 * value(1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind, power", [("1_minus_sigma", None), ("1_over_sigma", -1)])
+def test_eq06_weights_that_depend_on_the_level(kind, power):
+    """They are functions of the flow's sigma, also at the levels of another schedule."""
     t = f64(0.2, 0.5, 0.9)
-    for kind, expected in {
-        "1_minus_sigma": 1 - t,
-        "1_minus_sigma_squared": (1 - t) ** 2,
-        "1_over_sigma": 1 / t,
-        "1_over_sigma2": t**-2,
-        "snr_sqrt": (1 - t) / t,
-        "snr": ((1 - t) / t) ** 2,
-        "none": t**0,
-    }.items():
-        for alpha, sigma in ((1 - t, t), ((1 - t) / t, ONE.expand(3))):  # at equal SNR the same
-            assert torch.allclose(
-                sid.sid_weight(kind, x[:3], f_phi, alpha, sigma), expected, rtol=1e-12
-            )
-    assert set(sid.WEIGHTS) == {
-        "1_minus_sigma",
-        "1_minus_sigma_squared",
-        "1_over_sigma",
-        "1_over_sigma2",
-        "snr_sqrt",
-        "snr",
-        "none",
-    }
-    assert all(torch.isfinite(w(f64(0, 1))).all() for w in sid.WEIGHTS.values())
+    expected = 1 - t if power is None else t**power
+    x = normal(3, 4)
+    for alpha, sigma in ((1 - t, t), ((1 - t) / t, ONE.expand(3))):  # the same SNR
+        w = sid.sid_weight(kind, x, 2 * x, alpha, sigma)
+        assert torch.allclose(w, expected, rtol=1e-12)
+    ends = sid.sid_weight(kind, x[:2], x[:2], f64(1, 0), f64(0, 1))
+    assert torch.isfinite(ends).all()
 
 
-# ---- 10.9: levels -----------------------------------------------------------------------------------------------------------------------------
+# ---- (11): noise levels and times ----------------------------------------------------------------
 
 
-def levels(form, schedule, student, n=200_000, shift=1):
-    flags = sid.parse_args(["--teacher", "toy", "--shift", str(shift)])
-    sid.fill_in(flags, form)
-    alpha, sigma = sid.draw_levels(BatchRandom(0, 0, n), schedule, flags, student)
-    assert alpha.shape == sigma.shape == (n,) and sigma.dtype == torch.float64
+def drawn(form, student_turn, n=200_000, shift=1):
+    draw = BatchRandom(0, 0, n)
+    alpha, sigma = sid.draw_levels(draw, form, SCHEDULES[form](), shift, student_turn)
+    assert alpha.shape == sigma.shape == (n,)
+    assert sigma.dtype == torch.float64
     return alpha, sigma
 
 
-def test_levels_edm():
-    a, s = levels("edm", EDM(), student=False)
-    assert (
-        (a == 1).all()
-        and s.log().mean().item() == pytest.approx(-1.2, abs=0.01)
-        and s.log().std().item() == pytest.approx(1.2, abs=0.01)
-    )
-    s = levels("edm", EDM(), student=True)[1].sort().values
-    for share, sigma in (
-        (0, 0.002),
-        (0.25, 0.0851),
-        (0.5, 0.9654),
-        (0.75, 5.839),
-        (1, 24.41),
-    ):  # r / 0.8
-        assert s[min(int(share * len(s)), len(s) - 1)].item() == pytest.approx(sigma, rel=0.02)
-    assert (
-        0.002 <= s[0]
-        and s[-1] < 24.42
-        and (s < 2.5).double().mean().item() == pytest.approx(0.624, abs=4e-3)
-    )
-    assert EDM().grid(5)[3] != s[0]  # continuous, no grid
-    assert len(s.unique()) > 0.99 * len(s)
+def test_eq11_edm_levels_of_the_critic():
+    alpha, sigma = drawn("edm", student_turn=False)
+    assert (alpha == 1).all()
+    assert sigma.log().mean().item() == pytest.approx(-1.2, abs=0.01)
+    assert sigma.log().std().item() == pytest.approx(1.2, abs=0.01)
 
 
-@pytest.mark.parametrize("student", [False, True])
-def test_levels_vp_and_flow(student):
-    vp, (a, s) = VP(), levels("vp", VP(), student)
-    assert s.min() == vp.sigma(20) and s.max() == vp.sigma(979)
-    assert (
-        (s / a)[:, None] == (vp.sigma(torch.arange(20, 30)) / vp.alpha(torch.arange(20, 30)))
-    ).any(1).double().mean().item() == pytest.approx(10 / 960, rel=0.1)
-    a, t = levels("flow", Flow(), student)
-    assert (
-        t.mean().item() == pytest.approx(0.617, abs=2e-3)
-        and t.median().item() == pytest.approx(0.667, abs=3e-3)
-        and torch.equal(a, 1 - t)
-    )
-    assert (t < 0.02).double().mean().item() == pytest.approx(0.0021, abs=4e-4) and (
-        t > 0.98
-    ).double().mean().item() == pytest.approx(0.0228, abs=1.5e-3)
+def test_eq11_edm_levels_of_the_student():
+    sigma = drawn("edm", student_turn=True)[1].sort().values
+    quantiles = [(0.25, 0.0851), (0.5, 0.9654), (0.75, 5.839)]
+    for share, expected in quantiles:
+        assert sigma[int(share * len(sigma))].item() == pytest.approx(expected, rel=0.02)
+    assert sigma[0].item() == pytest.approx(0.002, rel=0.02)
+    assert sigma[-1].item() == pytest.approx(24.41, rel=0.02)
+    assert 0.002 <= sigma[0]
+    assert sigma[-1] < 24.42
+    assert (sigma < 2.5).double().mean().item() == pytest.approx(0.624, abs=4e-3)
+    assert len(sigma.unique()) > 0.99 * len(sigma)  # a continuum, not a grid
 
 
-@pytest.mark.parametrize("form, schedule", [("edm", EDM()), ("vp", VP()), ("flow", Flow())])
-def test_shift_multiplies_the_noise(form, schedule):
-    for student in (False, True):
-        (a, s), (b, t) = (levels(form, schedule, student, 1000, shift) for shift in (1, 0.3))
-        inside = s / a > 0.13  # the others end at the schedule's smallest level
-        assert inside.double().mean() > 0.4 and torch.allclose(
-            (t / b)[inside], 0.3 * (s / a)[inside], rtol=1e-5
-        )
+@pytest.mark.parametrize("student_turn", [False, True])
+def test_eq11_vp_levels(student_turn):
+    vp = VP()
+    alpha, sigma = drawn("vp", student_turn)
+    assert sigma.min() == vp.sigma(20)
+    assert sigma.max() == vp.sigma(979)
+    ten_times = torch.arange(20, 30)
+    ratios = vp.sigma(ten_times) / vp.alpha(ten_times)
+    among_them = ((sigma / alpha)[:, None] == ratios).any(1)
+    assert among_them.double().mean().item() == pytest.approx(10 / 960, rel=0.1)
+
+
+@pytest.mark.parametrize("student_turn", [False, True])
+def test_eq11_flow_levels(student_turn):
+    alpha, t = drawn("flow", student_turn)
+    assert torch.equal(alpha, 1 - t)
+    assert t.mean().item() == pytest.approx(0.617, abs=2e-3)
+    assert t.median().item() == pytest.approx(0.667, abs=3e-3)
+    assert (t < 0.02).double().mean().item() == pytest.approx(0.0021, abs=4e-4)
+    assert (t > 0.98).double().mean().item() == pytest.approx(0.0228, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("form", SCHEDULES)
+@pytest.mark.parametrize("student_turn", [False, True])
+def test_shift_multiplies_the_noise(form, student_turn):
+    alpha, sigma = drawn(form, student_turn, 1000)
+    alpha_shifted, sigma_shifted = drawn(form, student_turn, 1000, shift=0.3)
+    ratio = sigma / alpha
+    inside = ratio > 0.13  # the others end at the schedule's smallest level
+    assert inside.double().mean() > 0.4
+    shifted = (sigma_shifted / alpha_shifted)[inside]
+    assert torch.allclose(shifted, 0.3 * ratio[inside], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -393,256 +389,210 @@ def test_shift_multiplies_the_noise(form, schedule):
         ("flow", 4, [1, 0.75, 0.5, 0.25]),
     ],
 )
-def test_step_levels(form, n, expected):
-    schedule = dict(edm=EDM, vp=VP, flow=Flow)[form]()
-    assert sid.step_levels(form, schedule, n).tolist() == expected
-    assert sid.step_levels(form, schedule, n, ",".join(map(str, expected))).tolist() == expected
+def test_eq11_step_times(form, n, expected):
+    schedule = SCHEDULES[form]()
+    assert sid.step_times(form, schedule, n).tolist() == expected
+    text = ",".join(map(str, expected))
+    assert sid.step_times(form, schedule, n, text).tolist() == expected
 
 
-def test_step_levels_of_nonsense():
-    for form, schedule, n, steps in (
-        ("flow", Flow(), 2, "1"),
-        ("flow", Flow(), 2, ".5,1"),
-        ("flow", Flow(), 2, "1,0"),
-        ("flow", Flow(), 1, "1.5"),
-        ("flow", Flow(), 1, "nan"),
-        ("edm", EDM(), 1, "x"),
-        ("vp", VP(), 700, None),
-    ):
-        with pytest.raises(UserError, match="--nfe" if steps is None else "--steps"):
-            sid.step_levels(form, schedule, n, steps)
+@pytest.mark.parametrize(
+    "form, n, text",
+    [
+        ("flow", 2, "1"),
+        ("flow", 2, ".5,1"),
+        ("flow", 2, ".5,.5"),
+        ("flow", 2, "1,0"),
+        ("flow", 1, "1.5"),
+        ("flow", 1, "nan"),
+        ("flow", 1, "inf"),
+        ("flow", 1, ""),
+        ("edm", 1, "x"),
+    ],
+)
+def test_wrong_steps_are_refused(form, n, text):
+    with pytest.raises(UserError, match="--steps"):
+        sid.step_times(form, SCHEDULES[form](), n, text)
 
 
-def test_first_levels_agree_and_schedules():
+def test_more_steps_than_vp_has_times_are_refused():
+    with pytest.raises(UserError, match="--nfe 700"):
+        sid.step_times("vp", VP(), 700)
+
+
+def test_eq11_first_levels_of_edm_and_vp_agree():
     vp = VP()
     for t, ratio in ((625, 2.5017), (20, 0.138), (979, 12.97)):
         assert (vp.sigma(t) / vp.alpha(t)).item() == pytest.approx(ratio, rel=1e-3)
-    for schedule, form in ((EDM(), "edm"), (vp, "vp"), (Flow(), "flow"), (TrigFlow(), "flow")):
-        found, own = sid.form_of(schedule)
-        assert found == form and (own is schedule) == (form == schedule.config["name"])
-    assert sid.form_of(Flow(), "edm")[1].config["sigma_max"] == 80  # any form on any teacher
 
 
-def test_one_step_of_the_untrained_student():
-    """The init of a Gaussian teacher's student: variance .1189 of 1, far too small."""
+@pytest.mark.parametrize("schedule", [EDM(), VP(), Flow()])
+def test_form_of_a_known_schedule(schedule):
+    form, same = sid.form_of(schedule)
+    assert form == schedule.config["name"]
+    assert same is schedule
+
+
+def test_form_of_trigflow_is_flow():
+    form, schedule = sid.form_of(TrigFlow())
+    assert form == "flow"
+    assert isinstance(schedule, Flow)
+
+
+# ---- (1), (2): sampling --------------------------------------------------------------------------
+
+
+def test_eq01_one_step_of_the_untrained_student():
+    """A student that starts as the teacher of N(0, 1) makes samples of variance 0.1189."""
     x = sid.sample(Gauss(0.0, 1.0, EDM()), normal(1_000_000, 1), {}, 1, None)
     assert x.var().item() == pytest.approx(0.1189, abs=1e-3)
 
 
-# ---- 10.10: few steps ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["fresh", "fixed", "ddim"])
-@pytest.mark.parametrize("schedule", [VP(), EDM(), Flow()], ids=["vp", "edm", "flow"])
+@pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("nfe", [1, 2, 4])
-def test_training_inputs_are_the_samplers_inputs(schedule, nfe, how):
-    """Bit for bit with the same noise; k calls without gradient for the input of step k, none after it."""
-    noises, student, form = (
-        [normal(5, 3, seed=i) for i in range(nfe)],
-        Gauss(0.7, 0.6, schedule),
-        schedule.config["name"],
-    )
-    taus, rest = sid.step_levels(form, schedule, nfe), iter(noises[1:])
-    x = sid.sample(student, noises[0], {}, nfe, lambda: next(rest), renoise=how)
-    inputs, student.inputs = student.inputs, []
-    assert len(inputs) == nfe and not x.requires_grad
-    assert torch.equal(inputs[0], schedule.sigma(taus[0]) * noises[0])
-    assert torch.equal(
-        x, student(inputs[-1], schedule.alpha(taus[-1]), schedule.sigma(taus[-1]), {})
-    )
+def test_eq02_training_inputs_are_the_samplers_inputs(form, nfe):
+    """Bit for bit with the same noise; the input of step k costs k passes without gradient."""
+    noises = [normal(5, 3, seed=i) for i in range(nfe)]
+    schedule = SCHEDULES[form]()
+    times = sid.step_times(form, schedule, nfe)
+    student = Gauss(0.7, 0.6, schedule)
+    rest = iter(noises[1:])
+    x = sid.sample(student, noises[0], {}, nfe, lambda: next(rest))
+    inputs = student.inputs
+    assert len(inputs) == nfe
+    assert not x.requires_grad
+    assert torch.equal(inputs[0], schedule.sigma(times[0]) * noises[0])
+    last = student(inputs[-1], schedule.alpha(times[-1]), schedule.sigma(times[-1]), {})
+    assert torch.equal(x, last)
+
     for k in range(nfe):
-        again, student.inputs = iter(noises), []
-        x_k = sid.rollout(student, schedule, taus, k, {}, lambda: next(again), how)
-        assert torch.equal(x_k, inputs[k]) and len(student.inputs) == k and not x_k.requires_grad
+        again = iter(noises)
+        student.inputs = []
+        x_in = sid.backward_simulation(student, schedule, times, k, {}, lambda: next(again))
+        assert torch.equal(x_in, inputs[k])
+        assert len(student.inputs) == k
+        assert not x_in.requires_grad
 
 
-def test_renoise():
-    """ddim is the Euler step x + (t' - t) v; fixed takes the first z; fresh another one, so that two steps forget z."""
-    schedule, student, z, taus = (
-        Flow(),
-        Gauss(0.7, 0.6, Flow()),
-        normal(4, 3),
-        f64(1, 0.75, 0.5, 0.25),
-    )
-    run = lambda how, k: sid.rollout(
-        student,
-        schedule,
-        taus,
-        k,
-        {},
-        iter([z, *(normal(4, 3, seed=9 + i) for i in range(4))]).__next__,
-        how,
-    )
-    for k in (1, 2, 3):
-        before = run("ddim", k - 1)
-        v = (before - student(before, 1 - taus[k - 1], taus[k - 1], {})) / taus[k - 1]
-        assert torch.allclose(run("ddim", k), before + (taus[k] - taus[k - 1]) * v, atol=1e-14)
-        before = run("fixed", k - 1)
-        xhat = student(before, 1 - taus[k - 1], taus[k - 1], {})
-        assert torch.allclose(run("fixed", k), (1 - taus[k]) * xhat + taus[k] * z, atol=1e-14)
-        before = run("fresh", k - 1)
-        xhat = student(before, 1 - taus[k - 1], taus[k - 1], {})
-        assert torch.allclose(
-            run("fresh", k), (1 - taus[k]) * xhat + taus[k] * normal(4, 3, seed=8 + k), atol=1e-14
-        )
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_eq02_adds_fresh_noise(k):
+    """The estimate of the step before, and the k-th noise at the level of step k."""
+    schedule, times = Flow(), f64(1, 0.75, 0.5, 0.25)
+    student = Gauss(0.7, 0.6, schedule)
+    noises = [normal(4, 3, seed=i) for i in range(4)]
+    before = sid.backward_simulation(student, schedule, times, k - 1, {}, iter(noises).__next__)
+    x_in = sid.backward_simulation(student, schedule, times, k, {}, iter(noises).__next__)
+    xhat = student(before, 1 - times[k - 1], times[k - 1], {})
+    assert torch.allclose(x_in, (1 - times[k]) * xhat + times[k] * noises[k], atol=1e-14)
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_gradient_through_the_last_call_only(k):
-    schedule, student, taus = Flow(), Gauss(0.7, 0.6, Flow()), f64(1, 0.75, 0.5, 0.25)
-    noise = lambda: iter([normal(4, 3, seed=i) for i in range(5)]).__next__
-    x_k = sid.rollout(student, schedule, taus, k, {}, noise(), "fresh")
-    student(x_k, 1 - taus[k], taus[k], {}).square().sum().backward()
-    found, student.mean.grad = student.mean.grad, None
-    student(x_k.clone(), 1 - taus[k], taus[k], {}).square().sum().backward()
-    assert torch.equal(found, student.mean.grad)
-    x, draws = None, noise()  # through all calls it is another one, but for the first step
-    for a in taus[: k + 1]:
-        x = student(draws() if x is None else (1 - a) * x + a * draws(), 1 - a, a, {})
-    student.mean.grad = None
-    x.square().sum().backward()
-    assert (
-        (found - student.mean.grad).abs() < 1e-12
-        if k == 0
-        else (found - student.mean.grad).abs() > 1e-3 * found.abs()
-    )
+def test_eq01_gradient_of_the_last_pass_only(k):
+    schedule, times = Flow(), f64(1, 0.75, 0.5, 0.25)
+    student = Gauss(0.7, 0.6, schedule)
+    noises = [normal(4, 3, seed=i) for i in range(4)]
+
+    def gradient(x):
+        (grad,) = torch.autograd.grad(x.square().sum(), student.mean)
+        return grad
+
+    x_in = sid.backward_simulation(student, schedule, times, k, {}, iter(noises).__next__)
+    found = gradient(student(x_in, 1 - times[k], times[k], {}))
+    constant = gradient(student(x_in.clone(), 1 - times[k], times[k], {}))
+    assert torch.equal(found, constant)
+
+    x = student(noises[0], 0.0, 1.0, {})
+    for t, noise in zip(times[1 : k + 1], noises[1:]):
+        x = student((1 - t) * x + t * noise, 1 - t, t, {})
+    through_all_passes = gradient(x)
+    if k == 0:
+        assert (found - through_all_passes).abs() < 1e-12
+    else:
+        assert (found - through_all_passes).abs() > 1e-3 * found.abs()
 
 
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_a_sample_does_not_depend_on_its_batch(nfe):
     student = load_teacher("toy-cond").copy()
-    sampler = lambda m, z, c, noise: sid.sample(m, z, c, nfe, noise)
+    sampler = lambda model, z, cond, noise: sid.sample(model, z, cond, nfe, noise)
     whole = next(generate(sampler, student, 12, seed=3, batch=12))[2]
-    parts = {
-        i: row
-        for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2)
-        for i, row in zip(part.tolist(), x)
-    }
-    assert sorted(parts) == [1, 3, 5, 7, 9, 11] and all(
-        torch.allclose(row, whole[i], atol=1e-5) for i, row in parts.items()
-    )
+    rows = {}
+    for part, _, x in generate(sampler, student, 12, seed=3, batch=5, rank=1, world=2):
+        rows |= dict(zip(part.tolist(), x))
+    assert sorted(rows) == [1, 3, 5, 7, 9, 11]
+    for i, row in rows.items():
+        assert torch.allclose(row, whole[i], atol=1e-5)
 
 
-# ---- 10.12: guidance ----------------------------------------------------------------------------------------------------------------------------
+def test_steps_reach_the_sampler():
+    student = Gauss(0.7, 0.6, EDM())
+    sid.sample(student, normal(2, 3), {}, 1, None, steps="1.25")
+    assert torch.equal(student.inputs[0], 1.25 * normal(2, 3))
 
 
-def parsed(*flags, form="flow"):
-    args = sid.parse_args(["--teacher", "toy-cond", *map(str, flags)])
-    return sid.fill_in(args, form), args
+# ---- (3): guidance -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "guidance, kappa_real, kappa_fake", [("lsg", 3, 3), ("long", 3, 1), ("zero", 1, 0)]
+)
+def test_eq03_guidance_scales(guidance, kappa_real, kappa_fake):
+    assert sid.guidance_scales(guidance, 3) == (kappa_real, kappa_fake)
 
 
 @pytest.mark.parametrize(
     "teacher", ["mnist", "emoji", "emoji-flow", "somewhere/emoji", "somewhere"]
 )
-def test_an_unguided_mixture_refuses_guidance_that_was_asked_for(teacher):
-    """And not the preset's own, however the preset was found."""
-    assert sid.parse_args(["--teacher", teacher, "--guidance", "zero"]).guidance == "zero"
-    with pytest.raises(UserError, match="--cfg 2.25 means nothing"):
-        sid.parse_args(["--teacher", teacher, "--guidance", "zero", "--cfg", "2.25"])
+def test_zero_guidance_refuses_a_scale(teacher):
+    """A scale from the command line, but not one from the preset, however the preset was found."""
+    flags = ["--teacher", teacher, "--guidance", "zero"]
+    assert sid.parse_args(flags).cfg == 1
+    with pytest.raises(UserError, match="--guidance zero: expected --cfg 1.*found 2.25"):
+        sid.parse_args([*flags, "--cfg", "2.25"])
 
 
-def test_guidance_presets():
-    assert parsed("--cfg", 3)[0] == (3, 3, 3, 3) and parsed("--cfg", 3, "--guidance", "long")[
-        0
-    ] == (1, 1, 1, 3)
-    assert parsed("--guidance", "zero")[0] == (0, 0, 0, 1)
-    anti, args = parsed("--guidance", "anti")
-    assert anti[3] == 1 and min(anti) < 0 and args.drop == 0.1
-    assert (
-        parsed("--cfg", 3, "--k2", 0.5, "--k4", 1)[0] == (3, 0.5, 3, 1)
-        and parsed("--cfg", 3, "--k4", 1)[1].cfg == 1
-    )
-    for form, cfg, drop in (("vp", 1, 0), ("vp", 2, 0.1), ("flow", 2, 0), ("edm", 2, 0)):
-        assert parsed("--cfg", cfg, form=form)[1].drop == drop
+class TwoOutputs(Gauss):
+    """A critic that returns one constant for labels, another for the null label 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Parameter(normal(4, 2))
+        self.u = nn.Parameter(normal(4, 2, seed=1))
+
+    def forward(self, x_t, alpha, sigma, cond):
+        repeats = len(x_t) // 4
+        is_null = cond["labels"][:, None] == 0
+        return torch.where(is_null, self.u.repeat(repeats, 1), self.c.repeat(repeats, 1))
 
 
-@pytest.mark.parametrize(
-    "form, weight, lsg, gan, warmup",
-    [
-        ("edm", "sid_legacy", 100, 0.01, 100_000),
-        ("vp", "sid_legacy", 1, 0.001, 100_000),
-        ("flow", "1_minus_sigma", 100, 1, 20_000),
-    ],
-)
-def test_defaults_of_each_form(form, weight, lsg, gan, warmup):
-    args = parsed(form=form)[1]
-    assert (args.weight, args.sid_weight, args.gan_weight, args.gan_warmup, args.form) == (
-        weight,
-        lsg,
-        gan,
-        warmup,
-        form,
-    )
-    args = parsed("--weight", "none", "--sid-weight", 2, form=form)[1]
-    assert (args.weight, args.sid_weight) == ("none", 2)
+def critic_of_two(kappa, net):
+    cond = dict(labels=torch.arange(1, 5))
+    return sid.Critic(net)(torch.zeros(4, 2, dtype=torch.float64), ONE, ONE, cond, kappa)
 
 
-@pytest.mark.parametrize("k", [4.5, -1.0, 1.5])
-def test_a_guided_critic_can_represent_any_target(k):
-    """f_c = f_0 + (T - f_0) / k makes f^k = T: training through guidance is a reparametrisation."""
-
-    class Two(Toy):
-        def __init__(self):
-            nn.Module.__init__(self)
-            self.c, self.u, self.classes, self.extras = (
-                nn.Parameter(normal(4, 2)),
-                nn.Parameter(normal(4, 2, seed=1)),
-                8,
-                {},
-            )
-
-        device = property(lambda self: torch.device("cpu"))
-
-        def forward(self, x_t, alpha, sigma, cond):
-            return torch.where(
-                cond["labels"][:, None] == 8,
-                self.u.repeat(len(x_t) // 4, 1),
-                self.c.repeat(len(x_t) // 4, 1),
-            )
-
-    net, target, cond = Two(), normal(4, 2, seed=2), dict(labels=torch.arange(4))
-    net.c.data = net.u.data + (target - net.u.data) / k
-    ask = lambda kappa: sid.Critic(net)(
-        torch.zeros(4, 2, dtype=torch.float64), ONE, ONE, cond, kappa
-    )
-    assert torch.allclose(ask(k), target, atol=1e-13)
-    assert [torch.autograd.grad(ask(0).sum(), p, allow_unused=True)[0] for p in (net.c,)][
-        0
-    ].abs().sum() == 0  # blind to the condition
-    assert torch.autograd.grad(ask(1).sum(), net.u, allow_unused=True)[0].abs().sum() == 0
+@pytest.mark.parametrize("kappa", [4.5, -1.0, 1.5])
+def test_eq03_a_guided_critic_can_represent_any_target(kappa):
+    """c = u + (target - u) / kappa does: training through the guidance is a reparametrisation."""
+    net, target = TwoOutputs(), normal(4, 2, seed=2)
+    net.c.data = net.u.data + (target - net.u.data) / kappa
+    assert torch.allclose(critic_of_two(kappa, net), target, atol=1e-13)
 
 
-# ---- 10.13: the discriminator ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kappa, unused", [(0, "c"), (1, "u")])
+def test_eq03_a_critic_without_guidance_has_one_output(kappa, unused):
+    net = TwoOutputs()
+    critic_of_two(kappa, net).sum().backward()
+    grads = {name: getattr(net, name).grad for name in ("c", "u")}
+    assert grads.pop(unused).abs().sum() == 0
+    (used,) = grads.values()
+    assert used.abs().sum() > 0
 
 
-def test_gan_values():
-    zero = torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True)
-    w, gan_weight = 1 / f64(0.1, 0.2, 0.4, 0.8), 0.01
-    loss = gan_weight * sid.adv_loss(zero, w, 192)
-    loss.backward()
-    assert loss.item() == pytest.approx(6.2383, abs=5e-5) and torch.allclose(
-        zero.grad, torch.full_like(zero, -0.28125)
-    )  # the same for every sample
-    each = torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True)
-    (gan_weight * sid.adv_loss(each, w, 192, "sample")).backward()
-    assert torch.allclose(
-        each.grad[:, 0, 0], -192 * 0.01 * 0.5 * w / 16
-    )  # SiD-DiT: each with its own w
-    three = f64(0, 12, -12).requires_grad_()
-    sid.adv_loss(three, torch.ones(3), 1).backward()
-    assert three.grad.tolist() == pytest.approx([-1 / 6, 0, 0], abs=1e-12)
-    omega = f64(1, 2, 3, 6)
-    a, b = (torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss = sid.cls_loss(a, b, omega)
-    loss.backward()
-    assert (
-        loss.item() == pytest.approx(3 * math.log(2)) and (a.grad > 0).all() and (b.grad < 0).all()
-    )
-    assert torch.allclose(a.grad, torch.full_like(a, 3 * 0.5 * 0.5 / 16))
+# ---- (7), (8), (9): the GAN term -----------------------------------------------------------------
 
 
 class Features(nn.Module):
-    """A network whose last site is one convolution."""
+    """A network whose last feature map is one convolution."""
 
     def __init__(self):
         super().__init__()
@@ -653,383 +603,410 @@ class Features(nn.Module):
         return [x_t, self.layer(x_t)]
 
 
-def test_logits_are_the_channel_mean_of_the_encoder():
-    critic, x = (
-        sid.Critic(Features()).requires_grad_(False),
-        torch.randn(2, 1, 9, 9, requires_grad=True),
-    )
-    logit = critic(sid.add_noise(x, 0.5 * ONE, 0.5 * ONE, torch.randn(2, 1, 9, 9)), 0.5, 0.5, {})
-    assert logit.shape == (2, 4, 4) and logit.dtype == torch.float32
-    assert torch.equal(critic(x, 0.5, 0.5, {}), critic.fake.layer(x).mean(1))
+def test_eq07_logits_are_the_channel_mean_of_the_features():
+    critic = sid.Critic(Features())
+    x = torch.randn(2, 1, 9, 9)
+    logit = critic(x, 0.5, 0.5, {}, logit=True)
+    assert logit.shape == (2, 4, 4)
+    assert logit.dtype == torch.float32
+    assert torch.equal(logit, critic.fake.layer(x).mean(1))
     assert len(list(critic.parameters())) == len(list(critic.fake.parameters()))  # no new weights
-    sid.adv_loss(logit, torch.ones(2), 81).backward()
-    assert x.grad.abs().sum() > 0 and all(
-        p.grad is None for p in critic.parameters()
-    )  # a frozen critic passes the gradient on
 
 
-# ---- a run: who is trained when, by which gradient ------------------------------------------------------------------------------------------------
+def test_eq09_gradient_passes_through_a_frozen_critic():
+    critic = sid.Critic(Features()).requires_grad_(False)
+    x = torch.randn(2, 1, 9, 9, requires_grad=True)
+    x_t = add_noise(x, 0.5, 0.5, torch.randn(2, 1, 9, 9))
+    sid.adv_loss(critic(x_t, 0.5, 0.5, {}, logit=True), torch.ones(2), 81).backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters())
 
 
-class Trace(list):
-    """main() in this process on the toy teacher. One entry per optimiser step: role, gradients, weights of the networks before and after."""
+def test_eq09_at_logit_zero():
+    """Of 192 numbers a sample, with w_G = 0.01: the gradient is the same for every sample."""
+    logit = torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    w = 1 / f64(0.1, 0.2, 0.4, 0.8)
+    loss = 0.01 * sid.adv_loss(logit, w, 192)
+    loss.backward()
+    assert loss.item() == pytest.approx(6.2383, abs=5e-5)
+    assert torch.allclose(logit.grad, torch.full_like(logit, -0.28125))
 
-    def __init__(self, monkeypatch, tmp_path, *flags):
-        super().__init__()
-        self.made, self.shared = {}, []
-        for module, name, key in (
-            (sid, "Critic", "critic"),
-            (sid, "EMA", "ema"),
-            (models, "load_teacher", "teacher"),
-        ):
-            self.keep(monkeypatch, module, name, key)
-        step, shared = Run.step, BatchRandom.shared_int
-        monkeypatch.setattr(Run, "step", lambda run, opt, clip: self.step(step, run, opt, clip))
-        monkeypatch.setattr(
-            BatchRandom, "shared_int", lambda draw, *a: self.shared.append(a) or shared(draw, *a)
-        )
-        for name in ("export", "pictures", "report"):
-            monkeypatch.setattr(metrics, name, lambda *a, **k: None)
-        default = [
-            "--teacher",
-            "toy-cond",
-            "--batch",
-            "16",
-            "--out",
-            str(tmp_path / "out"),
-            "--overwrite",
-            "--save-every",
-            "0",
-            "--sample-every",
-            "0",
-        ]
-        monkeypatch.setattr(sys, "argv", ["sid.py", *default, *map(str, flags)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            sid.main()
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-            monkeypatch.undo()
 
-    def keep(self, monkeypatch, module, name, key):
-        make = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, **k: self.made.setdefault(key, make(*a, **k)))
+def test_eq09_has_no_gradient_beyond_ten():
+    logit = f64(0, 12, -12).requires_grad_()
+    sid.adv_loss(logit, torch.ones(3), 1).backward()
+    assert logit.grad.tolist() == pytest.approx([-1 / 6, 0, 0], abs=1e-12)
 
-    def nets(self):
-        return dict(
-            student=self.made["ema"].live, critic=self.made["critic"], teacher=self.made["teacher"]
-        )
 
-    def weights(self):
-        return {
-            k: torch.cat([p.detach().flatten() for p in net.parameters()])
-            for k, net in self.nets().items()
-        }
+def test_eq08_at_logit_zero():
+    fake = torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    real = torch.zeros(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    loss = sid.cls_loss(fake, real, f64(1, 2, 3, 6))
+    loss.backward()
+    assert loss.item() == pytest.approx(3 * math.log(2))
+    assert torch.allclose(fake.grad, torch.full_like(fake, 3 * 0.5 * 0.5 / 16))
+    assert torch.allclose(real.grad, -fake.grad)
 
-    def step(self, step, run, opt, clip):
-        params = [p for group in opt.param_groups for p in group["params"]]
-        nets = self.nets()
-        role = next(k for k, net in nets.items() if next(net.parameters()) is params[0])
-        grads = {
-            k: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
-            for k, net in nets.items()
-        }
-        before = self.weights()
-        norm = step(run, opt, clip)
-        self.append(
-            dict(
-                role=role,
-                grads=grads,
-                before=before,
-                after=self.weights(),
-                images=self.made["ema"].images,
-            )
-        )
-        return norm
 
-    def flat(self, i):
-        return torch.cat([g.flatten() for g in self[i]["grads"][self[i]["role"]]]).double()
+# ---- flags that depend on the form ---------------------------------------------------------------
+
+
+def filled(form, *flags):
+    args = sid.parse_args(["--teacher", "toy-cond", *map(str, flags)])
+    sid.fill_in(args, form)
+    return args
+
+
+@pytest.mark.parametrize(
+    "form, weight, scale, gan_weight, gan_warmup, drop",
+    [
+        ("edm", "sid_legacy", 100, 0.01, 100_000, 0),
+        ("vp", "sid_legacy", 1, 0.001, 100_000, 0.1),
+        ("flow", "1_minus_sigma", 100, 1, 20_000, 0),
+    ],
+)
+def test_values_of_each_form(form, weight, scale, gan_weight, gan_warmup, drop):
+    args = filled(form)
+    assert args.weight == weight
+    assert args.scale == scale
+    assert args.gan_weight == gan_weight
+    assert args.gan_warmup == gan_warmup
+    assert args.drop == drop
+
+
+def test_flags_override_the_form():
+    args = filled("edm", "--weight", "1_over_sigma", "--gan-warmup", 0, "--gan-weight", 0)
+    assert args.weight == "1_over_sigma"
+    assert args.gan_warmup == 0
+    assert args.gan_weight == 0
+
+
+# ---- (10) and the loop: who is trained when, by which gradient -----------------------------------
 
 
 @pytest.fixture
 def trace(monkeypatch, tmp_path):
-    return lambda *flags: Trace(monkeypatch, tmp_path, *flags)
+    """trace(*flags, form=None): a run on toy-cond, whose form is edm if no other one is given."""
+
+    def run(*flags, form=None, **kwargs):
+        with monkeypatch.context() as patch:
+            if form:
+                patch.setattr(sid, "form_of", lambda schedule: (form, SCHEDULES[form]()))
+            return Trace(monkeypatch, sid, tmp_path / "out", *flags, **kwargs)
+
+    return run
 
 
 VARIANTS = [
-    "",
-    "--cfg 2.5",
-    "--guidance zero --nfe 3",
-    "--guidance anti",
-    "--gan --gan-warmup 0",
-    "--gan --gan-warmup 0 --nfe 2 --cfg 2 --renoise ddim",
-    "--form flow --k3 0.5",
-    "--form vp --cfg 2 --nfe 4 --renoise fixed",
-    "--detach",
-    "--alpha 0.5 --weight snr --ema 500",
+    (None, ""),
+    (None, "--cfg 2.5"),
+    (None, "--guidance zero --nfe 3"),
+    (None, "--guidance long --cfg 2"),
+    (None, "--gan --gan-warmup 0"),
+    (None, "--gan --gan-warmup 0 --nfe 2 --cfg 2"),
+    (None, "--alpha 0.5 --weight 1_over_sigma --ema 500"),
+    ("flow", "--cfg 2"),
+    ("vp", "--cfg 2 --nfe 4"),
 ]
 
 
-@pytest.mark.parametrize("flags", VARIANTS)
-def test_gradient_routing(trace, flags):
-    steps = trace("--iters", 3, *flags.split())
-    assert [s["role"] for s in steps] == ["critic", "student"] * 3  # the critic first
-    for s in steps:
-        for net, grads in s[
-            "grads"
-        ].items():  # every weight of the network whose turn it is; not one of the others
-            assert [g is not None for g in grads] == [net == s["role"]] * len(grads), (
-                s["role"],
-                net,
-            )
-        assert {k for k in s["before"] if not torch.equal(s["before"][k], s["after"][k])} == {
-            s["role"]
-        }
+@pytest.mark.parametrize("form, flags", VARIANTS)
+def test_gradient_routing(trace, form, flags):
+    """Every weight of the network whose turn it is gets a gradient and moves; no other does."""
+    steps = trace("--iters", 3, *flags.split(), form=form)
+    assert [step.role for step in steps] == ["critic", "student"] * 3
+    for step in steps:
+        for name, grads in step.grads.items():
+            found = [g is not None for g in grads]
+            assert found == [name == step.role] * len(grads), (step.role, name)
+        for name in step.before:
+            assert step.moved(name) == (name == step.role)
     for a, b in zip(steps, steps[1:]):  # nothing moves between the steps
-        assert all(torch.equal(a["after"][k], b["before"][k]) for k in a["after"])
-    assert all(p.requires_grad for k in ("student", "critic") for p in steps.nets()[k].parameters())
-    assert not any(p.requires_grad for p in steps.nets()["teacher"].parameters())
-    nfe = int(flags.split("--nfe ")[1][0]) if "--nfe" in flags else 1
-    assert steps.shared == [(0, nfe)] * 3  # one step index for both turns and the whole batch
+        for name in a.after:
+            assert torch.equal(a.after[name], b.before[name])
+    assert all(p.requires_grad for p in steps.student.parameters())
+    assert all(p.requires_grad for p in steps.critic.parameters())
+    assert not any(p.requires_grad for p in steps.teacher.parameters())
 
 
-def test_ratio_and_warmup_by_images(trace):
-    roles = lambda *flags: "".join(s["role"][0] for s in trace(*flags))
-    assert roles("--iters", 6, "--ratio", 3) == "cscccscc"
-    assert (
-        roles("--iters", 6, "--gan", "--gan-warmup", 32) == "cccscscscs"
-    )  # batch 16: the student rests while fewer than 32 images were seen
+def test_one_step_index_for_both_turns(trace):
+    """Drawn once an iteration, for the whole batch and all processes."""
+    steps = trace("--iters", 3, "--nfe", 4, record=[(BatchRandom, "shared_randint")])
+    assert [call.args[1:] for call in steps.calls["shared_randint"]] == [(0, 4)] * 3
 
 
-def test_half_of_each_loss_after_the_warm_up(trace):
-    """Before: full L_alpha, no GAN; then (L_alpha + L_adv) / 2, and the student's GAN gradient is not zero."""
-
-    def student(*flags):
-        steps = trace("--iters", 1, "--gan", "--lr-fake", 0, "--cfg", 2, "--k2", 1, *flags)
-        return steps.flat(1)
-
-    plain, both, double = (
-        student("--gan-warmup", 0, "--gan-weight", 0),
-        student("--gan-warmup", 0, "--gan-weight", 1),
-        student("--gan-warmup", 0, "--gan-weight", 2),
-    )
-    assert (both - plain).norm() > 1e-3 * plain.norm() and torch.allclose(
-        double - both, both - plain, atol=1e-5 * float(double.norm())
-    )
-    steps = trace(
-        "--iters",
-        3,
-        "--gan",
-        "--gan-warmup",
-        16,
-        "--lr-fake",
-        0,
-        "--lr",
-        0,
-        "--cfg",
-        2,
-        "--k2",
-        1,
-        "--gan-weight",
-        0,
-    )
-    only = trace(
-        "--iters",
-        3,
-        "--gan",
-        "--gan-warmup",
-        0,
-        "--lr-fake",
-        0,
-        "--lr",
-        0,
-        "--cfg",
-        2,
-        "--k2",
-        1,
-        "--gan-weight",
-        0,
-    )
-    students = [
-        [s.flat(i) for i in range(len(s)) if s[i]["role"] == "student"] for s in (steps, only)
-    ]
-    assert len(students[0]) == 2 and torch.allclose(
-        students[0][0], 2 * students[1][1], rtol=1e-4, atol=1e-4 * float(students[1][1].norm())
-    )
-    assert torch.allclose(students[0][1], students[1][2], rtol=1e-4, atol=1e-5)
+def roles(steps):
+    return "".join(step.role[0] for step in steps)
 
 
-def by_hand(alpha, through=True):
-    """The first student gradient of a run on toy-cond, batch 16, edm form, with k = (1, 1, 1, 2) and a critic that does not move, from the paper's formulas."""
-    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
-    student, fake, s = teacher.copy(), teacher.copy().requires_grad_(False), teacher.schedule
-    draw.randint(0, 8), draw.randn(2), draw.randn(), draw.randn(2)  # the critic's turn
+def test_ratio(trace):
+    assert roles(trace("--iters", 6, "--ratio", 3)) == "cscccscc"
+
+
+def test_the_student_waits_for_gan_warmup_images(trace):
+    """Two iterations of 16 images here."""
+    assert roles(trace("--iters", 6, "--gan", "--gan-warmup", 32)) == "cccscscscs"
+
+
+def test_the_average_moves_with_the_student(trace):
+    steps = trace("--iters", 6, "--ratio", 3, "--ema", 500)
+    student = [step for step in steps if step.role == "student"]
+    assert [step.images for step in student] == [0, 16]
+    assert steps.ema.images == 32
+
+
+FROZEN = ["--gan", "--lr", 0, "--lr-fake", 0, "--cfg", 2, "--guidance", "long"]
+
+
+def student_gradients(steps):
+    return [step.flat_grad() for step in steps if step.role == "student"]
+
+
+def test_eq10_is_linear_in_the_weight_of_the_gan_term(trace):
+    def run(gan_weight):
+        steps = trace("--iters", 1, *FROZEN, "--gan-warmup", 0, "--gan-weight", gan_weight)
+        return student_gradients(steps)[0]
+
+    plain, once, twice = run(0), run(1), run(2)
+    tolerance = 1e-5 * float(twice.norm())
+    assert (once - plain).norm() > 1e-3 * plain.norm()
+    assert torch.allclose(twice - once, once - plain, atol=tolerance)
+
+
+def test_eq10_halves_the_loss_once_the_gan_term_has_joined(trace):
+    """It joins in the third iteration: the second has a whole L_sid, the third half of it."""
+    joins_late = trace("--iters", 3, *FROZEN, "--gan-weight", 0, "--gan-warmup", 16)
+    from_the_start = trace("--iters", 3, *FROZEN, "--gan-weight", 0, "--gan-warmup", 0)
+    whole, half = student_gradients(joins_late)
+    _, half_of_whole, same = student_gradients(from_the_start)
+    atol = 1e-4 * float(half_of_whole.norm())
+    assert torch.allclose(whole, 2 * half_of_whole, rtol=1e-4, atol=atol)
+    assert torch.allclose(half, same, rtol=1e-4, atol=1e-5)
+
+
+# ---- the first iteration by hand -----------------------------------------------------------------
+
+
+def at(alpha, sigma, x, eps):
+    return (alpha[:, None] * x + sigma[:, None] * eps).float()
+
+
+def guided_by_hand(net, x_t, alpha, sigma, cond, kappa):
+    c = net(x_t, alpha, sigma, cond)
+    u = net(x_t, alpha, sigma, net.null(len(x_t)))
+    return u + kappa * (c - u)
+
+
+def gradient_of(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters()]).double()
+
+
+def edm_levels_of_the_student(r):
+    """r ~ U(0, 0.8) on the toy's schedule, whose levels are 0.01 to 20, rho = 7."""
+    low, high = 0.01 ** (1 / 7), 20 ** (1 / 7)
+    sigma = (high + (1 - r) * (low - high)) ** 7
+    return torch.ones(16), sigma
+
+
+def student_by_hand(steps, alpha, kappa_real, kappa_fake, form="edm", through=True, adv=0.0):
+    """The first student gradient of a run with one step, from the paper's formulas.
+
+    The critic is the one that the run's first critic step has made. adv: w_G.
+    """
+    teacher = load_teacher("toy-cond")
+    student = teacher.copy()
+    fake = teacher.copy().requires_grad_(False)
+    nn.utils.vector_to_parameters(steps[1].before["critic"], fake.parameters())
+
+    draw = BatchRandom(0, 0, 16)
+    if not adv:
+        draw.randint(0, 8)  # the critic's turn, whose labels are those of images with --gan
+    draw.randn(2)
+    draw.randn()
+    draw.randn(2)
+
     cond = teacher.encode(draw.randint(0, 8))
-    x = student((2.5 * draw.randn(2)), 1.0, 2.5, cond)
-    r = 0.8 * draw.rand()
-    sigma = (20 ** (1 / 7) + (1 - r) * (0.01 ** (1 / 7) - 20 ** (1 / 7))) ** 7
-    x_t = (x + sigma[:, None] * draw.randn(2)).float()
-    one = torch.ones(16)
-    f_phi = 2 * teacher(x_t, one, sigma, cond) - teacher(x_t, one, sigma, teacher.null(16))
-    f_psi = fake(x_t, one, sigma, cond)
+    z = draw.randn(2)
+    if form == "edm":
+        x = student(2.5 * z, 1.0, 2.5, cond)
+        a, sigma = edm_levels_of_the_student(0.8 * draw.rand())
+        scale = 100
+    else:
+        x = student(z, 0.0, 1.0, cond)
+        sigma = (math.log(2) + 1.6 * draw.randn().double()).sigmoid()
+        a, scale = 1 - sigma, 100
+    x_t = at(a, sigma, x, draw.randn(2))
+    r = guided_by_hand(teacher, x_t, a, sigma, cond, kappa_real)
+    f = guided_by_hand(fake, x_t, a, sigma, cond, kappa_fake)
     if not through:
-        f_phi, f_psi = f_phi.detach(), f_psi.detach()
-    w = 1 / (x - f_phi).abs().mean(1).clamp(min=1e-5).detach()
-    (
-        100 * (w[:, None] * (f_phi - f_psi) * ((f_phi - x) - alpha * (f_phi - f_psi))).sum() / 16
-    ).backward()
-    return torch.cat([p.grad.flatten() for p in student.parameters()]).double()
+        r, f = r.detach(), f.detach()
+    w = 1 / (x - r).abs().mean(1).clamp(min=1e-5).detach() if form == "edm" else 1 - sigma
+    inner = ((r - f) * ((r - x) - alpha * (r - f))).sum(1)
+    loss = scale * (w * inner).sum() / 16
+    if adv:
+        logit = fake(x_t, a, sigma, cond, features=True)[-1].mean(1)
+        assert logit.abs().max() < 10
+        loss = (loss + adv * 2 * F.softplus(-logit).mean() * w.mean()) / 2
+    loss.backward()
+    return gradient_of(student)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_the_first_student_gradient_by_hand(trace, alpha):
-    """The gradient passes through both networks: with detached ones it is another by far."""
-    flags = ["--iters", 1, "--cfg", 2, "--guidance", "long", "--lr-fake", 0, "--alpha", alpha]
-    found, right, wrong = trace(*flags).flat(1), by_hand(alpha), by_hand(alpha, through=False)
-    assert (found - right).norm() < 1e-5 * right.norm() and (
-        wrong - right
-    ).norm() > 0.01 * right.norm()
-    assert (trace(*flags, "--detach").flat(1) - wrong).norm() < 1e-5 * wrong.norm()
+@pytest.mark.parametrize("guidance, kappa_fake", [("lsg", 2), ("long", 1)])
+def test_eq05_first_student_gradient_by_hand(trace, alpha, guidance, kappa_fake):
+    """The gradient passes through both networks: without them it differs by far."""
+    flags = ["--cfg", 2, "--guidance", guidance, "--lr-fake", 1e-2, "--alpha", alpha]
+    steps = trace("--iters", 1, *flags)
+    found = steps[1].flat_grad()
+    right = student_by_hand(steps, alpha, 2, kappa_fake)
+    wrong = student_by_hand(steps, alpha, 2, kappa_fake, through=False)
+    assert relative_error(found, right) < 1e-5
+    assert relative_error(wrong, right) > 0.01
+
+
+def test_eq05_eq11_first_student_gradient_of_a_flow_by_hand(trace):
+    steps = trace("--iters", 1, "--cfg", 2, "--lr-fake", 1e-2, form="flow")
+    expected = student_by_hand(steps, 1.0, 2, 2, form="flow")
+    assert relative_error(steps[1].flat_grad(), expected) < 1e-5
+
+
+def test_eq05_first_student_gradient_with_zero_cfg_by_hand(trace):
+    steps = trace("--iters", 1, "--guidance", "zero", "--lr-fake", 1e-2)
+    assert relative_error(steps[1].flat_grad(), student_by_hand(steps, 1.0, 1, 0)) < 1e-5
+
+
+def test_eq09_eq10_first_student_gradient_with_the_gan_by_hand(trace):
+    flags = ["--gan", "--gan-warmup", 0, "--gan-weight", 30, "--lr-fake", 1e-2]
+    steps = trace("--iters", 1, *flags)
+    expected = student_by_hand(steps, 1.0, 1, 1, adv=30)
+    assert relative_error(steps[1].flat_grad(), expected) < 1e-5
+
+
+def critic_by_hand(form="edm", kappa=1.0, nfe=1, drop=0.0, cls_weight=None):
+    """The first critic gradient of a run, from the paper's formulas. cls_weight: w_D with --gan."""
+    teacher = load_teacher("toy-cond")
+    student, fake = teacher.copy(), teacher.copy()
+    draw = BatchRandom(0, 0, 16)
+    if cls_weight is None:
+        labels = draw.randint(0, 8)
+    else:
+        x_real, labels = load_images(None, teacher).batch(0, 16, 0)
+    if drop:
+        labels = torch.where(draw.rand() < drop, 8, labels)  # before the student makes x
+        assert 2 < (labels == 8).sum() < 14
+    cond = teacher.encode(labels)
+
+    k = draw.shared_randint(0, nfe)
+    assert nfe == 1 or k == 3
+    x = torch.zeros(16, 2)
+    with torch.no_grad():
+        for i in range(k + 1):  # with noise at the levels 2.5, 2, 1.5, 1, or 1, 0.8, 0.6, 0.4
+            tau = (2.5 if form == "edm" else 1.0) * (1 - i / nfe)
+            keep = 1.0 if form == "edm" else 1 - tau
+            x = student(keep * x + tau * draw.randn(2), keep, tau, cond)
+
+    n, eps = draw.randn().double(), draw.randn(2)
+    if form == "edm":
+        sigma = (1.2 * n - 1.2).exp()
+        alpha = torch.ones(16)
+        weight = (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
+    else:
+        sigma = (math.log(2) + 1.6 * n).sigmoid()
+        alpha = 1 - sigma
+        weight = sigma**-2
+    f = guided_by_hand(fake, at(alpha, sigma, x, eps), alpha, sigma, cond, kappa)
+    loss = (weight * (f - x).square().sum(1)).sum() / 16
+    if cls_weight is not None:
+
+        def logit(y):  # fake and real share level, noise and label
+            x_t = at(alpha, sigma, y, eps)
+            return fake(x_t, alpha, sigma, cond, features=True)[-1].mean(1)
+
+        bce = F.softplus(logit(x)) + F.softplus(-logit(x_real))
+        omega = weight.mean() if form == "edm" else 2
+        loss = loss + cls_weight * omega * bce.mean() / 2
+    loss.backward()
+    return gradient_of(fake)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, case",
     [
-        [],
-        ["--gan", "--cls-weight", 3],
-        ["--drop", 0.5],
-        ["--nfe", 5],
-        ["--nfe", 5, "--form", "flow"],
-        ["--gan", "--drop", 0.5, "--k1", 1.5],
+        ("", dict()),
+        ("--cfg 1.5", dict(kappa=1.5)),
+        ("--cfg 1.5 --guidance long", dict()),
+        ("--guidance zero", dict(kappa=0.0)),
+        ("--nfe 5", dict(nfe=5)),
+        ("--gan --cls-weight 3", dict(cls_weight=3)),
+        ("", dict(form="flow")),
+        ("--nfe 5", dict(form="flow", nfe=5)),
+        ("--gan", dict(form="flow", cls_weight=1)),
     ],
-    ids=lambda f: " ".join(map(str, f)),
 )
-def test_the_first_critic_gradient_by_hand(trace, flags):
-    """(4) and (8) written out: real and fake image share level, noise and label; labels are emptied before the student is asked;
-    of five steps it takes four, with noise at the levels 2.5, 2, 1.5, 1 (flow: 1, .8, .6, .4)."""
-    teacher, draw, gan, drop, flow = (
-        load_teacher("toy-cond"),
-        BatchRandom(0, 0, 16),
-        "--gan" in flags,
-        "--drop" in flags,
-        "flow" in flags,
-    )
-    student, fake = teacher.copy(), teacher.copy()
-    real, labels = (
-        data.load_images(None, teacher).batch(0, 16, 0) if gan else (None, draw.randint(0, 8))
-    )
-    if drop:
-        labels = torch.where(draw.rand() < 0.5, 8, labels)
-        assert 2 < (labels == 8).sum() < 14
-    cond = teacher.encode(labels)
-    x = torch.zeros(16, 2)
-    with torch.no_grad():
-        for i in range(1 + (draw.shared_randint(0, 5) if "--nfe" in flags else 0)):
-            tau = (1 if flow else 2.5) * (1 - i / 5)
-            keep = 1 - tau if flow else 1.0
-            x = student(keep * x + tau * draw.randn(2), keep, tau, cond)
-    assert i == 3 or "--nfe" not in flags
-    n, eps = draw.randn().double(), draw.randn(2)
-    sigma = (math.log(2) + 1.6 * n).sigmoid() if flow else (1.2 * n - 1.2).exp()
-    alpha = 1 - sigma if flow else torch.ones(16)
-    noisy = lambda y: (alpha[:, None] * y + sigma[:, None] * eps).float()
-    lam = sigma**-2 if flow else (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
-    f = fake(noisy(x), alpha, sigma, cond)
-    if "--k1" in flags:
-        u = fake(noisy(x), alpha, sigma, teacher.null(16))
-        f = u + 1.5 * (f - u)
-    loss = (lam * (f - x).square().sum(1)).sum() / 16
-    if gan:
-        logit = lambda y: fake(noisy(y), alpha, sigma, cond, features=True)[-1].mean(1)
-        loss = (
-            loss
-            + (3 if "--cls-weight" in flags else 1)
-            * lam.mean()
-            * (nn.functional.softplus(logit(x)) + nn.functional.softplus(-logit(real))).mean()
-            / 2
-        )
-    loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in fake.parameters()]).double()
-    assert (trace("--iters", 1, *flags).flat(0) - expected).norm() < 1e-5 * expected.norm()
+def test_eq04_eq08_first_critic_gradient_by_hand(trace, flags, case):
+    steps = trace("--iters", 1, *flags.split(), form=case.get("form"))
+    assert relative_error(steps[0].flat_grad(), critic_by_hand(**case)) < 1e-5
 
 
-def test_gradient_through_both_networks_by_differences():
-    """d L / d x of (5) in float64 through two MLPs, against central differences of its value, w held."""
-    teacher = load_teacher("toy-cond")
-    phi, psi = (
-        teacher.copy().double().requires_grad_(False),
-        teacher.copy().double().requires_grad_(False),
-    )
-    with torch.no_grad():
-        for i, p in enumerate(psi.parameters()):
-            p += 0.05 * normal(*p.shape, seed=i)
-    x, eps, sigma, cond = (
-        normal(3, 2),
-        normal(3, 2, seed=1),
-        f64(0.3, 1.0, 3.0),
-        teacher.encode(torch.arange(3)),
-    )
-    w = f64(1, 2, 3)
-
-    def loss(x):
-        x_t = sid.add_noise(x, ONE.expand(3), sigma, eps)
-        f_psi = sid.Critic(psi)(x_t, ONE.expand(3), sigma, cond, 1.5)
-        return sid.sid_loss(
-            x, phi.guided(x_t, ONE.expand(3), sigma, cond, 2.0), f_psi, f_psi, w, 1.2
-        )
-
-    x.requires_grad_()
-    loss(x).backward()
-    for i in range(3):
-        for j in range(2):
-            h = torch.zeros(3, 2, dtype=torch.float64)
-            h[i, j] = 1e-5
-            assert x.grad[i, j].item() == pytest.approx(
-                ((loss(x + h) - loss(x - h)) / 2e-5).item(), rel=1e-5, abs=1e-8
-            )
+@pytest.mark.parametrize(
+    "flags, case",
+    [
+        ("--cfg 1.5", dict(kappa=1.5, drop=0.5)),
+        ("--cfg 1.5 --gan", dict(kappa=1.5, drop=0.5, cls_weight=1)),
+        ("--cfg 1.5 --guidance long", dict()),  # nothing is dropped for a critic without guidance
+    ],
+)
+def test_dropped_conditions_by_hand(trace, monkeypatch, flags, case):
+    monkeypatch.setitem(sid.FORMS, "edm", dict(sid.FORMS["edm"], drop=0.5))
+    steps = trace("--iters", 1, *flags.split())
+    assert relative_error(steps[0].flat_grad(), critic_by_hand(**case)) < 1e-5
 
 
-# ---- the tests fail when the method is broken --------------------------------------------------------------------------------------------------
+# ---- deliberate mistakes -------------------------------------------------------------------------
 
-
-BROKEN = {
-    "networks detached": (
-        lambda x, a, b, b3, w, alpha: RIGHT(x, a.detach(), b.detach(), b3.detach(), w, alpha),
-        lambda: test_gaussian_value_and_gradient(2.0, 1.0, 0.0, 0.24),
-    ),
-    "sign": (
-        lambda *args: -RIGHT(*args),
-        lambda: test_gaussian_value_and_gradient(2.0, 0.5, 0.225, 0.42),
-    ),
-    "alpha's term without its minus": (
-        lambda x, a, b, b3, w, alpha: RIGHT(x, a, b, b3, w, -alpha),
-        lambda: test_half_is_the_fisher_divergence(),
-    ),
-    "mean over pixels": (
-        lambda x, *args: RIGHT(x, *args) / x[0].numel(),
-        lambda: test_the_form_of_alpha_one(),
-    ),
-    "student's sample detached": (
-        lambda x, *args: RIGHT(x.detach(), *args),
-        lambda: test_gaussian_value_and_gradient(0.5, 1.0, 0.0, -0.24),
-    ),
-}
 RIGHT = sid.sid_loss
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_loss_fails(what, monkeypatch):
-    wrong, check = BROKEN[what]
-    check()
+def networks_detached(x, r, f, w, alpha):
+    return RIGHT(x, r.detach(), f.detach(), w, alpha)
+
+
+def wrong_sign(x, r, f, w, alpha):
+    return -RIGHT(x, r, f, w, alpha)
+
+
+def plus_alpha(x, r, f, w, alpha):
+    return RIGHT(x, r, f, w, -alpha)
+
+
+def mean_over_pixels(x, r, f, w, alpha):
+    return RIGHT(x, r, f, w, alpha) / x[0].numel()
+
+
+def sample_detached(x, r, f, w, alpha):
+    return RIGHT(x.detach(), r, f, w, alpha)
+
+
+@pytest.mark.parametrize(
+    "wrong, test, case",
+    [
+        (networks_detached, test_eq05_of_a_gaussian, (2.0, 1.0, 0.0, 0.24)),
+        (wrong_sign, test_eq05_of_a_gaussian, (2.0, 0.5, 0.225, 0.42)),
+        (plus_alpha, test_eq05_at_one_half_for_any_estimates, ()),
+        (mean_over_pixels, test_eq05_at_one_for_any_estimates, ()),
+        (sample_detached, test_eq05_of_a_gaussian, (0.5, 1.0, 0.0, -0.24)),
+    ],
+)
+def test_a_wrong_loss_fails(wrong, test, case, monkeypatch):
+    test(*case)
     monkeypatch.setattr(sid, "sid_loss", wrong)
     with pytest.raises(AssertionError):
-        check()
+        test(*case)
 
 
-def test_reversed_time_fails(monkeypatch):
-    """r counted from the noisy end: the student would see nothing but large noise."""
-    right = BatchRandom.uniform
-    monkeypatch.setattr(BatchRandom, "uniform", lambda draw: (1 - 0.8 * right(draw)) / 0.8)
+def test_levels_counted_from_the_noisy_end_fail(monkeypatch):
+    """The student would be trained at large noise only."""
+    right = BatchRandom.rand
+    monkeypatch.setattr(BatchRandom, "rand", lambda draw: (1 - 0.8 * right(draw)) / 0.8)
     with pytest.raises(AssertionError):
-        test_levels_edm()
+        test_eq11_edm_levels_of_the_student()
