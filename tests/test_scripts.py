@@ -193,7 +193,7 @@ def test_kill_9(moments, scripts, tmp_path):
 # all parts of a batch only the last one sees that, so one iteration is compared.
 FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}
 # Numbers that are means over a part: lambda of flowmap's (9), the weights of sid's discriminator.
-ONE_PART = {"flowmap": "--ratio 1 --correction 0".split()}
+ONE_PART = {"flowmap": "--ratio 1 --correction 0".split(), "sid": ["--cls-weight", 0]}
 
 
 def first_network(script, flags):
