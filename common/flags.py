@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         add("--accumulate", type=int, default=1, metavar="N", help="split each batch in N parts")
         add("--lr", type=float, help="learning rate of the student")
         if critic:
-            add("--lr-fake", type=float, help="learning rate of the critic")
+            add("--lr-fake", type=float, help="learning rate of the critic or heads")
         add("--warmup", type=int, default=0, help="iterations of linear warm-up")
         add("--cooldown", type=float, default=0.0, help="last share of the run, rates fall to 0")
         add("--clip", type=float, default=10.0, help="maximum gradient norm")

@@ -175,9 +175,12 @@ class Run:
             once=self.on_rank0,
         )
 
-    def train(self, module):
+    def train(self, module, ddp=True):
         """The module to call where gradients flow: compiled with --compile, in DDP if there are
-        several processes. With --shard the networks average their gradients themselves."""
+        several processes. With --shard the networks average their gradients themselves.
+
+        ddp=False: the script averages the gradients, see `average_gradients`.
+        """
         if self.args.grad_checkpoint:
             for model in module.modules():
                 if isinstance(model, Model):
@@ -186,7 +189,7 @@ class Run:
             return module
         if self.args.compile:
             module = torch.compile(module)
-        if self.world == 1:
+        if self.world == 1 or not ddp:
             return module
         # an iteration may have no sample for one of the experts
         some_unused = any(isinstance(m, Routed) for m in module.modules())
