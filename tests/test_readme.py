@@ -4,8 +4,8 @@ import ast
 import re
 
 import pytest
-import test_lora
 import torch
+from helpers import readme
 
 import dmd2
 from common.files import ROOT
@@ -46,9 +46,9 @@ def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block, name", [(1, "FULL"), (2, "LORA"), (3, "FLOW")])
 def test_blocks_for_pipelines_are_tested(block, name):
-    """They are the code that tests/test_lora.py runs on tiny pipelines, but for line breaks."""
+    """They are the code of helpers/readme.py, which tests run on tiny pipelines."""
     in_readme = ast.dump(ast.parse(CODE_BLOCKS[block]))
-    in_test = ast.dump(ast.parse(getattr(test_lora, name)))
+    in_test = ast.dump(ast.parse(getattr(readme, name)))
     assert in_readme == in_test
 
 

@@ -9,10 +9,9 @@ import json
 
 import diffusers
 import pytest
-import test_lora
 import test_teachers_flow
 import torch
-from helpers import pipelines
+from helpers import pipelines, readme
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from test_captions import fill
@@ -96,7 +95,7 @@ def inputs(tmp_path_factory):
     """Folder with prompts, images with captions, and the cache of all encodings."""
     home = tmp_path_factory.mktemp("smoke")
     (home / "flow.txt").write_text("\n".join(PROMPTS))
-    (home / "readme.txt").write_text("\n".join(test_lora.PROMPTS))  # starts with README's prompt
+    (home / "readme.txt").write_text("\n".join(readme.PROMPTS))  # starts with README's prompt
     fill(home / "captioned")
     return home
 
@@ -128,8 +127,7 @@ def test_dmd2(case, folders, pictures, inputs, scripts, tmp_path):  # noqa: F811
             case.name, nfe, teacher, student, home, folders, sampler, case.lora
         )
     else:
-        snippet = test_lora.SNIPPETS[case.name, int(case.lora)]
-        test_lora.same_picture(case.name, nfe, teacher, student, home, folders, snippet, sampler)
+        readme.same_picture(case.name, nfe, teacher, student, home, folder, case.lora, sampler)
 
 
 def text_options(case, inputs):
