@@ -58,21 +58,23 @@ def init_process_group(device, rank, world):
 
 
 def on_rank0(fn, rank, world):
-    """fn() on rank 0. Its UserError or RunError is raised on every rank, so that none waits."""
-    error = None
+    """fn() on rank 0 -> its result, on every rank.
+
+    Its UserError or RunError is raised on every rank, so that none waits.
+    """
+    result, error = None, None
     if rank == 0:
         try:
-            fn()
+            result = fn()
         except (UserError, RunError) as e:
             error = e
     if world > 1:
-        box = [error and (isinstance(error, UserError), str(error))]
+        box = [(result, error)]
         dist.broadcast_object_list(box)
-        if box[0]:
-            is_user_error, text = box[0]
-            error = UserError(text) if is_user_error else RunError(text)
-    if error:
+        result, error = box[0]
+    if error is not None:
         raise error
+    return result
 
 
 def on_all_ranks(fn, world):

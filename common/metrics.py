@@ -6,7 +6,7 @@ import time
 import torch
 
 from common import fid
-from common.distributed import gather_rows, on_all_ranks
+from common.distributed import gather_rows, on_rank0
 from common.errors import UserError
 from common.features import ClassifierExtractor
 from common.routed import ByLabel
@@ -120,8 +120,6 @@ def evaluate(
     labels = torch.arange(n) % max(teacher.classes, 1)
 
     def measure():
-        if rank > 0:  # would only compute the same again
-            return None
         agreement = {}
         if is_toy:
             result = toy_distances(features, teacher.mixture, labels, seed)
@@ -137,7 +135,7 @@ def evaluate(
             ]
         return result
 
-    result = on_all_ranks(measure, world)[0]
+    result = on_rank0(measure, rank, world)
     protocol = f"toy exact n={n} seed={seed}" if is_toy else extractor.describe(n, f"seed={seed}")
     result = dict(protocol=protocol, **result)
     if not rows["finite"].all():

@@ -16,6 +16,7 @@ class PassCounter:
     def __init__(self, modules):
         """modules: {name: module}, every Model in them is counted under that name."""
         self.samples = dict.fromkeys(modules, 0)
+        self.paused = False
         self.handles = []
         hooked = set()
         for name, module in modules.items():
@@ -28,6 +29,8 @@ class PassCounter:
 
     def hook(self, net, name):
         def count(module, args, kwargs):
+            if self.paused:
+                return
             tensors = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v)]
             self.samples[name] += len(tensors[0]) * pass_cost(module, tensors)
 

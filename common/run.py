@@ -79,6 +79,7 @@ class Run:
         self.saved = 0  # iterations in the newest checkpoint
         self.ddp_modules = weakref.WeakSet()
         self.models = {}
+        self.counter = None  # of network passes, in the first iterations
         self.record = {}  # facts for the student's distill.json
 
         out = Path(script).resolve().parent / "out" / f"{self.method}-{Path(args.teacher).name}"
@@ -280,7 +281,7 @@ class Run:
 
         After SIGTERM or Ctrl-C it ends early, at the same iteration on all processes.
         """
-        counter = PassCounter(self.models) if self._counts_passes() else None
+        self.counter = PassCounter(self.models) if self._counts_passes() else None
         cycle = getattr(self.args, "ratio", None) or 1
         self.bar = progress_bar(first, last, self.method, disable=not self.is_main)
         for it in self.bar:
@@ -290,9 +291,9 @@ class Run:
                     module.require_backward_grad_sync = self.is_last_microstep
                 yield it
             done = it + 1 - first
-            if counter and (done == CYCLES_COUNTED * cycle or it + 1 == last):
-                self._report_passes(counter, done)
-                counter = None
+            if self.counter and (done == CYCLES_COUNTED * cycle or it + 1 == last):
+                self._report_passes(self.counter, done)
+                self.counter = None
             if self._agree_to_stop():
                 break
         self.bar.close()
@@ -320,10 +321,14 @@ class Run:
         args = self.args
         if it % args.log_every == 0:
             self.log(it, logs)
+        if self.counter:  # sampling for pictures and metrics is not part of an iteration
+            self.counter.paused = True
         if self.due(it, args.sample_every):
             report.pictures(it + 1)
         if self.due(it, args.eval_every):
             report.evaluate(it + 1, n=1000)
+        if self.counter:
+            self.counter.paused = False
         if self.due(it, args.save_every):
             self.save(it, state)
 
