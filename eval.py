@@ -1,27 +1,45 @@
-"""Measures students, teachers and image folders. The last printed line is one JSON object; every result is also appended to out/eval.jsonl.
+"""Measures students, teachers and image folders.
 
-    python eval.py out/dmd2-mnist                                     # a run's student, as it was trained: steps, sampler and teacher of distill.json
-    python eval.py out/*-mnist --compare --sort fd                    # students and their teacher: one table, one picture, log curves; again: free
-    python eval.py out/*-mnist --compare --teacher-nfe 1,2,4,8,16,50 --heun    # with all baselines
-    python eval.py --teacher mnist --nfe 1,2,4,8,16,50 --cfg 1,1.5,2  # a teacher alone, all combinations
-    python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth     # FID of two folders; --teacher mnist: its protocol
-    python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3    # FID against EDM's reference file
-    python eval.py out/flowmap-mnist --compare --best-of 8            # the student previews 8 noises per image, the teacher gets the best one
-    torchrun --nproc_per_node=8 eval.py ... --samples 50000           # the same numbers: image i depends on (--seed, i), not on batch or processes
+The last printed line is one JSON object: the result, or {"results": [...]} if there are several.
+Every result is also appended to out/eval.jsonl.
 
-Metrics. A teacher folder brings its own protocol (a small classifier's features): `fd`, never called FID. `fid` is printed only for the public
-Inception weights, given by path: TF1 resize, uint8, float64 statistics. kid: 100 subsets of 1,000 images (fewer if there are fewer), not times 1000.
-precision, recall, density, coverage: k = 3, against as many reference images as samples, the first of a fixed shuffle.
-agreement: share of samples whose label the classifier finds; image i has label i % classes. Toy teachers: energy distance, sliced Wasserstein
-distance, smallest and largest share of a mode, share of points within 3 standard deviations of their mode.
-A run of nct.py: metrics of images whose conditions are those of other samples of its generator; `control`: does it obey (common/adapters.py, obedience).
-`passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n: compare only equal n. Gaps below 1-2 % are noise.
-The object is the result itself, or {"results": [...]} if there are several. With --seeds metrics are means; `min` and `all` hold the rest.
---compare: common/compare.py says what its columns mean and what makes two runs one row.
+Usage:
+    # a run's student, with the steps, sampler and teacher of its training
+    python eval.py out/dmd2-mnist
+    # students and their teacher: a table, a picture, log curves; repeated, it costs nothing
+    python eval.py out/*-mnist --compare --sort fd
+    python eval.py out/*-mnist --compare --teacher-nfe 1,2,4,8,16,50 --heun
+    # a teacher alone, all combinations
+    python eval.py --teacher mnist --nfe 1,2,4,8,16,50 --cfg 1,1.5,2
+    # the student previews 8 noises per image, the teacher gets the best one
+    python eval.py out/flowmap-mnist --compare --best-of 8
+    # FID of two folders (with --teacher mnist instead of --inception: its protocol)
+    python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth
+    # FID against EDM's reference file
+    python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3
+    # the same numbers on 8 GPUs: image i depends on (--seed, i), not on batch or processes
+    torchrun --nproc_per_node=8 eval.py out/dmd2-mnist --samples 50000
+
+Metrics of images:
+    fd         Frechet distance in the features of the classifier that a teacher brings
+    fid        the same with the public Inception weights, given by path: TF1 resize, uint8, float64
+    kid        mean of 100 subsets of 1,000 images (fewer if there are fewer), not times 1000
+    precision, recall, density, coverage
+               k = 3, against as many reference images as samples, the first of a fixed shuffle
+    agreement  share of samples whose label the classifier finds; image i has label i % classes
+    similarity (--per-prompt) mean cosine of the features of two images of one label or prompt
+    control    (nct.py) how well images follow conditions of other samples (controls/measure.py)
+Metrics of points (toy teachers), against the exact mixture:
+    energy_distance, sliced_wasserstein
+    mode_min, mode_max   smallest and largest share of a mode
+    near_mode            share of points within 3 standard deviations of their mode
+`passes` counts network passes per image: guidance doubles them, Heun nearly. Distances fall with n:
+compare equal n only. Differences below 1-2 % are noise. With --seeds, metrics are means; `min` and
+`all` have the rest. The columns of --compare are explained in tools/compare.py.
 """
 
 import argparse
-import datetime
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -30,43 +48,44 @@ import torch
 from tqdm import tqdm
 
 from common import fid, metrics
-from common.distributed import init_processes, on_all_ranks
-from common.errors import UserError, launch
+from common.distributed import gather_rows, init_processes, on_rank0
+from common.errors import UserError, launch, require
 from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
 from common.flags import parse_size
-from common.report import dumps, hardware
-from common.routed import ByLabel
-from common.sampling import TEACHER_NFE, teacher_sample
+from common.folder import utc_now
+from common.report import dumps, hardware, save_grid
+from common.sampling import TEACHER_NFE, generate
 from common.teachers.load import load_teacher
-from common.teachers.students import network_of, read_student, sampler_of
 from controls.measure import control_error, control_summary
-from tools.compare import Book, add_flags, check, close, teacher_steps
+from tools import compare
+from tools.cache import ResultCache, cache_settings, kept_samples
+from tools.inception import InceptionExtractor
 from tools.measure import (
-    InceptionExtractor,
     bar_interval,
     count_nfe,
-    draw_rows,
     folder_features,
     hash_weights,
     latency,
     list_images,
     similarity,
-    table,
 )
+from tools.pictures import save_numbered
+from tools.rows import make_rows
+
+HEADINGS = {  # of the table without --compare
+    "name": "name",
+    "nfe": "NFE",
+    "passes": "passes",
+    "cfg": "cfg",
+    **{key: compare.HEADINGS[key] for key in metrics.METRICS if key != "kid_std"},
+    "distinct": "distinct",
+    "nonfinite": "not finite",
+    "images_per_s": "images/s",
+}
 
 
-def numbers(flag, text, kind, low, high=math.inf):
-    """'1,2,4' -> [1, 2, 4]; None stays None."""
-    try:
-        values = None if text is None else [kind(v) for v in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if values is not None and not all(low <= v <= high and math.isfinite(v) for v in values):
-        raise UserError(
-            f"{flag} {text}: expected numbers from {low}{f' to {high}' if high < math.inf else ''}, separated by commas"
-        )
-    return values
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -75,658 +94,485 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument(
-        "runs", nargs="*", help="folders of runs (or their student/): weights and distill.json"
-    )
-    what, how, out = (
-        p.add_argument_group("what"),
-        p.add_argument_group("how"),
-        p.add_argument_group("output"),
-    )
-    what.add_argument(
-        "--teacher",
-        help="toy, toy-cond, mnist or a teacher folder; with runs: instead of the teacher that distill.json names",
-    )
-    what.add_argument(
-        "--nfe",
-        help="list; steps of the student (default: as trained) or of a teacher alone (default 16)",
-    )
-    what.add_argument(
+    p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
+    p.add_argument("runs", nargs="*", help="folders of runs, or their student/")
+
+    # models
+    add = p.add_argument_group("models").add_argument
+    add("--teacher", help="a name or folder; with runs: instead of the teacher of distill.json")
+    add("--nfe", help="list of steps: of a student (as trained) or of a teacher alone (16)")
+    add(
         "--cfg",
-        help="list; guidance of teacher rows, u + w (c - u). Default: 1 for a teacher alone, else that of the first student's training",
+        help="list of guidance scales of teacher rows, u + w (c - u); default: 1 for a teacher "
+        "alone, else the scale of the students' training",
     )
-    what.add_argument(
-        "--heun",
-        action="store_true",
-        help="teacher rows by Heun's method, two passes per step except the last; --compare: beside Euler's",
-    )
-    what.add_argument(
-        "--prompts",
-        help="text-to-image: file of prompts, one per line; default: those of the training",
-    )
-    what.add_argument("--cache-prompts", help="folder for their embeddings; default out/prompts")
-    what.add_argument(
-        "--size",
-        type=parse_size,
-        help="pixels along a side, or HEIGHTxWIDTH, if other than what the teacher was built for (pipelines)",
-    )
-    what.add_argument(
-        "--frames",
-        type=int,
-        help="frames of a video, if other than what the teacher's pipeline makes by default",
-    )
-    what.add_argument("--images", help="measure this folder instead of a model")
-    what.add_argument(
-        "--compare",
-        action="store_true",
-        help="measure the teacher too, draw all rows with the same noise and labels; seeds of one setting are one row",
-    )
-    what.add_argument(
+    add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
+    add("--prompts", help="text-to-image: file of prompts, one a line; default: of the training")
+    add("--cache-prompts", help="folder for their embeddings [out/prompts]")
+    add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH, if not the pipeline's own")
+    add("--frames", type=int, help="frames of a video, if not the pipeline's own")
+
+    # other things to measure
+    add = p.add_argument_group("other rows").add_argument
+    add("--images", help="measure the images of this folder instead of a model")
+    add("--compare", action="store_true", help="also the teacher; one table and one picture")
+    add(
         "--teacher-nfe",
-        help=f"list; steps of the teacher's rows. Default: {TEACHER_NFE}; --compare: 50 and those of the students",
+        help=f"list of steps of the teacher's rows [{TEACHER_NFE}; --compare: 50 and students']",
     )
-    what.add_argument(
+    add(
         "--best-of",
         type=int,
-        help="adds rows of the teacher whose noise is the best of this many under a student's preview (flowmap keeps noise and "
-        "image paired). What the verifier measures is flattered: here `agreement`, and fd in the classifier's features",
+        help="also the teacher, from the best of this many noises under the student's preview "
+        "(flowmap keeps noise and image paired). What the verifier measures is flattered: "
+        "agreement, and fd in the classifier's features",
     )
-    what.add_argument(
+    add(
         "--verifier",
         choices=["classifier"],
-        help="of --best-of; classifier (default): log-probability of the label, the teacher folder's classifier",
+        help="of --best-of: log-probability of the label in the teacher's classifier",
     )
-    how.add_argument(
-        "--inception",
-        help="weights pt_inception-2015-12-05-6726825d.pth: FID instead of the teacher's protocol; needs --ref or --ref-images",
-    )
-    how.add_argument(
-        "--force-inception",
-        action="store_true",
-        help="accept weights with another hash; the metric is then called fd",
-    )
-    how.add_argument(
+
+    # the metrics
+    add = p.add_argument_group("metrics").add_argument
+    add("--inception", help="weight file: FID instead of the teacher's protocol; needs a reference")
+    add("--force-inception", action="store_true", help="accept other weights; the metric is fd")
+    add(
         "--resize",
         choices=["tf1", "clean"],
-        help="to Inception's 299 pixels: tf1 (default; EDM, ADM, SiD, DMD2) or clean (PIL bicubic; COCO)",
+        help="to Inception's size: tf1 (default; EDM, ADM, SiD, DMD2) or clean (bicubic; COCO)",
     )
-    how.add_argument(
-        "--ref",
-        help="reference statistics: .npz with mu and sigma, as EDM publishes them; gives no KID, precision or recall",
-    )
-    how.add_argument(
-        "--ref-images", help="reference images: a folder, at their own size, subfolders included"
-    )
-    how.add_argument(
+    add("--ref", help="reference: .npz of mu and sigma, as EDM's; without KID, precision, recall")
+    add("--ref-images", help="reference: folder of images, at their own size")
+    add(
         "--n",
         "--samples",
         type=int,
-        help="samples, default 5000; with --images: the first n files by name, default all. torchrun takes --n for its own: use --samples",
+        help="samples [5000; with --images: all files]. torchrun has a flag --n: use --samples",
     )
-    how.add_argument(
-        "--per-prompt",
-        type=int,
-        help="also this many images for each of the first 8 prompts or labels: `similarity`, mean cosine of the features of "
-        "two of them. The higher, the less diverse; the teacher's is the scale",
-    )
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        help="number of sampling seeds: --seed, --seed + 1, ...; mean, minimum and all values are given",
-    )
-    how.add_argument(
-        "--batch",
-        type=int,
-        default=250,
-        help="samples per pass and process; changes time and memory only",
-    )
-    how.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    how.add_argument(
+    add("--per-prompt", type=int, help="also `similarity`, from this many images of 8 labels")
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...")
+    add("--latency", action="store_true", help="also the time of sampling, at batch 1 and --batch")
+
+    # devices
+    add = p.add_argument_group("device").add_argument
+    add("--batch", type=int, default=250, help="samples per pass and process")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add(
         "--dtype",
         default="auto",
         choices=["auto", "fp32", "bf16"],
         help="of the network passes; auto: bf16 on CUDA",
     )
-    out.add_argument(
-        "--out",
-        default=str(ROOT / "out" / "eval.jsonl"),
-        help="file to which each result is appended as a line",
-    )
-    out.add_argument(
-        "--save-images",
-        help="new folder for the samples as PNG, 000000.png...; several rows or seeds: one subfolder each",
-    )
-    out.add_argument(
-        "--grid",
-        help="PNG with a captioned row of 20 samples per result, the teacher's first; --compare: default out/compare.png",
-    )
-    add_flags(p.add_argument_group("--compare"))
-    out.add_argument(
-        "--latency",
-        action="store_true",
-        help="time of sampling and decoding at batch 1 and --batch, median after two warm-up calls",
-    )
 
-    p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
+    # output
+    add = p.add_argument_group("output").add_argument
+    out = ROOT / "out" / "eval.jsonl"
+    add("--out", default=str(out), help="file to which results are appended")
+    add("--save-images", help="new folder for the samples as PNG: 000000.png, ...")
+    add("--grid", help="PNG of 20 samples per row [--compare: compare.png in the folder of --out]")
+    compare.add_flags(p.add_argument_group("--compare"))
+
     args = p.parse_args(argv)
-    args.nfe, args.cfg = (
-        numbers("--nfe", args.nfe, int, 1, 1000),
-        numbers("--cfg", args.cfg, float, 0),
-    )
-    args.teacher_nfe = numbers("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
-    for name, low in dict(
-        n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2
-    ).items():  # 8: k = 3 neighbours and a covariance need some
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(
-                f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(args, name)}"
-            )
-    of_models = (
-        "--nfe",
-        "--cfg",
-        "--heun",
-        "--compare",
-        "--best-of",
-        "--save-images",
-        "--grid",
-        "--latency",
-        "--per-prompt",
-    )
-    models_only = [f for f in of_models if getattr(args, f[2:].replace("-", "_"))]
-    pictures = args.compare or args.grid or args.best_of
-    for wrong, message in (
-        (
-            not (args.runs or args.teacher or args.images),
-            "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them",
-        ),
-        (
-            args.images and (args.runs or models_only),
-            f"--images measures a folder, {' '.join(args.runs + models_only)} a model: leave one out",
-        ),
-        (
-            args.images and not (args.inception or args.teacher),
-            "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)",
-        ),
-        (
-            args.ref and args.ref_images,
-            "--ref and --ref-images contradict each other: choose one reference",
-        ),
-        (
-            args.inception and not (args.ref or args.ref_images),
-            "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER",
-        ),
-        (
-            (args.resize or args.force_inception) and not args.inception,
-            "--resize and --force-inception mean something only with --inception FILE",
-        ),
-        (
-            args.teacher_nfe and not (args.runs and pictures),
-            "--teacher-nfe: only beside run folders, with --compare, --grid or --best-of",
-        ),
-        (
-            args.runs and (args.cfg or args.heun) and not pictures,
-            "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare",
-        ),
-        (
-            args.best_of and not args.runs,
-            "--best-of: expected folders of runs, whose students preview the teacher's noises",
-        ),
-        (args.verifier and not args.best_of, "--verifier: means something only with --best-of"),
-        (
-            args.compare and not args.runs,
-            "--compare: expected folders of runs; a teacher alone takes several --nfe and --cfg as they are",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
-    check(args)
+    args.nfe = parse_list("--nfe", args.nfe, int, 1, 1000)
+    args.cfg = parse_list("--cfg", args.cfg, float, 0)
+    args.teacher_nfe = parse_list("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
+    check_args(args)
+    args.left_out = []
+    if args.compare:
+        args.runs, args.left_out = compare.split_unfinished(args.runs)
+        args.grid = args.grid or str(Path(args.out).parent / "compare.png")
     return args
 
 
-# ---- rows: what is sampled ----------------------------------------------------------------------------------------------------------------
-# A row is a dict: model, sampler(model, z, cond, noise), its teacher, facts for the result, caption of its picture, folder of its weights, and whether
-# it is measured or only drawn.
-
-
-def load_student(folder, args, teachers):
-    """-> student, its method's `sample`, the checked distill.json, its teacher. teachers: those loaded so far, by name."""
-    home, info = read_student(folder)
-    sample = sampler_of(home, info)
-    name = args.teacher or info["teacher"]
+def parse_list(flag, text, kind, low, high=math.inf):
+    """'1,2,4' -> [1, 2, 4]; None stays None."""
+    if text is None:
+        return None
     try:
-        teachers[name] = teacher = teachers.get(name) or load_teacher(
-            name, text=text_of(args, info)
+        values = [kind(word) for word in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(low <= value <= high and math.isfinite(value) for value in values):
+        limit = "" if high == math.inf else f" to {high}"
+        raise UserError(f"{flag} {text}: expected numbers from {low}{limit}, separated by commas")
+    return values
+
+
+def check_args(args):
+    """Refuses flags that contradict each other or have no effect."""
+    # three neighbours and a covariance need some samples
+    least = dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2)
+    for name, low in least.items():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(value is None or value >= low, f"{flag}: expected at least {low}, found {value}")
+
+    require(
+        args.runs or args.teacher or args.images,
+        "expected the folder of a run, --teacher NAME or --images FOLDER, found none of them",
+    )
+    if args.images:
+        flags = ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid")
+        flags += ("--latency", "--per-prompt")
+        given = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
+        models = " ".join(args.runs + given)
+        require(not models, f"--images measures a folder, {models} a model: leave one out")
+        require(
+            args.inception or args.teacher,
+            "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)",
         )
-    except UserError as e:
-        raise UserError(
-            f"{folder}: its teacher: {e}" + ("" if args.teacher else " (--teacher overrides it)")
-        ) from None
-    return network_of(folder, home, info, teacher, name), sample, info, teacher, name
-
-
-def text_of(args, info=None):
-    """Prompts, size, frames and guidance for a pipeline: of the flags, else those that the student was trained with."""
-    trained = info["flags"] if info and isinstance(info.get("flags"), dict) else {}
-    kinds = dict(prompts=str, size=(int, list), frames=int, embedded_guidance=(int, float))
-    old = {k: trained[k] if isinstance(trained.get(k), kind) else None for k, kind in kinds.items()}
-    size = args.size or (
-        None
-        if isinstance(old["size"], list) and list(map(type, old["size"])) != [int, int]
-        else old["size"]
+    require(
+        not (args.ref and args.ref_images),
+        "--ref and --ref-images contradict each other: choose one reference",
     )
-    return dict(
-        prompts=args.prompts or old["prompts"],
-        size=size,
-        frames=args.frames or old["frames"],
-        guidance=old["embedded_guidance"],
-        cache=args.cache_prompts,
-    )  # never the student's cache: its folder may be somebody else's, and this one is written to
-
-
-def teacher_row(teacher, name, nfe, cfg, heun, measured=True):
-    facts = dict(
-        name=f"teacher {Path(name).name}", method="teacher", teacher=name, nfe=nfe, cfg=cfg
-    ) | (dict(heun=True) if heun else {})
-    return dict(
-        model=teacher,
-        teacher=teacher,
-        facts=facts,
-        measured=measured,
-        folder=teacher.folder,
-        sampler=lambda m, z, c, noise: teacher_sample(m, z, c, nfe, cfg, heun),
-        caption=f"teacher, {'Heun, ' * heun}{nfe} step{'s' * (nfe > 1)}, w = {cfg:g}",
+    require(
+        not args.inception or args.ref or args.ref_images,
+        "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER",
     )
-
-
-def student_row(folder, student, sample, info, teacher, name, nfe):
-    # a list of steps belongs to the number it was trained with; for another number the method's own rule makes the grid
-    sampler = {k: v for k, v in info["sampler"].items() if k != "steps" or nfe == info["nfe"]}
-    home = Path(folder).resolve()
-    home = home.parent if home.name == "student" else home
-    row = dict(
-        model=student,
-        teacher=teacher,
-        facts=dict(
-            name=home.name, method=info["method"], teacher=name, nfe=nfe, cfg=info.get("cfg")
-        ),
-        measured=True,
-        folder=student.folder,
-        sampler=lambda m, z, c, noise: sample(m, z, c, nfe, noise, **sampler),
-        caption=f"{home.name}, {nfe} step{'s' * (nfe > 1)}",
-        info=info,
-        run=home,
+    require(
+        args.inception or not (args.resize or args.force_inception),
+        "--resize and --force-inception mean something only with --inception FILE",
     )
-    if (
-        info["method"] == "nct"
-    ):  # its cost is that with a condition at hand; to measure it one is made of another sample
-        row["cost"] = lambda m, z, c, noise: sample(
-            m, z, c, nfe, noise, c=m.control.blank(len(z), z.device)
+    teacher_rows = args.compare or args.grid or args.best_of
+    require(
+        not args.teacher_nfe or (args.runs and teacher_rows),
+        "--teacher-nfe: only with run folders, and --compare, --grid or --best-of",
+    )
+    require(
+        not (args.runs and (args.cfg or args.heun)) or teacher_rows,
+        "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare",
+    )
+    require(
+        not args.best_of or args.runs,
+        "--best-of: expected folders of runs, whose students preview the teacher's noises",
+    )
+    require(not args.verifier or args.best_of, "--verifier: means something only with --best-of")
+    require(
+        not args.compare or args.runs,
+        "--compare: expected folders of runs; "
+        "a teacher alone takes several --nfe and --cfg as they are",
+    )
+    compare.check_flags(args)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """What all measurements share: flags, processes, device, features and references."""
+
+    def __init__(self, args):
+        self.args = args
+        self.rank, self.world, self.device, self.dtype = init_processes(args)
+        self.extractors = {}
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def on_rank0(self, fn):
+        return on_rank0(fn, self.rank, self.world)
+
+    def extractor(self, teacher):
+        """Features and reference for images of a teacher's students; None for points of a toy."""
+        if not self.args.inception and teacher.adapter == "toy":
+            return None
+        key = "inception" if self.args.inception else teacher
+        if key not in self.extractors:
+            self.extractors[key] = self.make_extractor(teacher)
+        return self.extractors[key]
+
+    def make_extractor(self, teacher):
+        args = self.args
+        if args.inception:
+            resize = args.resize or "tf1"
+            extractor = InceptionExtractor(
+                args.inception, self.device, resize, args.force_inception
+            )
+        else:
+            extractor = ClassifierExtractor(teacher)
+        if args.ref:
+            extractor.set_reference(load_reference(args.ref, extractor), Path(args.ref).name)
+        elif args.ref_images:
+            files = list_images("--ref-images", args.ref_images)
+            features, _ = folder_features(files, extractor, args.batch, self.rank, self.world)
+            stats = fid.Stats(extractor.dims)
+            stats.update(features)
+            mu, sigma = stats.mean_cov()
+            name = f"{Path(args.ref_images).name}:{stats.n}"
+            extractor.set_reference(dict(mu=mu, sigma=sigma, n=stats.n), name, features)
+        return extractor
+
+    # ---- image folders
+
+    def measure_folder(self):
+        """--images -> its result."""
+        args = self.args
+        files = list_images("--images", args.images, args.n)
+        teacher = load_teacher(args.teacher, self.device) if args.teacher else None
+        if not args.inception and teacher.adapter == "toy":
+            raise UserError(
+                f"--teacher {args.teacher}: its samples are points; for images give a teacher of "
+                "images, or --inception FILE"
+            )
+        self.on_rank0(lambda: check_outputs(args))
+        extractor = self.extractor(teacher)
+        if any(path.suffix.lower() in (".jpg", ".jpeg", ".webp") for path in files):
+            self.say(
+                "note: JPEG or WebP among --images; lossy compression alone can move these "
+                "distances more than methods do"
+            )
+        start = time.time()
+        features, hashes = folder_features(files, extractor, args.batch, self.rank, self.world)
+        found = self.on_rank0(lambda: metrics.distances(extractor, features))
+        name = Path(args.images).resolve().name
+        result = dict(
+            name=name,
+            images=args.images,
+            teacher=args.teacher,
+            protocol=extractor.describe(len(files), f"images={name}"),
+            **found,
+            n=len(files),
+            distinct=len(hashes.unique()),
         )
-    return row
+        return self.finish(result, extractor, start)
 
+    # ---- models
 
-def best_row(row, n, nfe, cfg, heun):
-    """The teacher from the noise that looks best of n when the student of `row` previews them; the first candidate is the noise of the plain rows."""
-    teacher, preview, extractors = row["teacher"], row["sampler"], []
+    def measure_rows(self):
+        """Students and teachers -> results; with --compare or --grid the picture too."""
+        args = self.args
+        args.n = args.n or 5000
+        rows = make_rows(args, self.dtype)
+        for row in rows:
+            row.teacher.to(self.device)
+        self.on_rank0(lambda: check_outputs(args))
+        for row in rows:  # reads references, so that mistakes show before the first sample
+            self.extractor(row.teacher)
+        cache = ResultCache(args.cache or Path(args.out).parent / "measured")
+        if args.compare:
+            self.on_rank0(cache.make_folder)
 
-    def sampler(m, z, cond, noise):
-        if not extractors:
-            extractors.append(
-                ClassifierExtractor(teacher)
-            )  # on the teacher's device, known only now
-        best = score = None
-        for i in range(n):
-            z = noise() if i else z
-            logits = extractors[0](m.decode(preview(m.experts[1], z, cond, noise)))[1]
-            wanted = extractors[0].classes(cond["labels"].cpu())
-            if (wanted < 0).any():
-                raise UserError(
-                    f"--best-of: expected prompts of the teacher's own, whose class the classifier knows, found {teacher.prompts[cond['labels'][wanted < 0][0]]!r}"
+        measured = [row for row in rows if row.measured]
+        results, earlier = [], []
+        for i, row in enumerate(measured):
+            settings = cache_settings(args, self.dtype, self.extractor(row.teacher))
+            result = None
+            if args.compare and not (args.fresh or args.save_images or args.latency):
+                result = self.on_rank0(lambda: cache.load(row, settings))
+            if result is not None:
+                earlier.append(result["revision"])
+            else:
+                images = self.images_folder(row, i if len(measured) > 1 else None)
+                result = self.measure_row(row, images)
+                if args.compare and self.rank == 0:
+                    cache.store(row, result, settings)
+            results.append(result)
+
+        if self.rank == 0 and args.compare:
+            compare.write_comparison(args, list(zip(measured, results)), earlier, self.say)
+        elif self.rank == 0 and args.grid:
+            self.draw(rows)
+        return results
+
+    def images_folder(self, row, index):
+        """Folder of --save-images for a row; index: its number, if there are several rows."""
+        if not self.args.save_images:
+            return None
+        folder = Path(self.args.save_images)
+        if index is None:
+            return folder
+        name = row.facts["name"].replace(" ", "-")
+        return folder / f"{index:02d}-{name}-nfe{row.facts['nfe']}"
+
+    def measure_row(self, row, images_folder):
+        """Metrics of one row over the seeds -> its result. Sets row.samples for --compare."""
+        args = self.args
+        start = time.time()
+        row.model.to(self.device)
+        extractor = self.extractor(row.teacher)
+        seeds = [args.seed + i for i in range(args.seeds)]
+        values = []
+        for seed in seeds:
+            folder = images_folder
+            if folder and len(seeds) > 1:
+                folder = folder / f"seed{seed}"
+            values.append(self.measure_seed(row, extractor, seed, folder))
+        result = join_seeds(values, seeds)
+        if args.per_prompt:
+            settings = (args.per_prompt, args.seed, args.batch, self.rank, self.world)
+            result["similarity"] = similarity(row.sampler, row.model, extractor, *settings)
+        if row.facts["method"] == "nct":
+            n = min(args.n, 2000)
+            result["control"] = self.on_rank0(
+                lambda: control_error(row.model, n, args.seed, args.batch)
+            )
+            self.say(f"{row.caption}: {control_summary(result['control'])}")
+        passes = count_nfe(row.cost_sampler, row.model)
+        result = dict(row.facts, passes=passes, seeds=seeds, **result)
+        result["weights"] = hash_weights(row.folder)
+        if args.latency:  # on one process while the others wait
+            result["latency"] = self.on_rank0(
+                lambda: latency(row.cost_sampler, row.model, args.batch)
+            )
+            for batch, times in result["latency"].items():
+                self.say(
+                    f"{row.caption}: batch {batch}: {times['ms_per_image']} ms per image, "
+                    f"{times['images_per_s']} images/s"
                 )
-            now = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
-            better = now > score if i else torch.ones_like(now, dtype=torch.bool)
-            score = torch.where(better, now, score) if i else now
-            best = (
-                torch.where(better.to(z.device).view(-1, *[1] * (z.ndim - 1)), z, best) if i else z
-            )
-        return teacher_sample(m.experts[0], best, cond, nfe, cfg, heun)
+        return self.finish(result, extractor, start)
 
-    facts = dict(
-        row["facts"],
-        name=f"teacher best-of-{n} {row['facts']['name']}",
-        nfe=nfe,
-        cfg=cfg,
-        best_of=n,
-        verifier="classifier",
-    )
-    facts |= dict(heun=True) if heun else {}
-    both = ByLabel(
-        [teacher, row["model"]], [0] * teacher.classes
-    )  # answers as the teacher; the passes of both are counted
-    return dict(
-        model=both,
-        teacher=teacher,
-        facts=facts,
-        measured=True,
-        folder=row["folder"],
-        sampler=sampler,
-        caption=f"teacher, {nfe} step{'s' * (nfe > 1)}, w = {cfg:g}, best of {n} noises by {row['facts']['name']}",
-    )
-
-
-def make_rows(args, dtype):
-    """Loads everything on the CPU, so that a mistake in the last folder shows before the first sample is made."""
-    if not args.runs:
-        teacher = load_teacher(args.teacher, text=text_of(args))
-        rows = [
-            teacher_row(teacher, args.teacher, n, w, args.heun)
-            for n in args.nfe or [TEACHER_NFE]
-            for w in args.cfg or [1.0]
-        ]
-    else:
-        teachers = {}
-        loaded = [(folder, *load_student(folder, args, teachers)) for folder in args.runs]
-        rows = [student_row(*one, nfe) for one in loaded for nfe in args.nfe or [one[3]["nfe"]]]
-        if args.compare or args.grid or args.best_of:
-            if len(teachers) > 1:
-                raise UserError(
-                    f"--compare, --grid and --best-of: expected students of one teacher, found {', '.join(teachers)}"
-                )
-            name, teacher = next(iter(teachers.items()))
-            cfgs = args.cfg or list(
-                dict.fromkeys(
-                    one[3].get("cfg") or 1.0 for one in loaded[: None if args.compare else 1]
-                )
-            )
-            steps = (
-                teacher_steps(args, [row["facts"]["nfe"] for row in rows])
-                if args.compare
-                else [(n, args.heun) for n in args.teacher_nfe or [TEACHER_NFE]]
-            )
-            grid = [(n, w, heun) for n, heun in steps for w in cfgs]
-            best = (
-                [best_row(row, args.best_of, *g) for row in rows for g in grid]
-                if args.best_of
-                else []
-            )
-            rows = [teacher_row(teacher, name, *g, args.compare) for g in grid] + rows + best
-    for row in rows:
-        row["model"].dtype = dtype
-        if row["teacher"].video:
-            raise UserError(
-                f"{row['facts']['teacher']}: expected a teacher of images, which is all that can be measured here, found one of videos; samples/ has frames"
-            )
-        if args.best_of and row["teacher"].adapter == "toy":
-            raise UserError(
-                "--best-of: the verifier is the classifier of a teacher of images; the toy has none"
-            )
-        if row["teacher"].adapter == "toy" and (
-            args.save_images
-            or args.inception
-            or args.ref
-            or args.ref_images
-            or args.per_prompt
-            or args.n > 20000
-        ):
-            raise UserError(
-                "toy: its samples are points, measured against the exact mixture: --save-images, --inception, --ref, --ref-images, --per-prompt need images, "
-                "and --n goes to 20000 (all pairs are compared)"
-            )
-    return rows
-
-
-def make_extractor(args, teacher, device, rank, world):
-    """Features and the reference that the flags ask for: Inception, or the teacher's own protocol."""
-    extractor = (
-        InceptionExtractor(args.inception, device, args.resize or "tf1", args.force_inception)
-        if args.inception
-        else ClassifierExtractor(teacher)
-    )
-    if args.ref:
-        try:
-            stats = fid.load_stats(args.ref)
-        except UserError as e:
-            raise UserError(f"--ref {e}") from None
-        if len(stats["mu"]) != extractor.dims:
-            raise UserError(
-                f"--ref {args.ref}: expected statistics of {extractor.dims} features ({extractor.protocol}), found {len(stats['mu'])}"
-            )
-        extractor.set_reference(stats, Path(args.ref).name)
-    elif args.ref_images:
-        real, _ = folder_features(
-            list_images("--ref-images", args.ref_images), extractor, args.batch, rank, world
-        )
-        stats = fid.Stats(extractor.dims)
-        stats.update(real)
-        mu, sigma = stats.mean_cov()
-        extractor.set_reference(
-            dict(mu=mu, sigma=sigma, n=stats.n), f"{Path(args.ref_images).name}:{stats.n}", real
-        )
-    return extractor
-
-
-def measure(row, args, folder, extractor, rank, world, take=None):
-    """Metrics of one row, over the seeds -> result. folder: for PNG files, or None. take(seed, indices, uint8 images or points): sees every batch."""
-    from PIL import Image
-
-    values, seeds = [], [args.seed + s for s in range(args.seeds)]
-    for seed in seeds:
-        sub = folder / f"seed{seed}" if folder and len(seeds) > 1 else folder
-        if sub:
-            sub.mkdir(parents=True, exist_ok=True)
+    def measure_seed(self, row, extractor, seed, images_folder):
+        """Metrics of the samples of one seed. Those of the first seed go to row.samples."""
+        args = self.args
+        rank, world = self.rank, self.world
+        if images_folder:
+            images_folder.mkdir(parents=True, exist_ok=True)
+        limit = kept_samples(row.teacher, args.n, world)
+        kept = []
 
         def keep(index, images):
-            if take:
-                take(seed, index, images)
-            for i, image in zip(
-                index.tolist(), images.cpu().permute(0, 2, 3, 1).numpy() if sub else ()
-            ):
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                    sub / f"{i:06d}.png"
-                )
+            if images_folder:
+                save_numbered(images_folder, index, images)
+            if args.compare and seed == args.seed:
+                kept.append(images[index < limit].cpu())
 
-        with tqdm(
+        bar = tqdm(
             total=len(range(rank, args.n, world)),
-            desc=f"{row['caption']}, seed {seed}",
+            desc=f"{row.caption}, seed {seed}",
             disable=rank > 0,
             mininterval=bar_interval(),
-        ) as bar:
-            values.append(
-                metrics.evaluate(
-                    row["sampler"],
-                    row["model"],
-                    row["teacher"],
-                    args.n,
-                    seed,
-                    args.batch,
-                    rank,
-                    world,
-                    extractor,
-                    bar.update,
-                    keep if sub or take else None,
-                )
+        )
+        with bar:
+            result = metrics.evaluate(
+                row.sampler,
+                row.model,
+                row.teacher,
+                args.n,
+                seed,
+                args.batch,
+                rank,
+                world,
+                extractor,
+                bar.update,
+                keep,
             )
-    result = dict(values[0], distinct=min(v["distinct"] for v in values))
+        if kept:
+            row.samples = gather_rows(torch.cat(kept), limit, rank, world)
+        return result
+
+    def finish(self, result, extractor, start):
+        """Adds the circumstances, prints notes, appends the result to --out."""
+        result |= dict(
+            dtype=str(self.dtype).removeprefix("torch."),
+            hardware=hardware(self.device),
+            threads=torch.get_num_threads(),
+            world=self.world,
+            seconds=round(time.time() - start, 1),
+            torch=torch.__version__,
+            revision=git_revision(),
+            date=utc_now(),
+        )
+        if extractor and result["n"] <= extractor.dims:
+            self.say(
+                f"note: {result['n']} images for {extractor.dims} features give a singular "
+                "covariance: good for a smoke test only"
+            )
+        if self.rank == 0:
+            with open(self.args.out, "a") as f:
+                f.write(dumps(result) + "\n")
+        return result
+
+    def draw(self, rows):
+        """--grid: 20 samples of every row, or a density of points, from the same noise."""
+        args = self.args
+        pictures = []
+        for row in rows:
+            model = row.model.to(self.device)
+            n, batch = 20, args.batch
+            if row.teacher.adapter == "toy":
+                n, batch = 4000, max(args.batch, 1000)
+            samples = [x for _, _, x in generate(row.sampler, model, n, args.seed, batch)]
+            pictures.append((row.caption, model.to_pictures(torch.cat(samples))))
+        save_grid(args.grid, pictures)
+        self.say(f"picture: {args.grid}")
+
+
+def load_reference(path, extractor):
+    try:
+        stats = fid.load_stats(path)
+    except UserError as e:
+        raise UserError(f"--ref {e}") from None
+    if len(stats["mu"]) != extractor.dims:
+        raise UserError(
+            f"--ref {path}: expected statistics of {extractor.dims} features "
+            f"({extractor.protocol}), found {len(stats['mu'])}"
+        )
+    return stats
+
+
+def join_seeds(results, seeds):
+    """Results of several seeds as one: means, and the minimum and all values of each metric."""
+    result = dict(results[0], distinct=min(r["distinct"] for r in results))
     del result["seed"]
-    if len(seeds) > 1:
-        every = {k: [v[k] for v in values] for k in metrics.METRICS if k in result}
-        result |= {k: sum(v) / len(v) for k, v in every.items()} | dict(
-            min={k: min(v) for k, v in every.items()}, all=every
-        )
-        result["protocol"] = result["protocol"].replace(
-            f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}"
-        )
-    if args.per_prompt:
-        result["similarity"] = similarity(
-            row["sampler"],
-            row["model"],
-            extractor,
-            args.per_prompt,
-            args.seed,
-            args.batch,
-            rank,
-            world,
-        )
-    if row["facts"]["method"] == "nct":
-        result["control"] = on_all_ranks(
-            lambda: (
-                control_error(row["model"], min(args.n, 2000), args.seed, args.batch)
-                if rank == 0
-                else None
-            ),
-            world,
-        )[0]
-    return dict(
-        row["facts"],
-        passes=count_nfe(row.get("cost", row["sampler"]), row["model"]),
-        seeds=seeds,
-        **result,
-    )
+    if len(seeds) == 1:
+        return result
+    every = {key: [r[key] for r in results] for key in metrics.METRICS if key in result}
+    result |= {key: sum(values) / len(values) for key, values in every.items()}
+    result["min"] = {key: min(values) for key, values in every.items()}
+    result["all"] = every
+    first, last = f"seed={seeds[0]}", f"seed={seeds[0]}-{seeds[-1]}"
+    result["protocol"] = result["protocol"].replace(first, last)
+    return result
 
 
-def measure_folder(files, args, extractor, rank, world):
-    """The same for --images."""
-    name = Path(args.images).resolve().name
-    features, ids = folder_features(files, extractor, args.batch, rank, world)
-    found = on_all_ranks(
-        lambda: metrics.distances(extractor, features) if rank == 0 else None, world
-    )[0]
-    return dict(
-        name=name,
-        images=args.images,
-        teacher=args.teacher,
-        protocol=extractor.describe(len(files), f"images={name}"),
-        **found,
-        n=len(files),
-        distinct=len(ids.unique()),
-    )
+# ---- output --------------------------------------------------------------------------------------
 
 
-def open_outputs(args):
-    """Every place that will be written, tried before the first sample."""
-    for flag, path in (
-        ("--out", args.out),
-        ("--grid", args.grid),
-        ("--save-images", args.save_images),
-    ):
-        try:
-            if path:
+def check_outputs(args):
+    """Tries every place that will be written, before the first sample."""
+    for flag, path in (("--out", args.out), ("--grid", args.grid)):
+        if path:
+            with writable(flag, path):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-            if path and flag == "--save-images":
-                Path(path).mkdir(exist_ok=True)
-                if next(Path(path).iterdir(), None):
-                    raise UserError(
-                        f"{flag} {path}: expected a new or empty folder, since old files would be taken for samples; found files in it"
-                    )
-            elif path:
-                new = not Path(path).exists()
+                is_new = not Path(path).exists()
                 open(path, "ab").close()
-                if new:
+                if is_new:
                     Path(path).unlink()
-        except OSError as e:
-            raise UserError(
-                f"{flag} {path}: expected a place that can be written, found: {e.strerror}"
-            ) from None
+    if args.save_images:
+        folder = Path(args.save_images)
+        with writable("--save-images", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            is_empty = not any(folder.iterdir())
+        require(
+            is_empty,
+            f"--save-images {folder}: expected a new or empty folder, since old files would be "
+            "taken for samples; found files in it",
+        )
+
+
+@contextlib.contextmanager
+def writable(flag, path):
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{flag} {path}: expected a place that can be written, found: {e.strerror}"
+        ) from None
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device, dtype = init_processes(args)
-    say = lambda *text: print(*text, flush=True) if rank == 0 else None
-    files = list_images("--images", args.images, args.n) if args.images else None
-    args.n = args.n or (len(files) if files else 5000)
-    args.grid = args.grid or (str(Path(args.out).parent / "compare.png") if args.compare else None)
-    rows = [] if files else make_rows(args, dtype)
-    teachers = [row["teacher"].to(device) for row in rows] or [
-        load_teacher(args.teacher, device) if args.teacher else None
-    ]
-    if files and not args.inception and teachers[0].adapter == "toy":
-        raise UserError(
-            f"--teacher {args.teacher}: its samples are points; for images give a teacher of images, or --inception FILE"
-        )
-    on_all_ranks(lambda: open_outputs(args) if rank == 0 else None, world)
-    extractors = {}  # by teacher; Inception serves all
-    for teacher in teachers:
-        key = "inception" if args.inception else teacher
-        if key not in extractors and (files or teacher.adapter != "toy"):
-            extractors[key] = make_extractor(args, teacher, device, rank, world)
-    extractor_of = lambda teacher: extractors.get("inception" if args.inception else teacher)
-    if files and any(f.suffix.lower() in (".jpg", ".jpeg", ".webp") for f in files):
-        say(
-            "note: JPEG or WebP among --images; lossy compression alone can move these distances more than methods do"
-        )
-
-    measured, results = [row for row in rows if row["measured"]] or [None], []
-    book = Book(args, rank, world) if args.compare else None
-    for i, row in enumerate(measured):
-        start, extractor = time.time(), extractor_of(row["teacher"] if row else teachers[0])
-        if book and (known := book.find(row, extractor, dtype)):
-            results.append(known)
-            continue
-        if row is None:
-            result = measure_folder(files, args, extractor, rank, world)
-        else:
-            row["model"].to(device)
-            slug = (
-                f"{i:02d}-{row['facts']['name'].replace(' ', '-')}-nfe{row['facts']['nfe']}"
-                if len(measured) > 1
-                else ""
-            )
-            result = measure(
-                row,
-                args,
-                Path(args.save_images) / slug if args.save_images else None,
-                extractor,
-                rank,
-                world,
-                book.take if book else None,
-            )
-            result["weights"] = hash_weights(row["folder"])
-            if args.latency:  # on one process while the others wait
-                result["latency"] = on_all_ranks(
-                    lambda: (
-                        latency(row.get("cost", row["sampler"]), row["model"], args.batch)
-                        if rank == 0
-                        else None
-                    ),
-                    world,
-                )[0]
-        result |= dict(
-            dtype=str(dtype)[6:],
-            hardware=hardware(device),
-            threads=torch.get_num_threads(),
-            world=world,
-            seconds=round(time.time() - start, 1),
-            torch=torch.__version__,
-            revision=git_revision(),
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        )
-        results.append(result)
-        if book:
-            book.add(row, result)
-        if rank == 0:
-            with open(args.out, "a") as f:
-                f.write(dumps(result) + "\n")
-        if extractor and result["n"] <= extractor.dims:
-            say(
-                f"note: {result['n']} images for {extractor.dims} features give a singular covariance: good for a smoke test only"
-            )
-        if "control" in result:
-            say(f"{row['caption']}: {control_summary(result['control'])}")
-        if "latency" in result:
-            for b, t in result["latency"].items():
-                say(
-                    f"{row['caption']}: batch {b}: {t['ms_per_image']} ms per image, {t['images_per_s']} images/s"
-                )
-    if rank == 0 and book:
-        close(book, measured, results, say)
-    elif rank == 0 and args.grid:
-        draw_rows(args.grid, rows, args, device)
-    if not book:
-        say("\n" + table(results) + "\n" + "\n".join(dict.fromkeys(r["protocol"] for r in results)))
-    say(dumps(results[0] if len(results) == 1 else dict(results=results)))
+    evaluation = Evaluation(args)
+    results = [evaluation.measure_folder()] if args.images else evaluation.measure_rows()
+    if not args.compare:
+        rows = [dict(result, each=result.get("all", {})) for result in results]
+        protocols = dict.fromkeys(result["protocol"] for result in results)
+        table = compare.markdown(rows, HEADINGS)
+        evaluation.say("\n".join(["", table, *protocols]))
+    evaluation.say(dumps(results[0] if len(results) == 1 else dict(results=results)))
 
 
 if __name__ == "__main__":

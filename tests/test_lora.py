@@ -24,6 +24,7 @@ from common.ema import EMA
 from common.errors import UserError
 from common.files import ROOT
 from common.teachers.load import load_model, load_teacher
+from tools.rows import load_student
 
 NAMES = ["sd15", "sdxl", "sd3", "sana", "mnist", "toy"]
 ATTENTION = dict(rank=4, alpha=4.0, targets=None, seed=0, flag="--lora")  # --lora 4
@@ -392,7 +393,8 @@ def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):  # noqa:
     assert ("of the teacher's, frozen" in process.out) == bool(flags)
 
     args = evaluation.parse_args([str(out), "--cache-prompts", str(cache)])
-    student, _, info, teacher, _ = evaluation.load_student(out, args, {})
+    loaded = load_student(out, args, {})
+    student, info, teacher = loaded.model, loaded.info, loaded.teacher
     home, sampler = out / "student", info["sampler"]
     same_picture(name, nfe, teacher, student, home, teacher_folder, bool(flags), sampler)
 

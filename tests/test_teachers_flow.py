@@ -26,6 +26,7 @@ from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
+from tools.rows import make_rows, prompt_kwargs
 
 NAMES = ["flux", "qwen", "zimage", "wan", "wan22"]
 PACKED = ("flux", "qwen")
@@ -227,7 +228,7 @@ def test_flux_guidance_is_the_students(folders, tmp_path):
             with pytest.raises(UserError, match="guidance: expected a number >= 0"):
                 load_model(tmp_path / name, dict(info, guidance=wrong), plain)
     assert (
-        eval_script.text_of(
+        prompt_kwargs(
             eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(embedded_guidance=6.0))
         )["guidance"]
         == 6.0
@@ -326,7 +327,7 @@ def test_frames(folders, monkeypatch):
         with pytest.raises(UserError, match=f"--size {says}"):
             load(folders, "wan", size=size)
     for name, size in (("flux", 18), ("qwen", 6), ("zimage", [16, 2])):
-        with pytest.raises(UserError, match=f"--size .*: expected a multiple of 4 pixels"):
+        with pytest.raises(UserError, match="--size .*: expected a multiple of 4 pixels"):
             load(folders, name, size=size)
     for frames in (0, 4, -3):
         with pytest.raises(UserError, match=f"--frames {frames}: expected a multiple of 4, plus 1"):
@@ -438,7 +439,9 @@ def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=F
             if name == "wan22"
             else (("transformer", ""),)
         ):
-            setattr(pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(home / sub))
+            setattr(
+                pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(home / sub)
+            )
     torch.manual_seed(5)
     theirs = call(
         student,
@@ -712,7 +715,7 @@ def test_mistakes_end_in_one_line(spoil, flags, says, folders, scripts, tmp_path
 
 def test_videos_are_not_measured(folders):
     with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
-        eval_script.make_rows(
+        make_rows(
             eval_script.parse_args(
                 [
                     "--teacher",

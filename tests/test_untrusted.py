@@ -23,13 +23,14 @@ from common.features import ClassifierExtractor
 from common.files import ROOT, WEIGHTS
 from common.image_folder import read_image
 from common.model import EXTRAS
+from common.teachers.formats import check_evaluation
 from common.teachers.imagenet import read_checkpoint
 from common.teachers.latents import load_latents
-from common.teachers.formats import check_evaluation
 from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.prompts import embed_prompts
 from controls.maps import Control
 from tools.inception import load_inception
+from tools.rows import prompt_kwargs
 
 TOY, MNIST = ROOT / "assets" / "toy", ROOT / "assets" / "mnist"
 
@@ -307,7 +308,7 @@ def test_sit_names_files_of_its_folder(changes, tmp_path):
 def test_a_student_does_not_say_where_we_write(tmp_path):
     """distill.json holds the flags of a training; eval.py takes its prompts and sizes, but writes embeddings only where its own user says."""
     args = evaluation_script.parse_args([str(tmp_path)])
-    text = evaluation_script.text_of(
+    text = prompt_kwargs(
         args,
         dict(
             flags=dict(
@@ -320,10 +321,7 @@ def test_a_student_does_not_say_where_we_write(tmp_path):
         ),
     )
     assert text == dict(prompts=None, size=None, frames=None, guidance=None, cache=None)
-    assert (
-        evaluation_script.text_of(args, dict(flags=dict(prompts="p.txt", size=64)))["prompts"]
-        == "p.txt"
-    )
+    assert prompt_kwargs(args, dict(flags=dict(prompts="p.txt", size=64)))["prompts"] == "p.txt"
 
 
 # ---- pipelines --------------------------------------------------------------------------------------------------------------------------------

@@ -1,50 +1,36 @@
-"""`eval.py --compare`: what was measured once is not measured again, runs that differ only by seed are one row; one table, one picture, log curves.
+"""`eval.py --compare`: students and their teacher in one table and one picture.
 
-Beside the picture (--grid, default out/compare.png) lie the table as .md and .json and, in a folder -curves/, the logged numbers of each row's runs.
-`to teacher`: mean squared difference of a sample and the teacher's own from the same noise and label (the row with the most Euler steps, at the guidance that
-the student was trained for), over the first samples; images count as -1 to 1, points as they are. What a run did not record is shown as "-".
-`lines of method code`: of the method's script, without docstrings, comments, blank lines and the blocks that are the same in every script.
+Written are the picture (--grid, default out/compare.png), the table as .md and .json of the same
+name, and the logged numbers of each student's runs in a folder -curves/ (if matplotlib is there).
+Runs that differ in the seed only are one row of the table. Results are kept in a folder (--cache),
+so that a repeated call measures only what is new.
+
+Column `to teacher`: mean squared difference of the first samples from the teacher's, from the same
+noise and label. The teacher is its row with the most Euler steps at the student's guidance scale.
+Images count from -1 to 1, points as they are. A run that did not record a value has "-".
 """
 
-import ast
-import hashlib
-import io
 import json
 import re
-import shlex
-import tokenize
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from common import metrics
-from common.distributed import gather_rows, on_all_ranks
-from common.errors import UserError, did_you_mean
-from common.files import ROOT, atomic, git_revision, read_json, write_json
+from common.errors import UserError, did_you_mean, require
+from common.files import git_revision, write_json
+from common.metrics import METRICS
 from common.report import dumps
 from common.rng import PerImageNoise
-from tools.plot_log import by_angle, image_rows, read_log, scatter
-
-BESIDE = (
-    "seed",
-    "out",
-    "device",
-    "cache_prompts",
-    "log_every",
-    "sample_every",
-    "eval_every",
-    "eval_n",
-    "save_every",
-)  # flags that leave the student as it is
-
+from tools.pictures import by_angle, image_rows, scatter
+from tools.plot_log import plot, read_log
+from tools.rows import steps_text
 
 HEADINGS = {  # of a row's keys, in the order of the table
     "name": "name",
     "nfe": "NFE",
     "passes": "passes per image",
     "seeds": "seeds",
-    **{k: k.replace("_", " ") for k in metrics.METRICS if k != "kid_std"},
+    **{key: key.replace("_", " ") for key in METRICS if key != "kid_std"},
     "kid": "KID",
     "fid": "FID",
     "agreement": "label agreement",
@@ -54,430 +40,264 @@ HEADINGS = {  # of a row's keys, in the order of the table
     "passes_per_iteration": "passes per iteration",
     "iterations": "iterations",
     "train_seconds": "training seconds",
-    "lines": "lines of method code",
     "command": "command",
 }
+EACH = ("fid", "fd", "energy_distance")  # the table has their mean and the value of every seed
 
-
-EACH = ("fid", "fd", "energy_distance")  # the mean and every seed's value
-
-
-KEPT, KEPT_BYTES = 2000, 2**26  # samples of a row that are kept: at most so many, in so many bytes
+# Flags that do not change what is trained: runs that differ in them are one row.
+NEUTRAL_FLAGS = ("seed", "out", "device", "cache_prompts", "eval_n")
+NEUTRAL_FLAGS += ("log_every", "sample_every", "eval_every", "save_every")
 
 
 def add_flags(group):
-    group.add_argument(
-        "--sort",
-        help="key of a column, e.g. fd or train_seconds, the smallest first; --sort=-recall: the largest first",
-    )
-    group.add_argument(
-        "--cache", help="folder of what was measured; default `measured` beside --out"
-    )
-    group.add_argument("--fresh", action="store_true", help="measure again what is there")
+    add = group.add_argument
+    add("--sort", help="key of a column, as fd, smallest first; --sort=-recall: largest first")
+    add("--cache", help="folder of earlier results; default `measured` in the folder of --out")
+    add("--fresh", action="store_true", help="measure again what the cache has")
 
 
-def check(args):
-    if (args.sort or args.cache or args.fresh) and not args.compare:
-        raise UserError("--sort, --cache and --fresh mean something only with --compare")
-    finished = [
-        r
-        for r in args.runs
-        if not Path(r).exists()
-        or any((Path(r) / sub / "distill.json").is_file() for sub in ("student", ""))
-    ]
-    args.left_out = (
-        [Path(r).name for r in args.runs if r not in finished] if args.compare and finished else []
-    )  # out/* has more than runs
-    if args.left_out:
-        args.runs = finished
+def check_flags(args):
+    if args.sort or args.cache or args.fresh:
+        require(args.compare, "--sort, --cache and --fresh mean something only with --compare")
     if args.sort and args.sort.lstrip("-") not in HEADINGS:
         raise UserError(
-            f"--sort {args.sort}: expected one of {', '.join(HEADINGS)}, with - before it for the largest first{did_you_mean(args.sort, HEADINGS)}"
+            f"--sort {args.sort}: expected one of {', '.join(HEADINGS)}, "
+            f"with - before it for the largest first{did_you_mean(args.sort, HEADINGS)}"
         )
 
 
-def teacher_steps(args, nfes):
-    """Rows of the teacher -> list of (steps, Heun?). Euler with 50 steps and those of the students; --heun: also Heun, with at most as many calls as each."""
-    euler = args.teacher_nfe or [50, *sorted(set(nfes) - {50}, reverse=True)]
-    return [(n, False) for n in euler] + [
-        (n, True) for n in dict.fromkeys((n + 1) // 2 for n in euler) if n > 1 and args.heun
+def split_unfinished(runs):
+    """Folders of students, and what else out/* matches. Without a student all are the former:
+    loading them explains what is wrong."""
+
+    def is_other(run):
+        records = (Path(run) / "student" / "distill.json", Path(run) / "distill.json")
+        return Path(run).exists() and not any(record.is_file() for record in records)
+
+    others = [run for run in runs if is_other(run)]
+    if len(others) == len(runs):
+        return runs, []
+    return [run for run in runs if run not in others], others
+
+
+# ---- rows of the table ---------------------------------------------------------------------------
+
+
+def group_seeds(measured):
+    """Measured rows [(row, result), ...] -> lists of those that are one row of the table.
+
+    These are students of one method with the same flags and different seeds. A second run of the
+    same seed is a row of its own: it says nothing about the spread over seeds.
+    """
+    groups = {}
+    for i, (row, result) in enumerate(measured):
+        flags, seed = row.info.get("flags"), row.info.get("seed")
+        key = str(i)
+        if isinstance(flags, dict) and seed is not None:
+            flags = {k: v for k, v in flags.items() if k not in NEUTRAL_FLAGS}
+            key = json.dumps([result["method"], result["nfe"], flags], sort_keys=True)
+            while seed in [other.info["seed"] for other, _ in groups.get(key, [])]:
+                key += " again"
+        groups.setdefault(key, []).append((row, result))
+    return list(groups.values())
+
+
+def table_row(group, targets):
+    """A row of the table from the runs [(row, result), ...] that it stands for.
+
+    targets: {guidance scale: (steps, samples)} of the teacher.
+    """
+    row, result = group[0]
+    keys = ("name", "method", "teacher", "nfe", "passes", "cfg", "n", "protocol", "dtype")
+    out = {key: result[key] for key in (*keys, "best_of") if key in result}
+    out["runs"] = [
+        dict(result, seed=row.info.get("seed"), run=str(row.run or "")) for row, result in group
     ]
-
-
-class Book:
-    """Results by content, in a folder: for each row a JSON file and the first samples. The name of both is a hash of the weights and their description, of
-    the teacher and its reference, and of the protocol. It knows nothing of the code that measures: revisions are shown, and --fresh measures again."""
-
-    def __init__(self, args, rank, world):
-        self.args, self.rank, self.world, self.known = args, rank, world, []
-        self.home = Path(args.cache or Path(args.out).parent / "measured")
-        on_all_ranks(self.open if rank == 0 else lambda: None, world)
-        self.start()
-
-    def open(self):
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(
-                f"--cache {self.home}: expected a folder that can be written, found: {e.strerror}"
-            ) from None
-
-    def start(self):
-        self.parts = []  # of the row at hand: samples, batch by batch
-
-    def files(self, row, extractor, dtype):
-        a, facts = (
-            self.args,
-            {k: v for k, v in row["facts"].items() if k not in ("name", "teacher")},
-        )
-        how = [
-            a.n,
-            a.seed,
-            a.seeds,
-            a.inception,
-            a.force_inception,
-            a.resize,
-            a.ref,
-            a.ref_images,
-            str(dtype),
-            extractor.describe(a.n, "") if extractor else "toy",
-        ]
-        how += [a.per_prompt] if a.per_prompt else []
-        key = json.dumps([facts, how, content(row["folder"]), content(row["teacher"].folder)])
-        path = self.home / hashlib.sha256(key.encode()).hexdigest()[:24]
-        return path.with_suffix(".json"), path.with_suffix(".npz")
-
-    def find(self, row, extractor, dtype):
-        """The result of an earlier call, or None; the same on every rank."""
-
-        def look():
-            row["files"] = self.files(row, extractor, dtype)
-            # PNG files and times are made anew
-            if (
-                self.args.fresh
-                or self.args.save_images
-                or self.args.latency
-                or not all(path.is_file() for path in row["files"])
-            ):
-                return None
-            result = read_json(row["files"][0], "--cache")
-            with np.load(row["files"][1], allow_pickle=False) as f:
-                row["samples"] = torch.from_numpy(f["samples"])
-            self.known.append(result["revision"])
-            return result | row["facts"]
-
-        return on_all_ranks(lambda: look() if self.rank == 0 else None, self.world)[0]
-
-    def take(self, seed, index, images):
-        """Of each batch of the first seed, what belongs to the samples that are kept."""
-        self.limit = min(
-            self.args.n,
-            KEPT,
-            max(KEPT_BYTES // (images[0].numel() * images.element_size()), self.world),
-        )
-        if seed == self.args.seed:
-            self.parts.append(images.cpu()[index < self.limit])
-
-    def add(self, row, result):
-        row["samples"] = gather_rows(torch.cat(self.parts), self.limit, self.rank, self.world)
-        self.start()
-        if self.rank == 0:
-            with atomic(
-                row["files"][1]
-            ) as f:  # first: what find looks for is complete when the JSON file is there
-                np.savez_compressed(f, samples=row["samples"].numpy())
-            write_json(row["files"][0], json.loads(dumps(result)))
-
-
-def content(folder):
-    """Hash of all that a model is made of: weights, JSON files, reference statistics."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        p for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".json", ".npz")
-    ):
-        digest.update(path.name.encode())
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def lines_of_code(path):
-    """Lines with code outside of the blocks that are the same in every script; a docstring is none, nor are comments."""
-    text = Path(path).read_text()
-    lines = {
-        n
-        for t in tokenize.generate_tokens(io.StringIO(text).readline)
-        if t.string.strip() and t.type != tokenize.COMMENT
-        for n in range(t.start[0], t.end[0] + 1)
-    }
-    for node in ast.walk(ast.parse(text)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            lines -= set(range(node.lineno, node.end_lineno + 1))
-    for block in re.finditer(
-        r"^ *# ==== same in every script.*?# ==== end ====$", text, re.M | re.S
-    ):
-        first = text.count("\n", 0, block.start()) + 1
-        lines -= set(range(first, first + block.group().count("\n") + 1))
-    return len(lines)
-
-
-def networks(info):
-    """'4 x student, critic'; None if the run did not say."""
-    trained = (info.get("training") or {}).get("networks")
-    count = len(info["model"].get("experts", [0]))
-    name = lambda n: (
-        (f"{count} x " * (count > 1) + "student") if n in ("student", "one_student") else n
-    )
-    return ", ".join(map(name, trained)) if trained else None
-
-
-def command(info, nfe):
-    """What was typed, without what differs between the runs of a row -> list of commands; None if the run did not say."""
-    words, kept = shlex.split((info.get("training") or {}).get("command", "")), []
-    for before, word in zip([""] + words, words):
-        if before not in ("--seed", "--out") and word.split("=")[0] not in (
-            "--seed",
-            "--out",
-            "--overwrite",
-        ):
-            kept.append(word)
-    return (
-        [shlex.join(kept)] + ([f"python eval.py OUT --nfe {nfe}"] if nfe != info["nfe"] else [])
-        if kept
-        else None
-    )
-
-
-def groups(pairs):
-    """(row, result) -> lists of those that are one row of the table: students of one method and the same flags, with seeds that differ."""
-    found = {}
-    for i, (row, result) in enumerate(pairs):
-        info = row.get("info") or {}
-        flags = info.get("flags")
-        known = isinstance(flags, dict) and info.get("seed") is not None
-        key = (
-            json.dumps(
-                [
-                    result["method"],
-                    result["nfe"],
-                    {k: v for k, v in flags.items() if k not in BESIDE},
-                ],
-                sort_keys=True,
-            )
-            if known
-            else str(i)
-        )
-        again = (
-            sum(r["info"]["seed"] == info["seed"] for r, _ in found.get(key, [])) if known else 0
-        )  # a second run with a seed is no further seed
-        found.setdefault(key + " again" * again, []).append((row, result))
-    return list(found.values())
-
-
-def line(group, samples):
-    """Row of the table from the runs that it stands for. samples: of the teacher, by guidance."""
-    (row, result), results = group[0], [r for _, r in group]
-    out = {
-        k: result[k]
-        for k in ("method", "teacher", "nfe", "passes", "cfg", "n", "protocol", "dtype", "best_of")
-        if k in result
-    }
-    out |= dict(
-        name=result["name"],
-        runs=[
-            dict(r, seed=(w.get("info") or {}).get("seed"), run=str(w.get("run") or ""))
-            for w, r in group
-        ],
-    )
-    mean = lambda values: None if any(v is None for v in values) else sum(values) / len(values)
-    for k in metrics.METRICS:
-        if k in result:
-            out[k] = mean([r[k] for r in results])
-            out.setdefault("each", {})[k] = [r[k] for r in results]
-    target = samples.get(result["cfg"])
-    if target is not None:
-        out["to_teacher"] = mean([distance(w["samples"], target) for w, _ in group])
+    out["each"] = {key: [r[key] for _, r in group] for key in METRICS if key in result}
+    out |= {key: mean(values) for key, values in out["each"].items()}
+    if result["cfg"] in targets:
+        _, target = targets[result["cfg"]]
+        out["to_teacher"] = mean([distance(row.samples, target) for row, _ in group])
     if result["method"] == "teacher":
-        heun = bool(result.get("heun"))
-        out |= dict(
-            name=row["caption"], nfe=2 * result["nfe"] - 1 if heun else result["nfe"], seeds=None
-        )
-        out["command"] = [
-            f"python eval.py --teacher {result['teacher']} --nfe {result['nfe']} --cfg {result['cfg']:g}"
-            + " --heun" * heun
-        ]
+        out |= teacher_facts(row, result)
     elif "best_of" not in result:
-        info, runs = row["info"], [w["run"] for w, _ in group]
-        record = info.get("training") or {}
-        out |= {
-            k: record.get(k)
-            for k in ("passes_per_iteration", "iterations", "hardware", "threads", "date")
-        } | dict(
-            seeds=[w["info"].get("seed") for w, _ in group],
-            images=None if record.get("images") is None else "yes" if record["images"] else "no",
-            networks=networks(info),
-            train_seconds=mean([seconds(w["info"], run) for (w, _), run in zip(group, runs)]),
-            revision=info.get("revision"),
-            lines=lines_of_code(ROOT / f"{result['method']}.py"),
-            command=command(info, result["nfe"]),
-        )
-        out["iterations"] = out["iterations"] or (info.get("flags") or {}).get("iters")
+        out |= training_facts(group)
     return out
 
 
-def seconds(info, run):
-    """Of training, as recorded by the student or, before that was so, by the evaluation at the run's end."""
-    if (info.get("training") or {}).get("seconds") is not None:
-        return info["training"]["seconds"]
-    return (
-        read_json(run / "metrics.json").get("train_seconds")
-        if (run / "metrics.json").is_file()
-        else None
+def teacher_facts(row, result):
+    command = (
+        f"python eval.py --teacher {result['teacher']} --nfe {result['nfe']} "
+        f"--cfg {result['cfg']:g}"
     )
+    if not result.get("heun"):
+        return dict(name=row.caption, command=[command])
+    evaluations = 2 * result["nfe"] - 1  # two per step, one in the last
+    return dict(name=row.caption, nfe=evaluations, command=[command + " --heun"])
+
+
+def training_facts(group):
+    """What the students of a group recorded of their training."""
+    row, result = group[0]
+    infos = [row.info for row, _ in group]
+    records = [info.get("training") or {} for info in infos]
+    record = records[0]
+    facts = {key: record.get(key) for key in ("passes_per_iteration", "iterations", "hardware")}
+    facts["seeds"] = [info.get("seed") for info in infos]
+    facts["train_seconds"] = mean([record.get("seconds") for record in records])
+    if record.get("images") is not None:
+        facts["images"] = "yes" if record["images"] else "no"
+    if record.get("networks"):
+        count = len(row.info["model"].get("experts", [0]))
+        student = "student" if count == 1 else f"{count} x student"
+        names = [student if "student" in name else name for name in record["networks"]]
+        facts["networks"] = ", ".join(names)
+    if record.get("command"):
+        # without what differs between the runs of a row
+        own_flags = r" --(seed|out)[ =]('[^']*'|\S+)| --overwrite"
+        facts["command"] = [re.sub(own_flags, "", record["command"])]
+        if result["nfe"] != row.info["nfe"]:
+            facts["command"].append(f"python eval.py OUT --nfe {result['nfe']}")
+    return facts
+
+
+def mean(values):
+    return None if None in values else sum(values) / len(values)
 
 
 def distance(a, b):
+    """Mean squared difference of the samples that both have; uint8 counts as -1 to 1."""
     n = min(len(a), len(b))
     unit = 127.5 if a.dtype == torch.uint8 else 1.0
-    return (((a[:n].double() - b[:n].double()) / unit) ** 2).mean().item()
+    return ((a[:n].double() - b[:n].double()) / unit).square().mean().item()
 
 
-def order(lines, key):
-    """By a column, the smallest first, with - before its name the largest; rows without a value are last. No key: as they came."""
-    if not key:
-        return lines
-    name, sign = key.lstrip("-"), -1 if key.startswith("-") else 1
-    value = lambda r: r.get(name)[0] if isinstance(r.get(name), list) else r.get(name)
-    with_value = [r for r in lines if value(r) is not None]
-    text = any(isinstance(value(r), str) for r in with_value)
-    return sorted(
-        with_value, key=lambda r: str(value(r)) if text else value(r), reverse=sign < 0
-    ) + [r for r in lines if value(r) is None]
+def sort_rows(rows, key):
+    """By a column, smallest first, or with - before its name largest first. None: as they came."""
+    if key is None:
+        return rows
+    name = key.lstrip("-")
+    known = [row for row in rows if row.get(name) is not None]
+    known.sort(key=lambda row: (isinstance(row[name], str), row[name]), reverse=key[0] == "-")
+    return known + [row for row in rows if row.get(name) is None]
 
 
-def show(r, key):
-    v = r.get(key)
-    if v is None:
+def markdown(rows, headings=HEADINGS):
+    """Markdown table. headings: {key of a row: heading}. Columns that no row has are left out."""
+    keys = [key for key in headings if any(row.get(key) is not None for row in rows)]
+    lines = [[headings[key] for key in keys]]
+    lines += [[format_cell(row, key).replace("|", "\\|") for key in keys] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def format_cell(row, key):
+    value = row.get(key)
+    if key == "command" and value:
+        return ", then ".join(f"`{command}`" for command in value)
+    if isinstance(value, list):
+        return ", ".join(map(format_number, value))
+    every = row.get("each", {}).get(key, [])
+    if key in EACH and len(every) > 1:
+        return f"{format_number(value)} ({', '.join(map(format_number, every))})"
+    return format_number(value)
+
+
+def format_number(value):
+    if value is None:
         return "-"
-    if key == "command":
-        return ", then ".join(f"`{c}`" for c in v)
-    if isinstance(v, list):
-        return ", ".join(map(str, v))
-    form = lambda x: (
-        "-"
-        if x is None
-        else f"{x:.4f}"
-        if key == "energy_distance"
-        else f"{x:,.0f}"
-        if key == "train_seconds"
-        else f"{x:.4g}"
-        if isinstance(x, float)
-        else str(x)
-    )
-    return form(v) + (
-        f" ({', '.join(map(form, r['each'][key]))})"
-        if key in EACH and len(r["each"][key]) > 1
-        else ""
-    )
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def markdown(lines):
-    """Metrics that no row has are left out: points have others than images."""
-    columns = [
-        k for k in HEADINGS if k not in metrics.METRICS or any(r.get(k) is not None for r in lines)
-    ]
-    cells = [[HEADINGS[k] for k in columns]] + [
-        [show(r, k).replace("|", "\\|") for k in columns] for r in lines
-    ]
-    width = [max(len(c[i]) for c in cells) for i in range(len(columns))]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
-    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
+# ---- output --------------------------------------------------------------------------------------
 
 
-def close(book, rows, results, say):
-    """Table, picture and curves, by rank 0."""
-    args, grid, pairs = book.args, Path(book.args.grid), list(zip(rows, results))
-    target = {}
-    for row, result in sorted(pairs, key=lambda p: p[1]["nfe"]):
-        if (
-            result["method"] == "teacher"
-        ):  # the last has the most steps: rows of Heun's method have about half of Euler's
-            target[result["cfg"]] = row["samples"], result["nfe"]
-    grouped = groups(pairs)
-    lines = [line(group, {w: samples for w, (samples, _) in target.items()}) for group in grouped]
-    first = {id(r): group[0][0] for r, group in zip(lines, grouped)}
-    lines = order(lines, args.sort)
-    notes = list(dict.fromkeys(r["protocol"] for r in results))
-    kept = min(len(row["samples"]) for row in rows)
-    notes += [
-        f"to teacher: mean squared difference to the teacher's {nfe} Euler steps, w = {w:g}, from the same noise and label, first {kept} samples"
-        for w, (_, nfe) in target.items()
-    ]
-    notes += [
-        f"measured with {', '.join(dict.fromkeys(str(r[k]) for r in results))} ({k})"
-        for k in ("dtype", "hardware", "revision")
-    ]
-    if book.known:
+def write_comparison(args, measured, earlier, say):
+    """Table, picture and curves. measured: [(row, result), ...]. earlier: revisions of the results
+    from the cache."""
+    targets = teacher_targets(measured)
+    table = []
+    for group in group_seeds(measured):
+        row = table_row(group, targets)
+        row["source"], _ = group[0]  # whose samples are drawn
+        table.append(row)
+    table = sort_rows(table, args.sort)
+    sources = [row.pop("source") for row in table]
+
+    grid = Path(args.grid)
+    notes = comparison_notes(args, measured, targets, earlier)
+    text = markdown(table) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+    grid.with_suffix(".md").write_text(text + "\n")
+    write_json(grid.with_suffix(".json"), json.loads(dumps(dict(rows=table, notes=notes))))
+    draw(grid, table, sources, args.seed)
+    say(f"\n{text}\n\nwritten: {grid}, {grid.stem}.md, {grid.stem}.json")
+    try:
+        for row, source in zip(table, sources):
+            if "best_of" not in row and row["nfe"] == source.info.get("nfe"):
+                draw_curves(grid.with_name(f"{grid.stem}-curves"), row)
+    except UserError as e:
+        say(f"no curves: {e}")
+
+
+def teacher_targets(measured):
+    """{guidance scale: (steps, samples)} of the teacher's rows with the most Euler steps."""
+    targets = {}
+    for row, result in measured:
+        if result["method"] == "teacher" and not result.get("heun"):
+            most, _ = targets.get(result["cfg"], (0, None))
+            if result["nfe"] > most:
+                targets[result["cfg"]] = result["nfe"], row.samples
+    return targets
+
+
+def comparison_notes(args, measured, targets, earlier):
+    def listed(key):
+        return ", ".join(dict.fromkeys(str(result[key]) for _, result in measured))
+
+    notes = list(dict.fromkeys(result["protocol"] for _, result in measured))
+    kept = min(len(row.samples) for row, _ in measured)
+    for cfg, (steps, _) in targets.items():
         notes.append(
-            f"{len(book.known)} of {len(results)} rows were measured earlier, at {', '.join(dict.fromkeys(book.known))}, now {git_revision()}; --fresh measures again"
+            f"to teacher: mean squared difference to the teacher's {steps} Euler steps, "
+            f"w = {cfg:g}, from the same noise and label, first {kept} samples"
         )
-    notes += [f"left out, no finished students: {', '.join(args.left_out)}"] * bool(args.left_out)
-    table = markdown(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
-    grid.with_suffix(".md").write_text(table + "\n")
-    write_json(grid.with_suffix(".json"), json.loads(dumps(dict(rows=lines, notes=notes))))
-    picture(grid, [(r, first[id(r)]) for r in lines], args)
-    curves = 0
-    for r in lines:
-        runs = [
-            Path(run["run"])
-            for run in r["runs"]
-            if run["run"] and (Path(run["run"]) / "log.jsonl").is_file()
-        ]
-        if runs and "best_of" not in r and r["nfe"] == first[id(r)]["info"]["nfe"]:
-            logs = [
-                (f"seed {run['seed']}", read_log(run["run"]))
-                for run in r["runs"]
-                if Path(run["run"]) in runs
-            ]
-            curves(grid.with_name(grid.stem + "-curves") / f"{r['name']}.png", logs, r["name"])
-            curves += 1
-    say("\n" + table)
-    say(
-        f"\nwritten: {grid}, {grid.with_suffix('.md').name}, {grid.with_suffix('.json').name}"
-        + f", {grid.stem}-curves/ ({curves} pictures)" * (curves > 0)
-    )
+    notes += [f"measured with {listed(key)} ({key})" for key in ("dtype", "hardware", "revision")]
+    if earlier:
+        notes.append(
+            f"{len(earlier)} of {len(measured)} rows were measured earlier, at "
+            f"{', '.join(dict.fromkeys(earlier))}, now {git_revision()}; --fresh measures again"
+        )
+    if args.left_out:
+        names = ", ".join(Path(run).name for run in args.left_out)
+        notes.append(f"left out, no finished students: {names}")
+    return notes
 
 
-def picture(path, lines, args):
-    """Same noise, same labels in every row (images) or panel (points, coloured by the direction of their noise)."""
-    metric = lambda r: next(
-        (
-            f"{k.replace('_', ' ')} {show(r, k).split(' ')[0]}"
-            + f", mean of {len(r['each'][k])}" * (len(r["each"][k]) > 1)
-            for k in EACH
-            if r.get(k) is not None
-        ),
-        "",
-    )
-    caption = lambda r, row: (
-        row["caption"]
-        if r["method"] == "teacher"
-        else f"{r['name']}, {r['nfe']} step{'s' * (r['nfe'] > 1)}"
-    )
-    teacher = lines[0][1]["teacher"]
+def draw(path, table, sources, seed):
+    """Samples from the same noise and labels in every row; points in the colour of their noise."""
+    captions = []
+    for row, source in zip(table, sources):
+        name = source.caption
+        if row["method"] != "teacher":
+            name = f"{row['name']}, {steps_text(row['nfe'])}"
+        metrics = [f"{k.replace('_', ' ')} {format_number(row[k])}" for k in EACH if k in row]
+        captions.append(f"{name}\n{', '.join(metrics)}")
+    teacher = sources[0].teacher
     if teacher.adapter == "toy":
-        n = min(len(row["samples"]) for _, row in lines)
-        noise, mix = PerImageNoise(args.seed, range(n))(*teacher.shape).numpy(), teacher.mixture
-        scatter(
-            path,
-            [(caption(r, row), metric(r), row["samples"][:n].numpy()) for r, row in lines],
-            by_angle(noise),
-            [(*m, 2 * mix.std) for m in mix.means.tolist()],
-        )
+        n = min(len(source.samples) for source in sources)
+        points = [source.samples[:n].numpy() for source in sources]
+        noise = PerImageNoise(seed, range(n))(*teacher.shape).numpy()
+        rings = [(x, y, 2 * teacher.mixture.std) for x, y in teacher.mixture.means.tolist()]
+        scatter(path, list(zip(captions, points)), by_angle(noise), rings)
     else:
-        image_rows(path, [(caption(r, row), metric(r), row["samples"][:20]) for r, row in lines])
+        image_rows(path, [(text, source.samples[:20]) for text, source in zip(captions, sources)])
+
+
+def draw_curves(folder, row):
+    """The logs of all runs of a row of the table in one picture."""
+    runs = [run for run in row["runs"] if (Path(run["run"]) / "log.jsonl").is_file()]
+    if runs:
+        logs = {f"seed {run['seed']}": read_log(run["run"]) for run in runs}
+        plot(folder / f"{row['name']}.png", logs, row["name"])

@@ -1,0 +1,113 @@
+"""Pictures of samples with captions: rows of images, scatter plots of 2-D points."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common.files import atomic
+
+MARGIN = 12
+GAP = 2  # between images
+SIDE = 200  # of a scatter plot
+FINE = 3  # scatter plots are drawn this much larger and shrunk, which smooths them
+GREY = (215, 215, 215)
+
+
+def image_rows(path, rows):
+    """PNG of rows of images with their captions on the left.
+
+    rows: list of (caption of one or two lines, images uint8 [n, C, H, W]), C 1 or 3. Small images
+    are enlarged by whole pixels.
+    """
+    font = ImageFont.load_default(14)
+    height, width = rows[0][1].shape[-2:]
+    scale = max(1, 56 // width)
+    height, width = scale * height, scale * width
+    columns = max(len(images) for _, images in rows)
+    text_width, text_height = largest_text([caption for caption, _ in rows], font)
+    left = MARGIN + text_width + MARGIN
+    pitch = max(height, text_height) + GAP
+    sheet = Image.new(
+        "RGB",
+        (left + columns * (width + GAP) - GAP + MARGIN, len(rows) * pitch - GAP + 2 * MARGIN),
+        "white",
+    )
+    pen = ImageDraw.Draw(sheet)
+    for row, (caption, images) in enumerate(rows):
+        middle = MARGIN + row * pitch + (pitch - GAP) // 2
+        pen.text((MARGIN, middle), caption, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            pixels = image.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            tile = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            sheet.paste(tile, (left + column * (width + GAP), middle - height // 2))
+    save(path, sheet)
+
+
+def scatter(path, panels, colours, rings=(), extent=1.6):
+    """PNG of scatter plots of the square [-extent, extent]^2, with captions above.
+
+    panels: list of (caption of one or two lines, points [n, 2]). colours: one per point, the same
+    in all panels. rings: list of (x, y, radius). Points outside are drawn at the border.
+    """
+    font = ImageFont.load_default(14)
+    columns = min(len(panels), 6)
+    rows = math.ceil(len(panels) / columns)
+    text_width, text_height = largest_text([caption for caption, _ in panels], font)
+    pitch_x = max(SIDE, text_width) + MARGIN
+    pitch_y = SIDE + text_height + 2 * MARGIN
+    sheet = Image.new("RGB", (columns * pitch_x + MARGIN, rows * pitch_y + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (caption, points) in enumerate(panels):
+        x = MARGIN + i % columns * pitch_x
+        y = MARGIN + i // columns * pitch_y
+        pen.text((x, y), caption, fill="black", font=font)
+        sheet.paste(draw_points(points, colours, rings, extent), (x, y + text_height + MARGIN))
+    save(path, sheet)
+
+
+def draw_points(points, colours, rings, extent):
+    size = FINE * SIDE
+    plot = Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(plot)
+
+    def circle(x, y, radius, **style):
+        x, y = (extent + x) / (2 * extent) * size, (extent - y) / (2 * extent) * size
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], **style)
+
+    for x, y, radius in rings:
+        circle(x, y, radius / (2 * extent) * size, outline=GREY, width=FINE)
+    border = extent * (1 - 6 / SIDE)
+    for (x, y), colour in zip(np.nan_to_num(points).clip(-border, border), colours):
+        circle(x, y, FINE, fill=colour)
+    pen.rectangle([0, 0, size - 1, size - 1], outline=GREY, width=FINE)
+    return plot.resize((SIDE, SIDE), Image.LANCZOS)
+
+
+def save_numbered(folder, numbers, images):
+    """PNG files 000000.png, ... of images uint8 [n, C, H, W], C 1 or 3."""
+    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
+    for number, image in zip(numbers.tolist(), pixels):
+        if image.shape[-1] == 1:
+            image = image[..., 0]
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+
+
+def by_angle(points):
+    """A colour for each point [n, 2]: its direction from the middle."""
+    degrees = np.degrees(np.arctan2(points[:, 1], points[:, 0])) % 360
+    return [f"hsv({angle:.0f}, 85%, 85%)" for angle in degrees]
+
+
+def largest_text(texts, font):
+    """Width and height of the largest of some texts, in pixels."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [pen.textbbox((0, 0), text, font=font) for text in texts]
+    return math.ceil(max(box[2] for box in boxes)), math.ceil(max(box[3] for box in boxes))
+
+
+def save(path, sheet):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as f:
+        sheet.save(f, "PNG", optimize=True)
