@@ -74,9 +74,7 @@ class Model(nn.Module):
         self.shape = tuple(shape)
         self.classes = classes
         self.sigma_data = sigma_data
-        self.dtype = (
-            torch.float32
-        )  # of the pass: bf16 runs it under autocast, weights stay as they are
+        self.dtype = torch.float32  # bf16 runs the network under autocast; weights do not change
         self.folder = None
         self.evaluation = {}  # how samples are measured, from teacher.json
         self.extras = nn.ModuleDict()  # scalar conditions, see `extend`
@@ -162,7 +160,7 @@ class Model(nn.Module):
             x.device.type,
             torch.bfloat16,
             enabled=self.dtype == torch.bfloat16,
-            cache_enabled=self.sharding is None,  # casts of gathered weights would stay in memory
+            cache_enabled=self.sharding is None,  # no cast may outlive a weight that was gathered
         )
         with autocast, self.attention(), self.adding_to_time(self.embed_scalars(cond)):
             if features:
@@ -229,7 +227,8 @@ class Model(nn.Module):
 
     def run_to_features(self, x, t, cond, depths=(0.5,)):
         """Maps of the feature layers, float32. The pass ends after the last of them."""
-        maps, layers = [], self.feature_layers(depths)
+        layers = self.feature_layers(depths)
+        maps = []
 
         def collect(module, args, out):
             maps.append(self.to_feature_map(out).float())

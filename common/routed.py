@@ -24,17 +24,17 @@ class Routed(nn.Module):
         self.folder = None
 
     def route(self, n, alpha, sigma, cond):
-        """Index of the expert for each of n samples, int64 [n]. alpha, sigma: 0-d or [n]."""
+        """Index of the expert of each of n samples, int64 [n]. alpha, sigma: 0-d or [n]."""
         raise NotImplementedError
 
     def varies(self, alpha, sigma):
-        """True if the processes of a distributed run may need different experts for these levels."""
+        """True if other processes of a run may need other experts at these levels."""
         raise NotImplementedError
 
     def __getattr__(self, name):
-        # Python calls this only for names that are not found otherwise. Everything that is not
-        # defined here (schedule, shape, encode, decode, ...) is taken from the first expert, so that
-        # a Routed can be used wherever a Model can.
+        # Python calls this only for names that it does not find otherwise. All that is not defined
+        # here (schedule, shape, encode, decode, ...) is taken from the first expert, so that a
+        # Routed can be used wherever a Model can.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -50,7 +50,7 @@ class Routed(nn.Module):
             expert.dtype = dtype
 
     def forward(self, x_t, alpha, sigma, cond, features=False):
-        """As Model.forward: x0 estimates [B, *shape], or features, each from the sample's expert."""
+        """As Model.forward: estimates [B, *shape], or features, each from the sample's expert."""
         expert_of = self.route(len(x_t), alpha, sigma, cond)  # [B]
         used = expert_of.unique().tolist()
         if len(used) == 1 and not (self.sharding and self.varies(alpha, sigma)):
@@ -78,7 +78,7 @@ class Routed(nn.Module):
             outputs = [whole.index_put((rows,), p) for whole, p in zip(outputs, part)]
         return outputs if features else outputs[0]
 
-    # these need nothing but `self(...)` and `self.null`, so a Model's own code serves here too
+    # A Model's own code serves here: it needs only `self(...)`, `null`, `save_net` and `config`.
     guided = Model.guided
     cond_and_uncond = Model.cond_and_uncond
     save = Model.save
@@ -152,7 +152,7 @@ class ByLabel(Routed):
 
 
 def select(value, rows):
-    """The rows (bool [B]) of a tensor [B, ...]. Anything without a batch dimension stays as it is."""
+    """The rows (bool [B]) of a tensor [B, ...]; anything without a batch is returned as it is."""
     if not torch.is_tensor(value) or value.ndim == 0:
         return value
     return value[rows.to(value.device)]

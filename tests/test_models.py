@@ -562,7 +562,7 @@ def test_features_stop_early_and_are_the_blocks_output():
 
 
 def test_hooks_are_removed_when_the_network_fails(dit):
-    with pytest.raises(Exception):
+    with pytest.raises(RuntimeError):
         dit(torch.zeros(1, 3, 28, 28), 0.3, 0.7, dit.null(1), features=True)
     assert not any(m._forward_hooks for m in dit.modules())
 
@@ -829,8 +829,7 @@ def test_a_routed_model_has_the_attributes_of_its_first_expert():
     assert model.schedule is a.schedule
     model.dtype = torch.bfloat16
     assert [a.dtype, b.dtype, model.dtype] == [torch.bfloat16] * 3
-    with pytest.raises(AttributeError):
-        model.no_such_attribute
+    assert not hasattr(model, "no_such_attribute")
 
 
 def test_experts_of_experts(tmp_path):
