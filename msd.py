@@ -161,7 +161,7 @@ def parse_args(argv=None):
 def count_conditions(teacher):
     """Number of different conditions that the teacher's labels give; the toy has one for all."""
     classes = max(teacher.classes, 1)
-    if hasattr(teacher, "prompts"):
+    if teacher.prompts is not None:
         return classes
     return len(teacher.encode(torch.arange(classes))["labels"].unique())
 
@@ -215,8 +215,8 @@ class Critic(nn.Module):
 
 
 def partition(labels, students):
-    """The router (1): table[label] is the student of that label. Parts differ by one at most."""
-    return [label * students // labels for label in range(labels)]
+    """The router: table[label] is the student of that label. Parts differ by one at most."""
+    return [label * students // labels for label in range(labels)]  # (1)
 
 
 def plan(iters, students, tsm, adm):

@@ -23,15 +23,16 @@ from helpers.source import (
 # Functions and classes that several scripts copy. The copies are the same text, so that `diff` of
 # two scripts shows only what the methods do differently. A change of one is a change of all.
 FAMILIES = {
-    "Head": ["dmd2", "decoupled_dmd"],
-    "group_norm": ["dmd2", "decoupled_dmd"],
-    "Critic": ["dmd2", "decoupled_dmd"],
+    "Head": ["dmd2", "decoupled_dmd", "msd"],
+    "group_norm": ["dmd2", "decoupled_dmd", "msd"],
+    "Critic": ["dmd2", "decoupled_dmd", "msd"],
     "step_indices": ["dmd2", "decoupled_dmd"],
     "backward_simulation": ["dmd2", "decoupled_dmd"],
     "sample": ["dmd2", "decoupled_dmd"],
     "chain_noise": ["dmd2", "sid", "decoupled_dmd"],
+    "dm_gradient": ["dmd2", "msd"],
     "dm_loss": ["dmd2", "decoupled_dmd", "msd"],
-    "fake_loss": ["dmd2", "decoupled_dmd"],
+    "fake_loss": ["dmd2", "decoupled_dmd", "msd"],
     "gen_loss": ["dmd2", "decoupled_dmd", "msd"],
     "cls_loss": ["dmd2", "decoupled_dmd", "msd"],
 }

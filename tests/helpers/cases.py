@@ -151,7 +151,7 @@ MISTAKES = {
         ("--data {tmp}", "--data"),
     ],
     "msd": [
-        ("--nfe 2", "--nfe 2: the students of MSD make a sample in one pass"),
+        ("--nfe 2", "unrecognized arguments: --nfe 2"),
         ("--students 0", "--students"),
         (
             "--students 2",
@@ -169,7 +169,7 @@ MISTAKES = {
         ("--tsm 0.5", "--tsm: .*add --small"),
         ("--tsm 1 --small width=16", "--tsm"),
         ("--grad-checkpoint", "--grad-checkpoint: expected a network of diffusers"),
-        ("--tsm inf --small width=16", "--adm, --tsm: expected shares"),
+        ("--tsm inf --small width=16", "--tsm: expected a share from 0 to below 1, found inf"),
         ("--small wide=16", "--small wide=16: wide: expected a key .*did you mean width"),
         ("--small depth=x", "--small depth=x: no network can be built"),
         ("--small classes=9", "--small classes=9: expected a network for samples"),
