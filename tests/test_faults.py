@@ -394,8 +394,6 @@ def test_nan_of_the_teacher_is_not_lost(script):
             real.null = lambda self, n: cond
             ca, dm = (x, half, half), (x, half, half)
             found = module.gradients(x, ca, dm, cond, real(), lambda *a: x, 2.0, floor=0.0)[:2]
-        elif script == "phased_dmd":
-            found = [module.dm_gradient(x, x, half, half, cond, real, lambda *a: x, 1, "own")[0]]
         else:
             found = [module.dm_gradient(x, x, half, half, cond, real, lambda *a: x, 1)[0]]
         for g in found:

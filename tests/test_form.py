@@ -30,9 +30,9 @@ FAMILIES = {
     "backward_simulation": ["dmd2", "decoupled_dmd"],
     "sample": ["dmd2", "decoupled_dmd"],
     "chain_noise": ["dmd2", "sid", "decoupled_dmd"],
-    "dm_gradient": ["dmd2", "msd"],
-    "dm_loss": ["dmd2", "decoupled_dmd", "msd"],
-    "fake_loss": ["dmd2", "decoupled_dmd", "msd"],
+    "dm_gradient": ["dmd2", "phased_dmd", "msd"],
+    "dm_loss": ["dmd2", "decoupled_dmd", "phased_dmd", "msd"],
+    "fake_loss": ["dmd2", "decoupled_dmd", "phased_dmd", "msd"],
     "gen_loss": ["dmd2", "decoupled_dmd", "msd"],
     "cls_loss": ["dmd2", "decoupled_dmd", "msd"],
 }

@@ -298,7 +298,6 @@ def test_flags(flags, message, capsys):
         ("twinflow", "--lora-fake 4", "unrecognized arguments: --lora-fake 4"),
         ("sana_sprint", "--lora-fake 4", "unrecognized arguments: --lora-fake 4"),
         ("msd", "--lora 4 --small width=16", "--lora.*--small"),
-        ("phased_dmd", "--lora 4 --ida 0.9", "--ida 0.9: .*--lora"),
     ],
 )
 def test_contradictions(script, flags, message, capsys):

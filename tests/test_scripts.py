@@ -191,7 +191,7 @@ def test_kill_9(moments, scripts, tmp_path):
 
 # The network whose turn comes first, where the turn after it evaluates what it has just become. Of
 # all parts of a batch only the last one sees that, so one iteration is compared.
-FIRST = {"sid": "critic", "sana_sprint": "student", "phased_dmd-more": "student"}
+FIRST = {"sid": "critic", "sana_sprint": "student"}
 # Numbers that are means over a part: lambda of flowmap's (9), the weights of sid's discriminator.
 ONE_PART = {"flowmap": "--ratio 1 --correction 0".split(), "sid": ["--cls-weight", 0]}
 

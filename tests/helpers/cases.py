@@ -42,7 +42,7 @@ SECOND_FLAGS = {
     "dmd2": "--gan --nfe 2 --ema 1000",
     "sid": "--gan --gan-warmup 32 --nfe 2 --ema 1000 --cfg 2",
     "decoupled_dmd": "--teacher toy-cond --gan --nfe 4 --levels constrained --ema 1000",
-    "phased_dmd": "--phases 3 --phase-iters 2 7 --ema 1000 --critic-on full --ida 0.9",
+    "phased_dmd": "--phases 3 --phase-iters 2 7 --ema 1000 --normaliser paper",
     "msd": "--teacher toy-cond --students 2 --small width=32 depth=2 --tsm 0.2 --adm 0.5"
     " --ema 1000 --ratio 2",
     "sana_sprint": "--cfg-train 1 1.5 2 --cfg 1.5 --adaptive-weight clamped --prior --misaligned"
@@ -145,9 +145,6 @@ MISTAKES = {
         ("--ratio 0", "--ratio"),
         ("--shift 0", "--shift"),
         ("--step-shift nan", "--step-shift"),
-        ("--margin 0.5", "--margin"),
-        ("--margin 0.3", "--margin 0.3: no noise level is left above s = 0.75"),
-        ("--ida 2", "--ida"),
         ("--data {tmp}", "--data"),
     ],
     "msd": [
