@@ -51,7 +51,7 @@ SECOND_FLAGS = {
     "flowmap": "--form discrete --cfg-range 0.5 2 --ratio 2 --ema 1000",
     "boot": "--teacher toy-cond --cfg 2 --grid logsnr --solver midpoint --horizon-warmup 3"
     " --fidelity-every 4 --ema 1000",
-    "nct": "--N 4 --path linear --distance huber --eta 1 --xi 0.01 --ema 1000",
+    "nct": "--N 4 --distance huber --eta 1 --xi 0.01 --ema 1000",
 }
 SECOND_FLAGS = {script: flags.split() for script, flags in SECOND_FLAGS.items()}
 
@@ -276,8 +276,6 @@ MISTAKES = {
         ("--data {tmp}", "--data .*never looks at images"),
         ("--lr-fake 1e-3", "--lr-fake"),
         ("--N 0", "--N"),
-        ("--huber 0.1", "--huber: .*--distance huber"),
-        ("--huber 0 --distance huber", "--huber"),
         ("--con-weight -1", "--con-weight"),
         ("--eta nan", "--eta"),
         ("--xi -1", "--xi"),
