@@ -278,8 +278,8 @@ def main():
     args = parse_args()
     require(
         os.path.isdir(args.generator),
-        f"--generator {args.generator}: expected the folder of a finished one-step run, found none; "
-        f"`python dmd2.py --teacher {args.teacher}` makes one",
+        f"--generator {args.generator}: expected the folder of a finished one-step run, "
+        f"found none; `python dmd2.py --teacher {args.teacher}` makes one",
     )
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, averages=1)  # averages: the generator
