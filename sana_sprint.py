@@ -1,41 +1,38 @@
-"""SANA-Sprint: continuous-time consistency distillation with a latent adversarial loss. Chen et al., ICCV 2025, arXiv 2503.09641.
+"""SANA-Sprint: consistency distillation with a GAN. Chen et al., ICCV 2025, arXiv 2503.09641.
 
-One student for 1, 2, 3 or 4 steps. Two losses are added. sCM (Lu & Song, arXiv 2410.11081): along the teacher's guided probability-flow ODE the student's
-clean image must not change; the ODE is followed exactly, by a forward-mode derivative of the student, without solver or target network. LADD: a hinge GAN
-on features of the frozen teacher, which makes single steps sharp. Both need images. Guidance is built in: its scale w is drawn per sample, enters the
-teacher's derivative, and is shown to the student. Any teacher (flow, VP, EDM) is first seen in TrigFlow coordinates, which takes no training.
+One student serves 1, 2, 3 or 4 steps. Two losses are added. sCM (Lu and Song, arXiv 2410.11081):
+along the teacher's guided probability-flow ODE, the student's clean image must not change. A
+forward-mode derivative (JVP) of the student follows the ODE exactly, without a solver and without a
+target network. LADD: a hinge GAN, whose heads read features of the frozen teacher, makes single
+steps sharp. Both need images. Guidance is built in: its scale w is drawn for each sample, enters
+the teacher's derivative, and is an input of the student. Any teacher (flow, VP, EDM) is evaluated
+in TrigFlow coordinates, which takes no training.
 
-Notation: y = x_0 / sd has standard deviation 1 (the teacher's data divided by rho, theirs); sd = 0.5; u = x_t / sd; time t in [0, pi/2]; c the label;
-eps fresh unit noise; sg[] stops gradients; D(x, a, b, c) the Model of common/models.py: a network's clean estimate at any (alpha, sigma) = (a, b).
-    u = cos(t) y + sin(t) eps,   t = atan(exp(tau) / sd),   tau ~ N(P_mean, P_std^2)                                                    (1)
-    yhat(u, t, c) = D(rho u, cos t, rho sin t, c) / rho     any network in TrigFlow coordinates, by equal signal-to-noise ratio         (2)
-    F(u, t, c) = (cos(t) u - yhat) / sin(t)                 the ODE is dx_t / dt = sd F, and x_s = cos(t-s) x_t - sin(t-s) sd F         (3)
-    dx = sd [F_pre(u, t, null) + w (F_pre(u, t, c) - F_pre(u, t, null))]     the frozen teacher; w drawn from --cfg-train               (4)
-    J = d F(u, t, c, w) along (cos t sin t dx / sd, cos t sin t)             the student's JVP; cos t sin t dF/dt would overflow        (5)
-    g = -cos^2 t (sd F - dx) - r (cos t sin t x_t + sd J)                    = cos t d(sd yhat)/dt at r = min(1, step / H)              (6)
-    g <- g / (|g| + 0.1)                                                     norm over all numbers of a sample                          (7)
-    L_scm = mean [exp(-lv(t)) (F - sg[F] - sg[g])^2 + lv(t)]                 lv: a learned function of t, or 0 (--adaptive-weight off)  (8)
-    fake = yhat(cos(t') y + sin(t') eps, t', c, w)    t' as in (1), or with probability p the noisy end pi/2                            (9)
-    l_k(x) = head_k(block k of the teacher at cos(s) x + sin(s) eps)         s as in (1) with its own mean and deviation               (10)
-    L_gen = -mean l(fake)                                                                                                              (11)
-    L_heads = 1/2 mean relu(1 - l(y)) + 1/2 mean relu(1 + l(sg[fake]))                                                                 (12)
-    student: L_scm + adv_weight L_gen         heads: L_heads            in turn, each on images of its own                             (13)
+Notation: D(x, alpha, sigma, c) is a network's estimate of the clean x in x_t = alpha x + sigma eps;
+y = x / rho has standard deviation 1; t in [0, pi/2], u and x_t = sd u are TrigFlow's, sd = 0.5; c
+is the label or prompt, w the guidance scale; eps is fresh unit noise; sg[] stops gradients.
 
-Commands:
-    python sana_sprint.py                                       # one step, embedded MNIST teacher; --nfe 4: pictures and evaluation in four
-    python sana_sprint.py --teacher toy                         # 2-D mixture, half a minute; energy distance below 0.01, every mode above 5 %
-    torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR    # any teacher folder, 8 GPUs
+    u = cos(t) y + sin(t) eps           t = atan(exp(tau) / sd), tau ~ N(P_mean, P_std^2)        (1)
+    yhat(u, t, c) = D(rho u, cos t, rho sin t, c) / rho                                          (2)
+    F(u, t, c) = (cos(t) u - yhat) / sin(t)             makes the ODE dx_t / dt = sd F           (3)
+    dx = sd (F_pre(u, t, null) + w (F_pre(u, t, c) - F_pre(u, t, null)))     F_pre: teacher      (4)
+    J = derivative of F(u, t, c, w) along (cos t sin t dx / sd, cos t sin t)    F: student       (5)
+    g = -cos^2 t (sd F - dx) - r (cos t sin t x_t + sd J)         r = min(1, iteration / H)      (6)
+    g <- g / (|g| + 0.1)                norm over all numbers of a sample                        (7)
+    L_scm = mean exp(-lv(t)) (F - sg[F + g])^2 + lv(t)            lv: learned function, or 0     (8)
+    fake = yhat(cos(t) y + sin(t) eps, t, c, w)         t as in (1), or pi/2 with probability p  (9)
+    l(y) = heads(teacher features of cos(s) y + sin(s) eps)       s as in (1), other mean, std  (10)
+    L_gen = -mean l(fake)                                                                       (11)
+    L_heads = mean relu(1 - l(y)) / 2 + mean relu(1 + l(sg[fake])) / 2                          (12)
+    student: L_scm + w_G L_gen          heads: L_heads, on images of their own                  (13)
 
-Differences from the paper:
-    - mnist, emoji, toy: presets are ours. The weight exp(-lv) is 1 / E[g^2 | t]: unbounded where the student converges, which drives it away (seen in 2-D), so
-      it is off on the toy, clamped on mnist; full, as in the paper, by default. lv is a small network of t (paper: a layer on the network's embedding) and
-      starts at -ln D, D numbers a sample, where (7) leads it (paper: 0): on its way there the weight of sCM beside the GAN would change D times.
-    - --anchor (mnist 0.2; elsewhere 0, as in the paper): near t = 0 the mnist teacher does not see all noise. Samplers jump over these times, (5) does not.
-    - the paper trains the teacher on with a dense time embedding and QK norm first: python -m recipes.pretrain --start TEACHER. --time dense does without
-      training: the network is shown times of 0..1, its new time embedders are fitted to the old ones at 0..1000, and fast waves, which JVPs magnify, are gone.
-    - heads have GroupNorm (code: batch norm over 8 samples) and 3x3 convolutions (code: width 9 along the flattened tokens; toy: 1x1).
-    - an iteration is one student and one heads update, and H counts these. Times end where the teacher's schedule does (SD 1.5: 1.5025). No ControlNet.
-    - switches for the official code: --prior, --d-levels own, --misaligned. Its P_mean is 0.2, the paper's 0; the paper gives no H, it is the code's.
+Usage:
+    python sana_sprint.py                                    # one step, MNIST, minutes on a CPU
+    python sana_sprint.py --nfe 4                            # the same, evaluated in four steps
+    python sana_sprint.py --teacher toy                      # 2-D mixture, under a minute
+    torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR # any teacher folder, 8 GPUs
+
+Differences from the paper, variants and results: docs/sana_sprint.md.
 """
 
 import math
@@ -46,321 +43,354 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import data
+from common.data import load_images
 from common.ema import EMA
-from common.errors import UserError, launch
+from common.errors import launch, require
 from common.flags import Parser
 from common.model import ScalarEmbedding
-from common.report import evaluate_run, export, pictures
+from common.optim import adamw
+from common.report import Report
 from common.run import Run
-from common.schedules import TrigFlow, expand
+from common.schedules import TrigFlow, add_noise, expand
 from common.teachers.load import load_teacher
 
-PRESETS = {  # the flags of a teacher; every one can be overridden. Sources: [P] paper, [C] official code, [S] sCM paper, ours = measured here
-    "mnist": dict(
-        cfg=1.5,
-        cfg_train=[1.25, 1.5, 1.75],
-        nfe=1,
-        p_scm=(-0.8, 1.6),
-        p_adv=(-3.5, 1.0),
-        adv_weight=2.0,
-        adaptive_weight="clamped",
-        H=50,
-        anchor=0.2,
-        time="dense",
-        rho=None,
-        lr=3e-4,
-        lr_fake=2e-3,
-        betas=(0.5, 0.99),
-        batch=64,
-        iters=1200,
-        warmup=20,
-        cooldown=0.5,
-        ema=2000,
-        clip=200.0,
-        weight_decay=0.0,
-    ),
-    "toy": dict(
-        cfg=1.0,
-        cfg_train=None,
-        nfe=1,
-        p_scm=(-0.4, 1.4),
-        adv_weight=0.5,
-        adaptive_weight="off",
-        H=200,
-        time="native",
-        rho=None,
-        lr=1e-3,
-        lr_fake=1e-3,
-        betas=(0.5, 0.99),
-        batch=256,
-        iters=800,
-        warmup=100,
-        cooldown=0.5,
-        ema=0,
-        clip=10.0,
-        weight_decay=0.0,
-    ),
-    # lr, batch, iterations, weights of (13), times, w [P]; H, clip, warm-up [C]. The optimiser there is CAME; AdamW without decay stands for it
-    "default": dict(
-        cfg=4.5,
-        cfg_train=[4.0, 4.5, 5.0],
-        nfe=2,
-        p_scm=(0.0, 1.6),
-        adv_weight=0.5,
-        adaptive_weight="full",
-        H=2000,
-        time="native",
-        rho=1.0,
-        lr=2e-6,
-        lr_fake=2e-6,
-        betas=(0.9, 0.999),
-        batch=512,
-        iters=20000,
-        warmup=5000,
-        cooldown=0.0,
-        ema=0,
-        clip=0.1,
-        weight_decay=0.0,
-    ),
+SD = 0.5  # only its ratio to the 0.1 of (7) matters
+TRIG = TrigFlow(1.0)
+DEPTHS = (0.1, 0.4, 0.7, 0.95)  # of the features in (10); blocks 2, 8, 14, 19 of 20 [C]
+
+# The flags of a teacher; all can be overridden.
+# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
+SANA = dict(  # [P], but H, clip, warmup [C]; CAME is the optimiser there
+    cfg=4.5,
+    cfg_train=[4.0, 4.5, 5.0],
+    nfe=2,
+    p_scm=(0.0, 1.6),
+    p_adv=(-0.6, 1.0),
+    H=2000,
+    anchor=0.0,
+    adaptive_weight="full",
+    adv_weight=0.5,
+    max_time=0.5,
+    time="native",
+    rho=1.0,  # standard deviation of the teacher's data; None: measured on the images
+    lr=2e-6,
+    lr_fake=2e-6,
+    betas=(0.9, 0.999),
+    weight_decay=0.0,
+    clip=0.1,
+    batch=512,
+    iters=20_000,
+    warmup=5000,
+    cooldown=0.0,
+    ema=0,
+)
+TOY = dict(  # [O]
+    SANA,
+    cfg=1.0,
+    cfg_train=None,
+    nfe=1,
+    p_scm=(-0.4, 1.4),
+    H=200,
+    adaptive_weight="off",  # it is unbounded where the student is right: in 2-D it drifts away
+    rho=None,
+    lr=1e-3,
+    lr_fake=1e-3,
+    betas=(0.5, 0.99),
+    clip=10.0,
+    batch=256,
+    iters=800,
+    warmup=100,
+    cooldown=0.5,
+)
+MNIST = dict(  # [O]
+    SANA,
+    cfg=1.5,
+    cfg_train=[1.25, 1.5, 1.75],
+    nfe=1,
+    p_scm=(-0.8, 1.6),
+    p_adv=(-3.5, 1.0),  # heads must see less noise to see the grain of small images
+    H=50,
+    anchor=0.2,  # cleaner, the teacher does not see all of the noise
+    adaptive_weight="clamped",
+    adv_weight=2.0,
+    time="dense",
+    rho=None,
+    lr=3e-4,
+    lr_fake=2e-3,
+    betas=(0.5, 0.99),
+    clip=200.0,
+    batch=64,
+    iters=1200,
+    warmup=20,
+    cooldown=0.5,
+    ema=2000,
+)
+EMOJI = dict(  # [O]
+    SANA,
+    cfg=3.5,
+    cfg_train=[3.0, 3.5, 4.0],
+    H=50,
+    lr=1e-4,
+    lr_fake=1e-3,
+    betas=(0.5, 0.99),
+    clip=100.0,
+    batch=32,
+    iters=350,
+    warmup=20,
+    cooldown=0.5,
+    ema=2000,
+)
+PRESETS = {
+    "default": SANA,  # any other folder
+    "toy": TOY,
+    "toy-cond": TOY,
+    "mnist": MNIST,
+    "emoji": EMOJI,
+    "emoji-flow": EMOJI,
 }
-PRESETS |= {
-    "toy-cond": PRESETS["toy"],
-    "emoji": dict(
-        PRESETS["default"],
-        cfg=3.5,
-        cfg_train=[3.0, 3.5, 4.0],
-        H=50,
-        lr=1e-4,
-        lr_fake=1e-3,
-        betas=(0.5, 0.99),
-        batch=32,
-        iters=350,
-        warmup=20,
-        cooldown=0.5,
-        ema=2000,
-        clip=100.0,
-    ),
-}
-SD = 0.5  # sigma_data of TrigFlow: only its ratio to the 0.1 of (7) matters
-DEPTHS = (0.1, 0.4, 0.7, 0.95)  # blocks 2, 8, 14, 19 of 20 [C]
-PUBLISHED = {
-    1: [math.pi / 2],
-    2: [math.atan(200 / SD), 1.3],
-    4: [math.atan(200 / SD), 1.3, 1.1, 0.6],
-}  # the paper's times; none for three steps
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
-    p.method.add_argument(
-        "--steps",
-        help="falling times of the sampler in (0, pi/2], e.g. 1.5683,1.3; default: the paper's, or evenly spaced",
-    )
-    p.method.add_argument(
-        "--cfg-train",
-        type=float,
-        nargs="+",
-        help="guidance scales of (4); several: the student is told which, and --cfg picks one",
-    )
-    p.method.add_argument("--p-scm", type=float, nargs=2, help="P_mean and P_std of (1)")
-    p.method.add_argument(
-        "--p-adv",
-        type=float,
-        nargs=2,
-        default=(-0.6, 1.0),
-        help="mean and deviation of the heads' noise levels, (10)",
-    )
-    p.method.add_argument("--H", type=int, help="iterations until r of (6) is 1")
-    p.method.add_argument(
-        "--anchor",
-        type=float,
-        default=0.0,
-        help="least t of (1) and (9); cleaner draws are put there with r = 0: at it the student is the teacher",
-    )
-    p.method.add_argument(
-        "--adaptive-weight",
-        choices=["off", "clamped", "full"],
-        help="lv of (8); clamped: bounded below, at -ln(numbers per sample) - 2",
-    )
-    p.method.add_argument(
-        "--prior",
-        action="store_true",
-        help="factor 1 / (sd tan t) on the square of (8), as in the official code",
-    )
-    p.method.add_argument("--adv-weight", type=float, help="adv_weight of (13); 0: sCM alone")
-    p.method.add_argument("--max-time", type=float, default=0.5, help="p of (9)")
-    p.method.add_argument(
-        "--d-levels",
-        choices=["same", "own"],
-        default="same",
-        help="one s of (10) for a real and a fake image, or each its own",
-    )
-    p.method.add_argument(
-        "--misaligned",
-        action="store_true",
-        help="real images with another's label are fakes too in (12)",
-    )
-    p.method.add_argument(
-        "--rho",
-        type=float,
-        help="standard deviation of the teacher's data; default: measured on the images, 1 for unknown teachers",
-    )
-    p.method.add_argument(
-        "--time",
-        choices=["native", "dense"],
-        help="time embedding of teacher and student: the teacher's own, or fitted to it on 0..1",
-    )
+    p = Parser(__doc__, critic=True, images=True, lora_fake=False)
+    add = p.method.add_argument
+    add("--steps", metavar="T,...", help="times of the steps, in the teacher's own time [paper's]")
+    add("--cfg-train", type=float, nargs="+", metavar="W", help="scales w of (4) [that of --cfg]")
+    add("--p-scm", type=float, nargs=2, metavar="X", help="P_mean and P_std of (1)")
+    add("--p-adv", type=float, nargs=2, metavar="X", help="the same of s in (10)")
+    add("--H", type=int, help="iterations until r of (6) is 1")
+    add("--anchor", type=float, help="least t of (1), (9); there r = 0: the student is the teacher")
+    add("--adaptive-weight", choices=["off", "clamped", "full"], help="lv of (8)")
+    add("--adv-weight", type=float, help="w_G in (13); 0: sCM alone")
+    add("--max-time", type=float, help="p of (9)")
+    add("--time", choices=["native", "dense"], help="dense: fit the time embedding to 0..1 first")
     args = p.parse(PRESETS, argv)
     args.cfg_train = args.cfg_train or [args.cfg]
-    pair = lambda v: math.isfinite(v[0]) and 0 <= v[1] < math.inf
-    for flag, fine, expected in (
-        (
-            "cfg",
-            min(args.cfg_train) <= args.cfg <= max(args.cfg_train),
-            f"a scale within --cfg-train {' '.join(map(str, args.cfg_train))}",
-        ),
-        *(
-            (name, pair(getattr(args, name)), "a mean and a deviation >= 0")
-            for name in ("p_scm", "p_adv")
-        ),
-        ("anchor", 0 <= args.anchor < 1.5, "a time in [0, 1.5)"),
-        ("max_time", 0 <= args.max_time <= 1, "a probability"),
-        ("adv_weight", 0 <= args.adv_weight < math.inf, "a number >= 0"),
-        ("H", args.H >= 0, "a number >= 0"),
-        ("lora_fake", not args.lora_fake, "none"),
-        ("rho", args.rho is None or 0 < args.rho < math.inf, "a number > 0"),
-        (
-            "adv_weight",
-            args.adv_weight or not args.misaligned and args.d_levels == "same",
-            "a number > 0 beside --misaligned and --d-levels",
-        ),
-    ):
-        if not fine:
-            raise UserError(
-                f"--{flag.replace('_', '-')}: expected {expected}, found {getattr(args, flag)}"
-            )
+    scales = " ".join(map(str, args.cfg_train))
+    within = min(args.cfg_train) <= args.cfg <= max(args.cfg_train)
+    require(within, f"--cfg: expected a scale within --cfg-train {scales}, found {args.cfg}")
+    for flag, (_, std) in (("--p-scm", args.p_scm), ("--p-adv", args.p_adv)):
+        require(std >= 0, f"{flag}: expected a mean and a deviation >= 0, found {std}")
+    require(args.H >= 0, f"--H: expected a number >= 0, found {args.H}")
+    ok = 0 <= args.anchor < 1.5
+    require(ok, f"--anchor: expected a time in [0, 1.5), found {args.anchor}")
+    ok = 0 <= args.max_time <= 1
+    require(ok, f"--max-time: expected a probability, found {args.max_time}")
+    ok = args.adv_weight >= 0
+    require(ok, f"--adv-weight: expected a number >= 0, found {args.adv_weight}")
     return args
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------------------------------
-#   teacher     frozen                                             F_pre, and the features of (10)
-#   student     trained, starts as the teacher                     F; told w when there are several
-#   log_var     trained with the student, starts at 0              its mean output is lv of (8), but for lv0
-#   heads       trained by (12), default initialisation            l_k of (10)
-# All are called bare, also with several processes, since a JVP goes around DDP's hooks; `run.average_gradients` is the one all-reduce.
+# ---- networks ------------------------------------------------------------------------------------
 
 
 class Head(nn.Module):
-    """One logit per place of a feature map, no time, no label. Spectral norm everywhere; its power iteration runs in train mode only, so not in (11)."""
+    """GAN head: a logit for each place of a feature map [B, C, H, W], or [B, C] for points.
 
-    def __init__(self, h):  # h: a feature map [1, C, H, W], or [1, C] for networks without space
+    Spectral norm everywhere. Its power iteration runs in train mode only, so not in (11).
+    """
+
+    def __init__(self, feature):
         super().__init__()
-        c, layer = (
-            h.shape[1],
-            lambda c, out, k: spectral_norm(
-                nn.Conv2d(c, out, k, padding=k // 2) if h.ndim == 4 else nn.Linear(c, out)
-            ),
-        )
-        norm = lambda: [
-            nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c),
-            nn.LeakyReLU(0.2),
-        ]  # four channels a group or more: 1x1 maps would vanish
-        self.first = nn.Sequential(layer(c, c, 1), *norm())
-        self.second = nn.Sequential(layer(c, c, 3), *norm())
-        self.last = layer(c, 1, 1)
+        c = feature.shape[1]
+        self.first = nn.Sequential(self.layer(feature, c, 1), group_norm(c), nn.LeakyReLU(0.2))
+        self.second = nn.Sequential(self.layer(feature, c, 3), group_norm(c), nn.LeakyReLU(0.2))
+        self.last = self.layer(feature, 1, 1)
 
-    def forward(self, h):
-        h = self.first(h.float())
-        return self.last((h + self.second(h)) / math.sqrt(2)).flatten(1)  # [B, places]
+    def layer(self, feature, channels, width):
+        c = feature.shape[1]
+        if feature.ndim == 2:
+            return spectral_norm(nn.Linear(c, channels))
+        return spectral_norm(nn.Conv2d(c, channels, width, padding=width // 2))
+
+    def forward(self, feature):
+        h = self.first(feature.float())
+        h = (h + self.second(h)) / math.sqrt(2)
+        return self.last(h).flatten(1)  # [B, places]
 
 
-def logits(heads, features):  # list of maps [B, C, ...] -> [B, all places of all maps]
-    return torch.cat([head(h) for head, h in zip(heads, features, strict=True)], 1)  # (10)
+def group_norm(c):
+    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
+    return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
 
 
-# ---- helpers ----------------------------------------------------------------------------------------------------------------------------
+class Heads(nn.ModuleList):
+    """One head for each feature map."""
+
+    def forward(self, features):
+        logits = [head(feature) for head, feature in zip(self, features, strict=True)]
+        return torch.cat(logits, 1)  # (10) [B, places of all maps]
+
+
+def with_dense_time(teacher, args):
+    """The teacher with its time embedding fitted to times of 0..1.
+
+    The fast waves of an embedding of 0..1000, which a derivative along t magnifies, are gone.
+    """
+    waves = hasattr(teacher, "adapt")
+    advice = "use --time native"
+    require(
+        waves, f"--time dense: the time embedding of {args.teacher} has no fast waves; {advice}"
+    )
+    if teacher.dense:
+        return teacher
+    require(not args.lora, f"--time dense: --lora keeps the network's weights; {advice}")
+    return teacher.copy().adapt().fit_time().requires_grad_(False)
+
+
+# ---- TrigFlow coordinates ------------------------------------------------------------------------
+
+
+def data_std(images, teacher, device):
+    """rho: standard deviation of the teacher's samples, from 2000 images."""
+    some = images.images[images.order(0, 0)[:2000]]
+    return round(float(teacher.encode_images(some.to(device)).std()), 4)
 
 
 def noisy(y, t, eps):
-    """u of (1) in the dtype of y; t: 0-d or [B], float64. No noise at t = 0, no signal at pi/2, exactly."""
-    trig = TrigFlow(1.0)
-    return (expand(trig.alpha(t), y) * y + expand(trig.sigma(t), y) * eps).to(y.dtype)
+    """u of (1). t: 0-d or [B], float64. No noise at t = 0 and no signal at pi/2, exactly."""
+    return add_noise(y, TRIG.alpha(t), TRIG.sigma(t), eps)  # (1)
 
 
-def proposal(normal, mean, std, low, high):
-    """Times of (1) from unit noise [B], within the range that the teacher knows."""
+def random_times(normal, mean, std, low, high):
+    """t of (1) from unit noise [B], within the times that the teacher knows."""
     return torch.atan(torch.exp(mean + std * normal.double()) / SD).clamp(low, high)  # (1)
 
 
 def time_range(schedule, rho):
-    """Cleanest and noisiest t of a schedule; at least 1e-3, since (3) becomes 0 / 0."""
-    low, high = (
-        math.atan2(float(schedule.sigma(t)), rho * float(schedule.alpha(t)))
-        for t in (schedule.t_min, schedule.t_max)
-    )
+    """Cleanest and noisiest t of a teacher; at least 1e-3, because (3) becomes 0 / 0."""
+    low, high = trig_times(schedule, rho, (schedule.t_min, schedule.t_max))
     return max(low, 1e-3), high
 
 
+def trig_times(schedule, rho, times):
+    """TrigFlow times with the same SNR as times of a schedule, a list."""
+    pairs = [(float(schedule.sigma(t)), rho * float(schedule.alpha(t))) for t in times]
+    return [math.atan2(sigma, alpha) for sigma, alpha in pairs]
+
+
 def clean(model, u, t, cond, rho):
-    return model(rho * u, TrigFlow(rho).alpha(t), TrigFlow(rho).sigma(t), cond) / rho  # (2)
+    """yhat of (2)."""
+    return model(rho * u, TRIG.alpha(t), rho * TRIG.sigma(t), cond) / rho  # (2)
 
 
 def velocity(model, u, t, cond, rho):
-    """The TrigFlow view of any network; t [B] float64 in (0, pi/2]."""
-    return (
-        (expand(TrigFlow(1.0).alpha(t), u) * u - clean(model, u, t, cond, rho)) / expand(t.sin(), u)
-    ).to(u.dtype)  # (3)
+    """F of (3) of any network, in the dtype of u. t: [B], float64, in (0, pi/2]."""
+    yhat = clean(model, u, t, cond, rho)
+    return ((expand(TRIG.alpha(t), u) * u - yhat) / expand(t.sin(), u)).to(u.dtype)  # (3)
+
+
+# ---- few-step sampling ---------------------------------------------------------------------------
+
+PAPER_TIMES = {  # there are none for three steps
+    1: [math.pi / 2],
+    2: [math.atan(200 / SD), 1.3],
+    4: [math.atan(200 / SD), 1.3, 1.1, 0.6],
+}
+
+
+def sample_times(schedule, rho, n, text=None):
+    """TrigFlow times of an n-step sampler, from noise to data, float64 [n].
+
+    The paper's, or evenly spaced as in the official scheduler. text: of --steps.
+    """
+    if text is None:
+        times = PAPER_TIMES.get(n) or [math.pi / 2 * (1 - k / n) for k in range(n)]
+    else:
+        times = trig_times(schedule, rho, parse_steps(schedule, n, text))
+    high = time_range(schedule, rho)[1]
+    return torch.tensor(times, dtype=torch.float64).clamp(max=high)
+
+
+def parse_steps(schedule, n, text):
+    """n falling times of a schedule, from the text of --steps."""
+    try:
+        times = [float(t) for t in text.split(",")]
+    except ValueError:
+        times = []
+    falling = len(times) == n and times == sorted(set(times), reverse=True)
+    ok = falling and schedule.t_min < times[-1] and times[0] <= schedule.t_max
+    span = f"above {schedule.t_min:g}, up to {schedule.t_max:g}"
+    require(ok, f"--steps {text}: expected {n} falling times {span} (--nfe {n})")
+    return times
+
+
+@torch.no_grad()
+def sample(student, z, cond, nfe, noise, steps=None, rho=1.0, cfg=None):
+    """n-step sampler: denoise, add fresh noise at the next level, repeat. -> x [B, *shape].
+
+    z: unit noise [B, *shape]. noise(): more of it. steps: text of --steps. cfg: w, an input of
+    students that were trained with several.
+    """
+    times = sample_times(student.schedule, rho, nfe, steps)
+    if cfg is not None:
+        cond = student_cond(cond, torch.full((len(z),), cfg, device=z.device))
+    y = clean(student, z, times[0], cond, rho)
+    for t in times[1:]:
+        y = clean(student, noisy(y, t, noise()), t, cond, rho)
+    return rho * y
+
+
+def student_cond(cond, w):
+    """cond with the guidance scale w [B] as an input of order one."""
+    return cond | dict(guidance=0.1 * w)
+
+
+# ---- losses --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def teacher_derivative(teacher, u, t, cond, rho, w):
-    """dx_t / dt of the teacher's guided ODE; w: [B], or None for the conditional alone, in one pass."""
+    """dx of (4) [B, *shape]. w: [B], or None for no guidance, in one pass instead of two."""
     f = velocity(teacher, u, t, cond, rho)
     if w is None:
         return SD * f
-    null = velocity(teacher, u, t, teacher.null(len(u)), rho)
-    return SD * (null + expand(w, u) * (f - null)).to(u.dtype)  # (4)
+    f_null = velocity(teacher, u, t, teacher.null(len(u)), rho)
+    return SD * (f_null + expand(w, u) * (f - f_null)).to(u.dtype)  # (4)
 
 
+@torch.no_grad()
 def student_derivative(student, u, t, cond, rho, dx):
-    """J of (5), in fp32 whatever the passes are in, without graph. Fused attention has no forward-mode derivative: plain attention, here only."""
-    cs = t.cos() * t.sin()
-    dtype, student.dtype = student.dtype, torch.float32
+    """J of (5) [B, *shape], without graph, in fp32 whatever the other passes are in.
+
+    The factor cos t sin t is part of the direction, because dF/dt alone overflows near t = 0. Fused
+    attention has no forward-mode derivative; plain attention replaces it here only.
+    """
+    factor = t.cos() * t.sin()
+    direction = ((expand(factor, u) * dx / SD).to(u.dtype), factor)
+    dtype = student.dtype
+    student.dtype = torch.float32
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(
-                lambda u, t: velocity(student, u, t, cond, rho),
-                (u, t),
-                ((expand(cs, u) * dx / SD).to(u.dtype), cs),
-            )[1]  # (5)
+        with sdpa_kernel(SDPBackend.MATH):
+            at = lambda u, t: velocity(student, u, t, cond, rho)
+            return torch.func.jvp(at, (u, t), direction)[1]  # (5)
     finally:
         student.dtype = dtype
 
 
 def tangent(f, dx, u, t, j, r):
-    """-> g of (7) and the norm [B] of g of (6). f: the student's F without graph, at the same u, t, cond as j."""
+    """g of (7) [B, *shape] and the norm [B] of g of (6), which is cos t d(sd yhat)/dt for r = 1.
+
+    f: F of the student without graph, where j was computed. r: a number or [B].
+    """
     cos, sin = expand(t.cos(), u), expand(t.sin(), u)
     g = -(cos**2) * (SD * f - dx) - expand(r, u) * (cos * sin * SD * u + SD * j)  # (6)
     norm = g.flatten(1).norm(dim=1)
     return (g / (expand(norm, g) + 0.1)).to(u.dtype), norm  # (7)
 
 
-# ---- losses -----------------------------------------------------------------------------------------------------------------------------
+def scm_loss(f, g, lv=None, floor=None):
+    """f: F with graph. g: of (7). lv: [B], or None for no weight.
 
-
-def scm_loss(f, g, lv=None, floor=None, prior=None):
-    """f: F with graph; g of (7). lv [B] or None: no weight. floor: bound of lv in the weight, which then has no gradient into lv; lv itself is learned
-    on the same errors. prior: [B], a factor of the squares."""
+    floor: lower bound of lv in the weight. lv is then learned on the same errors, apart from F.
+    """
     square = (f - f.detach() - g.detach()).square().flatten(1).mean(1)
-    square = square if prior is None else prior * square
     if lv is None:
         return square.mean()
     if floor is None:
         return ((-lv).exp() * square + lv).mean()  # (8)
-    return ((-lv.detach().clamp(min=floor)).exp() * square).mean() + (
-        (-lv).exp() * square.detach() + lv
-    ).mean()
+    weighted = (-lv.detach().clamp(min=floor)).exp() * square
+    learned = (-lv).exp() * square.detach() + lv
+    return weighted.mean() + learned.mean()
 
 
 def gen_loss(logit_fake):
@@ -371,231 +401,124 @@ def heads_loss(logit_fake, logit_real):
     return 0.5 * F.relu(1 - logit_real).mean() + 0.5 * F.relu(1 + logit_fake).mean()  # (12)
 
 
-# ---- sampler ----------------------------------------------------------------------------------------------------------------------------
-
-
-def sample_times(n, steps=None):
-    """n falling times: --steps, or the paper's, or, where it has none, the official scheduler's even ones."""
-    if steps is None:
-        return PUBLISHED.get(n) or [math.pi / 2 * (1 - i / n) for i in range(n)]
-    try:
-        times = [float(s) for s in str(steps).split(",")]
-    except ValueError:
-        times = []
-    if (
-        len(times) != n
-        or times != sorted(set(times), reverse=True)
-        or not all(0 < t < 1.571 for t in times)
-    ):
-        raise UserError(
-            f"--steps {steps}: expected {n} falling times above 0 and up to pi/2 (--nfe {n})"
-        )
-    return times
-
-
-@torch.no_grad()
-def sample(student, z, cond, nfe, noise, steps=None, rho=1.0, cfg=None):
-    """Denoise, add fresh noise at the next time, repeat. z [B, *shape] unit noise; noise(): more; cfg: w, for a student that is told. -> x [B, *shape]"""
-    times = torch.tensor(sample_times(nfe, steps), dtype=torch.float64).clamp(
-        max=time_range(student.schedule, rho)[1]
-    )
-    cond = (
-        cond
-        if cfg is None
-        else cond | dict(guidance=torch.full((len(z),), 0.1 * cfg, device=z.device))
-    )
-    y = clean(student, z, times[0], cond, rho)
-    for t in times[1:]:
-        y = clean(student, noisy(y, t, noise()), t, cond, rho)
-    return rho * y
+# ---- training ------------------------------------------------------------------------------------
 
 
 def main():
-    args, networks = parse_args(), (1,)  # students: for the estimate of memory
-    # ==== same in every script: setup ====
-    run = Run("sana_sprint", args)
-    teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(*networks))
+    args = parse_args()
+    run = Run(__file__, args)
+    load = run.teacher_kwargs(students=1)
+    loaded = load_teacher(args.teacher, run.device, run.dtype, **load)
+    teacher = with_dense_time(loaded, args) if args.time == "dense" else loaded
     schedule, shape = teacher.schedule, teacher.shape
-    # ==== end ====
-    times = sample_times(args.nfe, args.steps)
-    images = data.load_images(args.data, teacher, run.print)
-    if dense := args.time == "dense" and not getattr(teacher, "dense", False):
-        if args.lora or not hasattr(teacher, "adapt"):
-            raise UserError(
-                f"--time dense: {'--lora keeps the weights' if args.lora else f'the network of {args.teacher} has no waves to be rid of'}; use --time native"
-            )
-        teacher = teacher.copy().adapt().fit_time().requires_grad_(False)
-    rho = args.rho or round(
-        float(teacher.encode_images(images.images[images.order(0, 0)[:2000]].to(run.device)).std()),
-        4,
-    )
-    scales, told, (low, high) = (
-        torch.tensor(args.cfg_train, device=run.device),
-        len(args.cfg_train) > 1,
-        time_range(schedule, rho),
-    )
-    torch.manual_seed(args.seed)  # new parts start equal on all processes
-    student = teacher.copy(args.lora).extend(*["guidance"] * told)
-    maps = lambda x: teacher(
-        x, 1.0, 1.0, teacher.encode([0] * len(x)), features=DEPTHS
-    )  # of a sample, for their sizes, and in the rehearsal
-    heads, log_var = (
-        run.to_device(
-            nn.ModuleList(map(Head, maps(torch.zeros(1, *shape, device=run.device)))).eval()
-        ),
-        run.to_device(ScalarEmbedding(32)),
-    )
-    critic = nn.ModuleDict(
-        dict(heads=heads, log_var=log_var) | (dict(teacher=teacher) if dense else {})
-    )  # what a checkpoint needs beside the student
-    start, lv0 = (
-        max(low, args.anchor),
-        -math.log(math.prod(shape)),
-    )  # lv0: where |g| = 1 leads lv; lv is clamped 2 below
-    if args.grad_checkpoint:
-        student.checkpoint_activations()
-    S = torch.compile(student) if args.compile else student  # in all passes but (5)
-    params_g, params_c = [*student.parameters(), *log_var.parameters()], list(heads.parameters())
-    opt_g = torch.optim.AdamW(
-        params_g, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=True
-    )
-    opt_c = torch.optim.AdamW(
-        params_c, lr=args.lr_fake, betas=args.betas, weight_decay=args.weight_decay, fused=True
-    )
-    ema = EMA(student, args.ema, args.ema_cpu)
-    sampler = (
-        dict(rho=rho)
-        | (dict(steps=args.steps) if args.steps else {})
-        | (dict(cfg=args.cfg) if told else {})
-    )
-    guide = args.cfg_train != [1.0]
-    passes = (
-        1 + guide + 3.4 + 3 + (5 + 3 + args.misaligned if args.adv_weight else 0)
-    )  # forward 1, backward 2, one to the input alone 1, JVP 3.4 (measured)
-    run.print_summary(
-        student=student,
-        heads=heads,
-        teacher=teacher,
-        images=images,
-        steps=[round(t, 4) for t in times],
-        rho=rho,
-        times_from=f"{low:.4f} to {high:.4f}",
-        guidance=args.cfg_train,
-        passes_per_iteration=f"{passes:.1f}",
-        graph=dict(student=2, heads=lambda x: logits(heads, maps(x))) if args.adv_weight else None,
-    )
+    images = load_images(args.data, teacher, run.print)
 
-    # ==== same in every script: resume ====
-    state = dict(student=student, opt_g=opt_g, ema=ema) | dict(critic=critic, opt_c=opt_c)
+    # TrigFlow coordinates: deviation of the data, times.
+    rho = args.rho or data_std(images, teacher, run.device)
+    low, high = time_range(schedule, rho)
+    least = max(low, args.anchor)
+    times = sample_times(schedule, rho, args.nfe, args.steps)
+    scales = torch.tensor(args.cfg_train, device=run.device)
+    several = len(scales) > 1
+    guided = args.cfg_train != [1.0]
+
+    # Networks: the student starts as the teacher; heads, lv and the input for w start from scratch.
+    torch.manual_seed(args.seed)  # equal on all processes
+    student = teacher.copy(args.lora)
+    if several:
+        student.extend("guidance")
+    zeros = torch.zeros(1, *shape, device=run.device)
+    features = teacher(zeros, 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
+    heads = run.to_device(Heads(map(Head, features)).eval())
+    log_var = run.to_device(ScalarEmbedding(32))  # lv = lv0 + the mean of its output
+    lv0 = -math.log(math.prod(shape))  # log of the mean square of g for |g| = 1
+    student_net = run.train(student, ddp=False)  # a JVP bypasses DDP's hooks: `average_gradients`
+    trained = nn.ModuleList([student, log_var])
+    opt_g = adamw(trained, args.lr, args)
+    opt_h = adamw(heads, args.lr_fake, args)
+    ema = EMA(student, args.ema, args.ema_cpu)
+    sampler = dict(rho=rho, steps=args.steps, cfg=args.cfg if several else None)
+    report = Report(run, teacher, ema, sample, sampler)
+    facts = dict(rho=rho, steps=times.tolist(), times=f"{low:.4f} to {high:.4f}")
+    run.print_summary(images, student=student, heads=heads, teacher=teacher, **facts)
+
+    state = dict(student=student, opt_g=opt_g, ema=ema, heads=heads, opt_h=opt_h, log_var=log_var)
+    if teacher is not loaded:
+        state["teacher"] = teacher  # its fitted time embedding
     first = run.resume(state)
     it = first - 1
-    # ==== end ====
-
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
-        run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
+        run.set_rates(it, (opt_g, args.lr), (opt_h, args.lr_fake))
+        logs = {}
 
-        def batch(
-            i,
-        ):  # clean images in units of their deviation, as many with a neighbour's label, cond for the teacher and for the student, w
-            pixels, labels = images.batch(i, args.batch, args.seed)
-            y, other = (
-                teacher.encode_images(p[draw.rows].to(run.device)) / rho
-                for p in (pixels, pixels.roll(1, 0) if args.misaligned else pixels)
-            )
-            cond, w = teacher.encode(labels[draw.rows]), scales[draw.randint(0, len(scales))]
-            return y, other, cond, cond | dict(guidance=0.1 * w), w
+        def batch(i):
+            """y, cond and w of images that are drawn twice an iteration."""
+            x_real, cond = images.samples(run, teacher, i)
+            return x_real / rho, cond, scales[draw.randint(0, len(scales))]
 
-        def fake(y, given):
-            t = torch.where(
-                draw.rand() < args.max_time, high, proposal(draw.randn(), *args.p_scm, start, high)
-            )
-            return clean(S, noisy(y, t, draw.randn_like(y)), t, given, rho)  # (9)
+        def fake_sample(y, cond, w):
+            at_end = draw.rand() < args.max_time
+            t = torch.where(at_end, high, random_times(draw.randn(), *args.p_scm, least, high))
+            u = noisy(y, t, draw.randn_like(y))
+            return clean(student_net, u, t, student_cond(cond, w), rho)  # (9)
 
-        levels = lambda: proposal(draw.randn(), *args.p_adv, low, high)
-        seen = lambda y, s, cond: teacher(
-            rho * noisy(y, s, draw.randn_like(y)), s.cos(), rho * s.sin(), cond, features=DEPTHS
-        )
+        def features_of(y, s, cond):
+            """Teacher features of y with noise at the times s [B]."""
+            u = noisy(y, s, draw.randn_like(y))
+            return teacher(rho * u, s.cos(), rho * s.sin(), cond, features=DEPTHS)
 
-        # the student
-        y, _, cond, given, w = batch(2 * it)
-        t = proposal(draw.randn(), *args.p_scm, start, min(high, math.pi / 2 - 1e-4))
+        # Student, sCM. Its times stay below pi/2, where cos t = 0.
+        y, cond, w = batch(2 * it)
+        t = random_times(draw.randn(), *args.p_scm, least, min(high, math.pi / 2 - 1e-4))
         u = noisy(y, t, draw.randn_like(y))
-        dx = teacher_derivative(teacher, u, t, cond, rho, w if guide else None)
-        j = student_derivative(student, u, t, given, rho, dx)
-        f = velocity(S, u, t, given, rho)
-        g, norm = tangent(
-            f.detach(), dx, u, t, j, min(1.0, it / max(args.H, 1)) * (t > args.anchor)
-        )
-        lv = lv0 + log_var(t).mean(1) if args.adaptive_weight != "off" else None
-        loss = loss_scm = scm_loss(
-            f,
-            g,
-            lv,
-            lv0 - 2 if args.adaptive_weight == "clamped" else None,
-            1 / (SD * t.tan()) if args.prior else None,
-        )
-        logs = dict(
-            scm=loss_scm,
-            tangent=norm.mean(),
-            jvp=j.flatten(1).norm(dim=1).mean(),
-            gap=(SD * f - dx).square().mean(),
-            lv=0.0 if lv is None else lv.mean(),
-        )
+        dx = teacher_derivative(teacher, u, t, cond, rho, w if guided else None)
+        j = student_derivative(student, u, t, student_cond(cond, w), rho, dx)
+        f = velocity(student_net, u, t, student_cond(cond, w), rho)
+        r = min(1.0, it / max(args.H, 1)) * (t > args.anchor)
+        g, norm = tangent(f.detach(), dx, u, t, j, r)
+        lv = None if args.adaptive_weight == "off" else lv0 + log_var(t).mean(1)
+        floor = lv0 - 2 if args.adaptive_weight == "clamped" else None
+        loss_scm = scm_loss(f, g, lv, floor)
+        loss = loss_scm
+        logs |= dict(scm=loss_scm, tangent=norm.mean(), jvp=j.flatten(1).norm(dim=1).mean())
+        logs |= dict(gap=(SD * f - dx).square().mean(), lv=0.0 if lv is None else lv.mean())
+
+        # Student, LADD.
         if args.adv_weight:
-            heads.requires_grad_(False)
-            loss_gen = gen_loss(logits(heads, seen(fake(y, given), levels(), cond)))
-            heads.requires_grad_(True)
+            heads.requires_grad_(False)  # not no_grad: (11) must reach the fake through the heads
+            fake = fake_sample(y, cond, w)
+            s = random_times(draw.randn(), *args.p_adv, low, high)
+            loss_gen = gen_loss(heads(features_of(fake, s, cond)))
             loss = loss + args.adv_weight * loss_gen  # (13)
             logs |= dict(gen=loss_gen)
+            heads.requires_grad_(True)
         loss.backward()
-        run.average_gradients(params_g)
+        run.average_gradients(trained.parameters())
         logs |= dict(grad_student=run.step(opt_g, args.clip))
         ema.update(run.images_stepped)
 
-        # the heads
+        # Heads, on other images. Fake and real have the same levels.
         if args.adv_weight:
-            y, other, cond, given, _ = batch(2 * it + 1)
+            y, cond, w = batch(2 * it + 1)
+            s = random_times(draw.randn(), *args.p_adv, low, high)
             with torch.no_grad():
-                s = levels()
-                again = lambda: s if args.d_levels == "same" else levels()
-                parts = [
-                    seen(fake(y, given), s, cond),
-                    *([seen(other, again(), cond)] if args.misaligned else []),
-                    seen(y, again(), cond),
-                ]
+                fakes = features_of(fake_sample(y, cond, w), s, cond)
+                reals = features_of(y, s, cond)
             heads.train()
-            l_fake, l_real = logits(heads, [torch.cat(maps) for maps in zip(*parts)]).split(
-                [len(y) * (len(parts) - 1), len(y)]
-            )
+            both = [torch.cat(pair) for pair in zip(fakes, reals)]
+            logit_fake, logit_real = heads(both).chunk(2)
             heads.eval()
-            loss_heads = heads_loss(l_fake, l_real)
+            loss_heads = heads_loss(logit_fake, logit_real)
             loss_heads.backward()
-            run.average_gradients(params_c)
-            logs |= dict(
-                heads=loss_heads,
-                grad_heads=run.step(opt_c, args.clip),
-                logit_fake=l_fake.mean(),
-                logit_real=l_real.mean(),
-            )
+            run.average_gradients(heads.parameters())
+            logs |= dict(heads=loss_heads, grad_heads=run.step(opt_h, args.clip))
+            logs |= dict(logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
 
-        # ==== same in every script: log, pictures, checkpoint ====
-        if it % args.log_every == 0:
-            run.log(it, logs)
-        if run.due(it, args.sample_every):
-            pictures(run, teacher, ema.model, sample, sampler, it + 1)
-        if run.due(it, args.eval_every):
-            evaluate_run(run, teacher, ema.model, sample, sampler, it + 1, n=1000)
-        if run.due(it, args.save_every):
-            run.save(it, state)
-        # ==== end ====
+        run.after(it, logs, state, report)
 
-    # ==== same in every script: end ====
     run.finish(it, state)
-    export(run, teacher, ema.model, sampler)
-    pictures(run, teacher, ema.model, sample, sampler, args.iters)
-    evaluate_run(run, teacher, ema.model, sample, sampler, args.iters, n=args.eval_n)
-    # ==== end ====
+    report.end()
 
 
 if __name__ == "__main__":
