@@ -22,6 +22,26 @@ def scripts():
     server.close()
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """folders("sd15") -> the folder of a tiny teacher with random weights."""
+    from helpers.pipelines import Folders
+
+    return Folders(tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Folder of images in three classes: 0, 1, 2."""
+    from helpers.teachers import draw
+
+    home = tmp_path_factory.mktemp("pictures")
+    for label in range(3):
+        for i in range(3):
+            draw(home / str(label) / f"{i}.png", (20, 16), (80 * label, 20 * i, 100))
+    return home
+
+
 @pytest.fixture
 def trace(monkeypatch, tmp_path):
     """trace(script, *flags): runs main() of an imported script here. -> helpers.trace.Trace"""

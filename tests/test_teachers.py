@@ -1,366 +1,340 @@
-"""common/teachers.py: every adapter against its own pipeline of diffusers, on tiny random weights saved in the real format."""
+"""common/teachers/{load,pipeline,prompts}.py: text-to-image teachers against their own pipelines of
+diffusers, on tiny random weights saved in the real format. Class-conditional teachers are in
+test_teachers_class.py, what only flow transformers and videos have in test_teachers_flow.py."""
 
+import gc
 import json
-import math
-import warnings
 
-import numpy as np
 import pytest
 import torch
 from helpers import pipelines
+from helpers.teachers import (
+    NEWER,
+    OLDER,
+    PROMPTS,
+    as_tensor,
+    check_other_views,
+    copy_of,
+    edit,
+    load,
+    noise,
+    plain_pipeline,
+    quiet,
+    relative,
+    run_pipeline,
+    sample_as_pipeline,
+)
 from safetensors.torch import load_file, save_file
 
 import dmd2
 from common.errors import UserError
-from common.schedules import EDM, VP, Flow, TrigFlow
+from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from common.teachers import load as loader
 from common.teachers.load import full_config, load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.prompts import read_prompts
 from common.teachers.unet import SD15, SDXL
 
-PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
-NAMES = ["sd15", "sdxl", "sd3", "sana"]
-HOW = dict(sd15="vp", sdxl="ve")  # the coordinates of the pipeline's scheduler, if not flow
-SIZE = dict(
-    flux=dict(size=16),
-    qwen=dict(size=16),
-    zimage=dict(size=16),
-    wan=dict(size=32, frames=5),
-    wan22=dict(size=32, frames=5),
-)  # of what has no size of its own
+NAMES = OLDER + NEWER
+# one of the two experts of Wan 2.2 is like Wan 2.1
+ONE_NETWORK = [name for name in NAMES if name != "wan22"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base, made = tmp_path_factory.mktemp("teachers"), {}
-    warnings.simplefilter("ignore")
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-    def get(name):
-        if name not in made:
-            (base / name).mkdir(exist_ok=True)  # a builder that skips leaves it
-            made[name] = getattr(pipelines, name)(base / name)
-        return made[name]
-
-    get.cache = base / "cache"
-    return get
+def wide(model):
+    """The same number of tokens in another format, so that height and width cannot be confused."""
+    for m in getattr(model, "experts", [model]):
+        m.shape = (*m.shape[:-2], m.shape[-2] // 2, m.shape[-1] * 2)
+    return model
 
 
-def load(folders, name, prompts=PROMPTS, **kw):
-    return load_pipeline(
-        str(folders(name)),
-        prompts=prompts,
-        cache=folders.cache,
-        say=lambda *a: None,
-        **SIZE.get(name, {}) | kw,
-    )
+def load_wide(folders, name):
+    model = load(folders, name)
+    return wide(model) if name in NEWER else model
 
 
-def pipeline(model, folder):
-    import diffusers
-
-    empty = [
-        k
-        for k, v in json.loads((folder / "model_index.json").read_text()).items()
-        if v == [None, None]
-    ]
-    pipe = getattr(diffusers, model.pipeline).from_pretrained(folder, **dict.fromkeys(empty))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def reaches(ask, a, s):
-    """Whether another schedule has this noise level: EDM and VP end before pure noise and before clean data."""
-    t = ask.t_from_snr((a / s) ** 2)
-    a2, s2 = ask.alpha(t), ask.sigma(t)
-    return abs(a2 * s - a * s2) < 1e-5 * torch.hypot(a, s) * torch.hypot(
-        a2, s2
-    )  # sine of the angle between both, up to the rounding of t to float32
-
-
-def native(model, scheduler, z, cond, steps, w, how, ask=None, asked=None):
-    """The pipeline's own loop, with our `guided` in the place of its network. ask: another schedule in whose coordinates the network is asked, at the levels
-    that it has; asked: list of these levels."""
-    given = (
-        dict(sigmas=np.linspace(1, 1 / steps, steps), mu=math.log(model.schedule.shift))
-        if model.adapter in ("flux", "qwen-image", "z-image")
-        else {}
-    )
-    scheduler.set_timesteps(None if given else steps, **given)
-    x = z * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, t in enumerate(scheduler.timesteps):
-        if how == "vp":
-            a, s = model.schedule.alpha(t), model.schedule.sigma(t)
-        elif how == "ve":
-            a, s = torch.tensor(1.0), scheduler.sigmas[i].double()
-        else:  # at the scheduler's time: that of SANA and Wan is rounded down to an integer, while their noise level keeps its fraction
-            s = t.double() / 1000
-            a = 1 - s
-        a2, s2, y = a, s, x
-        if ask is not None and reaches(
-            ask, a.double(), s
-        ):  # the same point, scaled into another schedule
-            t2 = ask.t_from_snr((a / s) ** 2)
-            a2, s2 = ask.alpha(t2), ask.sigma(t2)
-            y = (x * (s2 / s if s > a else a2 / a)).float()
-            asked.append(float(s))
-        x0 = model.guided(y, a2, s2, cond, w).double()
-        out = (x.double() - a * x0) / s if how != "flow" else (x.double() - x0) / s
-        x = scheduler.step(out.float(), t, x, return_dict=False)[0]
-    return x
-
-
-def through_other_schedules(model, theirs, *args):
-    """The same samples when the network is asked in the coordinates of other schedules. args: of `native`, without the model."""
-    steps = args[3]
-    for ask in (Flow(), TrigFlow(), EDM(), VP()):
-        asked = []
-        if ask.config["name"] != model.schedule.config["name"]:
-            assert (native(model, *args, ask, asked) - theirs).norm() < 1e-5 * theirs.norm(), (
-                ask.config
-            )
-            assert (
-                len(asked) == steps
-                if isinstance(ask, (Flow, TrigFlow))
-                else len(asked) >= steps - 2
-            ), asked  # the first two have every level
+# ---- against the pipeline ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_our_sampler_is_the_pipeline(name, steps, folders):
+    model = load_wide(folders, name)
+    pipe = plain_pipeline(model, folders(name))
+    z = noise(steps, 2, *model.shape)
+    prompts, cond = [PROMPTS[2], PROMPTS[0]], model.encode(torch.tensor([2, 0]))
+    samples = {}
+    for w in (3.0, 1.0):
+        theirs = run_pipeline(model, pipe, prompts, z, steps, w)
+        samples[w], _ = sample_as_pipeline(model, pipe.scheduler, z, cond, steps, w)
+        assert relative(samples[w], theirs) < 1e-5, w
+        if w == 3.0 and (name in OLDER or steps == 5):
+            check_other_views(model, theirs, pipe.scheduler, z, cond, steps, w)
+    assert relative(samples[3.0], samples[1.0]) > 0.01  # guidance does something
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_sample_without_guidance_is_the_pipelines(name, folders):
     model = load(folders, name)
-    pipe = pipeline(model, folders(name))
-    z = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(steps))
-    h, w = model.image_shape[1:]
-    extra = (
-        dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
-    )
-    theirs = pipe(
-        [PROMPTS[2], PROMPTS[0]],
-        height=h,
-        width=w,
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        latents=z,
-        output_type="latent",
-        **extra,
-    ).images
-    cond = model.encode(torch.tensor([2, 0]))
+    pipe = plain_pipeline(model, folders(name))
+    z = noise(0, 1, *model.shape)
+    theirs = run_pipeline(model, pipe, [PROMPTS[1]], z, 2, 1.0)
+    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, model.encode([1]), 2, 1.0)
+    assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_another_size_is_the_pipelines(name, folders):
+    """--size 24x16: height, then width. SANA's pipeline takes multiples of 32 only."""
+    height, width = (64, 32) if name == "sana" else (24, 16)
+    model = load(folders, name, size=[height, width])
+    assert model.image_shape == (3, height, width)
+    assert model.decode(torch.zeros(1, *model.shape)).shape == (1, 3, height, width)
+    pipe = plain_pipeline(model, folders(name))
+    z = noise(0, 1, *model.shape)
+    theirs = run_pipeline(model, pipe, PROMPTS[:1], z, 2, 3.0)
+    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, model.encode([0]), 2, 3.0)
+    assert relative(ours, theirs) < 1e-5
+
+
+def test_sdxl_sees_height_before_width(folders):
+    model = load(folders, "sdxl", size=[24, 16])
+    x, cond = noise(0, 1, *model.shape), model.encode([0])
     with torch.no_grad():
-        ours = native(model, pipe.scheduler, z, cond, steps, 3.0, HOW.get(name, "flow"))
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-        through_other_schedules(
-            model, theirs, pipe.scheduler, z, cond, steps, 3.0, HOW.get(name, "flow")
-        )
-    plain = pipe(
-        [PROMPTS[1]],
-        height=h,
-        width=w,
-        num_inference_steps=steps,
-        guidance_scale=1.0,
-        latents=z[:1],
-        output_type="latent",
-        **extra,
-    ).images
-    with torch.no_grad():
-        ours = native(
-            model, pipe.scheduler, z[:1], model.encode([1]), steps, 1.0, HOW.get(name, "flow")
-        )
-    assert (ours - plain).norm() < 1e-5 * plain.norm()
+        right = model(x, 0.6, 0.8, cond)
+        model.__class__ = type("Turned", (SDXL,), dict(image_shape=(3, 16, 24)))
+        turned = model(x, 0.6, 0.8, cond)
+    assert relative(turned, right) > 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_is_the_pipelines(name, folders):
+    model = load_wide(folders, name)
+    pipe = plain_pipeline(model, folders(name))
+    z = noise(0, 1, *model.shape)
+    steps = 2  # the table of Qwen-Image's scheduler has 0 / 0 for one step
+    latents = run_pipeline(model, pipe, PROMPTS[:1], z, steps, 1.0)
+    assert latents.isfinite().all()
+    theirs = as_tensor(run_pipeline(model, pipe, PROMPTS[:1], z, steps, 1.0, "pil")[0])
+    ours = model.decode(latents)[0]
+    assert ours.shape == theirs.shape == model.image_shape
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert model.encode_images(ours[None]).shape == latents.shape
+    picture = model.to_pictures(latents)[0]
+    if model.video:  # first, middle and last frame
+        ours = torch.cat([ours[:, i] for i in (0, 2, 4)], 1)
+    assert torch.equal(picture, ours)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_encoding_is_the_inverse_of_what_the_decoder_reads(name, folders):
+    """Shift and scale of the encoder's latents are those that the pipeline's decoder undoes."""
     model = load(folders, name)
-    pipe = pipeline(model, folders(name))
-    z = torch.randn(1, *model.shape)
-    h, w = model.image_shape[1:]
-    extra = (
-        dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
-    )
-    call = lambda kind: (
-        pipe(
-            PROMPTS[:1],
-            height=h,
-            width=w,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            latents=z,
-            output_type=kind,
-            **extra,
-        ).images
-    )
-    latents, image = call("latent"), torch.from_numpy(np.array(call("pil")[0])).permute(2, 0, 1)
-    assert (model.decode(latents)[0].int() - image.int()).abs().max() <= 1
-    assert model.encode_images(model.decode(latents)).shape == latents.shape
+    images = torch.randint(0, 256, (1, *model.image_shape), dtype=torch.uint8)
+    with torch.no_grad():
+        y = images.float() / 127.5 - 1
+        if name == "qwen":  # its VAE takes videos
+            y = model.vae.encode(y[:, :, None]).latent_dist.mode()[:, :, 0]
+        else:
+            y = model.vae.encode(y).latent_dist.mode()
+    latents = model.encode_images(images)
+    shift, scale = model.latent_stats()
+    assert torch.allclose(latents / scale + shift, y, atol=1e-5)
+    assert not torch.allclose(latents, y, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_same_estimate_in_another_schedule(name, folders):
+    model = load(folders, name)
+    x0, eps = noise(0, 2, 2, *model.shape)
+    cond = model.encode([0, 1])
+    for s in (0.9, 0.3):
+        a = 1 - s
+        x = a * x0 + s * eps
+        for w in (1.0, 3.0):
+            with torch.no_grad():
+                here = model.guided(x, a, s, cond, w)
+            for view in (EDM(), VP(), TrigFlow(), Flow()):
+                _, a2, s2, scale = equal_snr(view, a, s)
+                with torch.no_grad():
+                    there = model.guided((scale * x).float(), a2, s2, cond, w)
+                assert relative(there, here) < 1e-5, (s, w, view.config)
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ONE_NETWORK)
+def test_a_copy_starts_as_the_teacher(name, folders):
+    model = load(folders, name)
+    cond, x = model.encode([0, 1]), noise(0, 2, *model.shape)
+    student = model.copy()
+    assert torch.equal(student(x, 0.6, 0.8, cond), model(x, 0.6, 0.8, cond))
+    own = {id(p) for p in student.parameters()}
+    assert own == {id(p) for p in student.net.parameters()}  # no VAE, no text encoder
+
+
+@pytest.mark.parametrize("name", ONE_NETWORK)
+def test_features_carry_gradient_to_the_copy_alone(name, folders):
+    model = load(folders, name)
+    student = model.copy()
+    x = noise(0, 2, *model.shape)
+    (h,) = student(x, 0.6, 0.8, model.encode([0, 1]), features=True)
+    assert h.ndim == 4
+    assert len(h) == 2
+    assert h.dtype == torch.float32
+    h.sum().backward()
+    assert any(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ONE_NETWORK)
+def test_a_new_condition_starts_without_effect(name, folders):
+    model = load(folders, name)
+    cond, x = model.encode([0, 1]), noise(0, 2, *model.shape)
+    student = model.copy()
+    before = student(x, 0.6, 0.8, cond)
+    student.extend("r")
+    cond["r"] = torch.rand(2)
+    assert torch.equal(student(x, 0.6, 0.8, cond), before)
+    student.extras["r"].layers[2].weight.data.normal_()
+    assert not torch.allclose(student(x, 0.6, 0.8, cond), before)
+
+
+# ---- a script on it ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, nfe", [("sd15", 1), ("sdxl", 4), ("sd3", 4), ("sana", 1)])
 def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
-    """From the command line: three iterations, pictures, export; the student is loaded by diffusers and by eval.py."""
+    """Three iterations, pictures, export, resume; diffusers loads the student's network."""
     import diffusers
 
     scripts.load(*pipelines.MODULES)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
-    args = [
-        "--teacher",
-        folders(name),
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--nfe",
-        nfe,
-        "--cfg",
-        3,
-        "--batch",
-        4,
-    ]
-    p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
-    assert (
-        "brings no metric" in p.out
-        and (tmp_path / "run" / "samples" / "00000003.png").exists()
-        and "Traceback" not in p.err
-    )
-    info = json.loads((tmp_path / "run" / "student" / "distill.json").read_text())
-    teacher = load_pipeline(
-        str(folders(name)),
-        prompts=str(tmp_path / "prompts.txt"),
-        cache=tmp_path / "cache",
-        say=lambda *a: None,
-    )
-    student = load_model(tmp_path / "run" / "student", info["model"], teacher)
-    net = getattr(diffusers, teacher.network_class).from_pretrained(tmp_path / "run" / "student")
-    z, cond = torch.randn(2, *teacher.shape), teacher.encode([0, 1])
-    with torch.no_grad():
-        ours = dmd2.sample(student, z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])
-        again = dmd2.sample(
-            teacher.with_network(net), z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"]
-        )
-        assert torch.equal(ours, again) and not torch.equal(
-            ours, dmd2.sample(teacher, z, cond, nfe, lambda: torch.zeros_like(z))
-        )
-    scripts.run(
-        "dmd2.py",
-        *args,
-        "--iters",
-        4,
-        "--resume",
-        "--eval-n",
-        0,
-        "--sample-every",
-        0,
-        "--out",
-        tmp_path / "run",
-    )
+    prompts, cache, out = tmp_path / "prompts.txt", tmp_path / "cache", tmp_path / "run"
+    prompts.write_text("\n".join(PROMPTS * 3))
+    flags = ["--teacher", folders(name), "--prompts", prompts, "--cache-prompts", cache]
+    flags += ["--nfe", nfe, "--cfg", 3, "--batch", 4, "--out", out]
+    p = scripts.run("dmd2.py", *flags, "--smoke")
+    assert "brings no metric" in p.out
+    assert "Traceback" not in p.err
+    assert (out / "samples" / "00000003.png").exists()
+
+    info = json.loads((out / "student" / "distill.json").read_text())
+    teacher = load_pipeline(str(folders(name)), prompts=str(prompts), cache=cache, say=quiet)
+    student = load_model(out / "student", info["model"], teacher)
+    net = getattr(diffusers, teacher.network_class).from_pretrained(out / "student")
+    z, cond = noise(0, 2, *teacher.shape), teacher.encode([0, 1])
+
+    def sample(model):
+        with torch.no_grad():
+            return dmd2.sample(model, z, cond, nfe, lambda: torch.zeros_like(z), **info["sampler"])
+
+    assert torch.equal(sample(student), sample(teacher.with_network(net)))
+    assert not torch.equal(sample(student), sample(teacher))
+    scripts.run("dmd2.py", *flags, "--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_copies_features_and_new_conditions(name, folders):
-    model = load(folders, name)
-    cond, x = model.encode([0, 1]), torch.randn(2, *model.shape)
-    student = model.copy()
-    assert torch.equal(student(x, 0.6, 0.8, cond), model(x, 0.6, 0.8, cond))
-    (h,) = student(x, 0.6, 0.8, cond, features=True)
-    assert h.ndim == 4 and len(h) == 2 and h.dtype == torch.float32
-    h.sum().backward()
-    assert any(p.grad is not None for p in student.parameters()) and all(
-        p.grad is None for p in model.parameters()
-    )
-    assert {id(p) for p in student.parameters()} == {
-        id(p) for p in student.net.parameters()
-    }  # no VAE, no text encoder
-    before = student(x, 0.6, 0.8, cond)
-    student.extend("r")
-    assert torch.equal(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
-    student.extras["r"].layers[2].weight.data.normal_()
-    assert not torch.allclose(student(x, 0.6, 0.8, dict(cond, r=torch.rand(2))), before)
+# ---- broken folders ------------------------------------------------------------------------------
 
 
-def broken(folders, tmp_path, name="sd15"):
-    import shutil
-
-    shutil.copytree(folders(name), tmp_path / "broken")
-    return tmp_path / "broken"
-
-
-@pytest.mark.parametrize(
-    "spoil, says",
-    [
-        (
-            lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
-            "not loaded",
-        ),
-        (lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json: No such file"),
-        (
-            lambda f: (f / "scheduler" / "scheduler_config.json").write_text(
-                json.dumps(dict(beta_schedule="linear"))
-            ),
-            "not loaded: KeyError",
-        ),
-        (
-            lambda f: (f / "scheduler" / "scheduler_config.json").write_text(
-                json.dumps(dict(beta_schedule="squaredcos_cap_v2"))
-            ),
-            "scheduler: expected beta_schedule",
-        ),
-        (lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b"x"), "not loaded"),
-    ],
-)
-def test_broken_folder(spoil, says, folders, tmp_path):
-    folder = broken(folders, tmp_path)
-    spoil(folder)
+def refused(says, folder, **options):
+    """load_pipeline raises a UserError of one line that matches `says`."""
     with pytest.raises(UserError, match=says) as e:
-        load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=lambda *a: None)
+        load_pipeline(str(folder), prompts=PROMPTS, say=quiet, **options)
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_another_format(name, folders):
-    """--size 24x16, height and width, is what the pipeline makes of them. SANA's takes multiples of 32 only."""
-    h, w = (64, 32) if name == "sana" else (24, 16)
-    model = load(folders, name, size=[h, w])
-    assert model.image_shape == (3, h, w) and model.decode(torch.zeros(1, *model.shape)).shape == (
-        1,
-        3,
-        h,
-        w,
-    )
-    pipe, z = pipeline(model, folders(name)), torch.randn(1, *model.shape)
-    extra = (
-        dict(complex_human_instruction=None, use_resolution_binning=False) if name == "sana" else {}
-    )
-    theirs = pipe(
-        PROMPTS[:1],
-        height=h,
-        width=w,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        latents=z,
-        output_type="latent",
-        **extra,
-    ).images
-    with torch.no_grad():
-        ours = native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, HOW.get(name, "flow"))
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-        if name == "sdxl":  # whose network is told the size
-            model.__class__ = type("Turned", (SDXL,), dict(image_shape=(3, w, h)))
-            assert (
-                native(model, pipe.scheduler, z, model.encode([0]), 2, 3.0, "ve") - theirs
-            ).norm() > 1e-4 * theirs.norm()
+def write(part, content):
+    """A function of a folder: replaces the file `part` of it."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / part).write_bytes(data)
 
 
-def test_size(folders, monkeypatch):
-    """What cannot be is said before anything is loaded."""
+SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BROKEN = {  # name: (what is done to a good folder, what the message must say)
+    "network": (write(f"unet/{WEIGHTS}", b"x" * 100), "not loaded"),
+    "text encoder": (write("text_encoder/model.safetensors", b"x"), "not loaded"),
+    "no VAE": (
+        lambda folder: (folder / "vae" / "config.json").unlink(),
+        "vae/config.json: No such file",
+    ),
+    "VAE of wrong values": (
+        write("vae/config.json", dict(block_out_channels=3)),
+        "not loaded: TypeError",
+    ),
+    "scheduler without betas": (
+        write(SCHEDULER, dict(beta_schedule="linear")),
+        "not loaded: KeyError",
+    ),
+    "scheduler of another kind": (
+        write(SCHEDULER, dict(beta_schedule="squaredcos_cap_v2")),
+        "scheduler: expected beta_schedule",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folder(name, folders, tmp_path):
+    spoil, says = BROKEN[name]
+    folder = copy_of(folders, "sd15", tmp_path)
+    spoil(folder)
+    refused(says, folder, cache=tmp_path / "cache", size=16)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(_class_name="KandinskyPipeline"), "one of the pipelines .*KandinskyPipeline"),
+        (dict(_class_name=None), "expected one of the pipelines"),
+        (dict(unet=["my_code", "Net"]), "unet: expected a component of diffusers or transformers"),
+        (dict(vae=["diffusers", "AutoencoderKL", "x"]), "vae: expected a component"),
+    ],
+)
+def test_foreign_index(change, says, folders, tmp_path):
+    index = json.loads((folders("sd15") / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    refused(says, tmp_path)
+
+
+def test_a_class_that_diffusers_does_not_have(folders, tmp_path):
+    folder = copy_of(folders, "flux", tmp_path)
+    edit(folder / "model_index.json", vae=["diffusers", "NoSuchVAE"])
+    refused("not loaded: AttributeError.*NoSuchVAE", folder, cache=tmp_path / "cache", size=16)
+
+
+def test_older_diffusers(folders, monkeypatch):
+    import diffusers
+
+    for name in ("zimage", "qwen"):
+        folders(name)  # skips the test if the real version cannot make it
+    monkeypatch.setattr(diffusers, "__version__", "0.36.1")
+    load(folders, "zimage")
+    says = "QwenImagePipeline: expected diffusers 0.37 or newer, found 0.36.1"
+    with pytest.raises(UserError, match=says):
+        load(folders, "qwen")
+
+
+def test_configurations_of_older_versions(tmp_path):
+    """A file that does not have a field means the default of its class."""
+    from diffusers import AutoencoderKL
+
+    (tmp_path / "config.json").write_text(json.dumps(dict(latent_channels=16)))
+    c = full_config(AutoencoderKL, tmp_path)
+    assert c.latent_channels == 16
+    assert c.scaling_factor == 0.18215
+    assert Pipeline.scale(c) == 1
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def test_size(folders):
     assert load(folders, "sd15", size=32).shape == (4, 16, 16)
-    monkeypatch.setattr(Pipeline, "load_net", None)
-    monkeypatch.setattr(loader, "embed_prompts", None)
-    for name, size, says in (
+
+
+@pytest.mark.parametrize(
+    "name, size, says",
+    [
         ("sd15", 30, "30: expected a multiple of 4 pixels"),
         ("sd15", 0, "0: expected a multiple of 4"),
         ("sd15", -4, "-4: expected a multiple of 4"),
@@ -369,103 +343,96 @@ def test_size(folders, monkeypatch):
         ("sana", 3, "3: expected a multiple of 2"),
         ("sd3", [16, 68], "16x68: expected at most 64 pixels along a side"),
         ("sd3", 6, "6: expected a multiple of 4"),
-    ):
-        with pytest.raises(UserError, match=f"--size {says}") as e:
-            load(folders, name, size=size)
-        assert "\n" not in str(e.value)
+        ("flux", 18, "18: expected a multiple of 4 pixels"),
+        ("qwen", 6, "6: expected a multiple of 4 pixels"),
+        ("zimage", [16, 2], "16x2: expected a multiple of 4 pixels"),
+        ("wan", [16, 20], "16x20: expected a multiple of 8"),
+        ("wan", [4, 16], "4x16: expected a multiple of 8"),
+    ],
+)
+def test_wrong_sizes_are_found_before_anything_is_loaded(name, size, says, folders, monkeypatch):
+    folders(name)
+    monkeypatch.setattr(Pipeline, "load_net", None)
+    monkeypatch.setattr(loader, "embed_prompts", None)
+    with pytest.raises(UserError, match=f"--size {says}") as e:
+        load(folders, name, size=size)
+    assert "\n" not in str(e.value)
 
 
-def test_configurations_of_older_versions(folders, tmp_path):
-    """A file that is silent about a value means the default of its class."""
-    from diffusers import AutoencoderKL
+@pytest.mark.parametrize("text, size", [("512", [512, 512]), ("480x832", [480, 832])])
+def test_size_flag(text, size):
+    assert dmd2.parse_args(["--size", text]).size == size
 
-    (tmp_path / "config.json").write_text(json.dumps(dict(latent_channels=16)))
-    c = full_config(AutoencoderKL, tmp_path)
-    assert c.latent_channels == 16 and c.scaling_factor == 0.18215 and Pipeline.scale(c) == 1
-    folder = broken(folders, tmp_path)
-    (folder / "vae" / "config.json").write_text(json.dumps(dict(block_out_channels=3)))
-    with pytest.raises(UserError, match="not loaded: TypeError"):
-        load_pipeline(
-            str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None
-        )
+
+@pytest.mark.parametrize("text", ["x", "12x", "-4", "1x2x3", "", "9" * 5000, "512X512"])
+def test_wrong_size_flag(text, capsys):
+    with pytest.raises(SystemExit) as e:
+        dmd2.parse_args(["--size", text])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert "--size: expected " in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "text, size",
+    "option, value, flag",
     [
-        ("512", [512, 512]),
-        ("480x832", [480, 832]),
-        ("x", None),
-        ("12x", None),
-        ("-4", None),
-        ("1x2x3", None),
-        ("", None),
-        ("9" * 5000, None),
-        ("512X512", None),
+        ("prompts", "p.txt", "--prompts"),
+        ("size", [32, 32], "--size"),
+        ("frames", 5, "--frames"),
+        ("guidance", 3.5, "--embedded-guidance"),
     ],
 )
-def test_pixels(text, size, capsys):
-    if size:
-        assert dmd2.parse_args(["--size", text]).size == size
-        return
-    with pytest.raises(SystemExit) as e:
-        dmd2.parse_args(["--size", text])
-    assert (
-        e.value.code == 2
-        and "--size: expected " in (err := capsys.readouterr().err)
-        and err.count("\n") == 1
-    )
+def test_flags_of_pipelines_with_other_teachers(option, value, flag):
+    says = f"{flag}: expected a teacher that is a pipeline of diffusers, found mnist"
+    with pytest.raises(UserError, match=says):
+        load_teacher("mnist", text={option: value})
 
 
-def test_flags_of_pipelines_with_other_teachers():
-    for flag, value in dict(prompts="p.txt", size=[32, 32], frames=5, guidance=3.5).items():
-        with pytest.raises(
-            UserError,
-            match=f"--{flag.replace('guidance', 'embedded-guidance')}: expected a teacher that is a pipeline of diffusers, found mnist",
-        ):
-            load_teacher("mnist", text={flag: value})
-
-
-def test_changed_or_damaged_embeddings_are_not_used(folders, tmp_path):
-    """Another text encoder in the same folder is encoded anew; a damaged cache is named."""
-    folder, said = broken(folders, tmp_path), []
-    again = lambda: load_pipeline(
-        str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=said.append
-    )
-    again()
-    path = folder / "text_encoder" / "model.safetensors"
-    weights = load_file(path)
-    save_file({k: v + 0.1 for k, v in weights.items()}, path, metadata={"format": "pt"})
-    again()
-    assert ["encoding" in s for s in said] == [True, True] and len(
-        list((tmp_path / "cache").iterdir())
-    ) == 2
-    for shard in (tmp_path / "cache").glob("*/00000.safetensors"):
-        shard.write_bytes(b"half a file")
-    with pytest.raises(UserError, match="--cache-prompts"):
-        again()
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def test_prompts_are_encoded_once(folders, monkeypatch):
-    said = []
-    args = dict(prompts=["a b", "c"], cache=folders.cache, say=said.append)
-    load_pipeline(str(folders("sd15")), **args)
-    monkeypatch.setattr(SD15, "text_pipeline", None)  # would fail if it were asked
-    model = load_pipeline(str(folders("sd15")), **args)
-    assert "encoding 2" in said[0] and "read from" in said[-1]
-    assert model.classes == 2 and model.encode([1])["text"].shape[0] == 1
+    lines = []
+    options = dict(prompts=["a b", "c"], cache=folders.cache, say=lines.append)
+    load_pipeline(str(folders("sd15")), **options)
+    assert "encoding 2" in lines[0]
+    monkeypatch.setattr(SD15, "text_pipeline", None)  # calling it would fail
+    model = load_pipeline(str(folders("sd15")), **options)
+    assert "read from" in lines[-1]
+    assert model.classes == 2
+    assert model.encode([1])["text"].shape[0] == 1
 
 
-def test_text_encoders_are_gone(folders):
-    import gc
+def test_changed_text_encoders_are_encoded_anew(folders, tmp_path):
+    folder, lines = copy_of(folders, "sd15", tmp_path), []
+    options = dict(prompts=PROMPTS, cache=tmp_path / "cache", say=lines.append)
+    load_pipeline(str(folder), **options)
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v + 0.1 for k, v in weights.items()}, path, metadata={"format": "pt"})
+    load_pipeline(str(folder), **options)
+    assert ["encoding" in line for line in lines] == [True, True]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
+
+def test_damaged_embeddings_are_refused(folders, tmp_path):
+    options = dict(prompts=PROMPTS, cache=tmp_path / "cache", say=quiet)
+    load_pipeline(str(folders("sd15")), **options)
+    (shard,) = (tmp_path / "cache").glob("*/00000.safetensors")
+    shard.write_bytes(b"half a file")
+    with pytest.raises(UserError, match="--cache-prompts"):
+        load_pipeline(str(folders("sd15")), **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # get_objects touches deprecated ones
+def test_text_encoders_are_freed(folders):
     from transformers import CLIPTextModel
 
-    model = load_pipeline(
-        str(folders("sd15")), prompts=["once more"], cache=folders.cache, say=lambda *a: None
-    )
+    model = load(folders, "sd15", ["once more"])
     gc.collect()
-    assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)] and model.table.parts
+    assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)]
+    assert model.table.parts
 
 
 @pytest.mark.parametrize(
@@ -476,29 +443,14 @@ def test_text_encoders_are_gone(folders):
         (b"ok\n\xff\xfe\n", "line 2.*UTF-8"),
         (b"ok\n" + b"a" * 10_000_000, "line 2.*at most"),
     ],
+    ids=["empty", "blank", "not UTF-8", "too long"],
 )
 def test_bad_prompts(content, says, tmp_path):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"--prompts .*{says}"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_no_file_of_prompts(tmp_path):
     with pytest.raises(UserError, match="--prompts"):
         read_prompts(tmp_path / "none.txt")
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (
-            dict(_class_name="KandinskyPipeline"),
-            "expected one of the pipelines .*KandinskyPipeline",
-        ),
-        (dict(_class_name=None), "expected one of the pipelines"),
-        (dict(unet=["my_code", "Net"]), "unet: expected a component of diffusers or transformers"),
-        (dict(vae=["diffusers", "AutoencoderKL", "x"]), "vae: expected a component"),
-    ],
-)
-def test_foreign_index(change, says, folders, tmp_path):
-    index = json.loads((folders("sd15") / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
-    with pytest.raises(UserError, match=says):
-        load_pipeline(str(tmp_path), prompts=["x"])

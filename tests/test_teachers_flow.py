@@ -1,26 +1,40 @@
-"""common/teachers_flow.py: FLUX.1, Qwen-Image, Z-Image, Wan 2.1 and 2.2 against their own pipelines of diffusers, as tests/test_teachers.py does with the others."""
+"""common/teachers/{flow,wan}.py: FLUX.1, Qwen-Image, Z-Image, Wan 2.1 and 2.2. That their samples
+are those of their own pipelines is in test_teachers.py. Here is what only some of them have, and
+scripts on them."""
 
 import json
-import re
 
 import numpy as np
 import pytest
-import test_teachers
 import torch
-from helpers.runs import close, processes
+from helpers.runs import close, one_line, run_processes
+from helpers.teachers import (
+    NEWER,
+    OLDER,
+    PROMPTS,
+    SIZE,
+    copy_of,
+    draw,
+    load,
+    noise,
+    plain_pipeline,
+    quiet,
+    relative,
+    run_pipeline,
+    same_latents,
+    sample_as_pipeline,
+    size_flags,
+)
 from safetensors.torch import load_file
-from test_data import picture
-from test_teachers import PROMPTS, SIZE, folders, load, native, pipeline  # noqa: F401  folders: a fixture
+from test_teachers import wide
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import dmd2
 import eval as eval_script
 import phased_dmd
 from common.errors import UserError
-from common.files import ROOT, WEIGHTS
+from common.files import WEIGHTS
 from common.model import Model
 from common.routed import ByLabel, Routed
-from common.schedules import EDM, VP, TrigFlow, equal_snr
 from common.teachers.flow import pack, unpack
 from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
@@ -28,752 +42,507 @@ from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
 from tools.rows import make_rows, prompt_kwargs
 
-NAMES = ["flux", "qwen", "zimage", "wan", "wan22"]
-PACKED = ("flux", "qwen")
+ONE_NETWORK = ["flux", "qwen", "zimage", "wan"]
 
 
-def wide(model):
-    """The same number of tokens in another format, so that height and width cannot be mistaken for each other."""
-    for m in getattr(model, "experts", [model]):
-        m.shape = (*m.shape[:-2], m.shape[-2] // 2, m.shape[-1] * 2)
-    return model
+def saved_model(folder):
+    return json.loads((folder / "distill.json").read_text())["model"]
 
 
-def call(model, pipe, prompts, z, steps, w, kind="latent", **kw):
-    """pipe(...) with guidance w in our convention -> latents as ours, or what `kind` asks for."""
-    name, n = model.adapter, len(prompts)
-    h, width = model.image_shape[-2:]
-    if name == "flux":
-        kw.setdefault("guidance_scale", model.guidance)
-    if name in ("flux", "qwen-image"):
-        kw |= dict(
-            true_cfg_scale=w, negative_prompt=[dict(flux="").get(name, " ")] * n if w > 1 else None
-        )
-    else:
-        kw |= dict(guidance_scale=w - 1 if name == "z-image" else w) | (
-            dict(num_frames=model.frames) if name == "wan" else {}
-        )
-    packed = name in ("flux", "qwen-image")
-    out = pipe(
-        prompts,
-        height=h,
-        width=width,
-        num_inference_steps=steps,
-        latents=pack(z) if packed else z,
-        output_type=kind,
-        **kw,
-    )
-    out = out.frames if name == "wan" else out.images
-    return unpack(out, *z.shape[-2:]) if packed and kind == "latent" else out
+def reload(folder, teacher):
+    return load_model(folder, saved_model(folder), teacher)
 
 
-def test_packing():
+# ---- packed latents ------------------------------------------------------------------------------
+
+
+def test_unpack_is_the_inverse_of_pack():
     x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
     assert torch.equal(unpack(pack(x), 4, 6), x)
-    assert (
-        pack(x)[1, 4].tolist() == x[1, :, 2:4, 2:4].flatten().tolist()
-    )  # the second token of the second row
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_our_sampler_is_the_pipeline(name, folders):
-    model = wide(load(folders, name))
-    pipe = pipeline(model, folders(name))
-    cond = model.encode(torch.tensor([2, 0]))
-    found = {}
-    for steps, w in ((2, 3.0), (5, 3.0), (5, 1.0), (2, 1.0)):
-        z = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(steps))
-        theirs = call(model, pipe, [PROMPTS[2], PROMPTS[0]], z, steps, w)
-        with torch.no_grad():
-            ours = native(model, pipe.scheduler, z, cond, steps, w, "flow")
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm(), (steps, w)
-        if (steps, w) == (5, 3.0):
-            with torch.no_grad():
-                test_teachers.through_other_schedules(
-                    model, theirs, pipe.scheduler, z, cond, steps, w, "flow"
-                )
-        found[steps, w] = ours
-    assert (found[2, 3.0] - ours).norm() > 0.02 * ours.norm()  # guidance does something
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_estimate_in_another_schedule(name, folders):
-    model = load(folders, name)
-    x0, eps = torch.randn(2, 2, *model.shape, generator=torch.Generator().manual_seed(0))
-    for s in (0.9, 0.3):
-        a, cond = 1 - s, model.encode([0, 1])
-        with torch.no_grad():
-            for w in (1.0, 3.0):
-                here = model.guided(a * x0 + s * eps, a, s, cond, w)
-                for ask in (EDM(), VP(), TrigFlow()):
-                    _, a2, s2, scale = equal_snr(ask, a, s)
-                    there = model.guided((scale * (a * x0 + s * eps)).float(), a2, s2, cond, w)
-                    assert (there - here).norm() < 1e-5 * here.norm(), (s, w, ask.config)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_decoding_is_the_pipelines(name, folders):
-    model = wide(load(folders, name))
-    pipe = pipeline(model, folders(name))
-    z = torch.randn(1, *model.shape)
-    latents, image = (
-        call(model, pipe, PROMPTS[:1], z, 2, 1.0),
-        call(model, pipe, PROMPTS[:1], z, 2, 1.0, "pil")[0],
-    )  # Qwen-Image's own table has 0 / 0 for 1 step
-    assert latents.isfinite().all()
-    theirs = torch.from_numpy(
-        np.array([np.array(f) for f in image] if model.video else np.array(image))
-    ).movedim(-1, 0)
-    ours = model.decode(latents)[0]
-    assert (
-        ours.shape == theirs.shape == model.image_shape
-        and (ours.int() - theirs.int()).abs().max() <= 1
-    )
-    assert model.encode_images(ours[None]).shape == latents.shape
-    rows = model.to_pictures(latents)
-    assert torch.equal(
-        rows[0], torch.cat([ours[:, i] for i in (0, 2, 4)], 1) if model.video else ours
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_encoding_is_the_inverse_of_what_the_decoder_reads(name, folders):
-    """Latents of the encoder, shifted and scaled: what the pipeline's decoder undoes."""
-    model = load(folders, name)
-    images = torch.randint(0, 256, (1, *model.image_shape), dtype=torch.uint8)
-    with torch.no_grad():
-        y = images.float() / 127.5 - 1
-        y = model.vae.encode(y[:, :, None] if name == "qwen" else y).latent_dist.mode()
-        y = y[:, :, 0] if name == "qwen" else y
-    shift, scale = model.latent_stats()
-    assert torch.allclose(
-        model.encode_images(images) / scale + shift, y, atol=1e-5
-    ) and not torch.allclose(model.encode_images(images), y, atol=1e-2)
+def test_a_token_is_a_square_of_latents():
+    x = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    token = pack(x)[1, 4]  # second of the second row
+    assert token.tolist() == x[1, :, 2:4, 2:4].flatten().tolist()
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])
 def test_time_shift_is_the_schedulers(name, folders):
-    """Our grid of n levels is the scheduler's table, but for Qwen-Image's stretching of it."""
+    """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it."""
     model = load(folders, name)
-    scheduler = pipeline(model, folders(name)).scheduler
-    scheduler = type(scheduler).from_config(scheduler.config, shift_terminal=None)
-    call(
-        model,
-        pipe := pipeline(model, folders(name)),
-        PROMPTS[:1],
-        torch.zeros(1, *model.shape),
-        4,
-        1.0,
-    )
-    pipe.scheduler = scheduler
-    call(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), 4, 1.0)
-    assert (
-        torch.allclose(scheduler.sigmas[:-1].double(), model.schedule.grid(4).flip(0), atol=1e-6)
-        and model.schedule.shift > 1.5
-    )
+    pipe = plain_pipeline(model, folders(name))
+    config = pipe.scheduler.config
+    pipe.scheduler = type(pipe.scheduler).from_config(config, shift_terminal=None)
+    run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), 4, 1.0)
+    sigmas = pipe.scheduler.sigmas[:-1].double()
+    assert torch.allclose(sigmas, model.schedule.grid(4).flip(0), atol=1e-6)
+    assert model.schedule.shift > 1.5
 
 
+# ---- guidance ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
 def test_qwen_keeps_the_length_of_the_conditional_velocity(folders):
     model = load(folders, "qwen")
-    x, cond = torch.randn(2, *model.shape), model.encode([0, 1])
-    with torch.no_grad():
-        c, u = model.cond_and_uncond(x, 0.4, 0.6, cond)
-        g = model.guided(x, 0.4, 0.6, cond, 40.0)
-    assert torch.allclose(
-        pack(x - g).norm(dim=-1), pack(x - c).norm(dim=-1), rtol=1e-4
-    ) and not torch.allclose(g, u + 40 * (c - u), atol=0.1)
-    assert torch.equal(
-        model.guided(x, 1.0, 0.0, cond, 4.0), x
-    )  # at the clean end there is no velocity
+    x, cond = noise(0, 2, *model.shape), model.encode([0, 1])
+    c, u = model.cond_and_uncond(x, 0.4, 0.6, cond)
+    g = model.guided(x, 0.4, 0.6, cond, 40.0)
+    lengths = [pack(x - estimate).norm(dim=-1) for estimate in (g, c)]
+    assert torch.allclose(*lengths, rtol=1e-4)
+    assert not torch.allclose(g, u + 40 * (c - u), atol=0.1)
 
 
-def test_flux_reads_its_guidance(folders):
+@torch.no_grad()
+def test_qwen_at_the_clean_end(folders):
+    """There the velocity is 0, and so is its length."""
+    model = load(folders, "qwen")
+    x, cond = noise(0, 2, *model.shape), model.encode([0, 1])
+    assert torch.equal(model.guided(x, 1.0, 0.0, cond, 4.0), x)
+
+
+@torch.no_grad()
+def test_flux_uses_its_guidance(folders):
     model = load(folders, "flux")
-    pipe, z, cond = (
-        pipeline(model, folders("flux")),
-        torch.randn(1, *model.shape),
-        model.encode([1]),
-    )
-    assert model.guidance == 3.5 and model.config()["guidance"] == 3.5
-    plain = native(model, pipe.scheduler, z, cond, 2, 1.0, "flow").detach()
+    assert model.guidance == 3.5
+    assert model.config()["guidance"] == 3.5
+    pipe = plain_pipeline(model, folders("flux"))
+    z, cond = noise(0, 1, *model.shape), model.encode([1])
+    plain, _ = sample_as_pipeline(model, pipe.scheduler, z, cond, 2, 1.0)
     model.guidance = 7.0
-    theirs = call(model, pipe, [PROMPTS[1]], z, 2, 1.0, guidance_scale=7.0)
-    ours = native(model.copy(), pipe.scheduler, z, cond, 2, 1.0, "flow").detach()
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm() and (
-        ours - plain
-    ).norm() > 1e-3 * plain.norm()
+    theirs = run_pipeline(model, pipe, [PROMPTS[1]], z, 2, 1.0, guidance_scale=7.0)
+    ours, _ = sample_as_pipeline(model.copy(), pipe.scheduler, z, cond, 2, 1.0)
+    assert relative(ours, theirs) < 1e-5
+    assert relative(ours, plain) > 1e-3
 
 
-def test_flux_guidance_is_the_students(folders, tmp_path):
-    """--embedded-guidance goes to teacher and student, and comes back with the student, whole or LoRA, whatever the teacher is told then."""
+LORA = dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapters", [None, LORA], ids=["whole", "lora"])
+def test_a_student_keeps_the_guidance_it_was_trained_with(adapters, folders, tmp_path):
+    """--embedded-guidance of the training, whatever the teacher has when the student is loaded."""
     teacher, plain = load(folders, "flux", guidance=6.0), load(folders, "flux")
-    assert (teacher.guidance, plain.guidance) == (6.0, 3.5)
-    x, cond = torch.randn(1, *plain.shape), plain.encode([1])
-    for name, adapters in (
-        ("whole", None),
-        ("lora", dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")),
-    ):
-        student = teacher.copy(adapters)
-        student.save(tmp_path / name, {})
-        info = json.loads((tmp_path / name / "distill.json").read_text())["model"]
-        again = load_model(tmp_path / name, info, plain)
-        with torch.no_grad():
-            assert (
-                again.guidance == 6.0
-                and plain.guidance == 3.5
-                and torch.allclose(again(x, 0.3, 0.7, cond), teacher(x, 0.3, 0.7, cond), atol=1e-6)
-            )
-            assert not torch.allclose(again(x, 0.3, 0.7, cond), plain(x, 0.3, 0.7, cond), atol=1e-4)
-        for wrong in (-1, "3.5", True, None, float("nan")):
-            with pytest.raises(UserError, match="guidance: expected a number >= 0"):
-                load_model(tmp_path / name, dict(info, guidance=wrong), plain)
-    assert (
-        prompt_kwargs(
-            eval_script.parse_args(["--teacher", "flux"]), dict(flags=dict(embedded_guidance=6.0))
-        )["guidance"]
-        == 6.0
+    teacher.copy(adapters).save(tmp_path, {})
+    student = reload(tmp_path, plain)
+    assert student.guidance == 6.0
+    assert plain.guidance == 3.5
+    x, cond = noise(0, 1, *plain.shape), plain.encode([1])
+    expected = teacher(x, 0.3, 0.7, cond)
+    assert torch.allclose(student(x, 0.3, 0.7, cond), expected, atol=1e-6)
+    assert not torch.allclose(plain(x, 0.3, 0.7, cond), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-1, "3.5", True, None, float("nan")])
+def test_guidance_of_a_student_is_a_number(value, folders, tmp_path):
+    teacher = load(folders, "flux")
+    teacher.copy().save(tmp_path, {})
+    info = saved_model(tmp_path) | dict(guidance=value)
+    with pytest.raises(UserError, match="guidance: expected a number >= 0"):
+        load_model(tmp_path, info, teacher)
+
+
+def test_eval_takes_the_guidance_of_the_training():
+    args = eval_script.parse_args(["--teacher", "flux"])
+    text = prompt_kwargs(args, dict(flags=dict(embedded_guidance=6.0)))
+    assert text["guidance"] == 6.0
+
+
+def test_guidance_of_another_teacher(folders):
+    says = (
+        "--embedded-guidance 2: expected .* takes a guidance scale, such as FLUX.1-dev, found .*sd3"
     )
-    with pytest.raises(
-        UserError,
-        match="--embedded-guidance 2: expected a teacher whose network takes a guidance scale, such as FLUX.1-dev, found .*sd3",
-    ):
+    with pytest.raises(UserError, match=says):
         load(folders, "sd3", guidance=2.0)
 
 
-def test_wan_experts_and_their_boundary(folders):
+# ---- Wan -----------------------------------------------------------------------------------------
+
+
+def test_wan_21_is_one_network(folders):
+    model = load(folders, "wan")
+    assert isinstance(model, Wan)
+    assert model.vae_scale == 4
+    assert model.schedule.shift == 3.0  # flow_shift of its scheduler
+
+
+def test_wan_22_is_two_experts(folders):
     model = load(folders, "wan22")
-    assert (
-        isinstance(model, Routed)
-        and len(model.experts) == 2
-        and model.video
-        and model.shape == (4, 2, 8, 8)
-    )
-    edge = 0.875  # pipeline: t >= 875 is the first expert's
-    s = torch.tensor([1.0, 0.9, edge, np.nextafter(edge, 0), 0.5, 0.0], dtype=torch.float64)
+    assert isinstance(model, Routed)
+    assert len(model.experts) == 2
+    assert model.video
+    assert model.shape == (4, 2, 8, 8)
+    assert model.schedule.shift == 3.0
+    first, second = (list(expert.parameters()) for expert in model.experts)
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_boundary_of_wans_experts(folders):
+    """In the pipeline, t >= 875 belongs to the first expert."""
+    model = load(folders, "wan22")
+    boundary = 0.875
+    s = torch.tensor([1.0, 0.9, boundary, np.nextafter(boundary, 0), 0.5, 0.0]).double()
+    s[3] = np.nextafter(boundary, 0)  # in double precision
     assert model.route(6, 1 - s, s, {}).tolist() == [0, 0, 0, 1, 1, 1]
-    assert any(not torch.equal(a, b) for a, b in zip(*(e.parameters() for e in model.experts)))
-    one = load(folders, "wan")
-    assert (
-        isinstance(one, Wan)
-        and one.vae_scale == 4
-        and one.schedule.shift == model.schedule.shift == 3.0
-    )  # flow_shift of its scheduler
-    x, cond = torch.randn(2, *model.shape), model.encode([0, 1])
-    mixed = model(x, torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5]), cond, features=True)[0]
-    for i, (e, s) in enumerate(
-        zip(model.experts, (0.95, 0.5))
-    ):  # each sample's features are those of its own expert
-        alone = e(
-            x[i : i + 1], 1 - s, s, {k: v[i : i + 1] for k, v in cond.items()}, features=True
-        )[0]
-        assert torch.allclose(mixed[i : i + 1], alone, atol=1e-5)
 
 
-def test_experts_take_new_conditions_and_come_back(folders, tmp_path):
+def test_features_are_those_of_each_samples_expert(folders):
+    model = load(folders, "wan22")
+    x, cond = noise(0, 2, *model.shape), model.encode([0, 1])
+    alpha, sigma = torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5])
+    (mixed,) = model(x, alpha, sigma, cond, features=True)
+    for i, expert in enumerate(model.experts):
+        row = slice(i, i + 1)
+        own = {k: v[row] for k, v in cond.items()}
+        (alone,) = expert(x[row], alpha[row], sigma[row], own, features=True)
+        assert torch.allclose(mixed[row], alone, atol=1e-5)
+
+
+def test_experts_take_new_conditions(folders, tmp_path):
     model = load(folders, "wan22")
     student = model.copy().extend("r")
-    x, cond = torch.randn(2, *model.shape), dict(model.encode([0, 1]), r=torch.rand(2))
+    x, cond = noise(0, 2, *model.shape), dict(model.encode([0, 1]), r=torch.rand(2))
     levels = torch.tensor([0.05, 0.5]), torch.tensor([0.95, 0.5])
-    assert torch.allclose(
-        student(x, *levels, cond), model(x, *levels, cond), atol=1e-4
-    )  # not bit for bit: weights of a mapped file lie elsewhere in memory
+    before = model(x, *levels, cond)
+    # Not bit for bit: the weights of a memory-mapped file are aligned differently.
+    assert torch.allclose(student(x, *levels, cond), before, atol=1e-4)
     for expert in student.experts:
         expert.extras["r"].layers[2].weight.data.normal_()
-    assert (student(x, *levels, cond) - model(x, *levels, cond)).abs().amax(
-        (1, 2, 3, 4)
-    ).min() > 1e-3
-    student.save(tmp_path / "s", {})
-    again = load_model(
-        tmp_path / "s", json.loads((tmp_path / "s" / "distill.json").read_text())["model"], model
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True)
-    )
-    assert torch.allclose(again(x, *levels, cond), student(x, *levels, cond), atol=1e-4)
+    after = student(x, *levels, cond)
+    assert (after - before).abs().amax((1, 2, 3, 4)).min() > 1e-3
+
+    student.save(tmp_path, {})
+    loaded = reload(tmp_path, model)
+    for a, b in zip(loaded.parameters(), student.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.allclose(loaded(x, *levels, cond), after, atol=1e-4)
 
 
-def test_labels_of_prompts(folders):
-    """What `ByLabel`, MSD's students, goes by."""
+def test_prompts_have_labels(folders):
+    """MSD's students are chosen by them."""
     model = load(folders, "flux")
     both = ByLabel([model, model.copy()], [1, 0, 1])
-    assert both.route(3, 1.0, 1.0, model.encode([0, 1, 2])).tolist() == [1, 0, 1] and both.route(
-        2, 1.0, 1.0, model.null(2)
-    ).tolist() == [0, 0]
+    assert both.route(3, 1.0, 1.0, model.encode([0, 1, 2])).tolist() == [1, 0, 1]
+    assert both.route(2, 1.0, 1.0, model.null(2)).tolist() == [0, 0]
 
 
 def test_wan_with_one_time_per_token(folders):
     """Wan 2.2 5B: its pipeline gives every token a time, all of them equal in text to video."""
     model = load(folders, "wan")
-    pipe, z = pipeline(model, folders("wan")), torch.randn(1, *model.shape)
+    pipe = plain_pipeline(model, folders("wan"))
     pipe.register_to_config(expand_timesteps=True)
-    theirs = call(model, pipe, [PROMPTS[1]], z, 2, 3.0)
-    with torch.no_grad():
-        ours = native(model, pipe.scheduler, z, model.encode([1]), 2, 3.0, "flow")
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    z = noise(0, 1, *model.shape)
+    theirs = run_pipeline(model, pipe, [PROMPTS[1]], z, 2, 3.0)
+    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, model.encode([1]), 2, 3.0)
+    assert relative(ours, theirs) < 1e-5
 
 
-def test_frames(folders, monkeypatch):
-    assert load(folders, "wan", frames=9).shape == (4, 3, 8, 8) and load(
-        folders, "wan", frames=1
-    ).to_pictures(torch.randn(2, 4, 1, 8, 8)).shape == (2, 3, 32, 32)
-    assert load(folders, "wan", frames=5, size=[16, 24]).image_shape == (3, 5, 16, 24) and load(
-        folders, "wan", frames=1, size=None
-    ).image_shape == (3, 1, 480, 832)
-    monkeypatch.setattr(Pipeline, "load_net", None)  # all of these before anything is loaded
-    for size, says in (
-        ([16, 20], "16x20: expected a multiple of 8"),
-        ([4, 16], "4x16: expected a multiple of 8"),
-    ):
-        with pytest.raises(UserError, match=f"--size {says}"):
-            load(folders, "wan", size=size)
-    for name, size in (("flux", 18), ("qwen", 6), ("zimage", [16, 2])):
-        with pytest.raises(UserError, match="--size .*: expected a multiple of 4 pixels"):
-            load(folders, name, size=size)
-    for frames in (0, 4, -3):
-        with pytest.raises(UserError, match=f"--frames {frames}: expected a multiple of 4, plus 1"):
-            load(folders, "wan", frames=frames)
-    with pytest.raises(
-        UserError, match="--frames 5: expected a text-to-video teacher, found FluxPipeline"
-    ):
+def test_frames(folders):
+    assert load(folders, "wan", frames=9).shape == (4, 3, 8, 8)
+    assert load(folders, "wan", frames=5, size=[16, 24]).image_shape == (3, 5, 16, 24)
+    assert load(folders, "wan", frames=1, size=None).image_shape == (3, 1, 480, 832)
+
+
+def test_a_video_of_one_frame_is_shown_once(folders):
+    model = load(folders, "wan", frames=1)
+    assert model.to_pictures(noise(0, 2, 4, 1, 8, 8)).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("frames", [0, 4, -3])
+def test_wrong_numbers_of_frames(frames, folders, monkeypatch):
+    folders("wan")
+    monkeypatch.setattr(Pipeline, "load_net", None)  # it is found before anything is loaded
+    with pytest.raises(UserError, match=f"--frames {frames}: expected a multiple of 4, plus 1"):
+        load(folders, "wan", frames=frames)
+
+
+def test_frames_of_an_image(folders):
+    says = "--frames 5: expected a text-to-video teacher, found FluxPipeline"
+    with pytest.raises(UserError, match=says):
         load(folders, "flux", frames=5)
 
 
-def test_a_class_that_diffusers_does_not_have(folders, tmp_path):
-    folder = test_teachers.broken(folders, tmp_path, "flux")
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(
-        json.dumps(index | dict(vae=["diffusers", "NoSuchVAE"]))
-    )
-    with pytest.raises(UserError, match="not loaded: AttributeError.*NoSuchVAE"):
-        load_pipeline(
-            str(folder), prompts=PROMPTS, cache=tmp_path / "cache", size=16, say=lambda *a: None
-        )
+def test_videos_are_not_measured(folders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ["--teacher", folders("wan"), "--prompts", tmp_path / "prompts.txt"]
+    flags += ["--size", 32, "--frames", 5, "--cache-prompts", folders.cache]
+    args = eval_script.parse_args([str(flag) for flag in flags])
+    with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
+        make_rows(args, torch.float32)
 
 
-def test_older_diffusers(folders, monkeypatch):
-    import diffusers
-
-    for name in ("zimage", "qwen"):  # built, or the test is skipped, by the version that is here
-        folders(name)
-    monkeypatch.setattr(diffusers, "__version__", "0.36.1")
-    load(folders, "zimage")
-    with pytest.raises(
-        UserError, match="QwenImagePipeline: expected diffusers 0.37 or newer, found 0.36.1"
-    ):
-        load(folders, "qwen")
+# ---- features, checkpointing, derivatives --------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
-def test_copies_features_and_new_conditions(name, folders):
-    test_teachers.test_copies_features_and_new_conditions(name, folders)
-
-
-@pytest.mark.parametrize("name", NAMES[:4])
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONE_NETWORK)
 def test_features_are_where_the_pixels_are(name, folders):
-    """A map of features has the format of the sample, and changes most where the sample does. Frames lie one below the other."""
+    """A feature map has the format of the sample, and changes most where the sample does.
+
+    Frames are one below the other.
+    """
     model = wide(load(folders, name))
-    cond, x = model.encode([0]), torch.randn(1, *model.shape)
+    cond, x = model.encode([0]), noise(0, 1, *model.shape)
     y = x.clone()
     y[..., -2:, 2:4] += 5  # last row of patches, second column
-    with torch.no_grad():
-        f, g = (model(v, 0.6, 0.8, cond, features=True)[0] for v in (x, y))
+    (before,) = model(x, 0.6, 0.8, cond, features=True)
+    (after,) = model(y, 0.6, 0.8, cond, features=True)
     h, w = model.shape[-2] // 2, model.shape[-1] // 2
-    assert f.shape[2:] == ((2 if model.video else 1) * h, w)
-    f, g = (v.view(*v.shape[:2], -1, h, w) for v in (f, g))  # [1, D, frames, h, w]
-    change = (f - g).square().sum(1)[0]
-    assert all(frame.argmax() == (h - 1) * w + 1 for frame in change)
+    frames = 2 if model.video else 1
+    assert before.shape[2:] == (frames * h, w)
+    change = (before - after).square().sum(1).view(frames, h, w)
+    for frame in change:
+        assert frame.argmax() == (h - 1) * w + 1
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", ONE_NETWORK)
 def test_checkpointing_changes_nothing(name, folders):
-    model, grads = load(folders, name), []
-    cond, x = model.encode([0, 1]), torch.randn(2, *model.shape)
+    model = load(folders, name)
+    cond, x = model.encode([0, 1]), noise(0, 2, *model.shape)
     student = model.copy().extend("r")
     student.extras["r"].layers[2].weight.data.normal_()
-    for on in (False, True):
-        if on:
-            student.checkpoint_activations()
-            inner = student.net._gradient_checkpointing_func
-            seen = []
-            student.net._gradient_checkpointing_func = lambda *a: seen.append(1) or inner(*a)
+
+    def gradients():
         student.zero_grad()
-        (
-            student(x, 0.6, 0.8, dict(cond, r=torch.tensor([0.3, 0.9]))).square().sum()
-            + student(x, 0.3, 0.7, dict(cond, r=torch.tensor([0.1, 0.5]))).sum()
-        ).backward()
-        grads.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
-    assert (
-        seen
-        and len(grads[0]) == len(grads[1])
-        and all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
-    )
+        first = student(x, 0.6, 0.8, dict(cond, r=torch.tensor([0.3, 0.9])))
+        second = student(x, 0.3, 0.7, dict(cond, r=torch.tensor([0.1, 0.5])))
+        (first.square().sum() + second.sum()).backward()
+        return [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+    expected = gradients()
+    student.checkpoint_activations()
+    recompute, calls = student.net._gradient_checkpointing_func, []
+    student.net._gradient_checkpointing_func = lambda *args: calls.append(1) or recompute(*args)
+    found = gradients()
+    assert calls
+    for a, b in zip(expected, found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def stochastic(model, pipe, steps):
-    """The pipeline with the Euler scheduler of diffusers in its stochastic form, at the student's own levels: dmd2's sampler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+@pytest.fixture
+def float64_only(monkeypatch):
+    """Networks, and the view's times, round to float32 here and there: not in this test."""
+    to = torch.Tensor.to
 
-    pipe.scheduler = Euler(
-        shift=model.schedule.shift, use_dynamic_shifting=False, stochastic_sampling=True
-    )
-    sigmas = [(i + 1) / 1000 for i in steps]
-    if model.video:  # WanPipeline passes only a number of steps
-        set_timesteps = pipe.scheduler.set_timesteps
-        pipe.scheduler.set_timesteps = lambda n, device=None: set_timesteps(
-            sigmas=sigmas, device=device
-        )
-        return {}
-    return dict(sigmas=sigmas)
+    def to_float64(x, *args, **kw):
+        return to(x, *(torch.float64 if a is torch.float32 else a for a in args), **kw)
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.Tensor, "to", to_float64)
 
 
-def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=False):
-    """The plain pipeline with the network, or the LoRA, of the student's folder gives our sampler's latents."""
-    import diffusers
-
-    pipe, z = pipeline(teacher, folders(name)), torch.randn(2, *teacher.shape)
-    if adapters:
-        pipe.load_lora_weights(home)
-    else:
-        for part, sub in (
-            (("transformer", "expert-0"), ("transformer_2", "expert-1"))
-            if name == "wan22"
-            else (("transformer", ""),)
-        ):
-            setattr(
-                pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(home / sub)
-            )
-    torch.manual_seed(5)
-    theirs = call(
-        student,
-        pipe,
-        [PROMPTS[0], PROMPTS[2]],
-        z,
-        nfe,
-        1.0,
-        **stochastic(teacher, pipe, dmd2.step_indices(nfe)),
-    )
-    noise = lambda: (
-        unpack(torch.randn_like(pack(z)), *z.shape[-2:]) if name in PACKED else torch.randn_like(z)
-    )
-    torch.manual_seed(5)
-    ours = dmd2.sample(student, z, teacher.encode([0, 2]), nfe, noise, **sampler)
-    assert (ours - theirs).norm() < 1e-4 * ours.norm()
-    torch.manual_seed(5)
-    assert (
-        ours - dmd2.sample(teacher, z, teacher.encode([0, 2]), nfe, noise)
-    ).norm() > 1e-3 * ours.norm()  # it has learnt something
-
-
-@pytest.mark.parametrize(
-    "name, nfe",
-    [("flux", 1), ("wan22", 4)]
-    + [
-        pytest.param(n, k, marks=pytest.mark.slow)
-        for n in NAMES
-        for k in (1, 4)
-        if (n, k) not in (("flux", 1), ("wan22", 4))
-    ],
-)
-def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
-    """From the command line: three iterations, pictures, export, resume; the student in the plain pipeline of diffusers gives our sampler's latents."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
-    size = [f for k, v in SIZE[name].items() for f in (f"--{k}", v)]
-    args = [
-        "--teacher",
-        folders(name),
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--nfe",
-        nfe,
-        "--cfg",
-        3,
-        "--batch",
-        4,
-        *size,
-    ]
-    args += ["--lr", 1e-3, "--lr-fake", 1e-3, "--warmup", 0, "--ratio", 2] + [
-        "--embedded-guidance",
-        6,
-    ] * (name == "flux")
-    p = scripts.run("dmd2.py", *args, "--smoke", "--out", tmp_path / "run")
-    assert (
-        "brings no metric" in p.out
-        and (tmp_path / "run" / "samples" / "00000003.png").exists()
-        and "Traceback" not in p.err
-    )
-    home = tmp_path / "run" / "student"
-    info = json.loads((home / "distill.json").read_text())
-    teacher = load_pipeline(
-        str(folders(name)),
-        prompts=str(tmp_path / "prompts.txt"),
-        cache=tmp_path / "cache",
-        say=lambda *a: None,
-        **SIZE[name],
-    )
-    student = load_model(home, info["model"], teacher)
-    assert name != "flux" or student.guidance == info["flags"]["embedded_guidance"] == 6
-    same_latents(name, nfe, teacher, student, home, folders, info["sampler"])
-    if nfe == 4:
-        scripts.run(
-            "dmd2.py",
-            *args,
-            "--iters",
-            4,
-            "--resume",
-            "--eval-n",
-            0,
-            "--sample-every",
-            0,
-            "--out",
-            tmp_path / "run",
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nfe", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
-def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
-    """From the command line with adapters on student and critic; the LoRA file in the plain pipeline gives our network's answer."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 3))
-    size = [f for k, v in SIZE[name].items() for f in (f"--{k}", v)]
-    p = scripts.run(
-        "dmd2.py",
-        "--teacher",
-        folders(name),
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--nfe",
-        nfe,
-        "--cfg",
-        3,
-        "--batch",
-        4,
-        *size,
-        "--lr",
-        2e-2,
-        "--lr-fake",
-        1e-3,
-        "--warmup",
-        0,
-        "--ratio",
-        2,
-        "--lora",
-        4,
-        "--lora-fake",
-        2,
-        "--smoke",
-        "--out",
-        tmp_path / "run",
-    )
-    assert "of the teacher's, frozen" in p.out and "Traceback" not in p.err
-    home = tmp_path / "run" / "student"
-    teacher = load_pipeline(
-        str(folders(name)),
-        prompts=str(tmp_path / "prompts.txt"),
-        cache=tmp_path / "cache",
-        say=lambda *a: None,
-        **SIZE[name],
-    )
-    student = load_model(home, json.loads((home / "distill.json").read_text())["model"], teacher)
-    z, t, cond = torch.randn(2, *teacher.shape), 0.9, teacher.encode([0, 2])
-    with torch.no_grad():
-        ours, before = student(z, 1 - t, t, cond), teacher(z, 1 - t, t, cond)
-        assert (ours - before).norm() > 1e-3 * before.norm()
-        if name != "wan22":  # its two LoRAs are in folders of their own
-            pipe = pipeline(teacher, folders(name))
-            pipe.load_lora_weights(home)
-            assert (
-                teacher.with_network(pipe.transformer)(z, 1 - t, t, cond) - ours
-            ).norm() < 1e-4 * ours.norm()
-
-
-@pytest.mark.slow  # three times the import of diffusers
-def test_experts_over_two_processes(folders, scripts, tmp_path):
-    """The one-step student of Wan 2.2 is its first expert alone, the critic's samples fall to both: DDP waits for no gradient of an expert that has none."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    args = [
-        "dmd2.py",
-        "--teacher",
-        folders("wan22"),
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--size",
-        32,
-        "--frames",
-        5,
-        "--cfg",
-        1,
-        "--batch",
-        4,
-        "--iters",
-        4,
-        "--ratio",
-        2,
-        "--warmup",
-        0,
-        "--sample-every",
-        0,
-        "--log-every",
-        1,
-        "--eval-n",
-        0,
-        "--lr",
-        1e-4,
-        "--lr-fake",
-        1e-4,
-        "--out",
-    ]
-    one, two = tmp_path / "one", tmp_path / "two"
-    scripts.run(*args, one)
-    ps = processes(scripts, 2, *args, two)
-    assert [p.wait() for p in ps] == [0, 0], ps[0].err + ps[1].err
-    close(one, two, 4)
-    moved = lambda i, sub: any(
-        not torch.equal(v, load_file(folders("wan22") / sub / WEIGHTS)[k])
-        for k, v in load_file(two / "student" / f"expert-{i}" / WEIGHTS).items()
-    )
-    assert moved(0, "transformer") and not moved(1, "transformer_2")
-
-
-@pytest.mark.parametrize(
-    "spoil, flags, says",
-    [
-        (
-            lambda f: (f / "model_index.json").unlink(),
-            [],
-            "expected a teacher folder .teacher.json, or model_index.json of a diffusers pipeline., found: no teacher.json in it",
-        ),
-        (
-            lambda f: (f / "model_index.json").write_text(
-                json.dumps(dict(_class_name="KandinskyPipeline"))
-            ),
-            [],
-            "expected one of the pipelines .*FluxPipeline.*WanPipeline.*, found 'KandinskyPipeline'",
-        ),
-        (
-            lambda f: (f / "p.txt").write_text(""),
-            ["--prompts", "{tmp}/p.txt"],
-            "--prompts .*p.txt: expected one prompt per line, found an empty file",
-        ),
-        (
-            lambda f: (f / "p.txt").write_text("ok\n" + "a" * 10_000_000),
-            ["--prompts", "{tmp}/p.txt"],
-            "--prompts .*p.txt: line 2: expected a prompt of at most 4000 characters",
-        ),
-        (
-            lambda f: (f / "p.txt").write_text(" \n\n"),
-            ["--prompts", "{tmp}/p.txt"],
-            "--prompts .*p.txt: expected one prompt per line, found an empty file",
-        ),
-        (
-            lambda f: None,
-            ["--frames", "5"],
-            "--frames 5: expected a text-to-video teacher, found FluxPipeline",
-        ),
-        (lambda f: None, ["--size", "480x834"], "--size 480x834: expected a multiple of 4 pixels"),
-        (
-            lambda f: None,
-            ["--size", "480x"],
-            "argument --size: expected pixels, as 512 or HEIGHTxWIDTH, found '480x' .*",
-        ),
-        (
-            lambda f: None,
-            ["--size", "16", "--lora", "500"],
-            "--lora 500: expected a rank of at most 16, the smaller side of layer .*",
-        ),
-        (
-            lambda f: picture(f / "set" / "dog.png"),
-            ["--size", "16", "--gan", "--data", "{tmp}/set"],
-            "--data .*set: expected a caption for each image, .*none for 1 of 1 images, the first is dog.png",
-        ),
-    ],
-)
-def test_mistakes_end_in_one_line(spoil, flags, says, folders, scripts, tmp_path):
-    folder = test_teachers.broken(folders, tmp_path, "flux")
-    spoil(folder)
-    flags = [f.format(tmp=folder) for f in flags]
-    p = scripts.run(
-        "dmd2.py",
-        "--teacher",
-        folder,
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--smoke",
-        "--out",
-        tmp_path / "run",
-        *flags,
-        code=2,
-    )
-    assert re.fullmatch(f"dmd2.py: [^\\n]*{says}[^\\n]*\\n", p.err), p.err
-
-
-def test_videos_are_not_measured(folders):
-    with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
-        make_rows(
-            eval_script.parse_args(
-                [
-                    "--teacher",
-                    str(folders("wan")),
-                    "--prompts",
-                    str(ROOT / "assets" / "prompts.txt"),
-                    "--size",
-                    "32",
-                    "--frames",
-                    "5",
-                    "--cache-prompts",
-                    str(folders.cache),
-                ]
-            ),
-            torch.float32,
-        )
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana", *NAMES[:4]])
-def test_forward_derivatives_are_central_differences(name, folders, monkeypatch):
-    """torch.func.jvp along the sample and along time, as sana_sprint, twinflow and flowmap need it, in float64."""
+@pytest.mark.parametrize("along", ["sample", "time"])
+@pytest.mark.parametrize("name", OLDER + ONE_NETWORK)
+def test_forward_derivatives_are_central_differences(name, along, folders, float64_only):
+    """torch.func.jvp in float64, as sana_sprint, twinflow and flowmap need it."""
     model = load(folders, name)
     model.net.double()
-    to = torch.Tensor.to
-    monkeypatch.setattr(
-        torch.Tensor, "float", torch.Tensor.double
-    )  # the networks, and the view's times, round to float32 here and there: not in this test
-    monkeypatch.setattr(
-        torch.Tensor,
-        "to",
-        lambda x, *a, **kw: to(x, *(torch.float64 if v is torch.float32 else v for v in a), **kw),
-    )
     cond = {k: v.double() if v.is_floating_point() else v for k, v in model.encode([0, 1]).items()}
     g = torch.Generator().manual_seed(0)
     x, dx = torch.randn(2, 2, *model.shape, generator=g, dtype=torch.float64)
     high = model.schedule.t_max
-    t, dt = (
-        torch.tensor([0.3217, 0.7391], dtype=torch.float64) * high,
-        torch.tensor([1.0, -0.5], dtype=torch.float64) * high / 100,
-    )
+    t = torch.tensor([0.3217, 0.7391], dtype=torch.float64) * high
+    dt = torch.tensor([1.0, -0.5], dtype=torch.float64) * high / 100
+    if along == "sample":
+        dt = 0 * dt
+    else:
+        dx = 0 * dx
 
     def f(x, t):
         return model(x, model.schedule.alpha(t), model.schedule.sigma(t), cond)
 
+    def step(h):
+        return f(x + h * dx, t + h * dt)
+
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        for dx, dt in ((dx, 0 * dt), (0 * dx, dt)):  # one by one: they differ in size
-            value, slope = torch.func.jvp(f, (x, t), (dx, dt))
-            h, along = 1e-6, lambda s: f(x + s * dx, t + s * dt)
-            difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
-            assert (
-                torch.allclose(value, f(x, t))
-                and (slope - difference).norm() < 1e-6 * slope.norm()
-                and slope.norm() > 0
-            )
+        value, slope = torch.func.jvp(f, (x, t), (dx, dt))
+        h = 1e-6
+        difference = (8 * (step(h) - step(-h)) - (step(2 * h) - step(-2 * h))) / (12 * h)
+        assert torch.allclose(value, f(x, t))
+    assert slope.norm() > 0
+    assert relative(difference, slope) < 1e-6
+
+
+# ---- scripts -------------------------------------------------------------------------------------
+
+
+def prompt_flags(tmp_path, prompts=PROMPTS):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    return ["--prompts", tmp_path / "prompts.txt", "--cache-prompts", tmp_path / "cache"]
+
+
+def load_with(tmp_path, folders, name):
+    """The teacher with the prompts and the cache of prompt_flags."""
+    return load_pipeline(
+        str(folders(name)),
+        prompts=str(tmp_path / "prompts.txt"),
+        cache=tmp_path / "cache",
+        say=quiet,
+        **SIZE.get(name, {}),
+    )
+
+
+FAST = [("flux", 1), ("wan22", 4)]
+SLOW = [(name, nfe) for name in NEWER for nfe in (1, 4) if (name, nfe) not in FAST]
 
 
 @pytest.mark.parametrize(
-    "shift, nfe, phases, one",
+    "name, nfe", FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
+    """Three iterations, export, resume; the student in the plain pipeline makes our latents."""
+    out = tmp_path / "run"
+    flags = ["--teacher", folders(name), *prompt_flags(tmp_path, PROMPTS * 3), *size_flags(name)]
+    flags += ["--nfe", nfe, "--cfg", 3, "--batch", 4, "--lr", 1e-3, "--lr-fake", 1e-3]
+    flags += ["--warmup", 0, "--ratio", 2, "--out", out]
+    if name == "flux":
+        flags += ["--embedded-guidance", 6]
+    p = scripts.run("dmd2.py", *flags, "--smoke")
+    assert "brings no metric" in p.out
+    assert "Traceback" not in p.err
+    assert (out / "samples" / "00000003.png").exists()
+
+    home = out / "student"
+    info = json.loads((home / "distill.json").read_text())
+    teacher = load_with(tmp_path, folders, name)
+    student = load_model(home, info["model"], teacher)
+    if name == "flux":
+        assert info["flags"]["embedded_guidance"] == 6
+        assert student.guidance == 6
+    same_latents(name, nfe, teacher, student, home, folders, info["sampler"])
+    if nfe == 4:
+        resume = ["--iters", 4, "--resume", "--eval-n", 0, "--sample-every", 0]
+        scripts.run("dmd2.py", *flags, *resume)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nfe", [1, 4])
+@pytest.mark.parametrize("name", NEWER)
+def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
+    """Adapters on student and critic; the LoRA file in the plain pipeline is our network."""
+    out = tmp_path / "run"
+    flags = ["--teacher", folders(name), *prompt_flags(tmp_path, PROMPTS * 3), *size_flags(name)]
+    flags += ["--nfe", nfe, "--cfg", 3, "--batch", 4, "--lr", 2e-2, "--lr-fake", 1e-3]
+    flags += ["--warmup", 0, "--ratio", 2, "--lora", 4, "--lora-fake", 2]
+    p = scripts.run("dmd2.py", *flags, "--smoke", "--out", out)
+    assert "of the teacher's, frozen" in p.out
+    assert "Traceback" not in p.err
+
+    teacher = load_with(tmp_path, folders, name)
+    student = reload(out / "student", teacher)
+    z, t, cond = noise(0, 2, *teacher.shape), 0.9, teacher.encode([0, 2])
+    with torch.no_grad():
+        ours = student(z, 1 - t, t, cond)
+        assert relative(ours, teacher(z, 1 - t, t, cond)) > 1e-3
+    if name != "wan22":  # its two LoRAs are in folders of their own
+        pipe = plain_pipeline(teacher, folders(name))
+        pipe.load_lora_weights(out / "student")
+        with torch.no_grad():
+            theirs = teacher.with_network(pipe.transformer)(z, 1 - t, t, cond)
+        assert relative(theirs, ours) < 1e-4
+
+
+@pytest.mark.slow
+def test_experts_over_two_processes(folders, scripts, tmp_path):
+    """A one-step student of Wan 2.2 uses its first expert only; the critic's samples reach both.
+
+    DDP must not wait for the gradient of an expert that has none.
+    """
+    flags = ["--teacher", folders("wan22"), *prompt_flags(tmp_path), *size_flags("wan22")]
+    flags += ["--cfg", 1, "--batch", 4, "--iters", 4, "--ratio", 2, "--warmup", 0]
+    flags += ["--lr", 1e-4, "--lr-fake", 1e-4, "--log-every", 1, "--sample-every", 0]
+    flags += ["--eval-n", 0, "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    scripts.run("dmd2.py", *flags, one)
+    run_processes(scripts, 2, "dmd2.py", *flags, two)
+    close(one, two, 4)
+
+    def was_trained(i, part):
+        student = load_file(two / "student" / f"expert-{i}" / WEIGHTS)
+        teacher = load_file(folders("wan22") / part / WEIGHTS)
+        return any(not torch.equal(v, teacher[k]) for k, v in student.items())
+
+    assert was_trained(0, "transformer")
+    assert not was_trained(1, "transformer_2")
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def nothing(folder):
+    pass
+
+
+MISTAKES = [  # what is done to a copy of the folder, further flags, what the line must say
+    (
+        lambda folder: (folder / "model_index.json").unlink(),
+        [],
+        "expected a teacher folder .teacher.json, or model_index.json of a diffusers pipeline., "
+        "found: no teacher.json in it",
+    ),
+    (
+        write("model_index.json", json.dumps(dict(_class_name="KandinskyPipeline"))),
+        [],
+        "one of the pipelines .*FluxPipeline.*WanPipeline.*, found 'KandinskyPipeline'",
+    ),
+    (
+        write("p.txt", ""),
+        ["--prompts", "{folder}/p.txt"],
+        "--prompts .*p.txt: expected one prompt per line, found an empty file",
+    ),
+    (
+        write("p.txt", "ok\n" + "a" * 10_000_000),
+        ["--prompts", "{folder}/p.txt"],
+        "--prompts .*p.txt: line 2: expected a prompt of at most 4000 characters",
+    ),
+    (
+        write("p.txt", " \n\n"),
+        ["--prompts", "{folder}/p.txt"],
+        "--prompts .*p.txt: expected one prompt per line, found an empty file",
+    ),
+    (
+        nothing,
+        ["--frames", "5"],
+        "--frames 5: expected a text-to-video teacher, found FluxPipeline",
+    ),
+    (nothing, ["--size", "480x834"], "--size 480x834: expected a multiple of 4 pixels"),
+    (
+        nothing,
+        ["--size", "480x"],
+        "argument --size: expected pixels, as 512 or HEIGHTxWIDTH, found '480x'",
+    ),
+    (
+        nothing,
+        ["--size", "16", "--lora", "500"],
+        "--lora 500: expected a rank of at most 16, the smaller side of layer ",
+    ),
+    (
+        lambda folder: draw(folder / "set" / "dog.png"),
+        ["--size", "16", "--gan", "--data", "{folder}/set"],
+        "--data .*set: expected a caption for each image, .*none for 1 of 1 images, "
+        "the first is dog.png",
+    ),
+]
+
+
+@pytest.mark.parametrize("spoil, flags, says", MISTAKES)
+def test_mistakes_end_in_one_line(spoil, flags, says, folders, scripts, tmp_path):
+    folder = copy_of(folders, "flux", tmp_path)
+    spoil(folder)
+    flags = [flag.format(folder=folder) for flag in flags]
+    flags += ["--cache-prompts", tmp_path / "cache", "--out", tmp_path / "run"]
+    p = scripts.start("dmd2.py", "--teacher", folder, "--smoke", *flags)
+    one_line(p, says, "dmd2")
+
+
+# ---- scripts with experts on a teacher of experts ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shift, nfe, phases, start",
     [
         (5.0, 4, 2, [0, 1]),
         (5.0, 4, 4, [0, 0, 1, 1]),
@@ -782,119 +551,101 @@ def test_forward_derivatives_are_central_differences(name, folders, monkeypatch)
         (5.0, 4, 1, [None]),
     ],
 )
-def test_phases_start_as_the_experts_of_their_levels(shift, nfe, phases, one, folders):
-    """Steps of four, shifted by 5: 1, 0.9375 | 0.8333, 0.625, and the experts meet at 0.875. None: a phase that asks both."""
-    teacher, times, ends = (
-        load(folders, "wan22"),
-        phased_dmd.step_times(nfe, shift),
-        phased_dmd.phase_ends(nfe, phases),
-    )
-    assert [
-        next((i for i, e in enumerate(teacher.experts) if e is s), None)
-        for s in phased_dmd.starts_as(teacher, times, ends)
-    ] == one
-    plain = load(folders, "wan")
-    assert phased_dmd.starts_as(plain, times, ends) == [plain] * phases
+def test_phases_start_as_the_experts_of_their_levels(shift, nfe, phases, start, folders):
+    """Four steps, shifted by 5: 1, 0.9375 | 0.8333, 0.625; the experts meet at 0.875.
+
+    start: the expert of each phase; None: steps of the phase use both.
+    """
+    teacher = load(folders, "wan22")
+    times = phased_dmd.step_times(nfe, shift)
+    ends = phased_dmd.phase_ends(nfe, phases)
+    found = []
+    for network in phased_dmd.starts_as(teacher, times, ends):
+        found.append(next((i for i, e in enumerate(teacher.experts) if e is network), None))
+    assert found == start
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        ("phased_dmd", []),
-        pytest.param("phased_dmd", ["--lora", 4, "--phases", 4], marks=pytest.mark.slow),
-        pytest.param("phased_dmd", ["--step-shift", 1], marks=pytest.mark.slow),
-        pytest.param("msd", ["--students", 2, "--adm", 0], marks=pytest.mark.slow),
-        pytest.param("msd", ["--students", 2, "--adm", 0, "--lora", 4], marks=pytest.mark.slow),
-    ],
-)
-def test_experts_on_a_teacher_of_experts(script, flags, folders, scripts, tmp_path):
-    """Wan 2.2: what is exported is the student, all of it, and is read back; each adapter on the weights that it was trained on."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    text = dict(prompts=str(tmp_path / "prompts.txt"), cache=tmp_path / "cache", **SIZE["wan22"])
-    scripts.run(
-        f"{script}.py",
-        "--teacher",
-        folders("wan22"),
-        "--prompts",
-        text["prompts"],
-        "--cache-prompts",
-        text["cache"],
-        "--size",
-        32,
-        "--frames",
-        5,
-        "--batch",
-        4,
-        "--smoke",
-        "--ema",
-        0,
-        "--lr",
-        1e-2,
-        "--lr-fake",
-        1e-3,
-        "--cfg",
-        3,
-        "--warmup",
-        0,
-        "--ratio",
-        1,
-        "--out",
-        tmp_path / "run",
-        *flags,
-    )
-    home = tmp_path / "run" / "student"
-    info, teacher = (
-        json.loads((home / "distill.json").read_text()),
-        load_pipeline(str(folders("wan22")), say=lambda *a: None, **text),
-    )
-    student = load_model(home, info["model"], teacher)
-    weights, state = (
-        student.state_dict(),
-        torch.load(
-            tmp_path / "run" / "ckpt" / f"it-{info['flags']['iters']:08d}.pt", weights_only=True
-        )["state"]["student"],
-    )
-    assert weights.keys() == state.keys() and all(
-        torch.allclose(v, state[k], atol=1e-6) for k, v in weights.items()
-    )
-    nested = [isinstance(e, Routed) for e in student.experts]
-    assert nested == (
-        [True] * 2
-        if script == "msd"
-        else [True, False]
-        if flags == ["--step-shift", 1]
-        else [False] * (4 if flags else 2)
-    )
+def test_phases_of_a_teacher_of_one_network(folders):
+    teacher = load(folders, "wan")
+    times, ends = phased_dmd.step_times(4, 5.0), phased_dmd.phase_ends(4, 2)
+    assert phased_dmd.starts_as(teacher, times, ends) == [teacher] * 2
+
+
+slow = pytest.mark.slow
+ON_EXPERTS = [  # script, flags, is each expert of the student routed itself?
+    ("phased_dmd", [], [False] * 2),
+    pytest.param("phased_dmd", ["--lora", 4, "--phases", 4], [False] * 4, marks=slow),
+    pytest.param("phased_dmd", ["--step-shift", 1], [True, False], marks=slow),
+    pytest.param("msd", ["--students", 2, "--adm", 0], [True] * 2, marks=slow),
+    pytest.param("msd", ["--students", 2, "--adm", 0, "--lora", 4], [True] * 2, marks=slow),
+]
+
+
+@pytest.fixture
+def on_experts(folders, scripts, tmp_path):
+    """Runs a script on Wan 2.2 -> teacher, student as read back, its folder, its JSON."""
+
+    def run(script, flags):
+        out = tmp_path / "run"
+        base = ["--teacher", folders("wan22"), *prompt_flags(tmp_path), *size_flags("wan22")]
+        base += ["--batch", 4, "--smoke", "--ema", 0, "--lr", 1e-2, "--lr-fake", 1e-3]
+        base += ["--cfg", 3, "--warmup", 0, "--ratio", 1, "--out", out]
+        scripts.run(f"{script}.py", *base, *flags)
+        teacher = load_with(tmp_path, folders, "wan22")
+        info = json.loads((out / "student" / "distill.json").read_text())
+        return teacher, load_model(out / "student", info["model"], teacher), out / "student", info
+
+    return run
+
+
+@pytest.mark.parametrize("script, flags, routed", ON_EXPERTS)
+def test_experts_on_a_teacher_of_experts(script, flags, routed, on_experts):
+    """The export is the student, all of it; each LoRA is on the weights it was trained on."""
+    teacher, student, home, info = on_experts(script, flags)
+    assert [isinstance(expert, Routed) for expert in student.experts] == routed
+
+    path = home.parent / "ckpt" / f"it-{info['flags']['iters']:08d}.pt"
+    trained = torch.load(path, weights_only=True)["state"]["student"]
+    weights = student.state_dict()
+    assert weights.keys() == trained.keys()
+    for name, value in weights.items():
+        assert torch.allclose(value, trained[name], atol=1e-6), name
+
     if "--lora" in flags:
-        theirs = [{p.data_ptr() for p in e.parameters()} for e in teacher.experts]
-        for i, expert in enumerate(student.experts):  # msd: two of two; phased_dmd: one of four
-            parts, expected = (
-                (expert.experts, theirs) if script == "msd" else ([expert], [theirs[i // 2]])
-            )
-            assert [{t.data_ptr() for t in part.base} for part in parts] == expected
-    z = torch.randn(2, *teacher.shape)
+        check_bases(script, teacher, student)
+
     sample = sampler_of(home, info)
-    draw = lambda model: (
-        torch.manual_seed(3),
-        sample(
-            model,
-            z,
-            teacher.encode([0, 1]),
-            info["nfe"],
-            lambda: torch.randn_like(z),
-            **info["sampler"],
-        ),
-    )[1]
-    assert (draw(student) - draw(teacher)).norm() > 1e-3 * draw(teacher).norm()
-    for broken in (
+    z, cond = noise(0, 2, *teacher.shape), teacher.encode([0, 1])
+
+    def samples(model):
+        torch.manual_seed(3)
+        return sample(model, z, cond, info["nfe"], lambda: torch.randn_like(z), **info["sampler"])
+
+    assert relative(samples(student), samples(teacher)) > 1e-3
+
+    nested = dict(info["model"], experts=[info["model"]])
+    for wrong in (
         dict(experts=[info["model"]]),
-        dict(experts=[dict(info["model"], experts=[info["model"]])]),
+        dict(experts=[nested]),
         dict(table="x"),
         dict(table=[1.0, 2.0]),
     ):
         with pytest.raises(UserError):
-            load_model(home, info["model"] | broken, teacher)
+            load_model(home, info["model"] | wrong, teacher)
 
+
+def check_bases(script, teacher, student):
+    """msd: two experts of two networks; phased_dmd: four experts, two on each network."""
+    theirs = [{p.data_ptr() for p in expert.parameters()} for expert in teacher.experts]
+    for i, expert in enumerate(student.experts):
+        if script == "msd":
+            bases = [{t.data_ptr() for t in part.base} for part in expert.experts]
+            assert bases == theirs
+        else:
+            assert {t.data_ptr() for t in expert.base} == theirs[i // 2]
+
+
+# ---- every method --------------------------------------------------------------------------------
 
 METHODS = dict(
     sid=[],
@@ -911,61 +662,44 @@ METHODS = dict(
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "wan22"])
 @pytest.mark.parametrize("script", METHODS)
 def test_every_method_without_images(script, name, folders, scripts, tmp_path):
-    """Run, export, reload: the student read back is the teacher's network, trained."""
-    prompts, size = tmp_path / "prompts.txt", SIZE.get(name, {})
-    prompts.write_text("\n".join(PROMPTS))
-    p = scripts.run(
-        f"{script}.py",
-        "--teacher",
-        folders(name),
-        "--prompts",
-        prompts,
-        "--cache-prompts",
-        tmp_path / "cache",
-        "--batch",
-        4,
-        "--lr",
-        1e-3,
-        "--warmup",
-        0,
-        "--smoke",
-        "--out",
-        tmp_path / "run",
-        *[f for k, v in size.items() for f in (f"--{k}", v)],
-        *METHODS[script],
+    """Run, export, reload: the student that is read back is the teacher's network, trained."""
+    out = tmp_path / "run"
+    flags = ["--teacher", folders(name), *prompt_flags(tmp_path), *size_flags(name)]
+    flags += ["--batch", 4, "--lr", 1e-3, "--warmup", 0, "--smoke", "--out", out]
+    p = scripts.run(f"{script}.py", *flags, *METHODS[script])
+    assert "Traceback" not in p.err
+    assert (out / "samples" / "00000003.png").exists()
+
+    options = dict(
+        prompts=str(tmp_path / "prompts.txt"),
+        cache=tmp_path / "cache",
+        say=quiet,
+        **SIZE.get(name, {}),
     )
-    home = tmp_path / "run" / "student"
-    assert "Traceback" not in p.err and (tmp_path / "run" / "samples" / "00000003.png").exists()
-    teacher = load_teacher(
-        str(folders(name)),
-        text=dict(prompts=str(prompts), cache=tmp_path / "cache", say=lambda *a: None, **size),
-    )
-    info = read_student(home)[1]
-    student, leaves = (
-        load_model(home, info["model"], teacher),
-        lambda net: [dict(m.named_parameters()) for m in net.modules() if isinstance(m, Model)],
-    )
-    both = lambda after, before: [
-        k for k in before if k in after and after[k].shape == before[k].shape
-    ]
-    far = []  # of each student's network from the nearest of the teacher's
-    for after in leaves(student):
-        assert all(len(both(after, before)) > 0.9 * len(before) for before in leaves(teacher))
-        far.append(
-            min(
-                max((after[k] - before[k]).abs().max() for k in both(after, before))
-                for before in leaves(teacher)
-            )
-        )
-    assert max(far) > 1e-4, far  # of msd's students not all have had a turn after three iterations
-    noise = lambda: torch.randn(2, *teacher.shape)
+    teacher = load_teacher(str(folders(name)), text=options)
+    home, info = read_student(out)
+    student = load_model(home, info["model"], teacher)
+    # Of msd's students not all have had a turn after three iterations.
+    assert max(distances(student, teacher)) > 1e-4
+
+    z = noise(0, 2, *teacher.shape)
+    cond = teacher.encode(torch.tensor([0, 1]))
+    sample = sampler_of(home, info)
     with torch.no_grad():
-        x = sampler_of(home, info)(
-            student,
-            noise(),
-            teacher.encode(torch.tensor([0, 1])),
-            info["nfe"],
-            noise,
-            **info["sampler"],
-        )
-    assert x.shape == (2, *teacher.shape) and x.isfinite().all()
+        x = sample(student, z, cond, info["nfe"], lambda: torch.randn_like(z), **info["sampler"])
+    assert x.shape == z.shape
+    assert x.isfinite().all()
+
+
+def distances(student, teacher):
+    """Largest change of a weight, for each network of the student to the teacher's nearest one."""
+
+    def networks(model):
+        return [dict(m.named_parameters()) for m in model.modules() if isinstance(m, Model)]
+
+    def distance(after, before):
+        common = [k for k in before if k in after and after[k].shape == before[k].shape]
+        assert len(common) > 0.9 * len(before)
+        return max(float((after[k] - before[k]).abs().max()) for k in common)
+
+    return [min(distance(a, b) for b in networks(teacher)) for a in networks(student)]

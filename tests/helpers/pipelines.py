@@ -1,28 +1,57 @@
-"""Pipelines of a few ten thousand random weights in the formats of the real ones: made here, saved by diffusers, loaded as --teacher DIR."""
+"""Tiny teachers with random weights, in the formats of the real ones, as folders for --teacher.
+
+A function for each, e.g. sd15(folder), writes the folder. The fixture `folders` calls each once.
+"""
 
 import json
+import warnings
 
 import diffusers
 import pytest
 import torch
 
+# What scripts import for these folders. `scripts.load` imports them once for all scripts.
 MODULES = [
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "diffusers.pipelines.dit.pipeline_dit",
     "transformers.models.clip.modeling_clip",
-]  # what scripts on these folders import (tests/helpers/server.py, `load`)
+]
+
+
+class Folders:
+    """folders(name, **options) -> the folder of a tiny teacher, which is written at the first call.
+
+    Tests share these folders: they copy one before they change it. cache: folder for the
+    embeddings of prompts, for --cache-prompts.
+    """
+
+    def __init__(self, home):
+        self.home = home
+        self.cache = home / "cache"
+        self.made = {}
+        warnings.simplefilter("ignore")
+        diffusers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.disable_progress_bar()
+
+    def __call__(self, name, **options):
+        key = "-".join([name, *(f"{k}={v}" for k, v in options.items())])
+        if key not in self.made:
+            folder = self.home / key
+            folder.mkdir(exist_ok=True)  # a function that skips its test leaves it
+            self.made[key] = BUILDERS[name](folder, **options)
+        return self.made[key]
 
 
 def since(*version):
-    """Skips the test where diffusers is older than what this pipeline needs (requirements.txt)."""
+    """Skips the test if diffusers is older than what this pipeline needs (requirements.txt)."""
     if tuple(map(int, diffusers.__version__.split(".")[:2])) < version:
         pytest.skip(
             f"diffusers {diffusers.__version__} is older than {'.'.join(map(str, version))}"
         )
 
 
-def words(folder):
+def clip_tokenizer(folder):
     """A CLIP tokenizer of single letters: vocab.json and merges.txt in CLIP's format."""
     from transformers import CLIPTokenizer
 
@@ -101,7 +130,7 @@ def sd15(folder):
     pipe = StableDiffusionPipeline(
         vae=kl_vae(),
         text_encoder=clip(80, 16),
-        tokenizer=words(folder / "words"),
+        tokenizer=clip_tokenizer(folder / "words"),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -139,7 +168,7 @@ def sdxl(folder):
         steps_offset=1,
         timestep_spacing="leading",
     )
-    tokens = words(folder / "words")
+    tokens = clip_tokenizer(folder / "words")
     pipe = StableDiffusionXLPipeline(
         vae=kl_vae(),
         text_encoder=clip(80, 16),
@@ -173,7 +202,7 @@ def sd3(folder):
         out_channels=4,
         pos_embed_max_size=16,
     )
-    tokens = words(folder / "words")
+    tokens = clip_tokenizer(folder / "words")
     pipe = StableDiffusion3Pipeline(
         transformer=net,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -188,27 +217,17 @@ def sd3(folder):
     return save(pipe, folder)
 
 
-def letters(folder, cls, **kw):
-    """A fast tokenizer of single bytes, saved and loaded as class `cls` of transformers."""
+def letter_tokenizer(**kw):
+    """A fast tokenizer of single characters."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {
-        w: i
-        for i, w in enumerate(
-            ["<pad>", "<eos>", "<bos>", "<unk>", *(chr(c) for c in range(32, 127))]
-        )
-    }
+    special = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    words = [*special.values(), *(chr(c) for c in range(32, 127))]
+    vocab = {word: i for i, word in enumerate(words)}
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     t.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        **kw,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=t, **special, **kw)
 
 
 def sana(folder):
@@ -271,7 +290,7 @@ def sana(folder):
         solver_order=1,
     )
     pipe = SanaPipeline(
-        tokenizer=letters(folder, None, padding_side="right"),
+        tokenizer=letter_tokenizer(padding_side="right"),
         text_encoder=text,
         vae=vae,
         transformer=net,
@@ -280,14 +299,13 @@ def sana(folder):
     return save(pipe, folder)
 
 
-def t5(cls="T5", size=16):
+def t5(kind="T5", size=16):
     import transformers
 
-    return getattr(transformers, f"{cls}EncoderModel")(
-        getattr(transformers, f"{cls}Config")(
-            vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-        )
-    ).eval()
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
 def flux(folder):
@@ -314,9 +332,9 @@ def flux(folder):
         scheduler=scheduler,
         vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
         text_encoder=clip(80, 24),
-        tokenizer=words(folder / "words"),
+        tokenizer=clip_tokenizer(folder / "words"),
         text_encoder_2=t5(),
-        tokenizer_2=letters(folder, None),
+        tokenizer_2=letter_tokenizer(),
     )
     return save(pipe, folder)
 
@@ -342,9 +360,8 @@ def qwen(folder):
         joint_attention_dim=16,
         axes_dims_rope=(2, 2, 4),
     )
-    for block in (
-        net.transformer_blocks
-    ):  # attention that finds the prompt's few tokens among those of the template
+    # Random attention would not notice the few tokens of the prompt among those of the template.
+    for block in net.transformer_blocks:
         block.attn.norm_added_k.weight.data *= 8
     rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
     text = dict(
@@ -390,7 +407,7 @@ def qwen(folder):
         scheduler=scheduler,
         vae=vae,
         text_encoder=encoder,
-        tokenizer=letters(folder, None, padding_side="right"),
+        tokenizer=letter_tokenizer(padding_side="right"),
     )
     return save(pipe, folder)
 
@@ -423,9 +440,7 @@ def zimage(folder):
             head_dim=8,
         )
     ).eval()
-    tokens = letters(
-        folder,
-        None,
+    tokens = letter_tokenizer(
         padding_side="right",
         chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
     )
@@ -462,7 +477,8 @@ def wan(folder, **kw):
             num_layers=2,
             rope_max_seq_len=32,
         )
-        for block in net.blocks:  # attention that finds the prompt among the zeros behind it
+        # Random attention would not notice the prompt among the zeros behind it.
+        for block in net.blocks:
             block.attn2.norm_k.weight.data *= 8
         return net
 
@@ -485,7 +501,7 @@ def wan(folder, **kw):
         scheduler=scheduler,
         vae=vae,
         text_encoder=t5("UMT5"),
-        tokenizer=letters(folder, None),
+        tokenizer=letter_tokenizer(),
         **kw,
     )
     return save(pipe, folder)
@@ -498,13 +514,17 @@ def wan22(folder):
 def save(pipe, folder):
     for name in ("unet", "transformer", "transformer_2"):
         net = getattr(pipe, name, None)
-        for p in (
-            net.parameters() if net is not None else ()
-        ):  # layers that start at zero would hide mistakes
-            if p.abs().sum() == 0:
-                torch.nn.init.normal_(p, 0, 0.05)
+        if net is not None:
+            wake_zero_layers(net)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def wake_zero_layers(net):
+    """Layers that start at zero would hide mistakes."""
+    for p in net.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, 0, 0.05)
 
 
 def dit(folder):
@@ -535,44 +555,44 @@ def dit(folder):
 def sit_weights(
     width=32, depth=2, channels=4, out=8, patch=2, side=8, classes=10, projectors=False, seed=0
 ):
-    """Random tensors under the names of SiT's published checkpoints."""
+    """Random tensors with the names and shapes of SiT's published checkpoints."""
     g = torch.Generator().manual_seed(seed)
-    linear = lambda name, n, m: {
-        f"{name}.weight": torch.randn(n, m, generator=g) * 0.5 / m**0.5,
-        f"{name}.bias": torch.randn(n, generator=g) * 0.1,
-    }
-    tensors = (
-        linear("t_embedder.mlp.0", width, 256)
-        | linear("t_embedder.mlp.2", width, width)
-        | linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    )
-    tensors |= linear("final_layer.linear", patch**2 * out, width) | {
-        "y_embedder.embedding_table.weight": torch.randn(classes + 1, width, generator=g)
-    }
-    tensors |= {
-        k: v.view(width, channels, patch, patch) if v.ndim == 2 else v
-        for k, v in linear("x_embedder.proj", width, channels * patch**2).items()
-    }
+
+    def linear(name, rows, columns):
+        weight = torch.randn(rows, columns, generator=g) * 0.5 / columns**0.5
+        bias = torch.randn(rows, generator=g) * 0.1
+        return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+    tensors = linear("t_embedder.mlp.0", width, 256)
+    tensors |= linear("t_embedder.mlp.2", width, width)
+    tensors |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    tensors |= linear("final_layer.linear", patch**2 * out, width)
+    tensors["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=g)
+    tensors |= linear("x_embedder.proj", width, channels * patch**2)
+    patches = tensors["x_embedder.proj.weight"]  # of a convolution
+    tensors["x_embedder.proj.weight"] = patches.view(width, channels, patch, patch)
     for i in range(depth):
-        for name, n, m in (
-            ("attn.qkv", 3, 1),
-            ("attn.proj", 1, 1),
-            ("mlp.fc1", 4, 1),
-            ("mlp.fc2", 1, 4),
-            ("adaLN_modulation.1", 6, 1),
-        ):
-            tensors |= linear(f"blocks.{i}.{name}", n * width, m * width)
+        tensors |= linear(f"blocks.{i}.attn.qkv", 3 * width, width)
+        tensors |= linear(f"blocks.{i}.attn.proj", width, width)
+        tensors |= linear(f"blocks.{i}.mlp.fc1", 4 * width, width)
+        tensors |= linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
+        tensors |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
     if projectors:
         tensors |= linear("projectors.0.0", width, width)
-    # sines and cosines of the column in the first half, of the row in the second
+    tensors["pos_embed"] = sit_positions(width, side // patch)
+    return tensors
+
+
+def sit_positions(width, n):
+    """[1, n n, width]: sines and cosines of the column in one half, of the row in the other."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    wave = lambda p: torch.cat([(p[:, None] * omega).sin(), (p[:, None] * omega).cos()], 1)
-    row, column = torch.meshgrid(
-        *[torch.arange(side // patch, dtype=torch.float64)] * 2, indexing="ij"
-    )
-    return tensors | {
-        "pos_embed": torch.cat([wave(column.flatten()), wave(row.flatten())], 1)[None].float()
-    }
+
+    def waves(p):
+        phase = p.flatten()[:, None] * omega
+        return torch.cat([phase.sin(), phase.cos()], 1)
+
+    row, column = torch.meshgrid(*[torch.arange(n, dtype=torch.float64)] * 2, indexing="ij")
+    return torch.cat([waves(column), waves(row)], 1)[None].float()
 
 
 def sit(folder, **kw):
@@ -586,7 +606,8 @@ def sit(folder, **kw):
     return folder
 
 
-def edm(folder, null=False, **kw):
+def edm(folder, null=False, **changes):
+    """null: with a row for the null label. changes: of "model" in teacher.json."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -605,14 +626,30 @@ def edm(folder, null=False, **kw):
         downsample_type="resnet",
     )
     net.save_pretrained(folder, safe_serialization=True)
-    model = {
-        "adapter": "edm",
-        "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0},
-        "prediction": "edm",
-        "shape": [3, 8, 8],
-        "classes": 10,
-        "sigma_data": 0.5,
-        "time_scale": 1000,
-    } | kw
-    (folder / "teacher.json").write_text(json.dumps({"model": model}))
+    model = dict(
+        adapter="edm",
+        schedule=dict(name="edm", sigma_min=0.002, sigma_max=80.0),
+        prediction="edm",
+        shape=[3, 8, 8],
+        classes=10,
+        sigma_data=0.5,
+        time_scale=1000,
+    )
+    (folder / "teacher.json").write_text(json.dumps(dict(model=model | changes)))
     return folder
+
+
+BUILDERS = dict(
+    sd15=sd15,
+    sdxl=sdxl,
+    sd3=sd3,
+    sana=sana,
+    flux=flux,
+    qwen=qwen,
+    zimage=zimage,
+    wan=wan,
+    wan22=wan22,
+    dit=dit,
+    sit=sit,
+    edm=edm,
+)

@@ -1,0 +1,264 @@
+"""Teachers of the tiny pipelines, and the pipelines: both must make the same samples."""
+
+import json
+import math
+import shutil
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+import dmd2
+from common.schedules import EDM, VP, Flow, TrigFlow
+from common.teachers.flow import pack, unpack
+from common.teachers.load import load_pipeline
+
+PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
+OLDER = ["sd15", "sdxl", "sd3", "sana"]
+NEWER = ["flux", "qwen", "zimage", "wan", "wan22"]
+SIZE = dict(  # flags of teachers whose networks have no size of their own
+    flux=dict(size=16),
+    qwen=dict(size=16),
+    zimage=dict(size=16),
+    wan=dict(size=32, frames=5),
+    wan22=dict(size=32, frames=5),
+)
+PACKED = ("flux", "qwen-image")  # adapters whose pipelines work on packed latents
+
+
+def quiet(*text):
+    pass
+
+
+def load(folders, name, prompts=PROMPTS, **options):
+    """The teacher of a tiny pipeline."""
+    options = SIZE.get(name, {}) | options
+    return load_pipeline(
+        str(folders(name)), prompts=prompts, cache=folders.cache, say=quiet, **options
+    )
+
+
+def size_flags(name):
+    """Flags of SIZE for a script."""
+    flags = []
+    for flag, value in SIZE.get(name, {}).items():
+        flags += [f"--{flag}", value]
+    return flags
+
+
+def copy_of(folders, name, tmp_path):
+    """A copy of a tiny pipeline's folder, to be spoilt."""
+    return shutil.copytree(folders(name), tmp_path / "copy")
+
+
+def edit(path, **changes):
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+# ---- the pipelines of diffusers ------------------------------------------------------------------
+
+
+def plain_pipeline(model, folder):
+    """The pipeline in `folder`, loaded by diffusers."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = [part for part, value in index.items() if value == [None, None]]
+    pipe = getattr(diffusers, model.pipeline).from_pretrained(folder, **dict.fromkeys(absent))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **options):
+    """pipe(...) from noise z with guidance w in our convention -> latents as ours, or images."""
+    name = model.adapter
+    height, width = model.image_shape[-2:]
+    packed = name in PACKED
+    if packed:
+        options["true_cfg_scale"] = w
+        if w > 1:
+            options["negative_prompt"] = ["" if name == "flux" else " "] * len(prompts)
+        if name == "flux":
+            options.setdefault("guidance_scale", model.guidance)
+    else:
+        options["guidance_scale"] = w - 1 if name == "z-image" else w
+    if name == "wan":
+        options["num_frames"] = model.frames
+    if name == "sana":
+        options |= dict(complex_human_instruction=None, use_resolution_binning=False)
+    out = pipe(
+        list(prompts),  # a copy: Z-Image's pipeline writes to it
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        latents=pack(z) if packed else z,
+        output_type=output_type,
+        **options,
+    )
+    out = out.frames if name == "wan" else out.images
+    if packed and output_type == "latent":
+        return unpack(out, *z.shape[-2:])
+    return out
+
+
+def as_tensor(image):
+    """A PIL image, or the list of them of a video -> uint8 [3, (frames,) H, W]."""
+    frames = [np.array(frame) for frame in image] if isinstance(image, list) else np.array(image)
+    return torch.from_numpy(np.array(frames)).movedim(-1, 0)
+
+
+# ---- the pipeline's loop with our model ----------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_as_pipeline(model, scheduler, z, cond, steps, w, view=None):
+    """The sampling loop of a pipeline, with `model.guided` in the place of its network.
+
+    view: another schedule, in whose coordinates the model is evaluated where it has the level.
+    -> latents, sigma of the levels that were evaluated in the view
+    """
+    options = {}
+    if model.adapter in ("flux", "qwen-image", "z-image"):  # these pass their own sigmas
+        sigmas = np.linspace(1, 1 / steps, steps)
+        options = dict(sigmas=sigmas, mu=math.log(model.schedule.shift))
+    scheduler.set_timesteps(None if options else steps, **options)
+    x = z * getattr(scheduler, "init_noise_sigma", 1.0)
+    viewed = []
+    for i, t in enumerate(scheduler.timesteps):
+        a, s = level_of(model, scheduler, i, t)
+        if view is not None and reaches(view, a.double(), s):
+            viewed.append(float(s))
+            x0 = guided_in_view(model, view, x, a, s, cond, w)
+        else:
+            x0 = model.guided(x, a, s, cond, w)
+        x0 = x0.double()
+        if model.adapter in ("sd15", "sdxl", "dit-latent"):
+            out = (x.double() - a * x0) / s  # eps
+        else:
+            out = (x.double() - x0) / s  # velocity
+        x = scheduler.step(out.float(), t, x, return_dict=False)[0]
+    return x, viewed
+
+
+def level_of(model, scheduler, i, t):
+    """alpha, sigma of a scheduler's step i at its time t."""
+    if model.adapter == "sdxl":  # Euler's coordinates: alpha is 1
+        return torch.tensor(1.0), scheduler.sigmas[i].double()
+    if model.adapter in ("sd15", "dit-latent"):
+        return model.schedule.alpha(t), model.schedule.sigma(t)
+    # The scheduler's time, not its sigma: the times of SANA and Wan are rounded down to integers.
+    s = t.double() / 1000
+    return 1 - s, s
+
+
+def reaches(schedule, a, s):
+    """Has a schedule this noise level? EDM and VP end before pure noise and before clean data."""
+    t = schedule.t_from_snr((a / s) ** 2)
+    a2, s2 = schedule.alpha(t), schedule.sigma(t)
+    # sine of the angle between (a, s) and (a2, s2), up to the rounding of t to float32
+    return abs(a2 * s - a * s2) < 1e-5 * torch.hypot(a, s) * torch.hypot(a2, s2)
+
+
+def guided_in_view(model, view, x, a, s, cond, w):
+    """model.guided for the same point, scaled into another schedule."""
+    t = view.t_from_snr((a / s) ** 2)
+    a2, s2 = view.alpha(t), view.sigma(t)
+    scale = s2 / s if s > a else a2 / a
+    return model.guided((x * scale).float(), a2, s2, cond, w)
+
+
+def check_other_views(model, theirs, scheduler, z, cond, steps, w):
+    """The samples are the same when the model is evaluated in the coordinates of any schedule."""
+    for view in (Flow(), TrigFlow(), EDM(), VP()):
+        if view.config["name"] == model.schedule.config["name"]:
+            continue
+        x, viewed = sample_as_pipeline(model, scheduler, z, cond, steps, w, view)
+        assert relative(x, theirs) < 1e-5, view.config
+        if isinstance(view, (Flow, TrigFlow)):
+            assert len(viewed) == steps, viewed  # they have every level
+        else:
+            assert len(viewed) >= steps - 2, viewed
+
+
+# ---- students in plain diffusers -----------------------------------------------------------------
+
+
+def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=False):
+    """The plain pipeline with the network, or the LoRA, in `home` makes our sampler's latents.
+
+    The pipeline gets diffusers' Euler scheduler in its stochastic form: dmd2's sampler.
+    """
+    pipe = plain_pipeline(teacher, folders(name))
+    z = torch.randn(2, *teacher.shape)
+    if adapters:
+        pipe.load_lora_weights(home)
+    elif name == "wan22":
+        set_network(pipe, "transformer", teacher, home / "expert-0")
+        set_network(pipe, "transformer_2", teacher, home / "expert-1")
+    else:
+        set_network(pipe, "transformer", teacher, home)
+    options = set_stochastic_scheduler(teacher, pipe, dmd2.step_indices(nfe))
+    torch.manual_seed(5)
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    theirs = run_pipeline(student, pipe, prompts, z, nfe, 1.0, **options)
+
+    def fresh_noise():
+        if teacher.adapter in PACKED:  # drawn in the order of the packed latents
+            return unpack(torch.randn_like(pack(z)), *z.shape[-2:])
+        return torch.randn_like(z)
+
+    cond = teacher.encode([0, 2])
+    torch.manual_seed(5)
+    ours = dmd2.sample(student, z, cond, nfe, fresh_noise, **sampler)
+    assert relative(theirs, ours) < 1e-4
+    torch.manual_seed(5)
+    untrained = dmd2.sample(teacher, z, cond, nfe, fresh_noise)
+    assert relative(untrained, ours) > 1e-3
+
+
+def set_network(pipe, part, teacher, folder):
+    setattr(pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(folder))
+
+
+def set_stochastic_scheduler(model, pipe, steps):
+    """steps: grid indices of the student -> options of the pipeline's call."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=model.schedule.shift, use_dynamic_shifting=False, stochastic_sampling=True
+    )
+    sigmas = [(i + 1) / 1000 for i in steps]
+    if not model.video:
+        return dict(sigmas=sigmas)
+    # WanPipeline passes only a number of steps.
+    set_timesteps = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda n, device=None: set_timesteps(
+        sigmas=sigmas, device=device
+    )
+    return {}
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def draw(path, size=(20, 20), color=(200, 200, 200)):
+    """Writes an RGB image of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def write_captioned(home, n=5):
+    """n images in two folders, image i with the caption "word i" -> home."""
+    for i in range(n):
+        path = home / "deep" / f"{i}.png" if i % 2 else home / f"{i}.jpg"
+        draw(path, (20 + i, 17), (40 * i, 99, 10))
+        path.with_suffix(".txt").write_text(f"word {i}\n")
+    return home
