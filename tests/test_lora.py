@@ -13,9 +13,9 @@ from helpers import pipelines
 from helpers.cases import SCRIPTS
 from helpers.readme import PROMPTS, same_picture
 from helpers.runs import QUICK, close, run_processes, same
+from helpers.teachers import load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_teachers import folders, load  # noqa: F401  the fixture
 
 import dmd2
 import eval as evaluation
@@ -32,7 +32,7 @@ CONVOLUTIONS = dict(ATTENTION, rank=2, alpha=5.0, targets=["conv1", "time_emb_pr
 slow = pytest.mark.slow
 
 
-def teacher_of(name, folders, **kw):  # noqa: F811
+def teacher_of(name, folders, **kw):
     return load_teacher(name) if name in ("mnist", "toy") else load(folders, name, **kw)
 
 
@@ -64,7 +64,7 @@ def saved_model(folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_starts_as_the_teacher_on_the_teachers_own_weights(name, folders):  # noqa: F811
+def test_starts_as_the_teacher_on_the_teachers_own_weights(name, folders):
     teacher = teacher_of(name, folders)
     student, args = teacher.copy(ATTENTION), inputs(teacher)
     if name == "toy":
@@ -87,7 +87,7 @@ def test_starts_as_the_teacher_on_the_teachers_own_weights(name, folders):  # no
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_changes_all_adapters_and_nothing_else(name, folders):  # noqa: F811
+def test_training_changes_all_adapters_and_nothing_else(name, folders):
     teacher = teacher_of(name, folders)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     student, args = teacher.copy(ATTENTION), inputs(teacher)
@@ -119,7 +119,7 @@ def test_training_changes_all_adapters_and_nothing_else(name, folders):  # noqa:
     assert [key for key in after if not torch.equal(after[key], before[key])] == []
 
 
-def test_each_network_has_its_own_adapters(folders):  # noqa: F811
+def test_each_network_has_its_own_adapters(folders):
     teacher = teacher_of("sdxl", folders)
     student, critic = teacher.copy(ATTENTION), teacher.copy(ATTENTION)
     ema, args = EMA(student, 10), inputs(teacher)
@@ -136,7 +136,7 @@ def test_each_network_has_its_own_adapters(folders):  # noqa: F811
     assert torch.equal(critic(*args), first)
 
 
-def test_the_seed_chooses_the_adapters_and_a_state_replaces_them(folders):  # noqa: F811
+def test_the_seed_chooses_the_adapters_and_a_state_replaces_them(folders):
     teacher = teacher_of("sdxl", folders)
     student, args = scramble(teacher.copy(ATTENTION)), inputs(teacher)
     key = next(iter(student.state_dict()))
@@ -148,7 +148,7 @@ def test_the_seed_chooses_the_adapters_and_a_state_replaces_them(folders):  # no
     assert torch.equal(other_seed(*args), student(*args))
 
 
-def test_bf16_base(folders):  # noqa: F811
+def test_bf16_base(folders):
     """On a bf16 teacher, adapters and gradients are float32; the weights go where it goes."""
     teacher = teacher_of("sd3", folders, dtype=torch.bfloat16)
     student, args = teacher.copy(ATTENTION), inputs(teacher)
@@ -161,7 +161,7 @@ def test_bf16_base(folders):  # noqa: F811
     assert {p.dtype for p in student.base} == {torch.float64}
 
 
-def test_scalar_conditions_are_trained_whole(folders):  # noqa: F811
+def test_scalar_conditions_are_trained_whole(folders):
     """The inputs that TwinFlow, flow maps and SANA-Sprint add: modules, saved with the adapters."""
     student = teacher_of("sana", folders).copy(ATTENTION).extend("r")
     added = {key for key, _ in student.named_parameters() if key.startswith("extras.r.")}
@@ -178,7 +178,7 @@ def test_scalar_conditions_are_trained_whole(folders):  # noqa: F811
     [*[(name, ATTENTION) for name in NAMES], ("sd15", CONVOLUTIONS), ("sdxl", CONVOLUTIONS)],
     ids=[*NAMES, "sd15-convolutions", "sdxl-convolutions"],
 )
-def test_file(name, spec, folders, tmp_path):  # noqa: F811
+def test_file(name, spec, folders, tmp_path):
     """A student that is saved and loaded is the same, from a file of adapters only."""
     teacher = teacher_of(name, folders)
     student, args = scramble(teacher.copy(spec).extend("r")), inputs(teacher)
@@ -212,7 +212,7 @@ def test_file(name, spec, folders, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "name, as_lora", [("sdxl", False), ("sdxl", True), ("sd3", False), ("sana", True)]
 )
-def test_readme(name, as_lora, folders, tmp_path):  # noqa: F811
+def test_readme(name, as_lora, folders, tmp_path):
     teacher = load(folders, name, PROMPTS)
     spec = dict(ATTENTION, alpha=3.0) if as_lora else None
     student = scramble(teacher.copy(spec), scale=0.2 if as_lora else 0.02)
@@ -260,7 +260,7 @@ def test_a_lora_of_mnist_in_diffusers_and_peft(tmp_path):
         (dict(targets=["norm"]), "--lora-targets norm"),
     ],
 )
-def test_layers_that_do_not_fit(change, message, folders):  # noqa: F811
+def test_layers_that_do_not_fit(change, message, folders):
     with pytest.raises(UserError, match=message) as e:
         teacher_of("sd15", folders).copy(dict(ATTENTION, **change))
     assert "\n" not in str(e.value)
@@ -306,7 +306,7 @@ def test_contradictions(script, flags, message, capsys):
     assert re.search(message, f"{e.value} {capsys.readouterr().err}")
 
 
-def test_files_that_do_not_fit(folders, tmp_path):  # noqa: F811
+def test_files_that_do_not_fit(folders, tmp_path):
     teacher = teacher_of("sd15", folders)
     teacher.copy(ATTENTION).save(tmp_path, {})
     info = saved_model(tmp_path)
@@ -377,7 +377,7 @@ def forks(scripts):
         *[pytest.param(*case, marks=slow) for case in TO_DIFFUSERS],
     ],
 )
-def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):  # noqa: F811
+def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):
     """From the command line to plain diffusers; eval.py loads the same student.
 
     emoji is the teacher that is shipped.

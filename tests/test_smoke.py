@@ -9,14 +9,11 @@ import json
 
 import diffusers
 import pytest
-import test_teachers_flow
 import torch
 from helpers import pipelines, readme
+from helpers.teachers import NEWER, PROMPTS, SIZE, same_latents, write_captioned
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from test_captions import fill
-from test_teachers import PROMPTS, SIZE, folders  # noqa: F401  the fixture: tiny pipelines
-from test_teachers_class import pictures  # noqa: F401  the fixture: a folder of classes
 
 import dmd2
 from common.teachers.load import load_model, load_teacher
@@ -96,12 +93,12 @@ def inputs(tmp_path_factory):
     home = tmp_path_factory.mktemp("smoke")
     (home / "flow.txt").write_text("\n".join(PROMPTS))
     (home / "readme.txt").write_text("\n".join(readme.PROMPTS))  # starts with README's prompt
-    fill(home / "captioned")
+    write_captioned(home / "captioned")
     return home
 
 
 @pytest.mark.parametrize("case", RUNS, ids=str)
-def test_dmd2(case, folders, pictures, inputs, scripts, tmp_path):  # noqa: F811
+def test_dmd2(case, folders, pictures, inputs, scripts, tmp_path):
     scripts.load(*pipelines.MODULES, "peft", "diffusers.loaders.peft")
     folder = folders(case.name)
     text = text_options(case, inputs)
@@ -122,10 +119,8 @@ def test_dmd2(case, folders, pictures, inputs, scripts, tmp_path):  # noqa: F811
     nfe, sampler = case.nfe, info["sampler"]
     if case.name in CLASS_CONDITIONAL:
         check_in_diffusers(case, teacher, student, home, folder, info)
-    elif case.name in test_teachers_flow.NAMES:
-        test_teachers_flow.same_latents(
-            case.name, nfe, teacher, student, home, folders, sampler, case.lora
-        )
+    elif case.name in NEWER:
+        same_latents(case.name, nfe, teacher, student, home, folders, sampler, case.lora)
     else:
         readme.same_picture(case.name, nfe, teacher, student, home, folder, case.lora, sampler)
 
@@ -135,14 +130,14 @@ def text_options(case, inputs):
     options = dict(SIZE.get(case.name, {}))
     if case.name.startswith("wan") and case.gan:
         options["frames"] = 1  # the real data are pictures
-    if case.name in test_teachers_flow.NAMES:
+    if case.name in NEWER:
         options["prompts"] = str(inputs / "flow.txt")
     elif case.name not in CLASS_CONDITIONAL:
         options["prompts"] = str(inputs / "readme.txt")
     return options
 
 
-def flags_of(case, pictures, inputs, text):  # noqa: F811
+def flags_of(case, pictures, inputs, text):
     flags = ["--cache-prompts", inputs / "cache", "--nfe", case.nfe]
     for name, value in text.items():
         flags += [f"--{name}", value]

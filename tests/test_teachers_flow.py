@@ -321,9 +321,8 @@ def test_checkpointing_changes_nothing(name, folders):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def float64_only(monkeypatch):
-    """Networks, and the view's times, round to float32 here and there: not in this test."""
+def use_float64_only(monkeypatch):
+    """Networks, and the view's times, round to float32 here and there: not from now on."""
     to = torch.Tensor.to
 
     def to_float64(x, *args, **kw):
@@ -335,9 +334,10 @@ def float64_only(monkeypatch):
 
 @pytest.mark.parametrize("along", ["sample", "time"])
 @pytest.mark.parametrize("name", OLDER + ONE_NETWORK)
-def test_forward_derivatives_are_central_differences(name, along, folders, float64_only):
+def test_forward_derivatives_are_central_differences(name, along, folders, monkeypatch):
     """torch.func.jvp in float64, as sana_sprint, twinflow and flowmap need it."""
     model = load(folders, name)
+    use_float64_only(monkeypatch)
     model.net.double()
     cond = {k: v.double() if v.is_floating_point() else v for k, v in model.encode([0, 1]).items()}
     g = torch.Generator().manual_seed(0)
