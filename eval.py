@@ -52,7 +52,7 @@ from common.distributed import gather_rows, init_processes, on_rank0
 from common.errors import UserError, launch, require
 from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
-from common.flags import parse_size
+from common.flags import Help, parse_size
 from common.folder import utc_now
 from common.report import dumps, hardware, save_grid
 from common.sampling import TEACHER_NFE, generate
@@ -89,10 +89,9 @@ HEADINGS = {  # of the table without --compare
 
 
 def parse_args(argv=None):
+    usage = "python eval.py [RUN ...] [--flag value ...]"
     p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, usage=usage, formatter_class=Help, allow_abbrev=False
     )
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
     p.add_argument("runs", nargs="*", help="folders of runs, or their student/")
@@ -100,17 +99,17 @@ def parse_args(argv=None):
     # models
     add = p.add_argument_group("models").add_argument
     add("--teacher", help="a name or folder; with runs: instead of the teacher of distill.json")
-    add("--nfe", help="list of steps: of a student (as trained) or of a teacher alone (16)")
+    add("--nfe", help=f"list of steps of students [as trained] or a teacher [{TEACHER_NFE}]")
     add(
         "--cfg",
-        help="list of guidance scales of teacher rows, u + w (c - u); default: 1 for a teacher "
-        "alone, else the scale of the students' training",
+        help="list of guidance scales w of teacher rows, u + w (c - u) [1 for a teacher alone, "
+        "else those of the students' training]",
     )
     add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
-    add("--prompts", help="text-to-image: file of prompts, one a line; default: of the training")
+    add("--prompts", help="text-to-image: file of prompts, one a line [of the training]")
     add("--cache-prompts", help="folder for their embeddings [out/prompts]")
-    add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH, if not the pipeline's own")
-    add("--frames", type=int, help="frames of a video, if not the pipeline's own")
+    add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH [the pipeline's]")
+    add("--frames", type=int, help="frames of a video [the pipeline's]")
 
     # other things to measure
     add = p.add_argument_group("other rows").add_argument
@@ -124,13 +123,8 @@ def parse_args(argv=None):
         "--best-of",
         type=int,
         help="also the teacher, from the best of this many noises under the student's preview "
-        "(flowmap keeps noise and image paired). What the verifier measures is flattered: "
-        "agreement, and fd in the classifier's features",
-    )
-    add(
-        "--verifier",
-        choices=["classifier"],
-        help="of --best-of: log-probability of the label in the teacher's classifier",
+        "(flowmap keeps noise and image paired): the highest log-probability of the label in the "
+        "teacher's classifier, so agreement and fd, which use it too, are biased",
     )
 
     # the metrics
@@ -151,7 +145,7 @@ def parse_args(argv=None):
         help="samples [5000; with --images: all files]. torchrun has a flag --n: use --samples",
     )
     add("--per-prompt", type=int, help="also `similarity`, from this many images of 8 labels")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the samples' noise")
     add("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...")
     add("--latency", action="store_true", help="also the time of sampling, at batch 1 and --batch")
 
@@ -163,18 +157,18 @@ def parse_args(argv=None):
         "--dtype",
         default="auto",
         choices=["auto", "fp32", "bf16"],
-        help="of the network passes; auto: bf16 on CUDA",
+        help="of the network passes; auto is bf16 on CUDA",
     )
 
     # output
     add = p.add_argument_group("output").add_argument
-    out = ROOT / "out" / "eval.jsonl"
-    add("--out", default=str(out), help="file to which results are appended")
+    add("--out", help="file to which results are appended [out/eval.jsonl]")
     add("--save-images", help="new folder for the samples as PNG: 000000.png, ...")
     add("--grid", help="PNG of 20 samples per row [--compare: compare.png in the folder of --out]")
     compare.add_flags(p.add_argument_group("--compare"))
 
     args = p.parse_args(argv)
+    args.out = args.out or str(ROOT / "out" / "eval.jsonl")
     args.nfe = parse_list("--nfe", args.nfe, int, 1, 1000)
     args.cfg = parse_list("--cfg", args.cfg, float, 0)
     args.teacher_nfe = parse_list("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
@@ -223,37 +217,44 @@ def check_args(args):
             args.inception or args.teacher,
             "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)",
         )
-    require(
-        not (args.ref and args.ref_images),
-        "--ref and --ref-images contradict each other: choose one reference",
-    )
-    require(
-        not args.inception or args.ref or args.ref_images,
-        "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER",
-    )
-    require(
-        args.inception or not (args.resize or args.force_inception),
-        "--resize and --force-inception mean something only with --inception FILE",
-    )
+    if args.ref:
+        require(
+            not args.ref_images,
+            "--ref and --ref-images contradict each other: choose one reference",
+        )
+    if args.inception:
+        require(
+            args.ref or args.ref_images,
+            "--inception: needs a reference, --ref FILE.npz or --ref-images FOLDER",
+        )
+    if args.resize or args.force_inception:
+        require(
+            args.inception,
+            "--resize and --force-inception mean something only with --inception FILE",
+        )
     teacher_rows = args.compare or args.grid or args.best_of
-    require(
-        not args.teacher_nfe or (args.runs and teacher_rows),
-        "--teacher-nfe: only with run folders, and --compare, --grid or --best-of",
-    )
-    require(
-        not (args.runs and (args.cfg or args.heun)) or teacher_rows,
-        "--cfg and --heun are for teacher rows, a student's guidance is trained in: add --compare",
-    )
-    require(
-        not args.best_of or args.runs,
-        "--best-of: expected folders of runs, whose students preview the teacher's noises",
-    )
-    require(not args.verifier or args.best_of, "--verifier: means something only with --best-of")
-    require(
-        not args.compare or args.runs,
-        "--compare: expected folders of runs; "
-        "a teacher alone takes several --nfe and --cfg as they are",
-    )
+    if args.teacher_nfe:
+        require(
+            args.runs and teacher_rows,
+            "--teacher-nfe: only with run folders, and --compare, --grid or --best-of",
+        )
+    if args.runs and (args.cfg or args.heun):
+        require(
+            teacher_rows,
+            "--cfg and --heun are for teacher rows, a student's guidance is trained in: "
+            "add --compare",
+        )
+    if args.best_of:
+        require(
+            args.runs,
+            "--best-of: expected folders of runs, whose students preview the teacher's noises",
+        )
+    if args.compare:
+        require(
+            args.runs,
+            "--compare: expected folders of runs; "
+            "a teacher alone takes several --nfe and --cfg as they are",
+        )
     compare.check_flags(args)
 
 

@@ -651,7 +651,6 @@ def workplace(home, tmp_path, monkeypatch):
         ("--teacher teacher --best-of 4", "--best-of: expected folders of runs"),
         ("dmd2-digits --best-of 1", "--best-of: expected at least 2"),
         ("dmd2-toy --best-of 4", "--best-of: the verifier"),
-        ("dmd2-digits --verifier classifier", "--verifier: means something only with --best-of"),
         ("dmd2-digits --device tpu", "--device"),
         ("dmd2-digits --device cuda", "--device cuda"),
     ],
