@@ -24,7 +24,7 @@ from helpers.source import (
 # two scripts shows only what the methods do differently. A change of one is a change of all.
 FAMILIES = {
     "Head": ["dmd2", "decoupled_dmd", "msd"],
-    "group_norm": ["dmd2", "decoupled_dmd", "msd"],
+    "group_norm": ["dmd2", "decoupled_dmd", "msd", "sana_sprint"],
     "Critic": ["dmd2", "decoupled_dmd", "msd"],
     "step_indices": ["dmd2", "decoupled_dmd"],
     "backward_simulation": ["dmd2", "decoupled_dmd"],
