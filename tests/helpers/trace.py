@@ -135,9 +135,9 @@ class Trace(list):
     def patch_run(self, patch):
         train, step, log = Run.train, Run.step, Run.log
 
-        def recorded_train(run, net):
+        def recorded_train(run, net, **kwargs):
             self.trained.append(net)
-            return train(run, net)
+            return train(run, net, **kwargs)
 
         def recorded_log(run, it, values):
             numbers = {}
