@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from helpers import pipelines
+from helpers.files import edit
 from helpers.teachers import (
     NEWER,
     OLDER,
@@ -15,7 +16,6 @@ from helpers.teachers import (
     as_tensor,
     check_other_views,
     copy_of,
-    edit,
     load,
     noise,
     plain_pipeline,

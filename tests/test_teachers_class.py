@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import pipelines
+from helpers.files import Bomb, edit
 from helpers.teachers import (
-    Bomb,
     check_other_views,
     copy_of,
-    edit,
     noise,
     quiet,
     reaches,

@@ -52,21 +52,6 @@ def copy_of(folders, name, tmp_path):
     return shutil.copytree(folders(name), tmp_path / "copy")
 
 
-def edit(path, **changes):
-    """Changes fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-class Bomb:
-    """Unpickling this creates the file `marker`."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
-
-
 def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
