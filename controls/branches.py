@@ -64,7 +64,6 @@ class Branch(nn.Module):
     """
 
     copies = ""  # for an error message: why there is no choice of blocks
-    backward_share = 1.0  # share of the frozen network that gradients pass through
 
     def attached(self, net, c):
         """Context manager: inside of it `net` is evaluated with the conditions c [B, ...]."""
@@ -88,10 +87,10 @@ class Branch(nn.Module):
 
 
 class TransformerBranch(Branch):
-    """Copies of the last blocks of a transformer, run on tokens of their own: those of the frozen
-    network plus the hint. Each copy adds to its block's output through a zero linear layer.
+    """Copies of the last blocks of a transformer, run on tokens of their own: the frozen network's
+    tokens plus the hint. Each copy adds to its block's output through a zero linear layer.
 
-    The last blocks and not the first, as in ControlNet: there the tokens already represent what
+    ControlNet copies the first blocks instead. In the last ones the tokens already represent what
     the generator is about to make, which has to be compared with the condition (docs/nct.md, 4).
     """
 
@@ -104,7 +103,6 @@ class TransformerBranch(Branch):
                 f"--blocks {blocks}: expected a number from 1 to {total}, the generator's blocks"
             )
         self.first = total - blocks
-        self.backward_share = blocks / total
         self.blocks = trainable_copy(net.transformer_blocks[self.first :])
         for name, p in self.blocks[-1].named_parameters():
             # joint attention: nothing reads the text tokens of the last block
@@ -160,7 +158,7 @@ class UNetBranch(Branch):
                 "--generator: expected a UNet2DModel with a middle block, found one without"
             )
         levels = net.config.block_out_channels
-        widths = [levels[0]]  # channels of the skips: one of conv_in, then those of each level
+        widths = [levels[0]]  # channels of the skips: of conv_in, then of each level
         for i, width in enumerate(levels):
             has_downsampler = i < len(levels) - 1
             widths += [width] * (net.config.layers_per_block + has_downsampler)

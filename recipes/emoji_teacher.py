@@ -1,7 +1,7 @@
 """Trains the `emoji` teachers: small text-to-image models in the formats of diffusers.
 
 The data are 7,562 emoji of 64 x 64 pixels (recipes/emoji_data.py). Each stage starts from what
-earlier stages left in --out. A stage that was interrupted continues with --resume.
+earlier stages left in --out. --resume continues an interrupted stage.
 
 Usage:
     # AutoencoderKL, 64 x 64 x 3 to 16 x 16 x 4
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     add("--lr", type=float)
     add("--seed", type=int, default=0)
     add("--save-minutes", type=float, default=4, help="between checkpoints")
-    add("--resume", action="store_true", help="continue a stage that was interrupted")
+    add("--resume", action="store_true", help="continue an interrupted stage")
     add("--vae-width", type=int, nargs="+", default=[24, 48, 64])
     add("--text-width", type=int, default=128)
     add("--start", help="unet, flow: teacher folder to continue from (unet: and its text encoder)")
@@ -451,8 +451,8 @@ def train_classifier(data, args):
         return F.cross_entropy(logits.float(), data.kind[index], label_smoothing=0.05)
 
     _, seconds = fit("classifier", nets, loss, args.iters or 1000, args.lr or 3e-3, args)
-    # Not the weight average, since batch norm's statistics are those of the network itself. It is
-    # measured with the rounding of its file.
+    # The network and not its weight average, because batch norm has statistics of the network.
+    # Weights are rounded first, as they are in the file.
     cnn = cnn.half().float().eval()
     half = {k: v.half() if v.is_floating_point() else v for k, v in cnn.state_dict().items()}
     save_weights(out / "classifier.safetensors", half)
@@ -588,7 +588,7 @@ def sample_picture(folder, args, steps=25):
     """samples.png: a row of SAMPLE_PROMPTS for each --cfg, by plain diffusers."""
     from diffusers import DiffusionPipeline
 
-    # diffusers loads SD3 without its third encoder only if told so
+    # diffusers loads SD3 without its third text encoder only if its parts are given as None
     index = read_json(folder / "model_index.json")
     absent = {name: None for name, value in index.items() if value == [None, None]}
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
