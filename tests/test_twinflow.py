@@ -328,7 +328,7 @@ def test_eq07_is_about_the_root_mean_square(rms, ratio, tolerance):
 
 
 def rect_gradient(mean, std, a, b, fake=None, n=400_000):
-    """dE L_rect / d(b, a) for one-step samples a z + b and exact velocities, on quasi-random points."""
+    """dE L_rect / d(b, a) for one-step samples a z + b and exact velocities. Quasi-random."""
     real = GaussFlow(mean, std)
     fake = fake or GaussFlow(b, a).velocity
     i = torch.arange(n, dtype=torch.float64) + 0.5
