@@ -74,6 +74,17 @@ def test_eq04_zero_over_zero_is_zero():
     assert torch.equal(g, torch.zeros_like(x))
 
 
+def test_eq04_a_nan_of_the_teacher_stays_a_nan():
+    """So that the step is skipped and counted: as a 0 it would look like a student at rest."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    broken = x.clone().fill_diagonal_(float("nan"))
+    real = Gauss()
+    real.guided = lambda *args: broken
+    levels = f64(0.5, 0.5)
+    g = dmd2.dm_gradient(x, x, levels, levels, {}, real, lambda *args: x, 1.0)[0]
+    assert g.diagonal().isnan().all()
+
+
 def test_eq04_does_not_change_with_the_scale_of_the_data():
     c = 3.7
     x = 0.5 * normal(6, 50)
