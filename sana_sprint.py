@@ -439,7 +439,8 @@ def main():
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(rho=rho, steps=args.steps, cfg=args.cfg if several else None)
     report = Report(run, teacher, ema, sample, sampler)
-    facts = dict(rho=rho, steps=times.tolist(), times=f"{low:.4f} to {high:.4f}")
+    steps = [round(t, 4) for t in times.tolist()]
+    facts = dict(rho=rho, steps=steps, times=f"{low:.4f} to {high:.4f}")
     run.print_summary(images, student=student, heads=heads, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, heads=heads, opt_h=opt_h, log_var=log_var)
