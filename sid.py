@@ -18,13 +18,14 @@ mean over the batch. alpha without an index is --alpha.
     r = mu_real, f = mu_fake at x_t          guided: u + kappa (c - u), kappa_real, kappa_fake   (3)
     L_fake = E lambda_t |f - sg[x]|^2                                                            (4)
     L_sid = E w <r - f, (r - x) - alpha (r - f)>             r, f and x have gradient            (5)
-    w = sg[1 / mean|x - r|]                  "sid_legacy"; or a function of t, see --weight      (6)
+    w = sg[1 / mean|x - r|]                  mean over pixels; or a function of t (--weight)     (6)
     l(x) = mean over the channels of the critic's features of x_t: a logit for each position     (7)
     L_cls = E[omega_t] mean (softplus(l(sg[x])) + softplus(-l(x_real))) / 2                      (8)
     L_adv = E[w] numel(x) mean softplus(-clip(l(x), -10, 10))                                    (9)
     student: s L_sid, with the GAN (s L_sid + w_G L_adv) / 2     critic: L_fake + w_D L_cls     (10)
 
-The rest is published for three kinds of schedules. omega_t is lambda_t in edm, else numel(x).
+The means of (8), (9) are over the batch and positions. omega_t is lambda_t for edm, else numel(x).
+Levels, steps and lambda_t are published for three forms of schedules:
 
     form   t of (4) and (5)                  t_k                   lambda_t is that of          (11)
     vp     t ~ U{20..979} of 1000            int(625 (1 - k/n))    the error of eps
@@ -183,7 +184,7 @@ def parse_args(argv=None):
 
 
 def fill_in(args, form):
-    """Values of the form for all flags that neither the command line nor the preset has set."""
+    """Flags that neither the command line nor the preset has set get the values of the form."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(FORMS[form] | given)
 
@@ -234,7 +235,7 @@ def draw_levels(draw, form, schedule, shift, student_turn):
         t = draw.randint(int(0.02 * schedule.T), int(0.98 * schedule.T))  # (11)
     elif form == "flow":
         t = (math.log(2) + 1.6 * draw.randn().double()).sigmoid()  # (11)
-    elif student_turn:
+    elif student_turn:  # the grid, as a function of a continuous index
         low = schedule.t_min ** (1 / schedule.rho)
         high = schedule.t_max ** (1 / schedule.rho)
         t = (high + (1 - 0.8 * draw.rand()) * (low - high)) ** schedule.rho  # (11)
@@ -254,15 +255,15 @@ def step_times(form, schedule, n, text=None):
 
     text: times given by --steps instead.
     """
-    falling_shares = [1 - k / n for k in range(n)]
+    shares = [1 - k / n for k in range(n)]
     if text is not None:
         times = parse_times(text)
     elif form == "edm":
-        times = [2.5 * u for u in falling_shares]  # (11)
+        times = [2.5 * u for u in shares]  # (11)
     elif form == "vp":
-        times = [float(int(0.625 * schedule.T * u)) for u in falling_shares]  # (11)
+        times = [float(int(0.625 * schedule.T * u)) for u in shares]  # (11)
     else:
-        times = falling_shares  # (11)
+        times = shares  # (11)
     falling = len(times) == n and times == sorted(set(times), reverse=True)
     ok = falling and schedule.t_min < times[-1] and times[0] <= schedule.t_max
     found = f"--nfe {n}" if text is None else f"--steps {text}"
@@ -322,7 +323,7 @@ def fake_loss(prediction, x, weight):
 
 
 def fake_weight(form, alpha, sigma, sigma_data):
-    """lambda_t of (4), [B]: an error of x, weighted, is the loss of networks of this form."""
+    """lambda_t [B], which makes (4) the loss that networks of this form are trained with."""
     prediction = "eps" if form == "vp" else form
     return native_weight(prediction, alpha, sigma, sigma_data)  # (11)
 
@@ -337,13 +338,13 @@ def sid_loss(x, r, f, w, alpha):
 
 
 def sid_weight(kind, x, r, alpha, sigma):
-    """w [B] of (5), without gradient. kind: of --weight."""
+    """w [B] of (5), without gradient. kind: value of --weight."""
     if kind == "sid_legacy":
         return 1 / (x - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5)  # (6)
-    t = sigma / (alpha + sigma)  # time of a flow with the same SNR; its sigma
+    t = sigma / (alpha + sigma)  # time and sigma of a flow at this SNR
     if kind == "1_minus_sigma":
         return 1 - t
-    return 1 / t.clamp(min=1e-5)
+    return 1 / t.clamp(min=1e-5)  # "1_over_sigma"
 
 
 def cls_loss(logit_fake, logit_real, omega):
