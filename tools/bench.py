@@ -14,7 +14,8 @@ heads. After each iteration, one pass of each kind is run bare, that is, the net
 tensors of that size, so that both are measured on the same machine at the same time.
 
     overhead = time of an iteration / time of its bare passes
-    passes: forwards of one batch, counted as in every run (common/passes.py)
+    passes: in forwards of one batch; a backward counts two (common/passes.py). The toy's exact
+            teacher has no network and does not count
 
 On a machine that others use too, OMP_NUM_THREADS=1 and --processor-time measure seconds of the
 processor instead of the clock's.
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.files import ROOT
 from common.memory import peak_memory
 from common.model import Model
-from common.passes import PassCounter
+from common.passes import pass_cost
 from common.run import Run
 from controls.controlled import Controlled
 from tools import random_teachers
@@ -165,10 +166,14 @@ def module_example(module, kind, x):
 
 
 class Recorder:
-    """counts: {Kind: passes} of the current iteration. examples: {Kind: Example}."""
+    """Of the current iteration: counts {Kind: passes}; samples, a forward pass of one is 1.
+
+    examples: {Kind: Example}.
+    """
 
     def __init__(self):
         self.counts = Counter()
+        self.samples = 0
         self.examples = {}
         self.paused = False
 
@@ -180,6 +185,10 @@ class Recorder:
             yield
         finally:
             self.paused = before
+
+    def clear(self):
+        self.counts.clear()
+        self.samples = 0
 
     def note(self, kind, make_example):
         self.counts[kind] += 1
@@ -197,6 +206,7 @@ class Recorder:
                 depths = features if isinstance(features, bool) else tuple(features)
                 kind = Kind("network", mode, len(x_t), depths)
                 self.note(kind, lambda: network_example(model, kind, cond))
+                self.samples += len(x_t) * pass_cost(model.net, [x_t])
             return model_forward(model, x_t, alpha, sigma, cond, features)
 
         def recorded_controlled(model, z, c, cond):
@@ -204,6 +214,7 @@ class Recorder:
                 return controlled_forward(model, z, c, cond)
             kind = Kind("network with branch", mode_of(model.parameters(), z), len(z))
             self.note(kind, lambda: branch_example(model, kind, c, cond))
+            self.samples += len(z) * pass_cost(model, [z])
             with self.pause():  # the generator's pass is a part of this one
                 return controlled_forward(model, z, c, cond)
 
@@ -263,18 +274,16 @@ class Bench:
             start = None
             for it in loop(run, first, last):
                 if start is None:
-                    self.recorder.counts.clear()
-                    counter = PassCounter(run.models)
+                    self.recorder.clear()
                     start = self.now(run.device)
                 yield it
                 if not run.is_last_microstep:
                     continue
                 seconds = self.now(run.device) - start
                 start = None
-                counter.remove()
                 self.peak = max(self.peak, peak_memory(run.device))
-                samples = sum(counter.samples.values())
-                self.after_iteration(run, it, seconds, samples / run.args.batch * run.world)
+                passes = self.recorder.samples / run.args.batch * run.world
+                self.after_iteration(run, it, seconds, passes)
 
         return measured_loop
 
@@ -415,7 +424,10 @@ def run_script(script, flags, wrap):
         try:
             script.main()
         except Measured as measured:
-            return measured.args[0]
+            run = measured.args[0]
+            if run.stopping:
+                sys.exit(128 + run.stopping)
+            return run
         finally:
             Run.loop, Run.finish = loop, original_finish
 
