@@ -307,18 +307,20 @@ def main():
     times = step_times(args.nfe, args.step_shift)
     ends = phase_ends(args.nfe, args.phases)
     starts = phase_starts(args.phases, args.phase_iters)
+    steps_of_phase = list(zip([0, *ends], ends))  # first, last + 1
+    iters_of_phase = list(zip(starts, [*starts[1:], args.iters]))
     grid = Flow(args.shift).grid(N)
     lowest = [lowest_level(grid, times[end]) for end in ends]
     grid = grid.to(run.device)
 
-    # Networks: all experts and the critic start as the teacher. At the level s_k itself begins the
-    # next expert's first step.
+    # Networks: experts and critic start as the teacher. The step at the level s_k itself belongs to
+    # the next expert.
     table = [float(times[end] / (1 - times[end])) for end in ends[:-1]]
     experts = [net.copy(args.lora) for net in starts_as(teacher, times, ends)]
     student = ByLevel(experts, table)
     critic = teacher.copy(args.lora_fake)
-    critic_ddp = run.train(critic)
-    opt_g = adamw(student, args.lr, args)  # skips experts without gradient
+    critic_ddp = run.train(critic)  # DDP around it; called wherever gradients flow
+    opt_g = adamw(student, args.lr, args)  # leaves experts without gradient as they are
     opt_c = adamw(critic, args.lr_fake, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, dict(step_shift=args.step_shift))
@@ -337,13 +339,14 @@ def main():
     first = run.resume(state)
     it = first - 1
     for it in run.loop(first, args.iters):
-        # Phase, from 0: steps begin..end - 1, iterations start..stop - 1.
+        # The phase, from 0, its steps begin..end - 1 and its iterations start..stop - 1.
         k = sum(it >= start for start in starts) - 1
-        begin, end = [0, *ends][k], ends[k]
-        start, stop = starts[k], [*starts, args.iters][k + 1]
+        begin, end = steps_of_phase[k]
+        start, stop = iters_of_phase[k]
         s = times[end]
 
-        # A new phase. Experts become their averages, which sampling uses; the critic starts again.
+        # A new phase. Experts become their averages, which sampling uses; the critic starts as the
+        # teacher again.
         if it == start and it > 0 and run.microstep == 0:
             student.load_state_dict(ema.model.state_dict())
             fresh = teacher.copy(args.lora_fake) if args.lora_fake else teacher
@@ -351,7 +354,7 @@ def main():
             opt_c.state.clear()
         if it in (first, start) and run.microstep == 0:
             expert = student.experts[k]
-            expert_ddp = run.train(expert)  # the only expert that gets gradients in this phase
+            expert_ddp = run.train(expert)  # the only one that gets gradients in this phase
 
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake), span=(start, stop))
@@ -362,7 +365,8 @@ def main():
             """x_t with its levels t [B] and its noise."""
             t = grid[draw.randint(lowest[k], N)]
             eps = draw.randn_like(x_s)
-            return add_noise(x_s, *transition(t, s), eps), t, eps  # (3)
+            a, h = transition(t, s)
+            return add_noise(x_s, a, h, eps), t, eps  # (3)
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = (it - start) % args.ratio == 0
