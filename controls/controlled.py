@@ -177,7 +177,7 @@ def load_controlled(folder, info, teacher=None):
     home, own = read_student(folder / "generator")
     generator = load_model(home, own["model"], teacher).requires_grad_(False)
     control = Control(config["name"], generator, teacher, config["factor"], config.get("folder"))
-    model = make_controlled(generator, own, sampler_of(home, own), control, info["blocks"])
+    model = make_controlled(generator, own, sampler_of(home, own), control, info.get("blocks"))
     model.branch.load(folder)
     model.folder = folder
     return model
