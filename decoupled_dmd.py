@@ -64,7 +64,7 @@ N = 1000  # noise levels of the grid
 LEVELS = ["hybrid", "full", "constrained", "shared"]
 REGULARISERS = ["dm", "moments", "none"]
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [C] DMD2's code, on which the paper builds, [O] ours, measured in docs/RESULTS.md
 FOUR_STEPS = dict(  # SDXL [C]
     cfg=8.0,
@@ -179,7 +179,7 @@ class Head(nn.Module):
         side = min(feature.shape[2:])
         while side > 4:  # halve down to 4 x 4
             layers += [nn.Conv2d(c, c, 4, stride=2, padding=1), group_norm(c), nn.SiLU()]
-            side = (side - 2) // 2 + 1
+            side //= 2
         layers += [nn.Conv2d(c, c, side, stride=side), group_norm(c), nn.SiLU()]
         layers += [nn.Conv2d(c, 1, 1)]
         self.layers = nn.Sequential(*layers)
@@ -189,17 +189,17 @@ class Head(nn.Module):
 
 
 def group_norm(c):
-    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
-    return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
+    """Up to 32 groups of at least 4 channels: at 1 x 1, a group of one number would become 0."""
+    return nn.GroupNorm(math.gcd(32, max(c // 4, 1), c), c)
 
 
 class Critic(nn.Module):
     """f and the head in one module, so that one DDP wrapper averages both gradients."""
 
-    def __init__(self, fake, head=None):
+    def __init__(self, fake):
         super().__init__()
         self.fake = fake
-        self.head = head
+        self.head = None  # with --gan
 
     def forward(self, x_t, alpha, sigma, cond, logit=False):
         if logit:
@@ -229,13 +229,13 @@ def step_indices(n, text=None):
     return indices
 
 
-def backward_simulation(student, schedule, times, k, cond, noise):
+def backward_simulation(student, schedule, times, k, cond, z, noise):
     """Input of step k: the student's own sampler, run for k steps without gradient.
 
-    times: of the steps, falling. noise(): fresh unit noise [B, *shape].
+    times: of all steps, falling. z: unit noise [B, *shape], the first; noise(): more of it.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    x_in = initial_noise(schedule, times[0], noise())
+    x_in = initial_noise(schedule, times[0], z)
     with torch.no_grad():
         for j in range(k):
             xhat = student(x_in, alpha[j], sigma[j], cond)
@@ -251,15 +251,8 @@ def sample(student, z, cond, nfe, noise, steps=None):
     """
     schedule = student.schedule
     times = schedule.grid(N)[step_indices(nfe, steps)]
-    all_noise = chain_noise(z, noise)
-    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, all_noise)
+    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, z, noise)
     return student(x_in, schedule.alpha(times[-1]), schedule.sigma(times[-1]), cond)
-
-
-def chain_noise(z, noise):
-    """A noise() that gives z first."""
-    first = [z]
-    return lambda: first.pop() if first else noise()
 
 
 # ---- noise levels of the two terms ---------------------------------------------------------------
@@ -416,7 +409,7 @@ def main():
             features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
         critic.head = run.to_device(Head(features[-1]))
-    student_ddp = run.train(student)  # DDP around both; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around both; for passes that train weights
     critic_ddp = run.train(critic)
     opt_g = adamw(student, args.lr, args)
     opt_c = adamw(critic, args.lr_fake, args)
@@ -426,7 +419,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
@@ -442,10 +435,10 @@ def main():
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = it % args.ratio == 0
-        k = draw.shared_randint(0, args.nfe)  # the same on all processes
+        k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
         noise = lambda: draw.randn(*shape)
-        x_in = backward_simulation(student, schedule, times, k, cond, noise)
+        x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
         if student_turn:
             x = student_ddp(x_in, alpha_k, sigma_k, cond)  # (1)
         else:
@@ -476,7 +469,8 @@ def main():
             logs |= dict(ca=0.5 * g_ca.square().mean(), dm=0.5 * g_dm.square().mean())
             logs |= dict(norm_ca=n_ca.mean(), norm_dm=n_dm.mean())
             logs |= dict(cos=F.cosine_similarity(g_ca.flatten(1), g_dm.flatten(1)).mean())
-            logs |= dict(grad_student=run.step(opt_g, args.clip))
+            grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+            logs |= dict(grad_student=grad_student)
             ema.update(run.images_stepped)
             critic.requires_grad_(True)
 
@@ -500,7 +494,8 @@ def main():
                 logs |= dict(cls=loss_cls)
                 logs |= dict(logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
             loss.backward()
-            logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip))
+            grad_critic = run.step(opt_c, args.clip)
+            logs |= dict(fake=loss_fake, grad_critic=grad_critic)
 
         run.after(it, logs, state, report)
 

@@ -5,18 +5,19 @@ noise added, have the same distribution as the teacher's: the gradient of the KL
 the two is a difference of two denoisers, the frozen teacher ("real") and a critic ("fake") that is
 trained all the while on the student's own samples. The critic takes --ratio steps per student step,
 which makes the regression loss of the first DMD unnecessary. A GAN head on the critic's features
-(--gan) corrects what the teacher itself gets wrong. It is the only part that needs real images.
+(--gan) corrects what the teacher itself gets wrong, from real images.
 
 Notation: x_t = alpha_t x + sigma_t eps; mu(x_t, t, c) is a network's estimate of the clean x; c is
-the label or prompt; w is the guidance scale --cfg; sg[] stops gradients. All times t are indices
-into a grid of 1000 noise levels, from data to noise.
+the label or prompt; sg[] stops gradients. All times t are indices into a grid of 1000 noise levels,
+from data to noise. n is --nfe; t_k are the levels of its steps, from noise to data.
 
     x = G(x_in, t_k, c)                      k ~ U{0..n-1}, one draw for the whole batch         (1)
-    x_in = alpha_k xhat + sigma_k eps        xhat: the student's own output after k steps        (2)
-    r = mu_real(x_t, t, c), with guidance    f = mu_fake(x_t, t, c), without                     (3)
+    x_in = alpha_k xhat + sigma_k eps        xhat: its output after k steps; k = 0: pure noise   (2)
+    r = mu_real(x_t, t, c), guided (--cfg)   f = mu_fake(x_t, t, c), not guided                  (3)
     g = (f - r) / mean|x - r|                mean over the pixels of a sample; t ~ U{20..980}    (4)
     L_dm = 1/2 mean (x - sg[x - g])^2        so that dL_dm/dx = g / numel(x)                     (5)
-    L_fake = mean lambda_t (mu_fake(x_t, t, c) - sg[x])^2     t ~ U{0..999}                      (6)
+    L_fake = mean lambda_t (mu_fake(x_t, t, c) - sg[x])^2     t ~ U{0..999}; lambda_t: the       (6)
+                                         weight with which the teacher was trained
     l(x) = head(critic features of x_t)      t ~ U{0..999}                                       (7)
     L_gen = mean softplus(-l(x))                                                                 (8)
     L_cls = mean softplus(l(sg[x])) + mean softplus(-l(x_real))                                  (9)
@@ -50,7 +51,7 @@ from common.teachers.students import start_from
 
 N = 1000  # noise levels of the grid
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
 IMAGENET64 = dict(  # EDM on ImageNet-64 [P, C]
     cfg=1.0,
@@ -177,7 +178,7 @@ class Head(nn.Module):
         side = min(feature.shape[2:])
         while side > 4:  # halve down to 4 x 4
             layers += [nn.Conv2d(c, c, 4, stride=2, padding=1), group_norm(c), nn.SiLU()]
-            side = (side - 2) // 2 + 1
+            side //= 2
         layers += [nn.Conv2d(c, c, side, stride=side), group_norm(c), nn.SiLU()]
         layers += [nn.Conv2d(c, 1, 1)]
         self.layers = nn.Sequential(*layers)
@@ -187,17 +188,17 @@ class Head(nn.Module):
 
 
 def group_norm(c):
-    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
-    return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
+    """Up to 32 groups of at least 4 channels: at 1 x 1, a group of one number would become 0."""
+    return nn.GroupNorm(math.gcd(32, max(c // 4, 1), c), c)
 
 
 class Critic(nn.Module):
     """mu_fake and the head in one module, so that one DDP wrapper averages both gradients."""
 
-    def __init__(self, fake, head=None):
+    def __init__(self, fake):
         super().__init__()
         self.fake = fake
-        self.head = head
+        self.head = None  # with --gan
 
     def forward(self, x_t, alpha, sigma, cond, logit=False):
         if logit:
@@ -227,13 +228,13 @@ def step_indices(n, text=None):
     return indices
 
 
-def backward_simulation(student, schedule, times, k, cond, noise):
+def backward_simulation(student, schedule, times, k, cond, z, noise):
     """Input of step k: the student's own sampler, run for k steps without gradient.
 
-    times: of the steps, falling. noise(): fresh unit noise [B, *shape].
+    times: of all steps, falling. z: unit noise [B, *shape], the first; noise(): more of it.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    x_in = initial_noise(schedule, times[0], noise())
+    x_in = initial_noise(schedule, times[0], z)
     with torch.no_grad():
         for j in range(k):
             xhat = student(x_in, alpha[j], sigma[j], cond)
@@ -249,15 +250,8 @@ def sample(student, z, cond, nfe, noise, steps=None):
     """
     schedule = student.schedule
     times = schedule.grid(N)[step_indices(nfe, steps)]
-    all_noise = chain_noise(z, noise)
-    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, all_noise)
+    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, z, noise)
     return student(x_in, schedule.alpha(times[-1]), schedule.sigma(times[-1]), cond)
-
-
-def chain_noise(z, noise):
-    """A noise() that gives z first."""
-    first = [z]
-    return lambda: first.pop() if first else noise()
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -272,7 +266,7 @@ def dm_gradient(x, x_t, alpha, sigma, cond, real, fake, cfg):
     r = real.guided(x_t, alpha, sigma, cond, cfg)  # (3)
     f = fake(x_t, alpha, sigma, cond)  # (3)
     norm = (x - r).abs().flatten(1).mean(1)  # [B]
-    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; a nan stays, so that the step is skipped
+    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; after a nan, run.step skips the step
     g = (f - r) / safe.view(-1, *[1] * (x.ndim - 1))  # (4)
     return g, r, f, norm
 
@@ -305,7 +299,8 @@ def main():
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
     schedule, shape = teacher.schedule, teacher.shape
 
-    # Noise levels: those of the student's steps, and the grid from which all others are drawn.
+    # Noise levels: those of the student's steps, and the grid from which all others are drawn,
+    # which --shift moves.
     indices = step_indices(args.nfe, args.step_indices)
     grid = schedule.grid(N)
     times = grid[indices]
@@ -327,7 +322,7 @@ def main():
             features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
         critic.head = run.to_device(Head(features[-1]))
-    student_ddp = run.train(student)  # DDP around both; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around both; for passes that train weights
     critic_ddp = run.train(critic)
     opt_g = adamw(student, args.lr, args)
     opt_c = adamw(critic, args.lr_fake, args)
@@ -337,7 +332,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
@@ -353,11 +348,11 @@ def main():
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = it % args.ratio == 0
-        k = draw.shared_randint(0, args.nfe)  # the same on all processes
+        k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
         if args.sim == "backward" or k == 0:
             noise = lambda: draw.randn(*shape)
-            x_in = backward_simulation(student, schedule, times, k, cond, noise)
+            x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
         else:  # the paper's ablation
             x_in, cond = add_noise(x_real, alpha_k, sigma_k, draw.randn(*shape)), cond_real
         if student_turn:
@@ -379,7 +374,8 @@ def main():
                 loss = loss + args.gan_weight * loss_gen  # (10)
                 logs |= dict(gen=loss_gen)
             loss.backward()
-            logs |= dict(dm=loss_dm, grad_student=run.step(opt_g, args.clip), dm_norm=norm.mean())
+            grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+            logs |= dict(dm=loss_dm, grad_student=grad_student, dm_norm=norm.mean())
             logs |= dict(real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean())
             ema.update(run.images_stepped)
             critic.requires_grad_(True)
@@ -401,7 +397,8 @@ def main():
             loss = loss + args.cls_weight * loss_cls  # (10)
             logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
         loss.backward()
-        logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip))
+        grad_critic = run.step(opt_c, args.clip)
+        logs |= dict(fake=loss_fake, grad_critic=grad_critic)
         logs |= dict(mean=x.mean(), std=x.std())
 
         run.after(it, logs, state, report)

@@ -56,7 +56,7 @@ from common.teachers.load import load_teacher
 AT_END = 0.1  # share of the durations in (5) that are exactly 1, the others are uniform [O]
 T_LEAST = 1e-3  # no network is evaluated at smaller t: (1) is 0 / 0 at t = 0
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [F] MeanFlow in NVlabs/FastGen, [O] ours, measured in docs/RESULTS.md
 IMAGENET256 = dict(  # SiT-XL/2 on ImageNet-256
     cfg=1.5,  # the released students were sampled with it [P]
@@ -424,7 +424,7 @@ def main():
     if low < high:
         student.extend("guidance")
         aux.extend("guidance")
-    student_ddp = run.train(student)  # DDP around both; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around both; for passes that train weights
     aux_ddp = run.train(aux)
     opt_g = adamw(student, args.lr, args)
     opt_aux = adamw(aux, args.lr_fake, args)
@@ -441,7 +441,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, aux=aux, opt_aux=opt_aux)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_aux, args.lr_fake))
@@ -477,7 +477,8 @@ def main():
             g[corrected] = lam * e
             logs |= {"correction": mean_square(e).mean(), "lambda": lam}
         student_loss(u_avg, g).backward()
-        logs |= dict(grad_student=run.step(opt_g, args.clip))
+        grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+        logs |= dict(grad_student=grad_student)
         ema.update(run.images_stepped)
 
         # Aux, on new images of the student.
@@ -492,7 +493,8 @@ def main():
             prediction = velocity(aux_ddp, schedule, x_r, r, cond | guidance_input(w, r))
             loss = aux_loss(prediction, x, n)
             loss.backward()
-            logs |= dict(aux=loss, std=x.std(), grad_critic=run.step(opt_aux, args.clip))
+            grad_critic = run.step(opt_aux, args.clip)
+            logs |= dict(aux=loss, std=x.std(), grad_critic=grad_critic)
 
         run.after(it, logs, state, report)
 

@@ -54,7 +54,7 @@ from common.teachers.load import load_teacher
 N = 1000  # noise levels of the grid
 STAGES = ("tsm", "dm", "adm")
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [D] DMD2's, [O] ours, measured in docs/RESULTS.md
 IMAGENET64 = dict(  # EDM on ImageNet-64
     students=4,  # [P]
@@ -182,7 +182,7 @@ class Head(nn.Module):
         side = min(feature.shape[2:])
         while side > 4:  # halve down to 4 x 4
             layers += [nn.Conv2d(c, c, 4, stride=2, padding=1), group_norm(c), nn.SiLU()]
-            side = (side - 2) // 2 + 1
+            side //= 2
         layers += [nn.Conv2d(c, c, side, stride=side), group_norm(c), nn.SiLU()]
         layers += [nn.Conv2d(c, 1, 1)]
         self.layers = nn.Sequential(*layers)
@@ -192,17 +192,17 @@ class Head(nn.Module):
 
 
 def group_norm(c):
-    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
-    return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
+    """Up to 32 groups of at least 4 channels: at 1 x 1, a group of one number would become 0."""
+    return nn.GroupNorm(math.gcd(32, max(c // 4, 1), c), c)
 
 
 class Critic(nn.Module):
     """mu_fake and the head in one module, so that one DDP wrapper averages both gradients."""
 
-    def __init__(self, fake, head=None):
+    def __init__(self, fake):
         super().__init__()
         self.fake = fake
-        self.head = head
+        self.head = None  # with --gan
 
     def forward(self, x_t, alpha, sigma, cond, logit=False):
         if logit:
@@ -277,7 +277,7 @@ def dm_gradient(x, x_t, alpha, sigma, cond, real, fake, cfg):
     r = real.guided(x_t, alpha, sigma, cond, cfg)  # (4)
     f = fake(x_t, alpha, sigma, cond)  # (4)
     norm = (x - r).abs().flatten(1).mean(1)  # [B]
-    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; a nan stays, so that the step is skipped
+    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; after a nan, run.step skips the step
     g = (f - r) / safe.view(-1, *[1] * (x.ndim - 1))  # (5)
     return g, r, f, norm
 
@@ -385,7 +385,7 @@ def main():
         "--resume: the students' turns follow from --iters, --students, --tsm and --adm: "
         "give those of the run's start",
     )
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         piece = piece_at(pieces, it)
         start, end, k, stage = piece
@@ -434,7 +434,8 @@ def main():
             target = teacher(x_t, alpha, sigma, cond_real)
             loss = tsm_loss(prediction, target, teacher.native_loss_weight(alpha, sigma))
             loss.backward()
-            logs |= dict(tsm=loss, grad_student=run.step(opt_g, args.clip))
+            grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+            logs |= dict(tsm=loss, grad_student=grad_student)
             logs |= dict(student=k, stage=STAGES.index(stage))
             ema.update(run.images_stepped)
             run.after(it, logs, state, report)
@@ -463,7 +464,8 @@ def main():
                 loss = loss + args.gan_weight * loss_gen  # (11)
                 logs |= dict(gen=loss_gen)
             loss.backward()
-            logs |= dict(dm=loss_dm, grad_student=run.step(opt_g, args.clip), dm_norm=norm.mean())
+            grad_student = run.step(opt_g, args.clip)
+            logs |= dict(dm=loss_dm, grad_student=grad_student, dm_norm=norm.mean())
             logs |= dict(real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean())
             ema.update(run.images_stepped)
             critic.requires_grad_(True)
@@ -485,7 +487,8 @@ def main():
             loss = loss + args.cls_weight * loss_cls  # (11)
             logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
         loss.backward()
-        logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip))
+        grad_critic = run.step(opt_c, args.clip)
+        logs |= dict(fake=loss_fake, grad_critic=grad_critic)
         logs |= dict(mean=x.mean(), std=x.std(), student=k, stage=STAGES.index(stage))
 
         run.after(it, logs, state, report)

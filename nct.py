@@ -59,7 +59,7 @@ from controls.controlled import hash_model, load_controlled, load_generator, mak
 from controls.maps import Control
 from controls.measure import control_error, control_rows, control_summary
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [O] ours: the paper gives no N, k, d, w, lambda or length of training
 FOLDER = dict(
     cfg=None,  # of the teacher's row in pictures: the generator's
@@ -295,7 +295,7 @@ def main():
     student = make_controlled(generator, info, generator_sample, control, args.blocks)
     if args.grad_checkpoint:
         student.checkpoint_activations()
-    student_ddp = run.train(student)  # DDP around it; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     what = json.dumps([control.config(), hash_model(generator)])
@@ -313,7 +313,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, multiplier=multiplier)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
@@ -331,7 +331,8 @@ def main():
         loss = total_loss(con, bound, args.con_weight, multiplier.value)
         loss.backward()
         logs = dict(con=con.mean(), bound=bound.mean(), loss=loss)
-        logs |= dict(grad_student=run.step(opt_g, args.clip))
+        grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+        logs |= dict(grad_student=grad_student)
         multiplier.update(bound.mean(), run.world, args.accumulate)
         if run.is_last_microstep:
             logs |= dict(multiplier=multiplier.value)

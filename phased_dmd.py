@@ -50,7 +50,7 @@ from common.teachers.load import load_teacher
 
 N = 1000  # noise levels of the grid
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
 WAN = dict(
     cfg=4.0,  # [C]
@@ -256,7 +256,7 @@ def dm_gradient(x, x_t, alpha, sigma, cond, real, fake, cfg):
     r = real.guided(x_t, alpha, sigma, cond, cfg)  # (6)
     f = fake(x_t, alpha, sigma, cond)  # (6)
     norm = (x - r).abs().flatten(1).mean(1)  # [B]
-    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; a nan stays, so that the step is skipped
+    safe = norm.where(norm != 0, math.inf)  # 0 / 0 is 0; after a nan, run.step skips the step
     g = (f - r) / safe.view(-1, *[1] * (x.ndim - 1))  # (7)
     return g, r, f, norm
 
@@ -337,7 +337,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         # The phase, from 0, its steps begin..end - 1 and its iterations start..stop - 1.
         k = sum(it >= start for start in starts) - 1
@@ -386,7 +386,8 @@ def main():
                 g = paper_gradient(r, f, t, s)
             loss = dm_loss(x_s, g)
             loss.backward()
-            logs |= dict(dm=loss, grad_student=run.step(opt_g, args.clip), dm_norm=norm.mean())
+            grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+            logs |= dict(dm=loss, grad_student=grad_student, dm_norm=norm.mean())
             logs |= dict(real_gap=(x0 - r).square().mean(), fake_gap=(x0 - f).square().mean())
             ema.update(run.images_stepped)
 
@@ -397,7 +398,8 @@ def main():
         weight = fake_weight(t, s) * teacher.native_loss_weight(1 - t, t)
         loss = fake_loss(critic_ddp(x_t, 1 - t, t, cond), target, weight)
         loss.backward()
-        logs |= dict(fake=loss, grad_critic=run.step(opt_c, args.clip))
+        grad_critic = run.step(opt_c, args.clip)
+        logs |= dict(fake=loss, grad_critic=grad_critic)
         logs |= dict(mean=x_s.mean(), std=x_s.std())
 
         run.after(it, logs, state, report)

@@ -58,7 +58,7 @@ SD = 0.5  # only its ratio to the 0.1 of (7) matters
 TRIG = TrigFlow(1.0)
 DEPTHS = (0.1, 0.4, 0.7, 0.95)  # of the features in (10); blocks 2, 8, 14, 19 of 20 [C]
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
 SANA = dict(  # [P], but H, clip, warmup [C]; CAME is the optimiser there
     cfg=4.5,
@@ -209,8 +209,8 @@ class Head(nn.Module):
 
 
 def group_norm(c):
-    """32 groups, fewer where a group would have less than 4 channels: at 1 x 1 it would vanish."""
-    return nn.GroupNorm(math.gcd(32, max(c // 4, 1)), c)
+    """Up to 32 groups of at least 4 channels: at 1 x 1, a group of one number would become 0."""
+    return nn.GroupNorm(math.gcd(32, max(c // 4, 1), c), c)
 
 
 class Heads(nn.ModuleList):
@@ -447,7 +447,7 @@ def main():
     if teacher is not loaded:
         state["teacher"] = teacher  # its fitted time embedding
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_h, args.lr_fake))
@@ -496,7 +496,8 @@ def main():
             heads.requires_grad_(True)
         loss.backward()
         run.average_gradients(trained.parameters())
-        logs |= dict(grad_student=run.step(opt_g, args.clip))
+        grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+        logs |= dict(grad_student=grad_student)
         ema.update(run.images_stepped)
 
         # Heads, on other images. Fake and real have the same levels.
@@ -513,7 +514,8 @@ def main():
             loss_heads = heads_loss(logit_fake, logit_real)
             loss_heads.backward()
             run.average_gradients(heads.parameters())
-            logs |= dict(heads=loss_heads, grad_heads=run.step(opt_h, args.clip))
+            grad_heads = run.step(opt_h, args.clip)
+            logs |= dict(heads=loss_heads, grad_heads=grad_heads)
             logs |= dict(logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
 
         run.after(it, logs, state, report)

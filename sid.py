@@ -15,17 +15,19 @@ mean over the batch. alpha without an index is --alpha.
 
     x = G(x_in, t_k, c)                      k ~ U{0..n-1}, one draw for the whole batch         (1)
     x_in = alpha_k xhat + sigma_k eps        xhat: the student's own output after k steps        (2)
-    r = mu_real, f = mu_fake at x_t          guided: u + kappa (c - u), kappa_real, kappa_fake   (3)
+    r = mu_real, f = mu_fake at x_t, both guided: mu(null) + kappa (mu(c) - mu(null))            (3)
     L_fake = E lambda_t |f - sg[x]|^2                                                            (4)
     L_sid = E w <r - f, (r - x) - alpha (r - f)>             r, f and x have gradient            (5)
-    w = sg[1 / mean|x - r|]                  mean over pixels; or a function of t (--weight)     (6)
+    w = sg[1 / mean|x - r|]                  mean over pixels. Or, with t = sigma / (alpha +     (6)
+                                         sigma), 1 - t or 1 / t (--weight)
     l(x) = mean over the channels of the critic's features of x_t: a logit for each position     (7)
     L_cls = E[omega_t] mean (softplus(l(sg[x])) + softplus(-l(x_real))) / 2                      (8)
     L_adv = E[w] numel(x) mean softplus(-clip(l(x), -10, 10))                                    (9)
     student: s L_sid, with the GAN (s L_sid + w_G L_adv) / 2     critic: L_fake + w_D L_cls     (10)
 
 The means of (8), (9) are over the batch and positions. omega_t is lambda_t for edm, else numel(x).
-Levels, steps and lambda_t are published for three forms of schedules:
+Until --gan-warmup images, the student waits; until twice that, its loss is s L_sid. The official
+code has levels, steps and lambda_t for three forms of schedules:
 
     form   t of (4) and (5)                  t_k                   lambda_t is that of          (11)
     vp     t ~ U{20..979} of 1000            int(625 (1 - k/n))    the error of eps
@@ -59,7 +61,7 @@ from common.run import Run
 from common.schedules import Flow, add_noise, native_weight
 from common.teachers.load import load_teacher
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [C] official code, [O] ours, measured in docs/RESULTS.md
 CIFAR10 = dict(  # EDM on CIFAR-10 [C]: 500M images
     cfg=1.0,
@@ -123,12 +125,12 @@ PRESETS = {
     "emoji-flow": EMOJI,
 }
 
-# What is published for each form of (11) [C]; flags and presets override it.
+# What the official code has for each form of (11) [C], where neither flag nor preset says more.
 FORMS = {
     "edm": dict(
         weight="sid_legacy",
         scale=100.0,  # s in (10)
-        drop=0.0,  # share of samples without condition in the turn of a guided critic
+        drop=0.0,  # share of conditions dropped while a guided critic is trained
         gan_weight=0.01,
         gan_warmup=100_000,
     ),
@@ -280,13 +282,13 @@ def parse_times(text):
         return []
 
 
-def backward_simulation(student, schedule, times, k, cond, noise):
+def backward_simulation(student, schedule, times, k, cond, z, noise):
     """Input of step k: the student's own sampler, run for k steps without gradient.
 
-    times: of the steps, falling. noise(): fresh unit noise [B, *shape].
+    times: of all steps, falling. z: unit noise [B, *shape], the first; noise(): more of it.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    x_in = sigma[0] * noise()  # not initial_noise: in vp, t = 625 is below pure noise
+    x_in = sigma[0] * z  # not initial_noise: in vp, t = 625 is below pure noise
     with torch.no_grad():
         for j in range(k):
             xhat = student(x_in, alpha[j], sigma[j], cond)
@@ -302,15 +304,8 @@ def sample(student, z, cond, nfe, noise, steps=None):
     """
     form, schedule = form_of(student.schedule)
     times = step_times(form, schedule, nfe, steps)
-    all_noise = chain_noise(z, noise)
-    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, all_noise)
+    x_in = backward_simulation(student, schedule, times, nfe - 1, cond, z, noise)
     return student(x_in, schedule.alpha(times[-1]), schedule.sigma(times[-1]), cond)
-
-
-def chain_noise(z, noise):
-    """A noise() that gives z first."""
-    first = [z]
-    return lambda: first.pop() if first else noise()
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -323,17 +318,17 @@ def fake_loss(prediction, x, weight):
 
 
 def fake_weight(form, alpha, sigma, sigma_data):
-    """lambda_t [B], which makes (4) the loss that networks of this form are trained with."""
+    """lambda_t [B]: turns the square error of x into that of eps or velocity, or EDM's loss."""
     prediction = "eps" if form == "vp" else form
     return native_weight(prediction, alpha, sigma, sigma_data)  # (11)
 
 
-def sid_loss(x, r, f, w, alpha):
-    """All of x, r, f [B, *shape] with graph: r and f are functions of x.
+def sid_loss(x, r, f, w, sid_alpha):
+    """All of x, r, f [B, *shape] with graph: r and f are functions of x. sid_alpha: --alpha.
 
-    At alpha = 1 the value is expected near 0 with either sign, and does not show progress.
+    At 1 the value is expected near 0 with either sign, and does not show progress.
     """
-    product = (r - f) * ((r - x) - alpha * (r - f))
+    product = (r - f) * ((r - x) - sid_alpha * (r - f))
     return (w.to(x.dtype) * product.flatten(1).sum(1)).mean()  # (5)
 
 
@@ -341,10 +336,10 @@ def sid_weight(kind, x, r, alpha, sigma):
     """w [B] of (5), without gradient. kind: value of --weight."""
     if kind == "sid_legacy":
         return 1 / (x - r).detach().abs().flatten(1).mean(1).clamp(min=1e-5)  # (6)
-    t = sigma / (alpha + sigma)  # time and sigma of a flow at this SNR
+    t = sigma / (alpha + sigma)  # (6); time and sigma of a flow at this SNR
     if kind == "1_minus_sigma":
         return 1 - t
-    return 1 / t.clamp(min=1e-5)  # "1_over_sigma"
+    return 1 / t.clamp(min=1e-5)  # 1_over_sigma
 
 
 def cls_loss(logit_fake, logit_real, omega):
@@ -388,7 +383,7 @@ def main():
     images = load_images(args.data, teacher, run.print) if args.gan else None
     student = teacher.copy(args.lora)
     critic = Critic(teacher.copy(args.lora_fake))
-    student_ddp = run.train(student)  # DDP around both; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around both; for passes that train weights
     critic_ddp = run.train(critic)
     opt_g = adamw(student, args.lr, args)
     opt_c = adamw(critic, args.lr_fake, args)
@@ -400,26 +395,26 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         images_seen = it * args.batch
         logs = {}
 
-        # The step whose output is trained, in both turns.
-        k = draw.shared_randint(0, args.nfe)  # the same on all processes
+        # The student's step in both turns.
+        k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
         noise = lambda: draw.randn(*shape)
 
-        # Critic. Its turn comes first: as long as it equals the teacher, (5) has no gradient.
+        # Critic. Its turn comes first: at the start it is the teacher, where (5) has no gradient.
         if args.gan:
             x_real, cond = images.samples(run, teacher, it)
         else:
             cond = teacher.random_cond(draw)
-        if args.drop and kappa_fake != 1:  # before x is made, which is then unconditional too
+        if args.drop and kappa_fake != 1:  # before x is made, which then has none either
             cond = teacher.drop_condition(cond, draw.rand() < args.drop)
-        x_in = backward_simulation(student, schedule, times, k, cond, noise)
+        x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
         with torch.no_grad():
             x = student(x_in, alpha_k, sigma_k, cond)
         alpha, sigma = draw_levels(draw, form, schedule, args.shift, student_turn=False)
@@ -438,7 +433,8 @@ def main():
             loss = loss + args.cls_weight * loss_cls  # (10)
             logs |= dict(cls=loss_cls, logit_fake=logit_fake.mean(), logit_real=logit_real.mean())
         loss.backward()
-        logs |= dict(fake=loss_fake, grad_critic=run.step(opt_c, args.clip))
+        grad_critic = run.step(opt_c, args.clip)  # clip, step, zero the gradients
+        logs |= dict(fake=loss_fake, grad_critic=grad_critic)
         logs |= dict(mean=x.mean(), std=x.std())
 
         # Student, on new samples. With --gan the critic has a head start.
@@ -448,7 +444,7 @@ def main():
         if student_turn:
             critic.requires_grad_(False)  # not no_grad: (5) must reach x through the critic
             cond = teacher.random_cond(draw)
-            x_in = backward_simulation(student, schedule, times, k, cond, noise)
+            x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
             x = student_ddp(x_in, alpha_k, sigma_k, cond)  # (1)
             alpha, sigma = draw_levels(draw, form, schedule, args.shift, student_turn=True)
             x_t = add_noise(x, alpha, sigma, draw.randn_like(x))
@@ -463,7 +459,8 @@ def main():
                 loss = (loss + args.gan_weight * loss_adv) / 2  # (10)
                 logs |= dict(adv=loss_adv)
             loss.backward()
-            logs |= dict(sid=loss_sid, grad_student=run.step(opt_g, args.clip), weight=w.mean())
+            grad_student = run.step(opt_g, args.clip)
+            logs |= dict(sid=loss_sid, grad_student=grad_student, weight=w.mean())
             logs |= dict(real_gap=(x - r).square().mean(), gap=(r - f).square().mean())
             ema.update(run.images_stepped)
             critic.requires_grad_(True)

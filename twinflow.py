@@ -16,17 +16,20 @@ target network; D = 0.01; sg[] stops gradients. F(x_t, t, r, c) is the mean velo
     v = z - x + k (Fg(x_t, t, t, c) - Fg(x_t, t, t, e))
                                              Fg: F^- or the frozen teacher                      (3)
     I = sum_i (a_i - a_{i+1}) F^-(y_i, a_i, a_{i+1})
-                                             N equal steps from y_0 = x_t - D v at t - D to r   (4)
-    target = sg[F - clamp(R, -1, 1)]         R = ((t - r) F - I) / D - v, for t - r < D: F - v  (5)
+                                             N equal steps from t - D (or r, if later) to r;
+                                             y_0 = x_t - D v, y_{i+1} = y_i less the i-th term  (4)
+    target = sg[F - clamp(R, -1, 1)]         R = ((t - r) F - I) / D - v,                       (5)
+                                             R = F - v where t - r < D
     L_base = w(t, r) d(F, target)            w = tan((1 - |t| + |r|) pi / 2.5) + 1              (6)
-    d(p, q) = m / sqrt(m + c^2)              m: mean square of p - q of one sample, c = 0.001   (7)
+    d(p, q) = m / sg[sqrt(m + 0.001^2)]      m: mean square of p - q over one sample            (7)
     L_adv = d(F(y, -s, -s, c), z' - x')      y = s z' + (1 - s) x', x' one-step samples         (8)
     L_rect = d(F1, sg[F1 - clamp(F(y, -s, -s, c) - F(y, s, s, c), -1, 1)])
                                              F1 = F(x_T, T, 0, c), y as in (8) from x_T - T F1  (9)
-    L = mean of (6), or (8) in adversarial rows, + mu mean of (9) over one-step rows           (10)
+    L = mean of (6), or (8) in adv rows, + mu mean of (9) over e2e rows                        (10)
 
-The rows of a batch take turns (--groups): e2e (t, r) = (T, 0); mul r in [0.95 t, t]; any r in
-[0, t]; adv t = r = -s. t and s are uniform in (0, T).
+The rows of a batch belong to four groups in turn (--groups): e2e, one step, (t, r) = (T, 0), not
+guided in (3); mul, many steps, r in [0.95 t, t]; any, r in [0, t]; adv, adversarial, t = r = -s.
+t and s are uniform in (0, T).
 
 Usage:
     python twinflow.py                                       # any number of steps, MNIST, on a CPU
@@ -54,7 +57,7 @@ from common.teachers.load import load_teacher
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)
 
-# The flags of a teacher; all can be overridden.
+# Presets: the flags for a teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
 SANA = dict(  # text to image, SANA-0.6B of table 6 [P]
     cfg=5.0,  # [C] k = 0.8
@@ -116,7 +119,9 @@ def parse_args(argv=None):
     add("--image-free", action="store_true", help="own samples, the teacher's velocity in (3)")
     add("--rect-weight", type=float, help="mu in (10)")
     add("--distance", choices=["barron", "l2"], help="d: (7), or m itself")
-    add("--clamp", type=float, help="bound of R in (5) and g in (9), elementwise; 0 is none")
+    add(
+        "--clamp", type=float, help="elementwise bound of the differences in (5) and (9); 0 is none"
+    )
     add("--mode", choices=["auto", "few", "any", "mul"], default="auto", help="see `sample`")
     add(
         "--steps", metavar="T,...", help="times of the steps in units of T, falling, e.g. 0.999,0.7"
@@ -236,12 +241,12 @@ def pick(cond, *rows):
 
 
 def guidance_strength(scale, guide, image_free):
-    """k of (3) for the effective guidance scale --cfg, and that scale as a function of k."""
+    """k of (3) that has the effect of the guidance scale --cfg."""
     if image_free:
-        return scale, "k"
+        return scale
     if guide == "frozen":
-        return scale - 1, "1 + k"
-    return 1 - 1 / scale, "1 / (1 - k)"  # the network guides itself: a fixed point
+        return scale - 1
+    return 1 - 1 / scale  # the network guides itself: the fixed point has scale 1 / (1 - k)
 
 
 # ---- few-step sampling ---------------------------------------------------------------------------
@@ -253,9 +258,11 @@ def time_grid(nfe, mode="auto", steps=None):
     Official grids: even from 0.999 to 0.5 (2 steps: 0.7); mul: the Kumaraswamy transform of even.
     """
     if mode == "auto":
-        mode = "few" if nfe <= 2 else "any" if nfe <= 8 else "mul"
+        mode = "mul"
+        if nfe <= 8:
+            mode = "few" if nfe <= 2 else "any"
     if steps is not None:
-        t = [float(s) for s in str(steps).split(",") if s.strip().replace(".", "", 1).isdigit()]
+        t = parse_times(steps)
         falling = t == sorted(set(t), reverse=True)
         ok = len(t) == nfe and falling and all(0 < s <= 1 for s in t)
         require(ok, f"--steps {steps}: expected {nfe} falling times in (0, 1] (--nfe {nfe})")
@@ -266,6 +273,14 @@ def time_grid(nfe, mode="auto", steps=None):
     else:
         u = torch.linspace(0.001, 0.3 if nfe == 2 else 0.5, nfe, dtype=torch.float64)
     return mode, [*(1 - u).tolist(), 0.0]
+
+
+def parse_times(text):
+    """Numbers of --steps; none if one of them is not a number."""
+    try:
+        return [float(t) for t in text.split(",")]
+    except ValueError:
+        return []
 
 
 @torch.no_grad()
@@ -373,25 +388,25 @@ def main():
     schedule, shape = teacher.schedule, teacher.shape
     T = end_time(schedule)
     clamp = args.clamp or math.inf
-    k, effective_scale = guidance_strength(args.cfg, args.guide, args.image_free)
+    k = guidance_strength(args.cfg, args.guide, args.image_free)
 
     # Rows of the groups in each microstep, and their mean number over processes and microsteps.
-    places = []
+    rows_of_microstep = []
     shards = run.data_shard[1]
     for microstep in range(args.accumulate):
         shard = run.rank * args.accumulate + microstep
-        rows, share = partition(args.batch, args.groups, shard, shards, run.device)
-        places.append(rows)
+        rows, mean_rows = partition(args.batch, args.groups, shard, shards, run.device)
+        rows_of_microstep.append(rows)
     # with order 0 the base loss is flow matching, which only these rows have
-    trained_groups = [g for g in GROUPS if share[g] and (args.order or g in ("mul", "adv"))]
+    trained_groups = [g for g in GROUPS if mean_rows[g] and (args.order or g in ("mul", "adv"))]
 
     # Networks: the student starts as the teacher, with two more inputs (2).
     images = None if args.image_free else load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
     student = teacher.copy(args.lora).extend("r", "fake")
-    target = Target(student, args.target_decay)
-    guide = teacher if args.guide == "frozen" else target.model
-    student_ddp = run.train(student)  # DDP around it; called wherever gradients flow
+    target_net = Target(student, args.target_decay)
+    guide = teacher if args.guide == "frozen" else target_net.model
+    student_ddp = run.train(student)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(mode=args.mode)
@@ -403,22 +418,22 @@ def main():
         images,
         student=student,
         teacher=teacher,
-        target=target,
-        guidance=f"k = {k:.4g} by the {args.guide} network: scale {effective_scale} = {args.cfg:g}",
+        target=target_net,
+        guidance=f"k = {k:.4g} by the {args.guide} network: scale {args.cfg:g}",
         T=f"{T:.4f}",
         steps=f"{mode}: " + ", ".join(f"{T * t:.4f}" for t in grid),
-        groups=", ".join(f"{g} {share[g] * shards:g}" for g in GROUPS),
+        groups=", ".join(f"{g} {mean_rows[g] * shards:g}" for g in GROUPS),
     )
 
     def mean(a, group):
         """Mean of a [B, ...] over the rows of a group, which becomes that of the global batch."""
-        return a[rows[group]].flatten(1).mean(1).sum() / max(share[group], 1e-9)
+        return a[rows[group]].flatten(1).mean(1).sum() / max(mean_rows[group], 1e-9)
 
-    state = dict(student=student, opt_g=opt_g, ema=ema, target=target)
+    state = dict(student=student, opt_g=opt_g, ema=ema, target=target_net)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
-        rows = places[run.microstep]
+        rows = rows_of_microstep[run.microstep]
         e2e, adv = rows["e2e"], rows["adv"]
         guided_rows = torch.cat([rows["mul"], rows["any"]])  # e2e, at t = T, is not guided itself
         real_rows = torch.cat([e2e, guided_rows])
@@ -442,30 +457,30 @@ def main():
 
         pred = velocity(student_ddp, x_t, t, r, cond)
         if run.microstep == 0:  # before F^- is used, so that at first it is the student
-            target.update()
+            target_net.update()
 
         # Base loss on real rows. The adv rows learn the velocity of the student's own samples.
-        goal = v.clone()  # (8)
+        target = v.clone()  # (8)
         if k or args.image_free:
             at_rows = (x_t[guided_rows], t[guided_rows], pick(cond, guided_rows))
             null = teacher.null(len(guided_rows))
-            goal[guided_rows] = guided(v[guided_rows], guide, *at_rows, null, k, args.image_free)
+            target[guided_rows] = guided(v[guided_rows], guide, *at_rows, null, k, args.image_free)
         real_cond = pick(cond, real_rows)
-        goal[real_rows] = rcgm_target(
+        target[real_rows] = rcgm_target(
             pred[real_rows],
-            goal[real_rows],
+            target[real_rows],
             x_t[real_rows],
             t[real_rows],
             r[real_rows],
-            lambda y, a, b: velocity(target.model, y, a, b, real_cond),
+            lambda y, a, b: velocity(target_net.model, y, a, b, real_cond),
             args.order,
             clamp,
         )
         weight = time_weight(t, r)
         weight[adv] = 1.0
-        each = weight * distance(pred, goal, args.distance)  # (6), (8)
+        each = weight * distance(pred, target, args.distance)  # (6), (8)
         total = sum(each[rows[g]].sum() for g in trained_groups)
-        loss = total / sum(share[g] for g in trained_groups)
+        loss = total / sum(mean_rows[g] for g in trained_groups)
         logs = {g: mean(each[:, None], g) for g in trained_groups}
         logs |= dict(fm=mean((pred.detach() - v).square(), "mul"))
 
@@ -476,14 +491,15 @@ def main():
             twice = pick(cond, e2e, e2e)
             net = lambda y, t, r: velocity(student, y, t, r, twice)
             g = rectification(x1[e2e], z1[e2e], s[e2e], net, clamp)
-            goal = (pred[e2e] - g).detach()
-            rect = distance(pred[e2e], goal, args.distance).sum() / share["e2e"]  # (9)
+            target = (pred[e2e] - g).detach()
+            rect = distance(pred[e2e], target, args.distance).sum() / mean_rows["e2e"]  # (9)
             loss = loss + args.rect_weight * rect  # (10)
-            twin_gap = g.square().flatten(1).mean(1).sum() / share["e2e"]
+            twin_gap = g.square().flatten(1).mean(1).sum() / mean_rows["e2e"]
             logs |= dict(rect=rect, twin_gap=twin_gap)
 
         loss.backward()
-        logs |= dict(loss=loss, grad=run.step(opt_g, args.clip))
+        grad = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+        logs |= dict(loss=loss, grad=grad)
         logs |= dict(mean=mean(x1, "e2e"), square=mean(x1.square(), "e2e"))
         ema.update(run.images_stepped)
 

@@ -211,7 +211,9 @@ def test_eq09_at_logit_zero():
 
 
 def test_eq07_gradient_passes_through_a_frozen_critic():
-    critic = dmd2.Critic(Features(), dmd2.Head(torch.zeros(1, 6))).requires_grad_(False)
+    critic = dmd2.Critic(Features())
+    critic.head = dmd2.Head(torch.zeros(1, 6))
+    critic.requires_grad_(False)
     x = torch.randn(4, 6, requires_grad=True)
     x_t = add_noise(x, ONE, ONE, torch.randn(4, 6))
     dmd2.gen_loss(critic(x_t, ONE, ONE, {}, logit=True)).backward()
@@ -248,6 +250,13 @@ def test_eq07_head(shape, halvings):
     head(h)[0].sum().backward()
     assert h.grad[0].norm() > 1e-3  # a group of one number would be normalised to a constant
     assert h.grad[1:].norm() == 0
+
+
+@pytest.mark.parametrize("c, groups", [(1, 1), (9, 1), (18, 2), (64, 16), (320, 16), (1280, 32)])
+def test_eq07_groups_of_the_norm(c, groups):
+    norm = dmd2.group_norm(c)
+    assert norm.num_groups == groups
+    assert norm(torch.randn(2, c, 1, 1)).shape == (2, c, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(16, 15, 26), (16, 26, 15), (16, 4, 30)])
@@ -348,7 +357,7 @@ def test_eq02_moments_of_backward_simulation(k):
     times = schedule.grid(1000)[dmd2.step_indices(4)]
     seeds = iter(range(10))
     noise = lambda: normal(n, 1, seed=next(seeds))
-    x = dmd2.backward_simulation(Gauss(0.7, 0.6), schedule, times, k, {}, noise)
+    x = dmd2.backward_simulation(Gauss(0.7, 0.6), schedule, times, k, {}, noise(), noise)
     mean, std = MOMENTS[k]
     assert x.mean().item() == pytest.approx(mean, abs=3e-3)
     assert x.std().item() == pytest.approx(std, abs=3e-3)
@@ -381,9 +390,11 @@ def test_eq02_training_inputs_are_the_samplers_inputs(schedule, nfe):
     assert torch.equal(x, last)
 
     for k in range(nfe):
-        again = iter(noises)
+        again = iter(noises[1:])
         student.inputs = []
-        x_in = dmd2.backward_simulation(student, schedule, times, k, {}, lambda: next(again))
+        x_in = dmd2.backward_simulation(
+            student, schedule, times, k, {}, noises[0], lambda: next(again)
+        )
         assert torch.equal(x_in, inputs[k])
         assert len(student.inputs) == k
         assert not x_in.requires_grad

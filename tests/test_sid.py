@@ -466,9 +466,11 @@ def test_eq02_training_inputs_are_the_samplers_inputs(form, nfe):
     assert torch.equal(x, last)
 
     for k in range(nfe):
-        again = iter(noises)
+        again = iter(noises[1:])
         student.inputs = []
-        x_in = sid.backward_simulation(student, schedule, times, k, {}, lambda: next(again))
+        x_in = sid.backward_simulation(
+            student, schedule, times, k, {}, noises[0], lambda: next(again)
+        )
         assert torch.equal(x_in, inputs[k])
         assert len(student.inputs) == k
         assert not x_in.requires_grad
@@ -480,8 +482,12 @@ def test_eq02_adds_fresh_noise(k):
     schedule, times = Flow(), f64(1, 0.75, 0.5, 0.25)
     student = Gauss(0.7, 0.6, schedule)
     noises = [normal(4, 3, seed=i) for i in range(4)]
-    before = sid.backward_simulation(student, schedule, times, k - 1, {}, iter(noises).__next__)
-    x_in = sid.backward_simulation(student, schedule, times, k, {}, iter(noises).__next__)
+    before = sid.backward_simulation(
+        student, schedule, times, k - 1, {}, noises[0], iter(noises[1:]).__next__
+    )
+    x_in = sid.backward_simulation(
+        student, schedule, times, k, {}, noises[0], iter(noises[1:]).__next__
+    )
     xhat = student(before, 1 - times[k - 1], times[k - 1], {})
     assert torch.allclose(x_in, (1 - times[k]) * xhat + times[k] * noises[k], atol=1e-14)
 
@@ -496,7 +502,9 @@ def test_eq01_gradient_of_the_last_pass_only(k):
         (grad,) = torch.autograd.grad(x.square().sum(), student.mean)
         return grad
 
-    x_in = sid.backward_simulation(student, schedule, times, k, {}, iter(noises).__next__)
+    x_in = sid.backward_simulation(
+        student, schedule, times, k, {}, noises[0], iter(noises[1:]).__next__
+    )
     found = gradient(student(x_in, 1 - times[k], times[k], {}))
     constant = gradient(student(x_in.clone(), 1 - times[k], times[k], {}))
     assert torch.equal(found, constant)
