@@ -548,7 +548,7 @@ class Iteration:
 
 @pytest.mark.parametrize("levels", ["hybrid", "full", "constrained"])
 def test_eq14_first_iterations_by_hand(trace, levels):
-    """(1) to (9) and (11) to (14), until every step k of the student had its turn."""
+    """(1), (2), (3) to (9), (11), (12), (13), (14), until every step k had its turn."""
     steps = trace(dd, "--iters", 12, *Iteration.flags, "--levels", levels)
     seen = set()
     for it in range(12):
