@@ -110,8 +110,8 @@ PRESETS = {
     "emoji-flow": EMOJI,
 }
 
-# The student's path is compared with the teacher's at the end of a run.
-PATH_N = 250  # noises
+# The student's path is compared with the teacher's.
+PATH_N = 250  # noises, at the end of a run
 PATH_STEPS = 32  # Euler steps of the teacher
 READOUTS = (0.25, 0.5, 0.75, 1.0)  # durations
 
@@ -363,29 +363,54 @@ def teacher_path(teacher, z, cond, w, steps):
     return path
 
 
-def path_distances(student, teacher, args):
-    """Mean squared distance of student and teacher from the same noises, by duration: a dict.
+class PathDistance:
+    """Mean squared distance of student and teacher from the same n noises, at READOUTS.
 
-    spread: variance of the teacher's images, the distance of a student that ignores the noise.
+    The teacher's states are computed once.
     """
 
-    def teacher_states(teacher, z, cond, noise):
-        path = teacher_path(teacher, z, cond, args.cfg, PATH_STEPS)
-        return torch.stack([path[round(d * PATH_STEPS)] for d in READOUTS])
+    def __init__(self, teacher, args, n):
+        self.args = args
+        self.n = n
+        self.real = self.states(self.teacher_states, teacher)
 
-    def student_states(student, z, cond, noise):
-        states = [sample(student, z, cond, w=args.cfg, duration=d) for d in READOUTS]
-        return torch.stack(states)
-
-    def states(sampler, model):  # [READOUTS, PATH_N, *shape]
-        batches = generate(sampler, model, PATH_N, args.seed, batch=32)
+    def states(self, sampler, model):
+        """[READOUTS, n, *shape]"""
+        batches = generate(sampler, model, self.n, self.args.seed, batch=32)
         return torch.cat([x for _, _, x in batches], 1)
 
-    real, fake = states(teacher_states, teacher), states(student_states, student)
-    distances = (fake - real).square().flatten(1).mean(1)
-    result = {str(d): float(distance) for d, distance in zip(READOUTS, distances)}
-    spread = float(real[-1].var(0).mean())
-    return result | dict(spread=spread, steps=PATH_STEPS, n=PATH_N, cfg=args.cfg)
+    def teacher_states(self, teacher, z, cond, noise):
+        path = teacher_path(teacher, z, cond, self.args.cfg, PATH_STEPS)
+        return torch.stack([path[round(d * PATH_STEPS)] for d in READOUTS])
+
+    def student_states(self, student, z, cond, noise):
+        w = self.args.cfg
+        return torch.stack([sample(student, z, cond, w=w, duration=d) for d in READOUTS])
+
+    def __call__(self, student):
+        """{duration: distance}"""
+        fake = self.states(self.student_states, student)
+        return {
+            str(d): (fake[i] - self.real[i]).square().mean().item() for i, d in enumerate(READOUTS)
+        }
+
+    def spread(self):
+        """Variance of the teacher's images: half the distance of two that are independent."""
+        return self.real[-1].var(0).mean().item()
+
+
+def write_distances(run, teacher, student):
+    """path.json at the end of a run. By all processes, which sharded networks need."""
+    args = run.args
+    n = min(PATH_N, args.eval_n)
+    distance = PathDistance(teacher, args, n)
+    result = distance(student)
+    spread = distance.spread()
+    facts = dict(spread=spread, steps=PATH_STEPS, n=n, cfg=args.cfg)
+    if run.is_main:
+        write_json(run.out / "path.json", result | facts)
+    each = ", ".join(f"{value:.4g} after {d}" for d, value in result.items())
+    run.print(f"distance to the teacher from the same noise: {each}; spread {spread:.4g}")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -501,12 +526,7 @@ def main():
     run.finish(it, state)
     report.end()
     if args.eval_n:
-        distances = path_distances(ema.model, teacher, args)  # sharded: with all processes
-        if run.is_main:
-            write_json(run.out / "path.json", distances)
-        each = ", ".join(f"{distances[str(d)]:.4g} after {d:g}" for d in READOUTS)
-        run.print(f"distance to the teacher from the same noise: {each}")
-        run.print(f"spread of the teacher's images: {distances['spread']:.4g}")
+        write_distances(run, teacher, ema.model)
 
 
 if __name__ == "__main__":

@@ -575,18 +575,21 @@ class TeachersImage(Average):
 ARGS = types.SimpleNamespace(seed=0, cfg=1.0)
 
 
-def test_path_distances_of_a_perfect_student():
+def test_path_distance_of_a_perfect_student():
     teacher = load_teacher("toy")
-    found = flowmap.path_distances(TeachersImage(teacher, flip=False), teacher, ARGS)
-    assert max(found[str(d)] for d in flowmap.READOUTS) < 1e-10
-    assert found["spread"] == pytest.approx(0.51, abs=0.05)
+    distance = flowmap.PathDistance(teacher, ARGS, 250)
+    found = distance(TeachersImage(teacher, flip=False))
+    assert list(found) == ["0.25", "0.5", "0.75", "1.0"]
+    assert max(found.values()) < 1e-10
+    assert distance.spread() == pytest.approx(0.51, abs=0.05)
 
 
-def test_path_distances_of_a_student_that_ignores_the_noise():
+def test_path_distance_of_a_student_that_ignores_the_noise():
     """Two independent images are twice their variance apart."""
     teacher = load_teacher("toy")
-    found = flowmap.path_distances(TeachersImage(teacher, flip=True), teacher, ARGS)
-    assert found["1.0"] > 1.5 * found["spread"]
+    distance = flowmap.PathDistance(teacher, ARGS, 250)
+    found = distance(TeachersImage(teacher, flip=True))
+    assert found["1.0"] > 1.5 * distance.spread()
 
 
 # ---- a run: who is trained when, by which gradient -----------------------------------------------

@@ -35,6 +35,7 @@ FAMILIES = {
     "fake_loss": ["dmd2", "decoupled_dmd", "phased_dmd", "msd"],
     "gen_loss": ["dmd2", "decoupled_dmd", "msd"],
     "cls_loss": ["dmd2", "decoupled_dmd", "msd"],
+    "spread_rows": ["flowmap", "boot"],
 }
 
 

@@ -419,7 +419,7 @@ def students(tmp_path_factory):
     extended = teacher.copy().extend("r", "fake")
     save("twinflow", extended, "twinflow", dict(mode="few"))
     extended = teacher.copy().extend("time")
-    save("boot", extended, "boot", dict(at=0.0, grid="time", t_max=1.0))
+    save("boot", extended, "boot", {})
     generator, info, sampler = load_generator(toy_generator(), teacher, "toy")
     control = Control("class", generator, teacher)
     controlled = make_controlled(generator, info, sampler, control)
