@@ -52,7 +52,8 @@ from common.teachers.load import load_teacher
 N = 1000  # nodes of the schedule's grid that times are interpolated in
 K_MIN = 0.02  # least k in the weight of (7); the target has the true k
 
-# The flags of a teacher; all can be overridden. All are [O], ours: the paper's are not public.
+# Presets: the flags for a teacher, unless the command line gives others.
+# All are [O], ours: the paper's are not public.
 # Those of toy and mnist were measured in docs/RESULTS.md.
 DEFAULT = dict(
     cfg=1.0,
@@ -377,7 +378,7 @@ def main():
     student = teacher.copy(args.lora)
     torch.manual_seed(args.seed)  # the embeddings start equal on all processes
     student.extend("time")
-    student_ddp = run.train(student)  # DDP around it; called wherever gradients flow
+    student_ddp = run.train(student)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, {})
@@ -394,7 +395,7 @@ def main():
 
     state = dict(student=student, opt_g=opt_g, ema=ema)
     first = run.resume(state)
-    it = first - 1
+    it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
@@ -412,7 +413,8 @@ def main():
         loss_bs, loss_bc = split(squared_errors(y_s, target, k), is_boundary, share)
         loss = (loss_bs + args.beta * loss_bc).mean()  # (9)
         loss.backward()
-        logs = dict(loss=loss, grad_student=run.step(opt_g, args.clip), boundary=loss_bc.mean())
+        grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
+        logs = dict(loss=loss, grad_student=grad_student, boundary=loss_bc.mean())
         ema.update(run.images_stepped)
 
         # How far the teacher moves the signal, and (7) by quarters of s: they add up to it.

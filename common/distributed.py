@@ -12,7 +12,7 @@ from common.errors import RunError, UserError, require
 def init_processes(args):
     """Device and process group from --device, --dtype and torchrun's environment.
 
-    Returns rank, number of processes, device, dtype of the network passes. UserError: no such device.
+    Returns rank, number of processes, device, dtype of network passes. UserError: no such device.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,4 +1,4 @@
-"""common/fid.py: the network against stored outputs of another implementation, statistics and distances against closed forms."""
+"""common/fid.py: the network against stored outputs of another implementation; closed forms."""
 
 import os
 import pickle
@@ -35,7 +35,8 @@ def spd(d, seed=0):
 
 @pytest.fixture(scope="module")
 def net():
-    """Inception with random weights of usable scale; RandomState is stable over numpy versions, so the outputs can be stored."""
+    """Inception with random weights of usable scale; RandomState gives the same
+    numbers in all versions of numpy, so the outputs can be stored."""
     rng, net = np.random.RandomState(0), Inception()
     for key, v in sorted(net.state_dict().items()):
         if key.endswith("num_batches_tracked"):
@@ -58,7 +59,7 @@ def image():
     )
 
 
-# --- Inception ------------------------------------------------------------------------------------------------------------
+# --- Inception ------------------------------------------------------------------------------------
 
 
 def test_keys_and_parameters(net):
@@ -73,7 +74,7 @@ def test_keys_and_parameters(net):
 
 
 def test_outputs_equal_those_of_torch_fidelity(net, image):
-    """The numbers were printed by torch-fidelity 0.4.0's extractor with these weights and this image."""
+    """Printed by torch-fidelity 0.4.0's extractor for these weights, this image."""
     features, logits = net(image)
     assert (
         features.shape == (1, 2048)
@@ -110,7 +111,8 @@ def test_torch_fidelity_itself(net, image, tmp_path):
     ],
 )
 def test_pool_branch(net, name, channels, kind):
-    """Average without the padding's zeros, except for the last block, which takes the maximum: no key tells them apart."""
+    """Average without the padding's zeros, except for the last block,
+    which takes the maximum: no key tells them apart."""
     block, x = getattr(net, name), randn(1, channels, 3, 3).float()
     windows = F.unfold(F.pad(x, (1, 1, 1, 1), value=float("nan")), 3).view(1, channels, 9, 9)
     pooled = windows.nanmean(2) if kind == "avg" else windows.nan_to_num(-1e9).amax(2)
@@ -159,7 +161,7 @@ def test_inception_never_trains(net, image):
     assert b.dtype == torch.float32 and torch.equal(a[0, :, 0, 0], b[0, :, 0, 0])
 
 
-# --- weights file ---------------------------------------------------------------------------------------------------------
+# --- weights file ---------------------------------------------------------------------------------
 
 
 def test_weights_round_trip(net, tmp_path, capsys):
@@ -243,7 +245,7 @@ def test_bad_weight_files(net, tmp_path):
     one_line(e, path)
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------------
+# --- pixels ---------------------------------------------------------------------------------------
 
 
 def test_resize_tf1_by_hand():
@@ -264,7 +266,8 @@ def test_resize_tf1_by_hand():
 
 @pytest.mark.parametrize("h,w", [(7, 299), (299, 5), (64, 400), (600, 30)])
 def test_resize_tf1_ramp(h, w):
-    """On a ramp the value is the source position itself, up to the last pixel, whether the axis grows or shrinks."""
+    """On a ramp the value is the source position itself, up to the last pixel,
+    whether the axis grows or shrinks."""
     y, x = torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64)
     i = torch.arange(299, dtype=torch.float64)
     got = resize_tf1((y[:, None] + 1000 * x[None, :])[None, None])[0, 0]
@@ -306,7 +309,7 @@ def test_resize_clean():
     assert resize_clean(noise).std() < 0.7 * resize_tf1(noise).std()  # antialiased against not
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 def stats_of(x, sizes=None):
@@ -408,7 +411,7 @@ def test_pickle_posing_as_stats(tmp_path):
     assert not marker.exists()
 
 
-# --- Frechet distance -----------------------------------------------------------------------------------------------------
+# --- Frechet distance -----------------------------------------------------------------------------
 
 
 def test_frechet_one_dimension():
@@ -472,7 +475,7 @@ def test_frechet_complaints():
             fid.frechet(m, pair[0], m, pair[1])
 
 
-# --- KID, precision and recall, diversity ---------------------------------------------------------------------------------
+# --- KID, precision and recall, diversity ---------------------------------------------------------
 
 
 def mmd_by_hand(x, y):
@@ -520,12 +523,13 @@ def test_kid_of_halves_and_shift():
 def test_prdc_by_hand():
     real, fake = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[2.0], [5.0], [100.0]])
     # k = 1: real radii 1, 1, 2, 4; fake radii 3, 3, 95.
-    # fake 2 lies in the balls of 1 (border) and 3; fake 5 in those of 3 (border) and 7; fake 100 in none.
+    # fake 2 lies in the balls of 1 (border), 3; fake 5 in those of 3 (border), 7; fake 100 in none.
     # reals 0, 1, 3 lie in the ball of fake 2; 7 in that of fake 5.
     assert fid.prdc(real, fake, k=1) == pytest.approx(
         dict(precision=2 / 3, recall=1, density=4 / 3, coverage=3 / 4)
     )
-    # k = 2: real radii 3, 2, 3, 6; fake 2 lies in all balls (7: 5 <= 6), fake 5 in 3 and 7. Fake radii 98, 95, 98.
+    # k = 2: real radii 3, 2, 3, 6; fake 2 lies in all balls (7: 5 <= 6), fake 5 in 3 and 7.
+    # Fake radii 98, 95, 98.
     assert fid.prdc(real, fake, k=2) == pytest.approx(
         dict(precision=2 / 3, recall=1, density=6 / 6, coverage=1)
     )
