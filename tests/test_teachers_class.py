@@ -26,8 +26,9 @@ from common.data import load_images
 from common.errors import UserError
 from common.sampling import teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
+from common.teachers.hub import HUB
 from common.teachers.imagenet import sit_network, sit_time_waves
-from common.teachers.load import HUB, load_model, load_teacher
+from common.teachers.load import load_model, load_teacher
 
 NAMES = ["dit", "sit", "edm"]
 

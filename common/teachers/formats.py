@@ -1,7 +1,6 @@
 """What the JSON files of teachers and students may hold. The files may be somebody else's."""
 
 import os
-import re
 
 from common.errors import UserError, did_you_mean
 from common.files import read_json
@@ -22,8 +21,6 @@ from common.schema import (
     list_of,
     maybe,
 )
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # "model" of teacher.json and distill.json, of a network in our own format.
 MODEL = dict(

@@ -51,7 +51,8 @@ from common.image_folder import class_folders
 from common.model import Model
 from common.schema import check
 from common.teachers.dit import DiT
-from common.teachers.formats import CONVENTION, HUB_NAME, SIT
+from common.teachers.formats import CONVENTION, SIT
+from common.teachers.hub import is_hub_name
 from common.teachers.latents import load_latents
 from common.teachers.pipeline import Pipeline, vp_schedule
 from common.teachers.unet import PREDICTIONS
@@ -184,7 +185,7 @@ def load_sit(folder, info, dtype=torch.float32, cache=None):
     net, has_projectors = sit_network(folder / info["weights"], info.get("heads"))
     vae = info.get("vae") or "vae"
     is_folder = (folder / vae).is_dir()
-    if not is_folder and not HUB_NAME.fullmatch(vae):
+    if not is_folder and not is_hub_name(vae):
         raise UserError(
             f"--teacher {folder}: vae: expected a folder of an AutoencoderKL there or a name on "
             f"the hub, found {vae!r}"

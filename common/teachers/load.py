@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from common import lora, schedules
-from common.errors import UserError, describe, did_you_mean, first_line
+from common.errors import UserError, describe, did_you_mean
 from common.files import (
     ROOT,
     WEIGHTS,
@@ -33,7 +33,6 @@ from common.schema import check
 from common.teachers.dit import DiT
 from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
 from common.teachers.formats import (
-    HUB_NAME,
     LORA,
     MODEL,
     check_evaluation,
@@ -41,6 +40,7 @@ from common.teachers.formats import (
     read_index,
     wrong_route,
 )
+from common.teachers.hub import HUB, download, is_hub_name
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
 from common.teachers.prompts import embed_prompts, read_prompts
 from common.teachers.toy import Toy
@@ -53,23 +53,6 @@ EMBEDDED = {  # folder in assets/
     "mnist": "mnist",
     "emoji": "emoji",
     "emoji-flow": "emoji-flow",
-}
-
-HUB = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-    "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "qwen-image": "Qwen/Qwen-Image",
-    "z-image": "Tongyi-MAI/Z-Image",
-    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "dit-xl-256": "facebook/DiT-XL-2-256",
-    "dit-xl-512": "facebook/DiT-XL-2-512",
 }
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
@@ -105,7 +88,7 @@ def load_teacher(
             info = read_json(folder / "teacher.json", "--teacher")
             teacher.evaluation = read_evaluation(folder, info)
         return teacher
-    if name in HUB or HUB_NAME.fullmatch(name):
+    if name in HUB or is_hub_name(name):
         return load_pipeline(name, device, dtype, **options, budget=budget, place=place)
     known = [*EMBEDDED, *HUB]
     raise UserError(
@@ -129,8 +112,8 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
         if options.get(option) is not None:
             flag = "--embedded-guidance" if option == "guidance" else f"--{option}"
             raise UserError(
-                f"{flag}: expected a teacher that is a pipeline of diffusers, found {name}, whose "
-                "teacher.json says all"
+                f"{flag}: expected a teacher that is a pipeline of diffusers, found {name}, a "
+                "network in our own format"
             )
     info = read_json(path, "--teacher")
     model = check(info.get("model"), f"--teacher {path}: model.")
@@ -189,7 +172,9 @@ def load_pipeline(
     cls = PIPELINES[index["_class_name"]]
     size = [size, size] if isinstance(size, int) else size
     prompts, captions = read_texts(name, cls, folder, prompts, data)
-    check_pipeline(name, cls, folder, index, size, frames, guidance)
+    silence_libraries()
+    check_version(name, cls)
+    check_flags(name, cls, folder, index, size, frames, guidance)
 
     table, first_caption = None, 0
     if cls.takes_prompts:
@@ -199,52 +184,15 @@ def load_pipeline(
             texts = [text for _, text in captions]
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "--teacher")
     with load_errors(f"--teacher {name}: not loaded"):
-        parts = cls.networks(index)
-        budget(
-            network=sum(count_parameters(folder / part) for part in parts),
-            vae=count_parameters(folder / "vae"),
-            width=dtype.itemsize,
-            experts=len(parts),
-        )
-        net = cls.load_net(folder, dtype, cls.part)
-        vae = cls.load_vae(folder, dtype, index["vae"][1])
-        frames_option = {} if frames is None else dict(frames=frames)
-        model = cls(net, vae, scheduler, size, **frames_option)
+        model = load_network_and_vae(cls, folder, index, dtype, size, frames, budget)
         if guidance is not None:
             model.guidance = guidance
         model.attach(folder, table, prompts)
         model.cache = cache
-        model.vae_folder = folder / "vae"
         model.captioned = ([path for path, _ in captions], first_caption)
         model = model.with_experts(folder, index, dtype)
     return freeze(model, device, dtype, place)
-
-
-def download(name):
-    """A local folder itself; else the folder of a hub name's files, downloaded once."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository = HUB.get(name, name)
-    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
-    if repository.startswith("facebook/DiT"):
-        wanted.append("*/*.bin")  # ClassDiT.pickles
-    try:
-        folder = snapshot_download(
-            repository,
-            allow_patterns=wanted,
-            ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"],
-        )
-        return Path(folder)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        raise UserError(
-            f"--teacher {name}: not downloaded from the hub ({first_line(e)[:200]}); "
-            "give a local folder"
-        ) from None
 
 
 def read_texts(name, cls, folder, prompts, data):
@@ -262,26 +210,35 @@ def read_texts(name, cls, folder, prompts, data):
     return prompts, read_captions(data) if data else []
 
 
-def check_pipeline(name, cls, folder, index, size, frames, guidance):
-    """UserError: diffusers is too old, or flags do not suit the pipeline's configurations."""
+def silence_libraries():
+    """Truncated prompts are normal, and loading bars of seconds only hide our own lines."""
     import diffusers
     import transformers
 
-    # Truncated prompts are normal, and loading bars of seconds only hide our own lines.
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    version = tuple(map(int, diffusers.__version__.split(".")[:2]))
-    if version < cls.since:
+
+
+def check_version(name, cls):
+    import diffusers
+
+    found = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    if found < cls.since:
+        since = ".".join(map(str, cls.since))
         raise UserError(
-            f"--teacher {name}: {cls.pipeline}: expected diffusers {'.'.join(map(str, cls.since))} "
-            f"or newer, found {diffusers.__version__}"
+            f"--teacher {name}: {cls.pipeline}: expected diffusers {since} or newer, "
+            f"found {diffusers.__version__}"
         )
+
+
+def check_flags(name, cls, folder, index, size, frames, guidance):
+    """Needs the configuration files only, so that a mistake is found before anything is loaded."""
+    import diffusers
+
     with load_errors(f"--teacher {name}: not loaded"):
-        net, vae = (
-            full_config(getattr(diffusers, index[part][1]), folder / part)
-            for part in (cls.part, "vae")
-        )
+        net = full_config(getattr(diffusers, index[cls.part][1]), folder / cls.part)
+        vae = full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
         cls.check(name, net, vae, size, frames, guidance)
 
 
@@ -293,6 +250,24 @@ def full_config(kind, folder):
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     return SimpleNamespace(**defaults | read_json(folder / "config.json", "--teacher"))
+
+
+def load_network_and_vae(cls, folder, index, dtype, size, frames, budget):
+    """Model of the pipeline's first network."""
+    parts = cls.networks(index)
+    budget(
+        network=sum(count_parameters(folder / part) for part in parts),
+        vae=count_parameters(folder / "vae"),
+        width=dtype.itemsize,
+        experts=len(parts),
+    )
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "--teacher")
+    net = cls.load_net(folder, dtype, cls.part)
+    vae = cls.load_vae(folder, dtype, index["vae"][1])
+    options = {} if frames is None else dict(frames=frames)
+    model = cls(net, vae, scheduler, size, **options)
+    model.vae_folder = folder / "vae"
+    return model
 
 
 # ---- networks in folders of our own --------------------------------------------------------------

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 import dmd2
-from common.teachers.load import HUB
+from common.teachers.hub import HUB
 
 PROMPTS = ["a red heart", "dog", "pizza 7"]  # the first is README's
 

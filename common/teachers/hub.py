@@ -1,0 +1,53 @@
+"""Pipelines on the Hugging Face hub: short names, download."""
+
+import re
+from pathlib import Path
+
+from common.errors import UserError, first_line
+
+HUB = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "sana-0.6b": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "dit-xl-256": "facebook/DiT-XL-2-256",
+    "dit-xl-512": "facebook/DiT-XL-2-512",
+}
+
+
+def is_hub_name(name):
+    """Can this be OWNER/REPOSITORY?"""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def download(name):
+    """A local folder itself; else the folder of a hub name's files, downloaded once."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository = HUB.get(name, name)
+    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
+    if repository.startswith("facebook/DiT"):
+        wanted.append("*/*.bin")  # ClassDiT.pickles
+    try:
+        folder = snapshot_download(
+            repository,
+            allow_patterns=wanted,
+            ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"],
+        )
+        return Path(folder)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
+        raise UserError(
+            f"--teacher {name}: not downloaded from the hub ({first_line(e)[:200]}); "
+            "give a local folder"
+        ) from None
