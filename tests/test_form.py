@@ -65,25 +65,23 @@ def test_every_equation_is_beside_its_code(script):
 
 
 def equations_named_by_tests(script):
-    """Numbers in names (test_eq04_...), docstrings and comments of tests/test_<script>.py."""
-    path = ROOT / "tests" / f"test_{script}.py"
-    texts = [comment for _, comment in comments(path)]
+    """Numbers in the names (test_eq04_..., test_eq04_to_eq10_...) and docstrings, such as "(4)", of
+    the tests in tests/test_<script>.py."""
     found = set()
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            found.update(int(n) for n in re.findall(r"eq(\d+)", node.name))
-            texts.append(ast.get_docstring(node) or "")
-    for text in texts:
-        found.update(int(n) for n in re.findall(r"\((\d+)\)", text))
-        found.update(int(n) for n in re.findall(r"\b[Ee]q\. ?(\d+)", text))
+    for node in ast.walk(parse(ROOT / "tests" / f"test_{script}.py")):
+        if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+            continue
+        found.update(int(n) for n in re.findall(r"eq(\d+)", node.name))
+        for first, last in re.findall(r"eq(\d+)_to_eq(\d+)", node.name):
+            found.update(range(int(first), int(last) + 1))
+        found.update(int(n) for n in re.findall(r"\((\d+)\)", ast.get_docstring(node) or ""))
     return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_equation_has_a_test(script):
     missing = set(docstring_equations(script_path(script))) - equations_named_by_tests(script)
-    if missing:
-        pytest.skip(f"tests/test_{script}.py: no test names equation {sorted(missing)}")
+    assert not missing, f"tests/test_{script}.py: no test names equation {sorted(missing)}"
 
 
 # ---- imports -------------------------------------------------------------------------------------
