@@ -242,24 +242,6 @@ def test_seeds(home, run):
     assert alone["fd"] == r["all"]["fd"][1]
 
 
-def test_indices_labels_and_noise():
-    """Image 3 alone has the same noise, in the first and in later draws."""
-    toy = load_teacher("toy-cond")
-    sampler = lambda m, z, c, noise: torch.cat([z, noise(), c["labels"][:, None].float()], 1)
-    ((indices, labels, x),) = generate(sampler, toy, 6, seed=1, batch=10, rank=1, world=2)
-    assert indices.tolist() == labels.tolist() == x[:, 4].tolist() == [1, 3, 5]
-    noise = PerImageNoise(1, [3])
-    assert torch.equal(x[1, :4], torch.cat([noise(2)[0], noise(2)[0]]))
-
-
-def test_labels_repeat():
-    toy = load_teacher("toy-cond")
-    sampler = lambda m, z, c, noise: c["labels"]
-    indices, labels, x = list(generate(sampler, toy, 40, seed=1, batch=9))[3]
-    assert indices.tolist() == list(range(27, 36))
-    assert labels.tolist() == x.tolist() == [k % 8 for k in range(27, 36)]
-
-
 # ---- similarity ----------------------------------------------------------------------------------
 
 
@@ -511,13 +493,6 @@ def test_two_folders(home, run):
 def test_the_first_images_of_a_folder(home, run):
     flags = ["--images", home / "A", "--teacher", home / "teacher"]
     assert run(*flags, "--n", 20)["n"] == 20
-
-
-def test_the_first_features_of_a_reference_are_mixed(extractor):
-    """Files come in the order of class folders."""
-    features = torch.arange(1000.0)[:, None]
-    extractor.set_reference(extractor.reference, "x", features)
-    assert 300 < extractor.real_features(100).mean() < 700
 
 
 def test_saved_images_give_the_same_numbers(home, run, tmp_path):
