@@ -17,7 +17,15 @@ from common import metrics
 from common.errors import UserError
 from common.sampling import generate, teacher_sample
 from common.teachers.load import load_teacher
-from tools.compare import distance, group_seeds, markdown, sort_rows, training_facts
+from tools import cache
+from tools.compare import (
+    distance,
+    group_seeds,
+    markdown,
+    sort_rows,
+    teacher_targets,
+    training_facts,
+)
 from tools.rows import load_student, teacher_steps
 
 FLAGS = dict(teacher="toy", iters=20, seed=0, out="x", eval_n=10)
@@ -235,6 +243,19 @@ def test_without_matplotlib_the_curves_are_skipped(toys, run, tmp_path, monkeypa
     assert not (tmp_path / "compare-curves").exists()
 
 
+def test_the_target_is_the_row_with_the_most_euler_steps():
+    row = lambda name: SimpleNamespace(samples=name)
+    measured_rows = [
+        (row("two"), dict(method="teacher", nfe=2, cfg=1.0)),
+        (row("three"), dict(method="teacher", nfe=3, cfg=1.0)),
+        (row("one"), dict(method="teacher", nfe=1, cfg=1.0)),
+        (row("Heun"), dict(method="teacher", nfe=4, cfg=1.0, heun=True)),
+        (row("guided"), dict(method="teacher", nfe=1, cfg=2.0)),
+        (row("student"), dict(method="dmd2", nfe=8, cfg=1.0)),
+    ]
+    assert teacher_targets(measured_rows) == {1.0: (3, "three"), 2.0: (1, "guided")}
+
+
 @pytest.mark.parametrize(
     "flags, students, expected",
     [
@@ -429,11 +450,25 @@ def test_flags_that_change_a_number(counted, flags, count):
     assert counted(*flags)[1] == count
 
 
+def cached_samples(folder):
+    return [load_file(path)["samples"] for path in sorted(folder.iterdir())]
+
+
 def test_samples_of_the_first_seed_are_kept(counted, tmp_path):
-    counted("--seeds", 2)
-    paths = list((tmp_path / "measured").iterdir())
-    assert len(paths) == 3
-    assert {len(load_file(path)["samples"]) for path in paths} == {40}
+    counted("--cache", tmp_path / "one")
+    counted("--cache", tmp_path / "two", "--seeds", 2)
+    one, two = cached_samples(tmp_path / "one"), cached_samples(tmp_path / "two")
+    assert [samples.shape for samples in one] == [(40, 2)] * 3
+    assert sorted(x.tolist() for x in one) == sorted(x.tolist() for x in two)
+
+
+def test_the_first_samples_are_kept(counted, tmp_path, monkeypatch):
+    counted("--cache", tmp_path / "all")
+    monkeypatch.setattr(cache, "KEPT_SAMPLES", 10)
+    counted("--cache", tmp_path / "few", "--batch", 7, "--fresh")
+    few, all_samples = cached_samples(tmp_path / "few"), cached_samples(tmp_path / "all")
+    for a, b in zip(few, all_samples):
+        assert torch.allclose(a, b[:10])
 
 
 def test_another_name_is_the_same_student(counted, tmp_path):
