@@ -8,9 +8,10 @@ steps sharp. Both need images. Guidance is built in: its scale w is drawn for ea
 the teacher's derivative, and is an input of the student. Any teacher (flow, VP, EDM) is evaluated
 in TrigFlow coordinates, which takes no training.
 
-Notation: D(x, alpha, sigma, c) is a network's estimate of the clean x in x_t = alpha x + sigma eps;
-y = x / rho has standard deviation 1; t in [0, pi/2], u and x_t = sd u are TrigFlow's, sd = 0.5; c
-is the label or prompt, w the guidance scale; eps is fresh unit noise; sg[] stops gradients.
+Notation: D(z, alpha, sigma, c) is a network's estimate of the clean x in z = alpha x + sigma eps;
+y = x / rho has standard deviation 1. TrigFlow has times t in [0, pi/2] and noisy samples x_t = sd u
+with sd = 0.5. c is the label or prompt; w is the guidance scale; eps is fresh unit noise; sg[]
+stops gradients.
 
     u = cos(t) y + sin(t) eps           t = atan(exp(tau) / sd), tau ~ N(P_mean, P_std^2)        (1)
     yhat(u, t, c) = D(rho u, cos t, rho sin t, c) / rho                                          (2)
@@ -24,13 +25,13 @@ is the label or prompt, w the guidance scale; eps is fresh unit noise; sg[] stop
     l(y) = heads(teacher features of cos(s) y + sin(s) eps)       s as in (1), other mean, std  (10)
     L_gen = -mean l(fake)                                                                       (11)
     L_heads = mean relu(1 - l(y)) / 2 + mean relu(1 + l(sg[fake])) / 2                          (12)
-    student: L_scm + w_G L_gen          heads: L_heads, on images of their own                  (13)
+    student: L_scm + w_G L_gen          heads: L_heads, on other images                         (13)
 
 Usage:
-    python sana_sprint.py                                    # one step, MNIST, minutes on a CPU
-    python sana_sprint.py --nfe 4                            # the same, evaluated in four steps
-    python sana_sprint.py --teacher toy                      # 2-D mixture, under a minute
-    torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR # any teacher folder, 8 GPUs
+    python sana_sprint.py                                     # one step, MNIST, minutes on a CPU
+    python sana_sprint.py --nfe 4                             # the same, evaluated in four steps
+    python sana_sprint.py --teacher toy                       # 2-D mixture, under a minute
+    torchrun --nproc_per_node=8 sana_sprint.py --teacher DIR  # any teacher folder, 8 GPUs
 
 Differences from the paper, variants and results: docs/sana_sprint.md.
 """
@@ -192,20 +193,22 @@ class Head(nn.Module):
     def __init__(self, feature):
         super().__init__()
         c = feature.shape[1]
-        self.first = nn.Sequential(self.layer(feature, c, 1), group_norm(c), nn.LeakyReLU(0.2))
-        self.second = nn.Sequential(self.layer(feature, c, 3), group_norm(c), nn.LeakyReLU(0.2))
-        self.last = self.layer(feature, 1, 1)
-
-    def layer(self, feature, channels, width):
-        c = feature.shape[1]
-        if feature.ndim == 2:
-            return spectral_norm(nn.Linear(c, channels))
-        return spectral_norm(nn.Conv2d(c, channels, width, padding=width // 2))
+        self.first = nn.Sequential(spectral_layer(feature, c, 1), group_norm(c), nn.LeakyReLU(0.2))
+        self.second = nn.Sequential(spectral_layer(feature, c, 3), group_norm(c), nn.LeakyReLU(0.2))
+        self.last = spectral_layer(feature, 1, 1)
 
     def forward(self, feature):
         h = self.first(feature.float())
         h = (h + self.second(h)) / math.sqrt(2)
         return self.last(h).flatten(1)  # [B, places]
+
+
+def spectral_layer(feature, channels, width):
+    """A convolution for maps like `feature`, or a linear layer for points."""
+    c = feature.shape[1]
+    if feature.ndim == 2:
+        return spectral_norm(nn.Linear(c, channels))
+    return spectral_norm(nn.Conv2d(c, channels, width, padding=width // 2))
 
 
 def group_norm(c):
@@ -226,14 +229,11 @@ def with_dense_time(teacher, args):
 
     The fast waves of an embedding of 0..1000, which a derivative along t magnifies, are gone.
     """
-    waves = hasattr(teacher, "adapt")
-    advice = "use --time native"
-    require(
-        waves, f"--time dense: the time embedding of {args.teacher} has no fast waves; {advice}"
-    )
+    adapts = hasattr(teacher, "adapt")
+    require(adapts, f"--time dense: {args.teacher} has no fast time embedding; use --time native")
     if teacher.dense:
         return teacher
-    require(not args.lora, f"--time dense: --lora keeps the network's weights; {advice}")
+    require(not args.lora, "--time dense: --lora keeps the network's weights; use --time native")
     return teacher.copy().adapt().fit_time().requires_grad_(False)
 
 
@@ -263,7 +263,7 @@ def time_range(schedule, rho):
 
 
 def trig_times(schedule, rho, times):
-    """TrigFlow times with the same SNR as times of a schedule, a list."""
+    """TrigFlow times, a list, with the same SNR as `times` of a schedule."""
     pairs = [(float(schedule.sigma(t)), rho * float(schedule.alpha(t))) for t in times]
     return [math.atan2(sigma, alpha) for sigma, alpha in pairs]
 
@@ -361,16 +361,16 @@ def student_derivative(student, u, t, cond, rho, dx):
     student.dtype = torch.float32
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            at = lambda u, t: velocity(student, u, t, cond, rho)
-            return torch.func.jvp(at, (u, t), direction)[1]  # (5)
+            f = lambda u, t: velocity(student, u, t, cond, rho)
+            return torch.func.jvp(f, (u, t), direction)[1]  # (5)
     finally:
         student.dtype = dtype
 
 
 def tangent(f, dx, u, t, j, r):
-    """g of (7) [B, *shape] and the norm [B] of g of (6), which is cos t d(sd yhat)/dt for r = 1.
+    """g of (7) [B, *shape] and the norm [B] of g of (6). At r = 1, (6) is cos t d(sd yhat)/dt.
 
-    f: F of the student without graph, where j was computed. r: a number or [B].
+    f: F of the student without graph, where J was computed. r: a number or [B].
     """
     cos, sin = expand(t.cos(), u), expand(t.sin(), u)
     g = -(cos**2) * (SD * f - dx) - expand(r, u) * (cos * sin * SD * u + SD * j)  # (6)
@@ -413,11 +413,13 @@ def main():
     schedule, shape = teacher.schedule, teacher.shape
     images = load_images(args.data, teacher, run.print)
 
-    # TrigFlow coordinates: deviation of the data, times.
+    # TrigFlow coordinates: deviation of the data, range of times, times of the steps.
     rho = args.rho or data_std(images, teacher, run.device)
     low, high = time_range(schedule, rho)
     least = max(low, args.anchor)
     times = sample_times(schedule, rho, args.nfe, args.steps)
+
+    # Guidance: scales w of (4). If there are several, w is an input of the student.
     scales = torch.tensor(args.cfg_train, device=run.device)
     several = len(scales) > 1
     guided = args.cfg_train != [1.0]
