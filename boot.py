@@ -53,8 +53,7 @@ N = 1000  # nodes of the schedule's grid that times are interpolated in
 K_MIN = 0.02  # least k in the weight of (7); the target has the true k
 
 # Presets: the flags for a teacher, unless the command line gives others.
-# All are [O], ours: the paper's are not public.
-# Those of toy and mnist were measured in docs/RESULTS.md.
+# All are ours, the paper's are not public; toy and mnist: measured in docs/RESULTS.md
 DEFAULT = dict(
     cfg=1.0,
     delta=1 / 64,
@@ -258,7 +257,7 @@ def bootstrap(student, teacher, eps, u_t, u_s, is_boundary, cond, w):
     at_T = is_boundary.view(-1, *[1] * (eps.ndim - 1))
     f = teacher.guided(torch.where(at_T, x_T, x_t), alpha_t, sigma_t, cond, w)  # (4)
     k = coefficient(alpha_t, sigma_t, alpha_s, sigma_s)
-    k = torch.where(is_boundary, 1.0, k)
+    k = torch.where(is_boundary, 1.0, k)  # 0 / 0 where alpha_T is 0
     return carry(y_t, f, k), k, f - y_t
 
 
@@ -331,7 +330,7 @@ class PathDistance:
 
 
 def write_distances(run, teacher, student):
-    """path.json at the end of a run. By all processes, which sharded networks need."""
+    """path.json at the end of a run. Call it on all processes: sharded networks need them."""
     args = run.args
     n = min(PATH_N, args.eval_n)
     distance = PathDistance(teacher, args, n)

@@ -19,12 +19,12 @@ or prompt; w is the guidance scale; |.|^2 is the mean square over a sample; sg[]
     f(z, d) = z + d u_avg(z, d)                     flow map; f(z, 1) is the image               (4)
     e = u_avg + d du_avg/dd - u_w(f(z, d), 1 - d)   prediction; z does not depend on d           (5)
     e = u_avg(z, d) - (d' u_avg(z, d') + (d - d') u_w(f(z, d'), 1 - d')) / d
-                                                    --euler-steps N: finite d - d' = 1 / N       (6)
+                                                    with --euler-steps N; d' = d - 1 / N         (6)
     g = e / (|e|^2 + eps)^k                         of a prediction                              (7)
     e = aux(x_r, r, c, w) - u_w(x_r, r, c)          correction: x = f(z, 1), and u_w is guided
                                                     up to --r-guided; r = sigmoid(0.8 + N(0,1))  (8)
     g = lambda e                                    lambda = mean |g of (7)| / mean |e|          (9)
-    L = mean u_avg . sg[g]                          (9) in a share --correction, else (7)       (10)
+    L = mean u_avg . sg[g]                          a share --correction has (9), the rest (7)  (10)
     L_aux = mean (aux(x_r, r, c, w) - (x - n))^2    x = sg[f(z, 1)], r ~ U(0, 1)                (11)
 
 Usage:
@@ -176,8 +176,9 @@ def velocity(net, schedule, x_t, t, cond):
     of the clean x at any (alpha, sigma), and this estimate has one velocity on the linear path.
     """
     t_min = torch.tensor(schedule.t_min)
-    ratio = float(schedule.sigma(t_min) / schedule.alpha(t_min))  # the least noise it knows
-    t = f64(t).clamp(min=max(T_LEAST, ratio / (1 + ratio)))
+    ratio = float(schedule.sigma(t_min) / schedule.alpha(t_min))
+    least = ratio / (1 + ratio)  # the least t that the network was trained for
+    t = f64(t).clamp(min=max(T_LEAST, least))
     x0 = net(x_t, 1 - t, t, cond)
     return ((x0.double() - x_t) / expand(t, x_t)).to(x_t.dtype)  # (1)
 
@@ -329,6 +330,16 @@ def spread_rows(count, batch):
     return (torch.arange(batch + 1) * count // batch).diff() > 0
 
 
+def check_share(share, batch, local_batch):
+    """UserError if a process (and part of --accumulate) has not both kinds of samples."""
+    least = max(math.ceil(1 / part) for part in (share, 1 - share) if part > 0)
+    require(
+        local_batch >= least,
+        f"--batch {batch}: expected at least {least} samples per process (and part of "
+        f"--accumulate), so that each has predicted and corrected ones, found {local_batch}",
+    )
+
+
 def durations(u, steps=None):
     """d [B] in [0, 1] for u [B], uniform in [0, 1). steps: only multiples of 1 / steps."""
     d = (u / (1 - AT_END)).clamp(max=1)
@@ -345,9 +356,11 @@ def random_guidance(draw, low, high):
 
 
 def take(rows, cond, w):
-    """cond and w of these samples."""
+    """cond and w of these samples. w: [B] or one number."""
     cond = {name: value[rows] for name, value in cond.items()}
-    return cond, w[rows] if torch.is_tensor(w) else w
+    if torch.is_tensor(w):
+        w = w[rows]
+    return cond, w
 
 
 # ---- distance to the teacher's path --------------------------------------------------------------
@@ -400,7 +413,7 @@ class PathDistance:
 
 
 def write_distances(run, teacher, student):
-    """path.json at the end of a run. By all processes, which sharded networks need."""
+    """path.json at the end of a run. Call it on all processes: sharded networks need them."""
     args = run.args
     n = min(PATH_N, args.eval_n)
     distance = PathDistance(teacher, args, n)
@@ -424,20 +437,11 @@ def main():
     schedule, shape = teacher.schedule, teacher.shape
     low, high = args.cfg_range
 
-    # The samples of each part of the batch: corrected ones, and the others, by their indices.
-    shares = [share for share in (args.correction, 1 - args.correction) if share > 0]
-    least = max(math.ceil(1 / share) for share in shares)
-    require(
-        run.batch >= least,
-        f"--batch {args.batch}: expected at least {least} samples per process (and part of "
-        f"--accumulate), so that each has predicted and corrected ones, found {run.batch}",
-    )
+    # Which samples have a correction; the others have a prediction.
+    check_share(args.correction, args.batch, run.batch)
     count = round(args.correction * args.batch)
-    parts = []
-    for is_corrected in spread_rows(count, args.batch).to(run.device).split(run.batch):
-        predicted = (~is_corrected).nonzero()[:, 0]
-        corrected = is_corrected.nonzero()[:, 0]
-        parts.append((is_corrected, predicted, corrected))
+    parts = spread_rows(count, args.batch).to(run.device).split(run.batch)
+    roles = [(part, (~part).nonzero()[:, 0], part.nonzero()[:, 0]) for part in parts]
 
     # Networks: student and aux start as the teacher. A new input enters by an embedding that is
     # added to the network's time embedding. The last layer of it starts at zero, so the network
@@ -470,7 +474,7 @@ def main():
     for it in run.loop(first, args.iters):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_aux, args.lr_fake))
-        is_corrected, predicted, corrected = parts[run.data_shard[0]]
+        is_corrected, predicted, corrected = roles[run.data_shard[0]]  # bool [B], indices
         logs = {}
 
         # Student. One forward pass serves both kinds of samples.
@@ -484,19 +488,21 @@ def main():
         u_avg = average_velocity(student_ddp, z, d, cond, w)
         g = torch.empty_like(z)
         if len(predicted):
-            inputs = (student, teacher, z[predicted], d[predicted], *take(predicted, cond, w))
+            z_p, d_p = z[predicted], d[predicted]
+            cond_p, w_p = take(predicted, cond, w)
             if args.euler_steps:
-                u_avg_predicted = u_avg.detach()[predicted]
-                e = euler_error(u_avg_predicted, *inputs, args.euler_steps)
+                u_p = u_avg.detach()[predicted]
+                e = euler_error(u_p, student, teacher, z_p, d_p, cond_p, w_p, args.euler_steps)
             else:
-                e = prediction_error(*inputs)
+                e = prediction_error(student, teacher, z_p, d_p, cond_p, w_p)
             g[predicted] = weighted(e, args.k, args.eps)
             logs |= dict(prediction=mean_square(e).mean())
         if len(corrected):
             x = flow_map(z[corrected], 1.0, u_avg.detach()[corrected])
-            inputs = (x, r[corrected], n[corrected], *take(corrected, cond, w))
-            e = correction_error(aux, teacher, *inputs, args.r_guided)
-            lam = 1.0
+            r_c, n_c = r[corrected], n[corrected]
+            cond_c, w_c = take(corrected, cond, w)
+            e = correction_error(aux, teacher, x, r_c, n_c, cond_c, w_c, args.r_guided)
+            lam = 1.0  # of a correction alone
             if len(predicted):
                 lam = balance(g[predicted], e, run.world)
             g[corrected] = lam * e
