@@ -37,7 +37,7 @@ code has levels, steps and lambda_t for three forms of schedules:
 
 Usage:
     python sid.py                                            # one step, MNIST, minutes on a CPU
-    python sid.py --nfe 4 --gan                              # four steps, with the GAN term
+    python sid.py --nfe 4 --gan --gan-warmup 0               # four steps, with the GAN term
     python sid.py --teacher toy                              # 2-D mixture, under a minute
     torchrun --nproc_per_node=8 sid.py --teacher DIR         # any teacher folder, 8 GPUs
 

@@ -430,7 +430,7 @@ RUNS = [
     slow("sana_sprint", "sd3", ["--time", "native", "--cfg-train", 1, 2, "--cfg", 2]),
     slow("twinflow", "sd15", []),
     slow("msd", "sd15", ["--students", 2, "--adm", 0.4, "--cfg", 2]),
-    slow("sid", "sd15", ["--gan", "--cfg", 1]),
+    slow("sid", "sd15", ["--gan", "--gan-warmup", 4, "--cfg", 1]),
     slow("decoupled_dmd", "sd15", ["--gan", "--cfg", 2]),
     slow("dmd2", "sdxl", ["--gan", "--nfe", 2, "--cfg", 2]),
 ]
