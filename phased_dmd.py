@@ -226,7 +226,9 @@ def sample(student, z, cond, nfe, noise=None, step_shift=1.0):
 
     z: unit noise [B, *shape]. The noise level of a step chooses the expert.
     """
-    return backward_simulation(student, step_times(nfe, step_shift), nfe, cond, z)
+    times = step_times(nfe, step_shift)
+    x = backward_simulation(student, times, nfe - 1, cond, z)
+    return euler_step(student, x, times[nfe - 1], times[nfe], cond)[0]
 
 
 # ---- noise above a noisy sample ------------------------------------------------------------------
