@@ -321,7 +321,7 @@ def main():
     experts = [net.copy(args.lora) for net in starts_as(teacher, times, ends)]
     student = ByLevel(experts, table)
     critic = teacher.copy(args.lora_fake)
-    critic_ddp = run.train(critic)  # DDP around it; called wherever gradients flow
+    critic_ddp = run.train(critic)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)  # leaves experts without gradient as they are
     opt_c = adamw(critic, args.lr_fake, args)
     ema = EMA(student, args.ema, args.ema_cpu)
@@ -372,7 +372,7 @@ def main():
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = (it - start) % args.ratio == 0
-        j = draw.shared_randint(begin, end)  # the same on all processes
+        j = draw.shared_randint(begin, end)  # on all processes, for equally many passes
         x_j = backward_simulation(student, times, j, cond, draw.randn(*shape))
         if student_turn:
             x_s, x0 = euler_step(expert_ddp, x_j, times[j], s, cond)  # (2)

@@ -86,7 +86,7 @@ def close(a, b, it, only=""):
             continue
         for name, value in one.items():
             # The std of a batch is no mean over processes. The cos of decoupled_dmd has samples
-            # whose DM term is nearly 0, where its direction is rounding.
+            # whose CA term is 0 up to rounding (label and null condition agree): any direction.
             if name not in ("std", "cos"):
                 assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
