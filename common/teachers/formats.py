@@ -1,5 +1,6 @@
 """What the JSON files of teachers and students may hold. The files may be somebody else's."""
 
+import inspect
 import os
 
 from common.errors import UserError, did_you_mean
@@ -121,8 +122,10 @@ def wrong_route(folder, info):
 def read_index(name, folder, pipelines):
     """-> contents of a pipeline's model_index.json.
 
-    UserError if the pipeline is none of `pipelines`, or if a component is not a class of diffusers
-    or transformers: diffusers imports what model_index.json names, also from files of the folder.
+    pipelines: {name of the diffusers class: teacher class}.
+    UserError if the pipeline is none of them, or if a component that is loaded is not a class of
+    diffusers or transformers: diffusers imports what model_index.json names, also from files of the
+    folder. Components that are never loaded, such as a safety checker, may be anything.
     """
     index = read_json(folder / "model_index.json", "--teacher")
     found = index.get("_class_name")
@@ -131,13 +134,38 @@ def read_index(name, folder, pipelines):
             f"--teacher {name}: expected one of the pipelines {', '.join(pipelines)}, "
             f"found {found!r}{did_you_mean(found, pipelines)}"
         )
-    for part, value in index.items():
+    for part in loaded_components(pipelines[found], index):
+        value = index.get(part, [None, None])
         if is_component(part, value) and not is_safe_component(folder / part, value):
             raise UserError(
                 f"--teacher {name}: {part}: expected a component of diffusers or transformers, "
                 f"found {value}; code of a folder is never run"
             )
+    for part in (*pipelines[found].networks(index), "vae", "scheduler"):
+        if index.get(part, [None, None]) in (None, [None, None]):
+            raise UserError(
+                f"--teacher {name}: model_index.json: {part}: expected a component of diffusers, "
+                "found none"
+            )
+    for part in pipelines[found].without:  # diffusers takes its first entry, also of no list
+        if part in index and not isinstance(index[part], list):
+            raise UserError(
+                f"--teacher {name}: model_index.json: {part}: expected [library, class], or "
+                f"[null, null] for none, found {index[part]!r}"
+            )
     return index
+
+
+def loaded_components(cls, index):
+    """Names of the components of a pipeline that its teacher class loads, itself or by diffusers.
+
+    diffusers loads what the pipeline's constructor takes, and ignores other entries of the index.
+    """
+    import diffusers
+
+    taken = inspect.signature(getattr(diffusers, cls.pipeline).__init__).parameters
+    skipped = set(cls.without) - set(cls.networks(index))
+    return [part for part in taken if part != "self" and part not in skipped]
 
 
 def is_component(part, value):

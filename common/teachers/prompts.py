@@ -122,6 +122,7 @@ def cache_folder(cls, folder, prompts, dtype, cache):
     """Folder of these embeddings. Its name changes when the prompts or the text encoders do."""
     parts = ("text_encoder", "tokenizer")
     files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(parts))
+    files.append(Path(folder) / "model_index.json")  # says what the null prompt is
     key = [cls.__name__, str(folder), stamp_files(files, folder), str(dtype), prompts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return Path(cache or ROOT / "out" / "prompts") / f"{Path(folder).name}-{digest}"
