@@ -52,8 +52,9 @@ from common.teachers.load import load_teacher
 N = 1000  # nodes of the schedule's grid that times are interpolated in
 K_MIN = 0.02  # least k in the weight of (7); the target has the true k
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# All are ours, the paper's are not public; toy and mnist: measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# All are ours, the paper's are not public. [O]: measured in docs/RESULTS.md. `source` is printed at
+# the start; docs/teachers.md has all of them in a table.
 DEFAULT = dict(
     cfg=1.0,
     delta=1 / 64,
@@ -66,6 +67,7 @@ DEFAULT = dict(
     cooldown=0.0,
     ema=1_770_000,  # 0.9999 per step
     clip=1.0,
+    source="nobody's",
 )
 TOY = dict(
     cfg=1.0,
@@ -79,6 +81,7 @@ TOY = dict(
     cooldown=0.5,
     ema=0,
     clip=1.0,
+    source="[O]",
 )
 MNIST = dict(
     cfg=1.5,
@@ -93,15 +96,41 @@ MNIST = dict(
     cooldown=0.5,
     ema=2000,
     clip=10.0,
+    source="[O]",
 )
-EMOJI = dict(MNIST, cfg=3.5, lr=2e-4, batch=32, iters=500)
+EMOJI = dict(  # tried once
+    MNIST,
+    cfg=3.5,
+    lr=2e-4,
+    batch=32,
+    iters=500,
+    source="nobody's: mnist's at a lower rate",
+)
+TEXT = dict(DEFAULT, lr=1e-5)  # guidance of the pipeline: the student has it built in
 PRESETS = {
-    "default": DEFAULT,  # any other teacher
+    "default": DEFAULT,
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
     "emoji-flow": EMOJI,
+    "own": dict(MNIST, source="nobody's: mnist's"),
+    "edm-imagenet64": DEFAULT,
+    "edm-cifar10": DEFAULT,
+    "dit": dict(DEFAULT, cfg=1.5),
+    "sit": dict(DEFAULT, cfg=1.5),
+    "sd15": dict(TEXT, cfg=7.5),
+    "sd21": dict(TEXT, cfg=7.5),
+    "sdxl": dict(TEXT, cfg=5.0),
+    "sd3": dict(TEXT, cfg=7.0),
+    "sana": dict(TEXT, cfg=4.5),
+    "sana-0.6b": dict(TEXT, cfg=4.5),
+    "flux": dict(TEXT, cfg=1.0),  # its network has an input for guidance already
+    "qwen-image": dict(TEXT, cfg=4.0),
+    "z-image": dict(TEXT, cfg=6.0),
+    "wan2.1": dict(TEXT, cfg=5.0),
+    "wan2.1-14b": dict(TEXT, cfg=5.0),
+    "wan2.2": dict(TEXT, cfg=4.0),
 }
 
 # The student's path is compared with the teacher's, also every --distance-every iterations.

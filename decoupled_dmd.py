@@ -64,8 +64,9 @@ N = 1000  # noise levels of the grid
 LEVELS = ["hybrid", "full", "constrained", "shared"]
 REGULARISERS = ["dm", "moments", "none"]
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [C] DMD2's code, on which the paper builds, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] DMD2's code, [A] answer of an author, [T] code of others, [O] ours, measured in
+# docs/RESULTS.md. `source` is printed at the start; docs/teachers.md has all of them in a table.
 FOUR_STEPS = dict(  # SDXL [C]
     cfg=8.0,
     nfe=4,
@@ -82,6 +83,7 @@ FOUR_STEPS = dict(  # SDXL [C]
     floor=1e-8,
     gan_weight=5e-3,
     cls_weight=1e-2,
+    source="[P, C]",
 )
 TOY = dict(  # [O]
     FOUR_STEPS,
@@ -95,6 +97,7 @@ TOY = dict(  # [O]
     cooldown=0.5,
     floor=0.05,
     gan_weight=3e-3,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     cfg=1.5,
@@ -112,16 +115,74 @@ MNIST = dict(  # [O]
     floor=0.05,
     gan_weight=0.03,
     cls_weight=0.1,
+    source="[O]",
 )
 EMOJI = dict(MNIST, cfg=3.5, nfe=4, lr=1e-4, lr_fake=1e-4, batch=32, iters=600, shift=1.0)  # [O]
+SD15 = dict(  # [T] AaronCaoZJ's model card
+    FOUR_STEPS,
+    cfg=3.0,
+    lr=1e-5,
+    lr_fake=1e-5,
+    batch=64,  # nobody's
+    iters=10_000,
+    source="[T] AaronCaoZJ, batch nobody's",
+)
+SD3 = dict(  # [T] CDM, which has a third term; its guidance 7 is of CA alone, so w = 8
+    FOUR_STEPS,
+    cfg=8.0,
+    lr=1e-5,
+    lr_fake=5e-6,
+    weight_decay=1e-4,
+    ratio=2,
+    batch=128,
+    iters=4000,
+    warmup=100,
+    ema=90_000,  # 0.999 per step
+    clip=1.0,
+    floor=0.1,
+    source="[T] CDM",
+)
+QWEN = dict(  # [A] Qwen-Image-Lightning. As LoRA: --lora 64 --lora-alpha 8 --lr 5e-5
+    FOUR_STEPS,
+    cfg=4.0,
+    lr=2e-7,
+    lr_fake=1e-5,
+    betas=(0.0, 0.999),
+    batch=32,  # nobody's
+    iters=10_000,
+    warmup=0,
+    clip=1.0,
+    source="[A] Qwen-Image-Lightning, batch nobody's",
+)
+IMAGENET = dict(FOUR_STEPS, nfe=1, clip=1.0, source="nobody's: dmd2's")
+LATENTS = dict(IMAGENET, cfg=1.5, lr=2e-5, lr_fake=2e-5, batch=512, iters=100_000)
+PIXELS = dict(  # without guidance there is no CA: this is dmd2.py
+    IMAGENET, cfg=1.0, lr=2e-6, lr_fake=2e-6, batch=280, iters=200_000, clip=10.0
+)
 PRESETS = {
-    "default": FOUR_STEPS,  # any other folder
+    "default": dict(FOUR_STEPS, source="nobody's: SDXL's"),
     "toy": TOY,
     "toy-cond": dict(TOY, cfg=2.0, nfe=4),
     "mnist": dict(MNIST, moments=(-0.737, 0.374)),
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
-    "sdxl": dict(FOUR_STEPS, moments=(0.075, 0.81)),  # [P]
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, shift=1.0, source="nobody's: mnist's"),
+    "edm-imagenet64": PIXELS,
+    "edm-cifar10": PIXELS,
+    "dit": LATENTS,
+    "sit": LATENTS,
+    "sd15": SD15,
+    "sd21": dict(SD15, source="nobody's: sd15's"),
+    "sdxl": dict(FOUR_STEPS, moments=(0.075, 0.81)),  # moments [P] of this VAE
+    "sd3": SD3,
+    "sana": dict(SD3, cfg=4.5, source="nobody's: sd3's"),
+    "sana-0.6b": dict(SD3, cfg=4.5, source="nobody's: sd3's"),
+    "flux": dict(SD3, cfg=1.0, source="nobody's: sd3's; no CA, rather dmd2.py"),
+    "qwen-image": QWEN,
+    "z-image": dict(SD3, cfg=6.0, nfe=8, source="8 steps [P], the rest nobody's: sd3's"),
+    "wan2.1": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
+    "wan2.1-14b": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
+    "wan2.2": dict(SD3, cfg=4.0, source="nobody's: sd3's"),
 }
 
 

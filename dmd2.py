@@ -51,8 +51,9 @@ from common.teachers.students import start_from
 
 N = 1000  # noise levels of the grid
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] official code, [A] answer of an author, [T] code of others, [O] ours, measured in
+# docs/RESULTS.md. `source` is printed at the start; docs/teachers.md has all of them in a table.
 IMAGENET64 = dict(  # EDM on ImageNet-64 [P, C]
     cfg=1.0,
     nfe=1,
@@ -68,8 +69,8 @@ IMAGENET64 = dict(  # EDM on ImageNet-64 [P, C]
     shift=1.0,
     gan_weight=3e-3,
     cls_weight=1e-2,  # [C]
+    source="[P, C]",
 )
-IMAGENET_LATENTS = dict(IMAGENET64, cfg=1.5)  # not in the paper
 TOY = dict(  # [O], but ratio and GAN weights [P]
     IMAGENET64,
     lr=5e-4,
@@ -78,6 +79,7 @@ TOY = dict(  # [O], but ratio and GAN weights [P]
     iters=4000,
     warmup=0,
     cooldown=0.5,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     cfg=1.5,
@@ -94,6 +96,7 @@ MNIST = dict(  # [O]
     shift=0.3,  # less noise: fewer speckles in the background
     gan_weight=0.03,
     cls_weight=0.1,
+    source="[O]",
 )
 EMOJI = dict(MNIST, cfg=3.5, nfe=4, lr=1e-4, lr_fake=1e-4, batch=32, iters=600, shift=1.0)  # [O]
 SD15 = dict(  # one step, first stage [P, C]
@@ -116,30 +119,80 @@ SDXL = dict(  # four steps [P, C]
     iters=20_000,
     gan_weight=5e-3,
 )
+CIFAR10 = dict(  # [T] FastGen
+    IMAGENET64, lr=1e-4, lr_fake=1e-4, batch=2048, iters=100_000, warmup=0, gan_weight=1e-3
+)
+LATENTS = (
+    dict(  # [T] DMDR, without its two tricks; with guidance 1.5 its FID was 5.2 instead of 2.1
+        IMAGENET64, lr=2e-5, lr_fake=2e-5, batch=512, iters=100_000, clip=1.0, source="[T] DMDR"
+    )
+)
+SD3 = dict(  # SD3.5-Large [T] SenseFlow
+    SDXL,
+    cfg=4.0,
+    lr=1e-6,
+    lr_fake=1e-6,
+    weight_decay=0.0,
+    batch=64,  # [A] of DMDR, for this teacher
+    source="[T] SenseFlow, batch [A] DMDR, iterations nobody's",
+)
+FLUX = dict(  # [T] FastGen, 512 px; the guidance of the network's input is --embedded-guidance
+    SDXL,
+    cfg=1.0,
+    lr=1e-5,
+    lr_fake=1e-5,
+    batch=64,  # nobody's
+    iters=5000,
+    warmup=0,
+    gan_weight=0.03,
+    source="[T] FastGen, batch nobody's",
+)
+QWEN = dict(  # [T] NVIDIA's configuration for Qwen-Image; shift 3 instead of the 2 of 1024 px
+    FLUX,
+    cfg=4.0,
+    lr=2e-6,
+    lr_fake=2e-6,
+    batch=128,
+    step_indices="999,817,599,332",
+    shift=1.5,
+    source="[T] NVIDIA Model-Optimizer, shift of Qwen-Image-Flash",
+)
+WAN = dict(  # 1.3B [T] FastGen; shift 5 instead of the file's 3
+    FLUX,
+    cfg=5.0,
+    iters=6000,
+    step_indices="999,832,624,356",
+    shift=5 / 3,
+    source="[T] FastGen",
+)
+WAN14B = dict(  # [T]
+    WAN, lr=2e-6, lr_fake=2e-6, iters=4000, clip=1.0, source="[T] FastVideo, guidance of FastGen"
+)
+WAN22 = dict(WAN14B, cfg=4.0, lr_fake=4e-7, betas=(0.0, 0.999), iters=20_000)
 PRESETS = {
-    "default": IMAGENET64,  # any other folder
+    "default": dict(IMAGENET64, source="nobody's: ImageNet-64's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, shift=1.0, source="nobody's: mnist's"),
     "edm-imagenet64": IMAGENET64,
-    "dit-xl-256": IMAGENET_LATENTS,
-    "dit-xl-512": IMAGENET_LATENTS,
-    "sit-xl-256": IMAGENET_LATENTS,
+    "edm-cifar10": dict(CIFAR10, source="[T] FastGen"),
+    "dit": dict(LATENTS, source="nobody's: SiT's"),
+    "sit": LATENTS,
     "sd15": SD15,
+    "sd21": dict(SD15, source="nobody's: sd15's"),
     "sdxl": SDXL,  # as LoRA [C]: --lora 64 --lora-alpha 8 --lr 5e-5 --lr-fake 5e-5
-    # Flow teachers are not in the paper. They get SDXL's values and their pipeline's guidance.
-    "sana": SDXL,
-    "sana-0.6b": SDXL,
-    "sd3": SDXL,
-    "sd3.5": SDXL,
-    "flux": dict(SDXL, cfg=1.0),
-    "qwen-image": dict(SDXL, cfg=4.0),
-    "z-image": dict(SDXL, cfg=6.0),
-    "wan2.1": dict(SDXL, cfg=5.0),
-    "wan2.1-14b": dict(SDXL, cfg=5.0),
-    "wan2.2": dict(SDXL, cfg=5.0),
+    "sd3": SD3,
+    "sana": dict(SD3, cfg=4.5, source="nobody's: sd3's"),
+    "sana-0.6b": dict(SD3, cfg=4.5, source="nobody's: sd3's"),
+    "flux": FLUX,
+    "qwen-image": QWEN,  # as LoRA [A]: --lora 64 --lora-alpha 8 --lr 5e-5 --lr-fake 4e-7
+    "z-image": dict(SD3, cfg=6.0, source="nobody's: sd3's"),
+    "wan2.1": WAN,
+    "wan2.1-14b": WAN14B,
+    "wan2.2": dict(WAN22, source="nobody's: phased_dmd's"),
 }
 
 

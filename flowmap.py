@@ -56,8 +56,9 @@ from common.teachers.load import load_teacher
 AT_END = 0.1  # share of the durations in (5) that are exactly 1, the others are uniform [O]
 T_LEAST = 1e-3  # no network is evaluated at smaller t: (1) is 0 / 0 at t = 0
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [F] MeanFlow in NVlabs/FastGen, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [F] MeanFlow in NVlabs/FastGen, [O] ours, measured in docs/RESULTS.md. `source` is
+# printed at the start; docs/teachers.md has all of them in a table.
 IMAGENET256 = dict(  # SiT-XL/2 on ImageNet-256
     cfg=1.5,  # the released students were sampled with it [P]
     cfg_range=(1.0, 3.0),
@@ -66,11 +67,12 @@ IMAGENET256 = dict(  # SiT-XL/2 on ImageNet-256
     betas=(0.9, 0.95),  # [F]
     weight_decay=0.0,  # [F]
     batch=256,  # [P]
-    iters=1_500_000,  # [P]
+    iters=1_500_000,  # [P]; 100,000 are its "20 epochs", 1,000,000 its 512 px
     warmup=1000,  # [F]
     cooldown=0.0,
     ema=1_770_000,  # 0.9999 per step [F]
     clip=1.0,
+    source="[P], rates [F]",
 )
 TOY = dict(  # [O]
     cfg=1.0,
@@ -85,6 +87,7 @@ TOY = dict(  # [O]
     ema=0,
     clip=1.0,
     eps=1.0,  # at 1e-3, samples at small d, which are right already, outweigh those near the image
+    source="[O]",
 )
 MNIST = dict(  # [O]
     cfg=1.5,
@@ -99,15 +102,45 @@ MNIST = dict(  # [O]
     ema=2000,
     clip=10.0,
     eps=0.1,
+    source="[O]",
 )
 EMOJI = dict(MNIST, cfg=3.5, lr=2e-4, lr_fake=2e-4, batch=32, iters=350)  # [O]
+TEXT = dict(  # rates of FastGen's MeanFlow of Wan; guidance of the pipeline
+    IMAGENET256,
+    cfg_range=None,
+    lr=1e-5,
+    lr_fake=1e-5,
+    betas=(0.9, 0.99),
+    batch=32,
+    iters=20_000,
+    ema=22_000,  # 0.999 per step
+    source="nobody's: rates of MeanFlow [F]",
+)
+EDM = dict(IMAGENET256, cfg=1.0, cfg_range=None, source="nobody's: SiT's")
 PRESETS = {
-    "default": IMAGENET256,  # any other teacher
+    "default": dict(IMAGENET256, source="nobody's: SiT's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, source="nobody's: mnist's"),
+    "edm-imagenet64": EDM,
+    "edm-cifar10": EDM,
+    "dit": dict(IMAGENET256, source="nobody's: SiT's"),
+    "sit": IMAGENET256,
+    "sd15": dict(TEXT, cfg=7.5),
+    "sd21": dict(TEXT, cfg=7.5),
+    "sdxl": dict(TEXT, cfg=5.0),
+    "sd3": dict(TEXT, cfg=7.0),
+    "sana": dict(TEXT, cfg=4.5),
+    "sana-0.6b": dict(TEXT, cfg=4.5),
+    "flux": dict(TEXT, cfg=1.0),  # its network has an input for guidance already
+    "qwen-image": dict(TEXT, cfg=4.0),
+    "z-image": dict(TEXT, cfg=6.0),
+    "wan2.1": dict(TEXT, cfg=5.0),
+    "wan2.1-14b": dict(TEXT, cfg=5.0),
+    "wan2.2": dict(TEXT, cfg=4.0),
 }
 
 # The student's path is compared with the teacher's.

@@ -54,8 +54,9 @@ from common.teachers.load import load_teacher
 N = 1000  # noise levels of the grid
 STAGES = ("tsm", "dm", "adm")
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [D] DMD2's, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [D] DMD2's, [O] ours, measured in docs/RESULTS.md. `source` is printed at the start;
+# docs/teachers.md has all of them in a table.
 IMAGENET64 = dict(  # EDM on ImageNet-64
     students=4,  # [P]
     cfg=1.0,
@@ -74,6 +75,7 @@ IMAGENET64 = dict(  # EDM on ImageNet-64
     adm_lr=0.25,  # [D]
     gan_weight=3e-3,  # [D]
     cls_weight=1e-2,  # [D]
+    source="[P], rates and GAN [D]",
 )
 TOY = dict(  # [O], but ratio and GAN weights [D]
     IMAGENET64,
@@ -84,6 +86,7 @@ TOY = dict(  # [O], but ratio and GAN weights [D]
     warmup=0,
     tsm_lr=2e-3,
     adm=0.0,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     students=4,
@@ -103,17 +106,69 @@ MNIST = dict(  # [O]
     adm_lr=0.25,
     gan_weight=0.03,
     cls_weight=0.1,
+    source="[O]",
 )
-EMOJI = dict(
-    MNIST, students=2, cfg=3.5, lr=1e-4, lr_fake=1e-4, batch=32, iters=600, shift=1.0
-)  # [O]
+EMOJI = dict(MNIST, students=2, cfg=3.5, lr=1e-4, lr_fake=1e-4, batch=32, iters=600, shift=1.0)
+SD15 = dict(  # the batch is a quarter of DMD2's, for each of four students
+    IMAGENET64,
+    cfg=1.75,  # [D]
+    lr=1e-5,  # [D]
+    lr_fake=1e-5,  # [D]
+    ratio=10,  # [D]
+    batch=512,
+    iters=160_000,  # 40,000 for each student [D]
+    gan_weight=1e-3,  # [D]
+    source="students [P], the rest [D]",
+)
+LATENTS = dict(
+    IMAGENET64,
+    lr=2e-5,
+    lr_fake=2e-5,
+    batch=512,
+    iters=400_000,
+    source="nobody's: rates of dmd2's, times 4 students",
+)
+SDXL = dict(  # published in four steps only
+    IMAGENET64,
+    cfg=8.0,
+    lr=5e-7,
+    lr_fake=5e-7,
+    batch=128,
+    iters=100_000,
+    gan_weight=5e-3,
+    source="nobody's: dmd2's, in one step",
+)
+SD3 = dict(
+    SDXL,
+    cfg=4.0,
+    lr=1e-6,
+    lr_fake=1e-6,
+    batch=64,
+    iters=80_000,
+)
 PRESETS = {
-    "default": IMAGENET64,  # any other folder
+    "default": dict(IMAGENET64, source="nobody's: ImageNet-64's"),
     "toy": dict(TOY, students=1),  # points without labels: nothing to split
     "toy-cond": TOY,
     "mnist": MNIST,
-    "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji": dict(EMOJI, source="nobody's: dmd2's"),
+    "emoji-flow": dict(EMOJI, source="nobody's: dmd2's"),
+    "own": dict(MNIST, students=2, shift=1.0, source="nobody's: mnist's"),
+    "edm-imagenet64": IMAGENET64,
+    "dit": LATENTS,
+    "sit": LATENTS,
+    "sd15": SD15,
+    "sd21": dict(SD15, source="nobody's: sd15's"),
+    "sdxl": SDXL,
+    "sd3": SD3,
+    "sana": dict(SD3, cfg=4.5),
+    "sana-0.6b": dict(SD3, cfg=4.5),
+    "flux": dict(SD3, cfg=1.0),
+    "qwen-image": dict(SD3, cfg=4.0),
+    "z-image": dict(SD3, cfg=6.0),
+    "wan2.1": dict(SD3, cfg=5.0),
+    "wan2.1-14b": dict(SD3, cfg=5.0),
+    "wan2.2": dict(SD3, cfg=4.0),
 }
 
 

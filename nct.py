@@ -59,8 +59,9 @@ from controls.controlled import hash_model, load_controlled, load_generator, mak
 from controls.maps import Control
 from controls.measure import control_error, control_rows, control_summary
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [O] ours: the paper gives no N, k, d, w, lambda or length of training
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [O] ours: the paper gives no N, k, d, w, lambda or length of training. `source` is
+# printed at the start; docs/teachers.md has all of them in a table.
 FOLDER = dict(
     cfg=None,  # of the teacher's row in pictures: the generator's
     control="edges",
@@ -77,6 +78,7 @@ FOLDER = dict(
     warmup=500,
     cooldown=0.0,
     ema=900_000,  # [P] 0.9999 per step
+    source="rates and batch [P], the rest nobody's",
 )
 IMAGE_PROMPT = dict(FOLDER, lr=1e-4, drop=0.05)  # the paper's IP-Adapter [P]
 TOY = dict(  # [O]
@@ -91,6 +93,7 @@ TOY = dict(  # [O]
     warmup=0,
     cooldown=0.5,
     ema=0,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     FOLDER,
@@ -104,15 +107,18 @@ MNIST = dict(  # [O]
     warmup=30,
     cooldown=0.5,
     ema=2000,
+    source="[O]",
 )
 EMOJI = dict(MNIST, lr=3e-4, iters=800)  # [O]
 PRESETS = {
-    "default": FOLDER,  # any other folder
+    "default": dict(FOLDER, source="nobody's: sd15's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, source="nobody's: mnist's"),
+    "sd15": FOLDER,
 }
 
 
@@ -142,7 +148,9 @@ def parse_args(argv=None):
     given, _ = p.parse_known_args(argv)
     found = teacher_of(given.generator) if given.generator else None
     p.set_defaults(teacher=found or "mnist")
-    presets = dict(PRESETS, default=IMAGE_PROMPT) if given.control == "image" else PRESETS
+    presets = PRESETS
+    if given.control == "image":
+        presets = dict(PRESETS, default=IMAGE_PROMPT, sd15=IMAGE_PROMPT)
     args = p.parse(presets, argv)
 
     require(0 <= args.drop <= 1, f"--drop: expected a share from 0 to 1, found {args.drop}")

@@ -50,8 +50,9 @@ from common.teachers.load import load_teacher
 
 N = 1000  # noise levels of the grid
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] official code, [A] answer of an author, [O] ours, measured in docs/RESULTS.md.
+# `source` is printed at the start; docs/teachers.md has all of them in a table.
 WAN = dict(
     cfg=4.0,  # [C]
     nfe=4,  # [P]
@@ -70,6 +71,7 @@ WAN = dict(
     cooldown=0.0,
     ema=0,
     clip=1.0,  # [C]
+    source="[P, C]",
 )
 TOY = dict(  # [O], but steps, phases and ratio [P]
     cfg=1.0,
@@ -88,6 +90,7 @@ TOY = dict(  # [O], but steps, phases and ratio [P]
     warmup=0,
     cooldown=0.0,
     ema=0,
+    source="[O]",
 )
 MNIST = dict(  # [O], but steps and phases [P]
     cfg=1.5,
@@ -106,6 +109,7 @@ MNIST = dict(  # [O], but steps and phases [P]
     warmup=20,
     cooldown=0.5,
     ema=2000,
+    source="[O]",
 )
 EMOJI = dict(  # [O]
     MNIST,
@@ -117,13 +121,46 @@ EMOJI = dict(  # [O]
     iters=700,
     phase_iters=[300],
 )
+WAN13B = dict(WAN, cfg=5.0, iters=5000, phase_iters=[2500], clip=10.0, source="[C]")  # 1.3B
+QWEN = dict(
+    WAN,
+    step_shift=3.0,  # [P]
+    shift=3.0,  # [P]
+    lr=2e-7,  # [A] of whole networks
+    source="[P], rate [A], guidance nobody's",
+)
+NO_SHIFT = dict(  # noise levels of VP models have no shift
+    WAN,
+    step_shift=1.0,
+    shift=1.0,
+    normaliser="dmd2",
+    source="nobody's: Wan's",
+)
 PRESETS = {
-    "default": WAN,  # any other teacher
+    "default": dict(WAN, source="nobody's: Wan's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, shift=1.0, source="nobody's: mnist's"),
+    "edm-imagenet64": dict(NO_SHIFT, cfg=1.0),
+    "edm-cifar10": dict(NO_SHIFT, cfg=1.0),
+    "dit": dict(NO_SHIFT, cfg=1.5),
+    "sit": dict(NO_SHIFT, cfg=1.5),
+    "sd15": dict(NO_SHIFT, cfg=3.0),
+    "sd21": dict(NO_SHIFT, cfg=3.0),
+    "sdxl": dict(NO_SHIFT, cfg=8.0),
+    # shift and guidance of the pipeline, that of FLUX.1 at 1024 px
+    "sd3": dict(WAN, cfg=7.0, step_shift=3.0, shift=3.0, source="nobody's: Wan's"),
+    "sana": dict(WAN, cfg=4.5, step_shift=3.0, shift=3.0, source="nobody's: Wan's"),
+    "sana-0.6b": dict(WAN, cfg=4.5, step_shift=3.0, shift=3.0, source="nobody's: Wan's"),
+    "flux": dict(WAN, cfg=1.0, step_shift=3.158, shift=3.158, source="nobody's: Wan's"),
+    "qwen-image": QWEN,
+    "z-image": dict(WAN, cfg=6.0, step_shift=6.0, shift=6.0, source="nobody's: Wan's"),
+    "wan2.1": WAN13B,
+    "wan2.1-14b": dict(WAN, cfg=5.0, source="[P], guidance nobody's: that of 1.3B"),
+    "wan2.2": WAN,
 }
 
 

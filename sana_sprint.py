@@ -59,8 +59,9 @@ SD = 0.5  # only its ratio to the 0.1 of (7) matters
 TRIG = TrigFlow(1.0)
 DEPTHS = (0.1, 0.4, 0.7, 0.95)  # of the features in (10); blocks 2, 8, 14, 19 of 20 [C]
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] official code, [T] code of others, [O] ours, measured in docs/RESULTS.md.
+# `source` is printed at the start; docs/teachers.md has all of them in a table.
 SANA = dict(  # [P], but H, clip, warmup [C]; CAME is the optimiser there
     cfg=4.5,
     cfg_train=[4.0, 4.5, 5.0],
@@ -84,6 +85,7 @@ SANA = dict(  # [P], but H, clip, warmup [C]; CAME is the optimiser there
     warmup=5000,
     cooldown=0.0,
     ema=0,
+    source="[P, C]",
 )
 TOY = dict(  # [O]
     SANA,
@@ -102,6 +104,7 @@ TOY = dict(  # [O]
     iters=800,
     warmup=100,
     cooldown=0.5,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     SANA,
@@ -125,6 +128,7 @@ MNIST = dict(  # [O]
     warmup=20,
     cooldown=0.5,
     ema=2000,
+    source="[O]",
 )
 EMOJI = dict(  # [O]
     SANA,
@@ -140,14 +144,81 @@ EMOJI = dict(  # [O]
     warmup=20,
     cooldown=0.5,
     ema=2000,
+    source="[O]",
 )
+WAN = dict(  # [T] rCM, whose DMD term is LADD here
+    SANA,
+    cfg=5.0,
+    cfg_train=[4.5, 5.0, 5.5],
+    nfe=4,
+    p_scm=(-0.8, 1.6),
+    H=1000,
+    lr=2e-6,
+    lr_fake=4e-7,
+    betas=(0.0, 0.999),
+    weight_decay=0.01,
+    clip=1e9,  # none
+    warmup=0,
+    source="[T] rCM; LADD with it is nobody's",
+)
+WAN14B = dict(WAN, lr=1e-6, lr_fake=1e-7, H=300)  # [T] rCM
+LATENTS = dict(  # sCM's ImageNet-512 in latents, without the adversarial loss in its paper
+    SANA,
+    cfg=1.5,
+    cfg_train=[1.0, 1.5, 2.0],
+    p_scm=(-0.8, 1.6),
+    H=10_000,
+    rho=None,
+    lr=1e-4,
+    lr_fake=1e-4,
+    betas=(0.9, 0.99),
+    clip=10.0,
+    batch=2048,
+    iters=200_000,
+    warmup=0,
+    source="nobody's: sCM's ImageNet-512",
+)
+CIFAR10 = dict(  # [T] FastGen's sCD, whose losses --adv-weight 0 gives
+    LATENTS,
+    cfg=1.0,
+    cfg_train=None,
+    nfe=1,
+    p_scm=(-1.0, 1.4),
+    rho=0.5,
+    clip=1e6,
+    batch=512,
+    iters=500_000,
+    source="[T] FastGen's sCD; LADD with it is nobody's",
+)
+IMAGENET64 = dict(  # [T] FastGen's sCD
+    CIFAR10, p_scm=(-1.0, 1.6), lr=7e-5, lr_fake=7e-5, clip=10.0, batch=1024, iters=600_000
+)
+# For other pipelines: SANA's numbers, guidance of the pipeline and 0.5 on both sides.
+OTHER = dict(SANA, source="nobody's: SANA's")
 PRESETS = {
-    "default": SANA,  # any other folder
+    "default": OTHER,
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, source="nobody's: mnist's"),
+    "edm-imagenet64": IMAGENET64,
+    "edm-cifar10": CIFAR10,
+    "dit": LATENTS,
+    "sit": LATENTS,
+    "sd15": dict(OTHER, cfg=7.5, cfg_train=[7.0, 7.5, 8.0]),
+    "sd21": dict(OTHER, cfg=7.5, cfg_train=[7.0, 7.5, 8.0]),
+    "sdxl": dict(OTHER, cfg=5.0, cfg_train=[4.5, 5.0, 5.5]),
+    "sd3": dict(OTHER, cfg=7.0, cfg_train=[6.5, 7.0, 7.5]),
+    "sana": SANA,
+    "sana-0.6b": SANA,
+    "flux": dict(OTHER, cfg=1.0, cfg_train=None),  # its network has an input for guidance already
+    "qwen-image": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
+    "z-image": dict(OTHER, cfg=6.0, cfg_train=[5.5, 6.0, 6.5]),
+    "wan2.1": WAN,
+    "wan2.1-14b": WAN14B,
+    "wan2.2": dict(WAN14B, cfg=4.0, cfg_train=[3.5, 4.0, 4.5], source="nobody's: wan2.1-14b's"),
 }
 
 

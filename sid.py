@@ -61,9 +61,10 @@ from common.run import Run
 from common.schedules import Flow, add_noise, native_weight
 from common.teachers.load import load_teacher
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [C] official code, [O] ours, measured in docs/RESULTS.md
-CIFAR10 = dict(  # EDM on CIFAR-10 [C]: 500M images
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md. `source` is printed at the
+# start; docs/teachers.md has all of them in a table.
+CIFAR10 = dict(  # EDM on CIFAR-10 [C]: 500M images; its authors call 100M very competitive
     cfg=1.0,
     guidance="lsg",
     alpha=1.2,  # 1 for SiDA and for text
@@ -81,6 +82,7 @@ CIFAR10 = dict(  # EDM on CIFAR-10 [C]: 500M images
     ema=500_000,
     shift=1.0,
     cls_weight=1.0,
+    source="[C] SiD",
 )
 TOY = dict(  # [O]
     CIFAR10,
@@ -90,6 +92,7 @@ TOY = dict(  # [O]
     iters=2000,
     cooldown=0.5,
     ema=0,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     CIFAR10,
@@ -105,6 +108,7 @@ MNIST = dict(  # [O]
     cooldown=0.5,
     ema=2000,
     shift=0.3,  # less noise: fewer speckles in the background
+    source="[O]",
 )
 EMOJI = dict(  # [O]
     MNIST,
@@ -116,13 +120,70 @@ EMOJI = dict(  # [O]
     iters=300,
     shift=1.0,
 )
+LSG = dict(  # Stable Diffusion 1.5 and 2.1-base [C] SiD-LSG: 10M images; lowest FID at guidance 1.5
+    CIFAR10,
+    cfg=2.0,
+    alpha=1.0,
+    lr=1e-6,
+    lr_fake=1e-6,
+    batch=512,
+    iters=20_000,
+    ema=50_000,
+    source="[C] SiD-LSG",
+)
+SID_DIT = dict(  # [C] ml-sid-dit: 2M images; the pipelines' guidance differs, 4.5 is for all
+    CIFAR10,
+    cfg=4.5,
+    alpha=1.0,
+    nfe=4,
+    lr=1e-6,
+    lr_fake=1e-6,
+    iters=8000,
+    ema=0,
+    source="[C] SiD-DiT",
+)
+SANA = dict(SID_DIT, lr=5e-6, lr_fake=5e-6, iters=4000)  # [C] 1M images
+EDM2 = dict(  # SiDA's ImageNet-512 [C], but the rate, which is for magnitude-preserving networks
+    CIFAR10,
+    cfg=1.5,
+    alpha=1.0,
+    batch=2048,
+    iters=97_000,
+    ema=2_000_000,
+    source="nobody's: SiDA's EDM2 at rate 1e-5",
+)
 PRESETS = {
-    "default": CIFAR10,  # any other folder
+    "default": dict(CIFAR10, source="nobody's: CIFAR-10's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, weight=None, shift=1.0, source="nobody's: mnist's"),
+    "edm-imagenet64": dict(  # 1000M images
+        CIFAR10,
+        lr=4e-6,
+        lr_fake=4e-6,
+        batch=8192,
+        iters=122_000,
+        ema=2_000_000,
+        source="[C] SiD",
+    ),
+    "edm-cifar10": CIFAR10,
+    "dit": EDM2,
+    "sit": EDM2,
+    "sd15": LSG,
+    "sd21": dict(LSG, source="nobody's: sd15's"),
+    "sdxl": dict(SID_DIT, source="4 steps [P], the rest nobody's: SiD-DiT's"),
+    "sd3": SID_DIT,
+    "sana": SANA,
+    "sana-0.6b": SANA,
+    "flux": dict(SID_DIT, cfg=1.0, source="[C] SiD-DiT, guidance nobody's"),
+    "qwen-image": dict(SID_DIT, cfg=4.0, source="nobody's: SiD-DiT's"),
+    "z-image": dict(SID_DIT, cfg=6.0, source="nobody's: SiD-DiT's"),
+    "wan2.1": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
+    "wan2.1-14b": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
+    "wan2.2": dict(SID_DIT, cfg=4.0, source="nobody's: SiD-DiT's"),
 }
 
 # What the official code has for each form of (11) [C], where neither flag nor preset says more.

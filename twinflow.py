@@ -57,8 +57,9 @@ from common.teachers.load import load_teacher
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)
 
-# Presets: the flags for a teacher, unless the command line gives others.
-# [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md
+# Presets: the flags for a kind of teacher, unless the command line gives others.
+# [P] paper, [C] official code, [A] answer of an author, [O] ours, measured in docs/RESULTS.md.
+# `source` is printed at the start; docs/teachers.md has all of them in a table.
 SANA = dict(  # text to image, SANA-0.6B of table 6 [P]
     cfg=5.0,  # [C] k = 0.8
     nfe=1,
@@ -76,6 +77,7 @@ SANA = dict(  # text to image, SANA-0.6B of table 6 [P]
     cooldown=0.0,
     ema=0,
     clip=1.0,  # [C]
+    source="[P, C]",
 )
 TOY = dict(  # [O]
     SANA,
@@ -86,6 +88,7 @@ TOY = dict(  # [O]
     betas=(0.9, 0.99),
     batch=256,
     iters=2000,
+    source="[O]",
 )
 MNIST = dict(  # [O]
     SANA,
@@ -97,15 +100,43 @@ MNIST = dict(  # [O]
     warmup=20,
     cooldown=0.5,
     ema=2000,
+    source="[O]",
 )
 EMOJI = dict(MNIST, cfg=3.5, nfe=4, lr=3e-4, batch=32, iters=700)  # [O]
+SD3 = dict(SANA, lr=1e-5, betas=(0.9, 0.99), source="[C], of SD3.5-medium")
+QWEN = dict(  # [P] the whole network; as LoRA [P]: --lora 64 --lr 1e-4 --batch 64 --iters 7000
+    SD3,
+    batch=32,
+    iters=10_000,
+    source="[P], whole network",
+)
+LATENTS = dict(SANA, cfg=2.3, source="nobody's: SANA's, guidance of UCGM")
+# For other pipelines: Qwen-Image's numbers, guidance of the pipeline.
+OTHER = dict(QWEN, source="nobody's: Qwen-Image's")
 PRESETS = {
-    "default": SANA,  # any other folder
+    "default": dict(SANA, source="nobody's: SANA's"),
     "toy": TOY,
     "toy-cond": TOY,
     "mnist": MNIST,
     "emoji": EMOJI,
-    "emoji-flow": EMOJI,
+    "emoji-flow": dict(EMOJI, source="nobody's: emoji's"),
+    "own": dict(MNIST, source="nobody's: mnist's"),
+    "edm-imagenet64": dict(SANA, cfg=1.0, source="nobody's: SANA's"),
+    "edm-cifar10": dict(SANA, cfg=1.0, source="nobody's: SANA's"),
+    "dit": LATENTS,
+    "sit": LATENTS,
+    "sd15": dict(OTHER, cfg=7.5),
+    "sd21": dict(OTHER, cfg=7.5),
+    "sdxl": dict(OTHER, cfg=5.0),
+    "sd3": SD3,
+    "sana": dict(SANA, betas=(0.9, 0.99)),  # [P]
+    "sana-0.6b": SANA,
+    "flux": dict(OTHER, cfg=1.0),  # its network has an input for guidance already
+    "qwen-image": QWEN,
+    "z-image": dict(QWEN, source="[A] about Qwen-Image's"),
+    "wan2.1": dict(OTHER, cfg=5.0),
+    "wan2.1-14b": dict(OTHER, cfg=5.0),
+    "wan2.2": dict(OTHER, cfg=4.0),
 }
 
 

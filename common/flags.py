@@ -5,9 +5,9 @@ import math
 import os
 import re
 import sys
-from pathlib import Path
 
 from common.errors import require
+from common.teachers.kind import teacher_kind
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -122,17 +122,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
     def parse(self, presets, argv=None):
-        """Flags, with the preset of --teacher as defaults. presets: name of a teacher -> dict.
+        """Flags, with the preset of the teacher's kind as defaults.
 
-        A folder gets the preset of its own name if there is one, else presets["default"].
+        presets: kind of teacher (common/teachers/kind.py) -> dict of flags, and `source`, where the
+        numbers are from. "default" is for all other kinds.
+        args.preset, preset_from, preset_source: what was taken and why, for the print at the start.
         """
         argv = sys.argv[1:] if argv is None else argv
-        without_help = [a for a in argv if a not in ("-h", "--help")]
-        teacher = self.parse_known_args(without_help)[0].teacher
-        names = (teacher, Path(teacher).name, "default")
-        preset = next(presets[name] for name in names if name in presets)
+        given = self.given([a for a in argv if a not in ("-h", "--help")])
+        kind, found = teacher_kind(given.get("teacher", self.get_default("teacher")))
+        preset = dict(presets.get(kind, presets["default"]))
+        source = preset.pop("source", "")
+        if kind not in presets:
+            found += f"; {self.prog} has none for {kind}"
+        if given.get("nfe", preset.get("nfe")) != preset.get("nfe"):
+            preset.pop("step_indices", None)  # they belong to the preset's number of steps
         self.set_defaults(**preset)
         args = self.parse_args(argv)
+        args.preset = kind if kind in presets else "default"
+        args.preset_from = found
+        args.preset_source = source
+        args.cfg_given = "cfg" in given
         if args.smoke:
             args.iters = 3
             args.log_every = 1
@@ -143,6 +153,14 @@ class Parser(argparse.ArgumentParser):
         args.lora = lora_spec(args, "--lora", args.lora)
         args.lora_fake = lora_spec(args, "--lora-fake", args.lora_fake)
         return args
+
+    def given(self, argv):
+        """Flags on the command line, {name: value}, without any defaults."""
+        unset = object()
+        names = {action.dest for action in self._actions}
+        blank = argparse.Namespace(**dict.fromkeys(names, unset))
+        found = vars(self.parse_known_args(argv, blank)[0])
+        return {name: found[name] for name in names if found[name] is not unset}
 
 
 AT_LEAST = dict.fromkeys(["iters", "batch", "accumulate", "nfe", "log_every"], 1)

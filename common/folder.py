@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -43,22 +44,41 @@ class RunFolder:
         self.lock = None
 
     def open(self):
-        """On rank 0: makes and locks the folder. UserError if there is a reason not to use it."""
-        out = self.path
+        """On rank 0: locks a folder that runs have used. UserError if there is a reason not to use
+        it. A new folder is only made by `start`, so that a mistake in the flags leaves none."""
+        if (self.path / ".lock").exists() or list_checkpoints(self.path):
+            self._lock()
+            self._refuse_other_runs()
+            return
+        require(not self.resume, self._no_checkpoint())
+        self._require_writable()
+
+    def start(self):
+        """On rank 0, once all flags have proven right: makes and locks a new folder."""
         try:
             for sub in ("ckpt", "samples"):
-                (out / sub).mkdir(parents=True, exist_ok=True)
+                (self.path / sub).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise self._not_writable(e.strerror) from None
+        if self.lock is None:
+            self._lock()
+            self._refuse_other_runs()
+
+    def _lock(self):
+        out = self.path
+        try:
             self.lock = open(out / ".lock", "a+")
         except OSError as e:
-            raise UserError(
-                f"--out {out}: expected a folder that can be written, found: {e.strerror}"
-            ) from None
+            raise self._not_writable(e.strerror) from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
                 f"--out {out}: another run is writing here; choose another folder or wait for it"
             ) from None
+
+    def _refuse_other_runs(self):
+        out = self.path
         remove_files(out, LITTER)  # of a run that was killed while writing
         if self.restarted:
             self.lock.seek(0)
@@ -76,12 +96,31 @@ class RunFolder:
         if not self.restarted:
             self._note(TO_BE_DISCARDED if refusal and self.overwrite else refusal)
         require(not refusal or self.overwrite, refusal)
-        require(checkpoints or not self.resume, f"--resume: no checkpoint in {out / 'ckpt'}")
+        require(checkpoints or not self.resume, self._no_checkpoint())
+
+    def _no_checkpoint(self):
+        return f"--resume: no checkpoint in {self.path / 'ckpt'}"
+
+    def _not_writable(self, reason):
+        return UserError(
+            f"--out {self.path}: expected a folder that can be written, found: {reason}"
+        )
+
+    def _require_writable(self):
+        """UserError if the folder, which may not exist yet, cannot be made or written."""
+        home = self.path.absolute()
+        while not os.path.lexists(home):
+            home = home.parent
+        if not home.is_dir():
+            raise self._not_writable(os.strerror(errno.ENOTDIR))
+        if not os.access(home, os.W_OK | os.X_OK):
+            raise self._not_writable(os.strerror(errno.EACCES))
 
     def after_open(self):
         """On all ranks. A restart whose first attempt ended before it discarded the old run must
         discard it, not resume it."""
-        if self.restarted and self.overwrite and (self.path / ".lock").read_text():
+        lock = self.path / ".lock"
+        if self.restarted and self.overwrite and lock.exists() and lock.read_text():
             self.resume_wanted = False
 
     def _note(self, text):

@@ -438,6 +438,7 @@ class Run:
         if path is None:
             ckpt = self.out / "ckpt"
             require(not self.args.resume, f"--resume: no readable checkpoint in {ckpt}")
+            self.on_rank0(self.folder.start)
             self.on_rank0(self.folder.clear)
             self.on_rank0(lambda: self.note_start(0))
             return 0

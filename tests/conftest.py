@@ -67,6 +67,7 @@ def make_run(tmp_path):
         args = ["--teacher", "toy", "--out", tmp_path / "out", *flags]
         run = Run("dmd2.py", dmd2.parse_args([str(a) for a in args]))
         runs.append(run)
+        run.folder.start()  # what `resume` does when all flags have proven right
         return run
 
     with signal_handlers_restored():

@@ -11,7 +11,7 @@ from common.flags import Parser, parse_size
 
 PRESETS = {
     "default": dict(cfg=1.0, lr=1.0, lr_fake=1.0, batch=4, iters=4, ema=0),
-    "toy": dict(cfg=2.0, lr=2.0, lr_fake=2.0, batch=8, iters=8, ema=0),
+    "toy": dict(cfg=2.0, lr=2.0, lr_fake=2.0, batch=8, iters=8, ema=0, source="ours"),
 }
 
 
@@ -28,9 +28,16 @@ def help_of(script, capsys, *flags):
 
 
 def test_the_teacher_chooses_the_preset():
-    assert parse("--teacher", "toy").lr == 2.0
-    assert parse("--teacher", "somewhere/toy").lr == 2.0
-    assert parse("--teacher", "another").lr == 1.0
+    args = parse("--teacher", "toy")
+    assert (args.lr, args.preset, args.preset_source) == (2.0, "toy", "ours")
+    args = parse("--teacher", "mnist")
+    assert (args.lr, args.preset, args.preset_source) == (1.0, "default", "")
+    assert "has none for mnist" in args.preset_from
+
+
+def test_flags_on_the_command_line_are_known():
+    assert parse("--teacher", "toy", "--cfg", "2").cfg_given
+    assert not parse("--teacher", "toy").cfg_given
 
 
 def test_flags_of_a_preset_can_be_overridden():

@@ -1,9 +1,11 @@
 """common/folder.py: what a run finds, removes and leaves in its folder."""
 
 import json
+import os
 
 import pytest
 import torch
+from helpers.trace import signal_handlers_restored
 
 from common.errors import UserError
 
@@ -64,6 +66,64 @@ def test_two_runs_do_not_share_a_folder(make_run):
     make_run()
     with pytest.raises(UserError, match="another run is writing here"):
         make_run()
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    """new_run(out, *flags): a Run of dmd2.py that has not come to `resume` yet."""
+    import dmd2
+    from common.run import Run
+
+    def make(out, *flags):
+        args = dmd2.parse_args(["--teacher", "toy", "--out", str(out), *flags])
+        return Run("dmd2.py", args)
+
+    with signal_handlers_restored():
+        yield make
+
+
+def test_a_run_that_does_not_start_leaves_no_folder(new_run, tmp_path):
+    run = new_run(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="--resume: no checkpoint in"):
+        new_run(tmp_path / "a" / "c", "--resume")
+    assert not (tmp_path / "a").exists()
+    run.resume({})
+    assert files(tmp_path / "a") == {"b/.lock", "b/run.jsonl"}
+    run.close()
+
+
+def test_a_folder_of_the_user_stays_as_it_is(new_run, tmp_path):
+    write_files(tmp_path / "mine", ["notes.txt"])
+    new_run(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_the_second_of_two_runs_that_start_together_is_refused(new_run, tmp_path):
+    first, second = new_run(tmp_path / "out"), new_run(tmp_path / "out")
+    first.resume({})
+    with pytest.raises(UserError, match="another run is writing here"):
+        second.resume({})
+    first.save(0, dict(net=torch.nn.Linear(1, 1)))
+    first.close()
+    third = new_run(tmp_path / "elsewhere")
+    third.folder.path = tmp_path / "out"  # as if the first had come and gone meanwhile
+    with pytest.raises(UserError, match="holds a run at iteration 1"):
+        third.resume({})
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_where_no_folder_can_be(below, new_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a folder that can be written.*Not a directory"):
+        new_run(f"{tmp_path}/file{below}")
+
+
+def test_where_nobody_may_write(new_run, tmp_path, monkeypatch):
+    """As root, who runs the tests in a container, may write everywhere: os.access is asked."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="expected a folder that can be written.*denied"):
+        new_run(tmp_path / "out")
 
 
 def test_resume_needs_a_checkpoint(make_run):

@@ -292,6 +292,7 @@ def test_mistakes(script, scripts, tmp_path):
         out = [] if "--out" in flags else ["--out", tmp_path / "out"]
         flags = flags.format(tmp=tmp_path, assets=ROOT / "assets" / "toy").split()
         one_line(scripts.start(f"{script}.py", *QUICK, *out, *flags), expected, script)
+        assert {path.name for path in tmp_path.iterdir()} == {"file", "pictures"}, flags
 
 
 @each
@@ -422,7 +423,7 @@ def test_commands_of_the_docstring(script):
         module.parse_args(words[words.index(f"{script}.py") + 1 :])
 
 
-@pytest.mark.parametrize("teacher", ["emoji", "emoji-flow", "somewhere/emoji-flow"])
+@pytest.mark.parametrize("teacher", ["emoji", "emoji-flow", str(ROOT / "assets/emoji-flow")])
 @each
 def test_preset_of_the_small_text_to_image_teachers(script, teacher):
     """Minutes on one core, not the weeks of `default`; with the guidance of their teacher."""

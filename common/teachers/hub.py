@@ -22,23 +22,29 @@ HUB = {
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }
 
+# Patterns of the files that a teacher needs, and of those that say what kind of teacher it is.
+FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
+CONFIGS = ["model_index.json", "teacher.json", "*/config.json", "*/scheduler_config.json"]
+
 
 def is_hub_name(name):
     """Can this be OWNER/REPOSITORY?"""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def download(name):
-    """A local folder itself; else the folder of a hub name's files, downloaded once."""
+def download(name, wanted=FILES):
+    """A local folder itself; else the folder of a hub name's files, downloaded once.
+
+    wanted: patterns of file names.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = HUB.get(name, name)
-    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
-    if repository.startswith("facebook/DiT"):
-        wanted.append("*/*.bin")  # ClassDiT.pickles
+    if wanted is FILES and repository.startswith("facebook/DiT"):
+        wanted = [*FILES, "*/*.bin"]  # ClassDiT.pickles
     try:
         folder = snapshot_download(
             repository,

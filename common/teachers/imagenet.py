@@ -13,8 +13,8 @@ SiT, with and without REPA: a folder with the published checkpoint, the VAE, and
     convention   "sit" or "repa", see `SiT`; default: repa if the checkpoint has REPA's projectors
     heads        attention heads; default: those of SiT-S, B, L or XL, by the width
 
-Everything else follows from the shapes of the tensors. A folder named sit-xl-256 gets the presets
-of that teacher. Students are written in diffusers' format (see `SiT` for reading them elsewhere).
+Everything else follows from the shapes of the tensors. Students are written in diffusers' format
+(see `SiT` for reading them elsewhere).
 
 EDM: a folder in our own format, with config.json and diffusion_pytorch_model.safetensors of a
 UNet2DModel, and

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from common import lora, schedules
-from common.errors import UserError, describe, did_you_mean
+from common.errors import UserError, describe
 from common.files import (
     ROOT,
     WEIGHTS,
@@ -42,18 +42,11 @@ from common.teachers.formats import (
 )
 from common.teachers.hub import HUB, download, is_hub_name
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
+from common.teachers.kind import EMBEDDED, no_such_teacher, no_teacher_in
 from common.teachers.prompts import embed_prompts, read_prompts
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
 from common.teachers.wan import Wan
-
-EMBEDDED = {  # folder in assets/
-    "toy": "toy",
-    "toy-cond": "toy",
-    "mnist": "mnist",
-    "emoji": "emoji",
-    "emoji-flow": "emoji-flow",
-}
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.
@@ -90,24 +83,14 @@ def load_teacher(
         return teacher
     if name in HUB or is_hub_name(name):
         return load_pipeline(name, device, dtype, **options, budget=budget, place=place)
-    known = [*EMBEDDED, *HUB]
-    raise UserError(
-        f"--teacher {name}: expected {', '.join(known)}, a hub name or a folder"
-        f"{did_you_mean(name, known)}"
-    )
+    raise no_such_teacher(name)
 
 
 def load_own_teacher(name, folder, device, dtype, options, budget, place):
     """Frozen Model of a folder in our own format, or with a SiT checkpoint."""
     path = folder / "teacher.json"
     if not path.is_file():
-        found = "no teacher.json in it"
-        if (folder / "distill.json").is_file():
-            found = "it is a student of this project; give its teacher"
-        raise UserError(
-            f"--teacher {name}: expected a teacher folder (teacher.json, or model_index.json of a "
-            f"diffusers pipeline), found: {found}"
-        )
+        raise no_teacher_in(name, folder)
     for option in ("prompts", "size", "frames", "guidance"):
         if options.get(option) is not None:
             flag = "--embedded-guidance" if option == "guidance" else f"--{option}"

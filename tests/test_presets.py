@@ -1,0 +1,305 @@
+"""Presets: the kind of a teacher, every (script, kind) pair, and the table in docs/teachers.md."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import pytest
+
+from common.errors import UserError
+from common.files import ROOT, read_json
+from common.teachers.hub import HUB
+from common.teachers.kind import (
+    ASSETS,
+    EMBEDDED,
+    KIND_OF_SHORT_NAME,
+    PIPELINE_KINDS,
+    kind_of_folder,
+    teacher_kind,
+)
+from common.teachers.load import PIPELINES
+from tools import presets as table
+from tools.memory_table import WAN_1B
+
+# kind -> tiny folder of helpers/pipelines.py, {file: fields to change}
+FOLDERS = {
+    "sd15": ("sd15", {}),
+    "sd21": (
+        "sd15",
+        {"scheduler/scheduler_config.json": dict(prediction_type="v_prediction")},
+    ),
+    "sdxl": ("sdxl", {}),
+    "sd3": ("sd3", {}),
+    "sana": ("sana", {"transformer/config.json": dict(num_attention_heads=70)}),
+    "sana-0.6b": ("sana", {"transformer/config.json": dict(num_attention_heads=36)}),
+    "flux": ("flux", {}),
+    "qwen-image": ("qwen", {}),
+    "z-image": ("zimage", {}),
+    "wan2.1": ("wan", {"transformer/config.json": dict(num_attention_heads=12)}),
+    "wan2.1-14b": ("wan", {"transformer/config.json": dict(num_attention_heads=40)}),
+    "wan2.2": ("wan22", {}),
+    "dit": ("dit", {}),
+    "sit": ("sit", {}),
+    "edm-imagenet64": ("edm", {}),
+    "edm-cifar10": ("edm", {}),
+}
+HEAD_SIZE = {"sana": 32, "wan": 128}  # of the published networks
+TEXT = [kind for kind in FOLDERS if kind not in ("dit", "sit") and not kind.startswith("edm")]
+KINDS = [*EMBEDDED, "own", *FOLDERS]
+
+# Numbers of papers and of code, typed a second time.
+PUBLISHED = [
+    ("dmd2", "sdxl", dict(cfg=8, nfe=4, lr=5e-7, lr_fake=5e-7, batch=128, iters=20_000, ratio=5)),
+    ("dmd2", "sd15", dict(cfg=1.75, nfe=1, lr=1e-5, batch=2048, iters=40_000, ratio=10)),
+    ("dmd2", "edm-imagenet64", dict(cfg=1, nfe=1, lr=2e-6, batch=280, iters=200_000, ratio=5)),
+    ("dmd2", "sd3", dict(cfg=4, nfe=4, lr=1e-6, lr_fake=1e-6, weight_decay=0, ratio=5)),
+    ("dmd2", "sit", dict(cfg=1, nfe=1, lr=2e-5, lr_fake=2e-5, batch=512, clip=1)),
+    ("dmd2", "flux", dict(cfg=1, embedded_guidance=None, nfe=4, lr=1e-5, gan_weight=0.03)),
+    ("sid", "edm-cifar10", dict(cfg=1, alpha=1.2, lr=1e-5, batch=256, ema=500_000)),
+    ("sid", "edm-imagenet64", dict(alpha=1.2, lr=4e-6, lr_fake=4e-6, batch=8192, ema=2_000_000)),
+    ("sid", "sd15", dict(cfg=2, alpha=1, nfe=1, lr=1e-6, lr_fake=1e-6, batch=512)),
+    ("sid", "sana", dict(cfg=4.5, nfe=4, lr=5e-6, lr_fake=5e-6, batch=256, ema=0)),
+    ("sid", "sd3", dict(cfg=4.5, nfe=4, lr=1e-6, lr_fake=1e-6, batch=256)),
+    ("decoupled_dmd", "sdxl", dict(cfg=8, nfe=4, lr=5e-7, batch=128, moments=(0.075, 0.81))),
+    ("decoupled_dmd", "sd3", dict(cfg=8, lr=1e-5, lr_fake=5e-6, ratio=2, moments=None)),
+    ("phased_dmd", "wan2.2", dict(cfg=4, nfe=4, lr=2e-6, lr_fake=4e-7, step_shift=5, phases=2)),
+    ("phased_dmd", "wan2.1", dict(cfg=5, iters=5000, phase_iters=[2500], clip=10)),
+    ("phased_dmd", "qwen-image", dict(step_shift=3, shift=3, lr=2e-7, lr_fake=4e-7)),
+    ("msd", "edm-imagenet64", dict(students=4)),
+    ("sana_sprint", "sana", dict(cfg=4.5, cfg_train=[4, 4.5, 5], lr=2e-6, batch=512, clip=0.1)),
+    ("sana_sprint", "wan2.1", dict(cfg=5, p_scm=(-0.8, 1.6), lr=2e-6, lr_fake=4e-7)),
+    ("twinflow", "sana-0.6b", dict(cfg=5, lr=1e-4, betas=(0.9, 0.95), batch=128, iters=30_000)),
+    ("twinflow", "sana", dict(cfg=5, lr=1e-4, betas=(0.9, 0.99), batch=128, iters=30_000)),
+    ("twinflow", "qwen-image", dict(lr=1e-5, betas=(0.9, 0.99), batch=32, iters=10_000)),
+    ("flowmap", "sit", dict(cfg=1.5, cfg_range=(1, 3), batch=256, iters=1_500_000)),
+    ("nct", "sd15", dict(lr=1e-5, betas=(0.9, 0.95), batch=128)),
+]
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without_weights(source, target):
+    ignore = shutil.ignore_patterns("*.safetensors", "*.npz", "*.pt", "*.png")
+    return shutil.copytree(source, target, ignore=ignore)
+
+
+@pytest.fixture
+def folder_of(folders, tmp_path):
+    """folder_of(kind) -> a folder of that kind with configurations only, or None (toy-cond)."""
+
+    def make(kind):
+        target = tmp_path / "made" / f"x-{KINDS.index(kind)}"  # a name that says nothing
+        if kind == "toy-cond":
+            return None
+        if kind == "own":
+            without_weights(ROOT / "assets" / "mnist", target)
+            edit(target / "teacher.json", name="photos")
+            return target
+        if kind in EMBEDDED:
+            return without_weights(ROOT / "assets" / EMBEDDED[kind], target)
+        name, changes = FOLDERS[kind]
+        without_weights(folders(name), target)
+        for file, fields in changes.items():
+            if "num_attention_heads" in fields:
+                fields = fields | dict(attention_head_dim=HEAD_SIZE[name])
+            edit(target / file, **fields)
+        if kind == "edm-imagenet64":
+            model = read_json(target / "teacher.json")["model"]
+            edit(target / "teacher.json", model=model | dict(shape=[3, 64, 64]))
+        return target
+
+    return make
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """offline(name, folder): puts a folder into the hub's cache under a name. No network."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def put(name, folder):
+        home = cache / f"models--{name.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(folder, home / "snapshots" / commit)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text(commit)
+        return home / "snapshots" / commit
+
+    return put
+
+
+def parse(script, *flags):
+    return importlib.import_module(script).parse_args([str(flag) for flag in flags])
+
+
+def flags_of(script, teacher):
+    """The flags that a preset decides: all but where the teacher and the run are."""
+    where = ("teacher", "preset_from", "generator", "out")
+    args = vars(parse(script, "--teacher", teacher))
+    return {name: value for name, value in args.items() if name not in where}
+
+
+def names_of(kind, folder, put):
+    """Every spelling of --teacher for one kind."""
+    names = [kind] if kind in EMBEDDED else []
+    for short, repository in HUB.items():
+        if KIND_OF_SHORT_NAME.get(short, short) == kind:
+            names += [short, repository]
+    if folder is not None:
+        snapshot = put("someone/fine-tune.v2", folder)
+        names += [str(folder), str(snapshot), "someone/fine-tune.v2"]
+    return names
+
+
+# ---- kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_spelling_of_a_kind_gives_the_same_flags(kind, folder_of, offline):
+    """Short name, hub name, folder in the hub's cache, renamed folder, a stranger's name on the
+    hub; in every script. And no script starts a text-to-image teacher without guidance."""
+    names = names_of(kind, folder_of(kind), offline)
+    assert len(names) >= (1 if kind == "toy-cond" else 3)
+    for name in names:
+        assert teacher_kind(name)[0] == kind, name
+    for script in table.SCRIPTS:
+        first = flags_of(script, names[0])
+        presets = importlib.import_module(script).PRESETS
+        assert first["preset"] == (kind if kind in presets else "default")
+        preset = presets[first["preset"]]
+        assert first["cfg"] == preset["cfg"]
+        assert (first["lr"], first["batch"]) == (preset["lr"], preset["batch"])
+        assert first["preset_source"] == preset["source"]
+        for name in names[1:]:
+            assert flags_of(script, name) == first, (script, name)
+        if kind in TEXT and kind != "flux" and script != "nct":  # nct guides nothing
+            assert first["cfg"] > 1.2, script
+
+
+def test_a_folders_name_decides_nothing(folder_of, tmp_path):
+    for kind, other in (("sd15", "emoji"), ("sdxl", "sd15"), ("own", "mnist"), ("dit", "flux")):
+        folder = folder_of(kind).rename(tmp_path / other)
+        assert teacher_kind(str(folder))[0] == kind
+
+
+def test_a_name_in_teacher_json_is_believed_for_the_same_format_only(folder_of):
+    folder = folder_of("sdxl")
+    (folder / "teacher.json").write_text('{"name": "emoji"}')
+    assert teacher_kind(str(folder))[0] == "sdxl"
+    for name, kind in ASSETS.items():
+        assert kind_of_folder(name, ROOT / "assets" / name)[0] == name
+        assert kind != name
+
+
+def test_what_says_so_is_named(folder_of):
+    _, found = teacher_kind(str(folder_of("sdxl")))
+    assert found == "StableDiffusionXLPipeline in model_index.json"
+    assert teacher_kind("sdxl") == ("sdxl", f"{HUB['sdxl']} on the hub")
+
+
+def test_all_pipelines_that_load_have_a_kind():
+    assert set(PIPELINE_KINDS) == set(PIPELINES)
+
+
+def test_short_names_are_of_the_kind_that_their_files_would_give(folder_of):
+    """The table of short names against sizes of the published networks, where these are kept."""
+    networks = read_json(ROOT / "tools" / "networks.json")
+    networks["wan2.1"] = dict(pipeline="WanPipeline", network=WAN_1B)
+    for short in ("sd15", "sdxl", "sana", "sd3", "wan2.1"):
+        folder = folder_of(short)
+        assert PIPELINE_KINDS[networks[short]["pipeline"]] == short
+        network = networks[short]["network"]
+        if short in ("sana", "wan2.1"):
+            (folder / "transformer" / "config.json").write_text(json.dumps(network))
+        assert teacher_kind(str(folder))[0] == short
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(_class_name="FluxPipelin"), "expected one of the pipelines .*did you mean Flux"),
+        (dict(_class_name=["FluxPipeline"]), "expected one of the pipelines"),
+        (dict(_class_name="WanPipeline"), "transformer.*config.json"),
+    ],
+)
+def test_pipelines_that_are_none(change, message, folder_of):
+    folder = folder_of("sdxl")
+    edit(folder / "model_index.json", **change)
+    with pytest.raises(UserError, match=message):
+        parse("dmd2", "--teacher", folder)
+
+
+def test_a_hub_name_without_network(offline):
+    with pytest.raises(UserError, match="--teacher someone/model: not downloaded from the hub"):
+        parse("dmd2", "--teacher", "someone/model")
+
+
+def test_odd_values_in_configurations(folder_of):
+    folder = folder_of("sana")
+    edit(folder / "transformer" / "config.json", num_attention_heads="70")
+    with pytest.raises(UserError, match="num_attention_heads and attention_head_dim: expected"):
+        parse("dmd2", "--teacher", folder)
+    folder = folder_of("own")
+    edit(folder / "teacher.json", model=["dit"])
+    assert teacher_kind(str(folder))[0] == "default"  # the loader refuses it
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, kind, numbers", PUBLISHED)
+def test_published_numbers(script, kind, numbers):
+    preset = importlib.import_module(script).PRESETS[kind]
+    found = {name: preset.get(name) for name in numbers}
+    assert found == numbers
+    assert "[" in preset["source"]
+
+
+@pytest.mark.parametrize("script", table.SCRIPTS)
+def test_every_preset_says_where_it_is_from(script):
+    presets = importlib.import_module(script).PRESETS
+    assert set(presets) <= {*KINDS, "default"}
+    for kind, preset in presets.items():
+        ok = re.search(r"\[[PCATDFO](, [PC])?\]|nobody's", preset["source"])
+        assert ok, f"{kind}: {preset['source']!r}"
+        assert (kind in ("default", "own", "emoji-flow")) <= ("nobody's" in preset["source"])
+
+
+def test_steps_of_a_preset_are_for_its_number_of_steps():
+    assert parse("dmd2", "--teacher", "wan2.1").step_indices == "999,832,624,356"
+    assert parse("dmd2", "--teacher", "wan2.1", "--nfe", "4").step_indices == "999,832,624,356"
+    assert parse("dmd2", "--teacher", "wan2.1", "--nfe", "2").step_indices is None
+
+
+def test_steps_of_wan_and_qwen_have_the_shift_of_their_students():
+    """Shift 5 on files with 3, shift 3 on a file with 2: recipes' 1, .9375, .8333, .625 and 1, .9,
+    .75, .5, within half a step of the grid."""
+    from common.schedules import Flow
+
+    for teacher, own_shift, shift in (("wan2.1", 3, 5), ("qwen-image", 2, 3)):
+        args = parse("dmd2", "--teacher", teacher)
+        indices = [int(i) for i in args.step_indices.split(",")]
+        times = Flow(float(own_shift)).grid(1000)[indices]
+        for found, u in zip(times.tolist(), (1, 0.75, 0.5, 0.25), strict=True):
+            assert found == pytest.approx(shift * u / (1 + (shift - 1) * u), abs=7e-4)
+        assert args.shift * own_shift == pytest.approx(shift)
+
+
+def test_help_shows_the_defaults_of_the_kind(folder_of):
+    command = [sys.executable, "dmd2.py", "--help", "--teacher", folder_of("sdxl")]
+    p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    assert "learning rate of the student [5e-07]" in p.stdout
+
+
+def test_the_page_has_the_presets_of_the_scripts():
+    page = table.PAGE.read_text()
+    shown = page.split(table.FIRST)[1].split(table.LAST)[0]
+    assert shown == f"\n{table.section()}\n", "python -m tools.presets --write"
