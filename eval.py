@@ -152,7 +152,7 @@ def parse_args(argv=None):
     # devices
     add = p.add_argument_group("device").add_argument
     add("--batch", type=int, default=250, help="samples per pass and process")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",
         default="auto",

@@ -2,11 +2,18 @@
 
 import datetime
 import os
+import re
 
 import torch
 import torch.distributed as dist
 
 from common.errors import RunError, UserError, require
+
+LAUNCHERS = {  # variables that say how many tasks a launcher has started
+    "SLURM_NTASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 
 
 def init_processes(args):
@@ -14,6 +21,7 @@ def init_processes(args):
 
     Returns rank, number of processes, device, dtype of network passes. UserError: no such device.
     """
+    check_launcher()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
@@ -23,22 +31,74 @@ def init_processes(args):
     return rank, world, device, torch.bfloat16 if bf16 else torch.float32
 
 
-def choose_device(name):
-    cuda = torch.cuda.is_available()
-    known = name in ("auto", "cpu", "cuda")
-    require(known, f"--device: expected auto, cpu or cuda, found {name}")
+def check_launcher():
+    """UserError if a launcher has started several processes that do not know of each other."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ:
+        return
     require(
-        cuda or name != "cuda",
-        "--device cuda: torch sees no CUDA device here; "
+        world == 1,
+        f"WORLD_SIZE={world} without RANK: expected both, as torchrun sets them, or neither",
+    )
+    for variable, launcher in LAUNCHERS.items():
+        tasks = os.environ.get(variable, "1")
+        require(
+            tasks in ("", "0", "1"),
+            f"{variable}={tasks} without RANK: {launcher} started {tasks} tasks, and each would be "
+            "a run of its own; start one torchrun --nproc_per_node=GPUS a machine, "
+            f"or a single task ({launcher} -n 1)",
+        )
+
+
+def choose_device(name):
+    """torch.device of --device. UserError: no such device, or not one for this process."""
+    known = re.fullmatch(r"auto|cpu(:0)?|cuda(:\d{1,3})?", name)
+    other = ""
+    if name.split(":")[0] == "mps":
+        other = " (Apple's GPUs have no float64, which is needed here: use --device cpu)"
+    require(
+        known is not None,
+        f"--device: expected auto, cpu, cuda or cuda:N, found {name}{other}",
+    )
+    cuda = torch.cuda.is_available()
+    require(
+        cuda or not name.startswith("cuda"),
+        f"--device {name}: torch sees no CUDA device here; "
         "use --device cpu or install a CUDA build of torch",
     )
-    if not cuda or name == "cpu":
+    if not cuda or name.startswith("cpu"):
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", cuda_index(name))
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def cuda_index(name):
+    """Number of this process's GPU among those that it sees. name: auto, cuda or cuda:N."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    count = torch.cuda.device_count()
+    require(
+        processes <= count,
+        f"--nproc_per_node: expected at most one process for each of the {count} GPUs that torch "
+        f"sees on this machine, found {processes}",
+    )
+    if ":" not in name:
+        return local_rank
+    require(
+        "LOCAL_RANK" not in os.environ,
+        f"--device {name}: expected cuda, since torchrun gives each process its own GPU; "
+        "CUDA_VISIBLE_DEVICES=2,3 torchrun ... chooses which",
+    )
+    index = int(name.split(":")[1])
+    require(
+        index < count,
+        f"--device {name}: expected cuda:0 to cuda:{count - 1}, as many as torch sees "
+        "(CUDA_VISIBLE_DEVICES numbers them anew from 0)",
+    )
+    return index
 
 
 def init_process_group(device, rank, world):
@@ -60,7 +120,8 @@ def init_process_group(device, rank, world):
 def on_rank0(fn, rank, world):
     """fn() on rank 0 -> its result, on every rank.
 
-    Its UserError or RunError is raised on every rank, so that none waits.
+    Its UserError or RunError is raised on every rank, so that none waits, and has the attribute
+    on_all_ranks, so that one rank prints it.
     """
     result, error = None, None
     if rank == 0:
@@ -73,6 +134,7 @@ def on_rank0(fn, rank, world):
         dist.broadcast_object_list(box)
         result, error = box[0]
     if error is not None:
+        error.on_all_ranks = True
         raise error
     return result
 
@@ -80,7 +142,8 @@ def on_rank0(fn, rank, world):
 def on_all_ranks(fn, world):
     """fn() on every rank -> list of the results by rank.
 
-    A UserError on one rank is raised on all, so that none waits for a process that has ended.
+    A UserError on one rank is raised on all, so that none waits for a process that has ended. It
+    names the rank if rank 0 has none.
     """
     result, error = None, None
     try:
@@ -91,8 +154,11 @@ def on_all_ranks(fn, world):
     if world > 1:
         every = [None] * world
         dist.all_gather_object(every, (result, error))
-    for _, error in every:
-        require(error is None, error)
+    for rank, (_, message) in enumerate(every):
+        if message is not None:
+            error = UserError(f"rank {rank}: {message}" if rank else message)
+            error.on_all_ranks = True
+            raise error
     return [result for result, _ in every]
 
 

@@ -2,7 +2,10 @@
 
 import difflib
 import os
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +20,14 @@ class RunError(Exception):
     """A fault of the run (gradients not finite, disk full). Exit code 1; checkpoints stay."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the process at once. signum: its number. Exit code 128 + signum."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
 def require(condition, message):
     """UserError(message) unless the condition holds."""
     if not condition:
@@ -26,31 +37,50 @@ def require(condition, message):
 def launch(main):
     """Runs a script's main() and ends the process.
 
-    Exit codes: 0 done, 1 fault of the run, 2 mistake of the user, 130 Ctrl-C, 143 SIGTERM (main
-    has saved a checkpoint). An exception that none of these explains keeps its traceback.
+    Exit codes: 0 done, 1 fault of the run, 2 mistake of the user, 128 + n signal n. An exception
+    that none of these explains keeps its traceback.
+
+    Of several processes each prints what only it has seen, with its rank and machine. Before they
+    meet, all of a machine see the same (flags, files), and the first of them prints it.
     """
     code = 0
     line = None
+    silent = False
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid text
         main()
     except (UserError, RunError) as e:
-        code = 2 if isinstance(e, UserError) else 1
-        if int(os.environ.get("RANK", 0)) == 0:  # every rank fails with it, one prints it
-            line = str(e)
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted"
+        code, line = 2 if isinstance(e, UserError) else 1, str(e)
+        known_to_all = getattr(e, "on_all_ranks", False)
+        silent = rank > 0 and (known_to_all or (local_rank > 0 and not dist.is_initialized()))
+    except KeyboardInterrupt as e:
+        code, line = 128 + getattr(e, "signum", signal.SIGINT), str(e) or "interrupted"
+        silent = rank > 0  # the launcher sends signals to every process
     except (OSError, RuntimeError, MemoryError, SafetensorError) as e:
         code, line = 1, explain_fault(e)
         if line is None:
             raise
     finally:
-        if line is not None:
+        if line is not None and not silent:
+            if rank > 0:
+                wait_for_rank0(local_rank)
+                line = f"rank {rank} on {socket.gethostname()}: {line}"
             print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(code)
+
+
+def wait_for_rank0(local_rank):
+    """Waits until rank 0 has printed a mistake that every rank makes.
+
+    torchrun ends all processes when one has ended, so this one does not return if rank 0 made the
+    same mistake. On other machines, local rank 0 is the one that prints.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1 if local_rank == 0 else 2)
 
 
 OUT_OF_MEMORY = (
@@ -61,7 +91,8 @@ NO_DETERMINISTIC_FORM = (
     "--deterministic: an operation of this run has no deterministic implementation; drop the flag"
 )
 PROCESS_LOST = (
-    "another process of this run is gone; torchrun --max-restarts resumes by itself, else --resume"
+    "another process of this run is gone, its own line (rank N) may say why; "
+    "torchrun --max-restarts resumes by itself, else --resume"
 )
 EXPLANATIONS = {  # text in torch's messages -> what it means
     "out of memory": OUT_OF_MEMORY,

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, JSON, safetensors. Nothing that is read is ever executed."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from common.errors import UserError, describe, require
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # a network, under the name that diffusers uses
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 LOAD_ERRORS = (  # what diffusers and transformers raise for missing, truncated or foreign files
     OSError,
     ValueError,
@@ -39,13 +41,32 @@ def atomic(path):
         with open(tmp, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            sync(f.fileno())
         os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def sync(descriptor):
+    """fsync, where the file system has one: some network and FUSE file systems refuse it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED:
+            raise
+
+
+def sync_folder(path):
+    """Makes a rename in the folder last through a crash, where folders can be synced."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # may be written but not read; Windows
+        return
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_json(path, value):

@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         add = self.run.add_argument
         add("--out", metavar="DIR", help="folder of the run [out/<script>-<teacher>]")
         add("--seed", type=int, default=0, help="of all random numbers")
-        add("--device", metavar="NAME", default="auto", help="auto, cpu or cuda")
+        add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N")
         add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of network passes")
         add("--deterministic", action="store_true", help="CUDA: the same bits in every run")
         if lora:

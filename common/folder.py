@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import sys
@@ -12,6 +11,11 @@ from importlib import metadata
 from common.checkpoint import delete_oldest, list_checkpoints
 from common.errors import UserError, require
 from common.files import atomic, git_revision
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 LITTER = ("*.json*.tmp", "ckpt/*.tmp", "samples/*.tmp", "student/**/*.tmp")
 RESULTS = (
@@ -25,6 +29,8 @@ RESULTS = (
 )
 LOGS = ("log.jsonl", "eval.jsonl", "run.jsonl")
 TO_BE_DISCARDED = "to be discarded"
+BUSY = "busy"
+LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # a lock is held; NFS says EACCES
 
 
 class RunFolder:
@@ -70,12 +76,17 @@ class RunFolder:
             self.lock = open(out / ".lock", "a+")
         except OSError as e:
             raise self._not_writable(e.strerror) from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--out {out}: another run is writing here; choose another folder or wait for it"
-            ) from None
+        reason = lock_file(self.lock)
+        require(
+            reason != BUSY,
+            f"--out {out}: another run is writing here; choose another folder or wait for it",
+        )
+        if reason:
+            print(
+                f"warning: --out {out}: no lock on this file system ({reason}); "
+                "make sure that no other run writes there",
+                file=sys.stderr,
+            )
 
     def _refuse_other_runs(self):
         out = self.path
@@ -162,6 +173,20 @@ class RunFolder:
         with atomic(path) as f:
             f.write((before + json.dumps(line) + "\n").encode())
         return revision
+
+
+def lock_file(file):
+    """Locks an open file for this process -> None; BUSY, or why the file system has no locks.
+
+    Lustre without -o flock, some NFS, FUSE and container file systems have none.
+    """
+    if fcntl is None:
+        return "this Python has no fcntl"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return BUSY if e.errno in LOCKED else e.strerror
+    return None
 
 
 def remove_files(folder, patterns):

@@ -2,12 +2,17 @@
 
 import ctypes
 import os
-import resource
+import sys
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 
 def format_bytes(n):
@@ -20,6 +25,8 @@ def format_bytes(n):
 def keep_heap():
     """On a CPU, glibc returns freed memory to the system and fetches it again, page by page, in
     every iteration. Keeping it makes a run a few per cent faster. Does nothing without glibc."""
+    if not sys.platform.startswith("linux"):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
@@ -32,7 +39,10 @@ def peak_memory(device):
     """Largest number of bytes that this process has held so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return 0  # not known
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_memory(device, world):

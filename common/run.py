@@ -24,7 +24,8 @@ from common.checkpoint import (
     write_checkpoint,
 )
 from common.distributed import init_processes, on_rank0
-from common.errors import RunError, first_line, require
+from common.errors import Interrupted, RunError, first_line, require
+from common.files import sync
 from common.folder import RunFolder
 from common.log import Log
 from common.memory import (
@@ -41,6 +42,11 @@ from common.optim import average_over_processes, clipped_step, rate_factor
 from common.passes import PassCounter
 from common.rng import BatchRandom, derive_seed
 from common.routed import Routed
+
+# What Ctrl-C, a closed terminal, Slurm, Kubernetes, systemd and other schedulers send. Not every
+# system has all of them.
+STOP_SIGNALS = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
+PASSED_ON = 5  # seconds within which torchrun passes on a signal that a process has got already
 
 MAX_BAD_STEPS = 20  # steps in a row with a gradient that is not finite before the run gives up
 CYCLES_COUNTED = 10  # network passes are counted in this many cycles of --ratio iterations
@@ -72,7 +78,9 @@ class Run:
 
         self.start_time = time.monotonic()
         self.past_seconds = 0.0  # of the run before it was resumed
+        self.in_loop = False
         self.stopping = 0  # signal that asked the run to stop
+        self.stopping_since = 0.0
         self.microstep = 0
         self.skipped = 0  # steps left out because a gradient was not finite
         self.bad_steps = {}  # such steps in a row, by optimiser
@@ -88,8 +96,8 @@ class Run:
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
         self.on_rank0(self.folder.open)
         self.folder.after_open()
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sig, self._on_signal)
+        for signum in stop_signals():
+            signal.signal(signum, self._on_signal)
 
     # ---- this process's share of an iteration
 
@@ -279,8 +287,9 @@ class Run:
     def loop(self, first, last):
         """Iterations first..last-1, each --accumulate times, with a progress bar.
 
-        After SIGTERM or Ctrl-C it ends early, at the same iteration on all processes.
+        After one of STOP_SIGNALS it ends early, at the same iteration on all processes.
         """
+        self.in_loop = True
         self.counter = PassCounter(self.models) if self._counts_passes() else None
         cycle = getattr(self.args, "ratio", None) or 1
         self.bar = progress_bar(first, last, self.method, disable=not self.is_main)
@@ -366,9 +375,23 @@ class Run:
     # ---- signals
 
     def _on_signal(self, signum, frame):
-        if self.stopping and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
-        self.stopping = signum
+        name = signal.Signals(signum).name
+        if not self.in_loop:
+            todo = "go on with --resume" if self.checkpoints() else "there is nothing to save"
+            raise Interrupted(signum, f"stopped by {name} before the first iteration; {todo}")
+        now = time.monotonic()
+        if not self.stopping:
+            self.stopping = signum
+            self.stopping_since = now
+            return
+        # A second signal does not wait for the checkpoint. Two things are no second signal: what
+        # torchrun passes on although every process got it, and another kind, since schedulers
+        # announce the end with one and send SIGTERM then.
+        passed_on = "TORCHELASTIC_RUN_ID" in os.environ and now < self.stopping_since + PASSED_ON
+        if signum in (self.stopping, signal.SIGINT) and not passed_on:
+            raise Interrupted(
+                signum, f"ended at once by a second {name}; the last checkpoint is intact"
+            )
 
     def _agree_to_stop(self):
         if self.world > 1:
@@ -418,7 +441,7 @@ class Run:
     def _write_checkpoint(self, it, saved):
         log = self.out / "log.jsonl"
         with open(log, "a") as f:
-            os.fsync(f.fileno())
+            sync(f.fileno())
         payload = dict(
             header=self._header(),
             it=it,
@@ -462,7 +485,7 @@ class Run:
 
     def finish(self, it, state):
         """Last checkpoint, after iteration `it`. A run that a signal stopped ends here, with exit
-        code 143 (SIGTERM) or 130 (Ctrl-C)."""
+        code 128 + number of the signal: 143 for SIGTERM, 130 for Ctrl-C."""
         if self.saved != it + 1:
             self.save(it, state)
         if self.stopping:
@@ -474,6 +497,13 @@ class Run:
         """Releases the folder."""
         if self.folder.lock is not None:
             self.folder.lock.close()
+
+
+def stop_signals():
+    """Numbers of STOP_SIGNALS. nohup ignores SIGHUP, and then it stays ignored."""
+    known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    ignored = [s for s in known if s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN]
+    return [s for s in known if s not in ignored]
 
 
 def check_batch(args):

@@ -6,6 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from common.errors import (
+    Interrupted,
     RunError,
     UserError,
     describe,
@@ -31,6 +32,7 @@ def raising(error):
         (UserError("two\n  lines"), 2, "two lines"),
         (RunError("not finite"), 1, "not finite"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(15, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
         (OSError(28, "No space left"), 1, "file not written or not read: [Errno 28] No space left"),
         (MemoryError(), 1, "out of memory: lower --batch"),
     ],
@@ -45,12 +47,51 @@ def test_exit_codes(error, code, text, monkeypatch, capsys):
     assert err.startswith(f"dmd2.py: {text}")
 
 
-def test_a_mistake_is_printed_by_the_first_process_only(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as end:
-        launch(raising(UserError("--lr: wrong")))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == ""
+@pytest.fixture
+def launched(monkeypatch, capsys):
+    """launched(error, rank, local rank, met) -> what this process prints. met: process group."""
+    monkeypatch.setattr(sys, "argv", ["dmd2.py"])
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-7")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+
+    def run(error, rank, local_rank, met=False):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: met)
+        with pytest.raises(SystemExit):
+            launch(raising(error))
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_flags_and_files_are_judged_by_one_process_a_machine(launched):
+    error = UserError("--lr: wrong")
+    assert launched(error, 0, 0) == "dmd2.py: --lr: wrong\n"
+    assert launched(error, 1, 1) == ""
+    assert launched(error, 8, 0) == "dmd2.py: rank 8 on gpu-7: --lr: wrong\n"
+
+
+@pytest.mark.parametrize("error", [UserError("no such file"), OSError("no such file")])
+def test_what_one_process_sees_is_printed_with_its_rank(error, launched):
+    err = launched(error, 1, 1, met=True)
+    assert err.startswith("dmd2.py: rank 1 on gpu-7: ")
+    assert err.endswith("no such file\n")
+
+
+def test_what_all_processes_were_told_is_printed_once(launched):
+    error = UserError("told")
+    error.on_all_ranks = True
+    assert launched(error, 0, 0, met=True) == "dmd2.py: told\n"
+    assert launched(error, 1, 1, met=True) == ""
+
+
+def test_a_signal_is_no_news_of_one_process(launched):
+    error = Interrupted(15, "stopped by SIGTERM")
+    assert launched(error, 0, 0, met=True) == "dmd2.py: stopped by SIGTERM\n"
+    assert launched(error, 1, 1, met=True) == ""
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("shape mismatch")])

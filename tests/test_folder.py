@@ -1,5 +1,7 @@
 """common/folder.py: what a run finds, removes and leaves in its folder."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -124,6 +126,30 @@ def test_where_nobody_may_write(new_run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(UserError, match="expected a folder that can be written.*denied"):
         new_run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_locks(number, make_run, monkeypatch, capsys):
+    """Lustre without -o flock, some NFS and FUSE."""
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    one_checkpoint(make_run)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"no lock on this file system ({os.strerror(number)}); make sure" in err
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_run_holds(number, make_run, monkeypatch):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="another run is writing here"):
+        make_run()
 
 
 def test_resume_needs_a_checkpoint(make_run):

@@ -9,15 +9,13 @@ import torch
 
 from common.report import Report
 from common.routed import Routed
-from common.run import Run
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from common.run import Run, stop_signals
 
 
 @contextlib.contextmanager
 def signal_handlers_restored():
-    """A Run takes over SIGTERM and SIGINT; pytest needs its own handlers back."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    """A Run takes over SIGTERM, SIGINT and others; pytest needs its own handlers back."""
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         yield
     finally:
