@@ -8,6 +8,8 @@ import os
 import sys
 from importlib import metadata
 
+import torch
+
 from common.checkpoint import delete_oldest, list_checkpoints
 from common.errors import UserError, require
 from common.files import atomic, git_revision
@@ -201,7 +203,8 @@ def utc_now():
 
 def package_versions():
     versions = dict(python=sys.version.split()[0])
-    for name in ("torch", "numpy", "diffusers", "transformers", "peft", "safetensors"):
+    for name in ("numpy", "diffusers", "transformers", "peft", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    versions["torch"] = str(torch.__version__)  # with the build: +cpu, +cu130
     return versions

@@ -168,4 +168,4 @@ def test_each_start_is_noted(make_run, tmp_path):
     assert second["first"] == 1
     assert first["flags"]["seed"] == 3
     assert first["method"] == "dmd2"
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == torch.__version__  # with the build: +cpu, +cu130

@@ -91,6 +91,12 @@ def close(a, b, it, only=""):
                 assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def without_torchs_own(text):
+    """Standard error without what torch 2.14 says about itself: its forward-mode derivatives call
+    torch.jit.script, which it has deprecated."""
+    return re.sub(r".*FutureWarning: `torch.jit.script`.*\n.*warnings.warn.*\n", "", text)
+
+
 def wait_for(ready, seconds=60):
     end = time.time() + seconds
     while not ready():
