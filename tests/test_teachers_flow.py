@@ -336,6 +336,8 @@ def use_float64_only(monkeypatch):
 @pytest.mark.parametrize("name", OLDER + ONE_NETWORK)
 def test_forward_derivatives_are_central_differences(name, along, folders, monkeypatch):
     """torch.func.jvp in float64, as sana_sprint, twinflow and flowmap need it."""
+    if name == "zimage" and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 has no forward derivative of Z-Image's rotary embedding")
     model = load(folders, name)
     use_float64_only(monkeypatch)
     model.net.double()
