@@ -106,7 +106,7 @@ def parse_args(argv=None):
         "else those of the students' training]",
     )
     add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
-    add("--prompts", help="text-to-image: file of prompts, one a line [of the training]")
+    add("--prompts", help="text-to-image: prompts, as in training [of the training]")
     add("--cache-prompts", help="folder for their embeddings [out/prompts]")
     add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH [the pipeline's]")
     add("--frames", type=int, help="frames of a video [the pipeline's]")

@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
         add(
             "--prompts",
             metavar="FILE",
-            help="text-to-image: file of prompts, one a line [assets/prompts.txt]",
+            help="text-to-image: prompts, one a line, or .csv .tsv .json .jsonl, FILE:COLUMN "
+            "[assets/prompts.txt]",
         )
         add(
             "--cache-prompts",

@@ -32,7 +32,6 @@ from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from common.teachers import load as loader
 from common.teachers.load import full_config, load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
-from common.teachers.prompts import read_prompts
 from common.teachers.unet import SD15, SDXL
 
 NAMES = OLDER + NEWER
@@ -433,24 +432,3 @@ def test_text_encoders_are_freed(folders):
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)]
     assert model.table.parts
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        (b"", "empty file"),
-        (b"\n \n", "empty file"),
-        (b"ok\n\xff\xfe\n", "line 2.*UTF-8"),
-        (b"ok\n" + b"a" * 10_000_000, "line 2.*at most"),
-    ],
-    ids=["empty", "blank", "not UTF-8", "too long"],
-)
-def test_bad_prompts(content, says, tmp_path):
-    (tmp_path / "p.txt").write_bytes(content)
-    with pytest.raises(UserError, match=f"--prompts .*{says}"):
-        read_prompts(tmp_path / "p.txt")
-
-
-def test_no_file_of_prompts(tmp_path):
-    with pytest.raises(UserError, match="--prompts"):
-        read_prompts(tmp_path / "none.txt")

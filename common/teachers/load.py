@@ -43,7 +43,8 @@ from common.teachers.formats import (
 from common.teachers.hub import HUB, download, is_hub_name
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
 from common.teachers.kind import EMBEDDED, no_such_teacher, no_teacher_in
-from common.teachers.prompts import embed_prompts, read_prompts
+from common.teachers.prompt_files import read_prompts
+from common.teachers.prompts import embed_prompts
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
 from common.teachers.wan import Wan

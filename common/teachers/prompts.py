@@ -11,33 +11,9 @@ from safetensors.torch import load_file
 
 from common.errors import UserError, first_line
 from common.files import ROOT, load_errors, save_weights, write_json
-from common.image_folder import LONGEST
 
 SHARD = 1024  # rows in one file of a cache, of embeddings or of latents
 BATCH = 16  # prompts that are encoded together
-
-
-def read_prompts(path):
-    """Lines of a UTF-8 text file without empty ones. UserError: unreadable, no prompt, too long."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as e:
-        raise UserError(f"--prompts {path}: {e.strerror}") from None
-    prompts = []
-    for i, line in enumerate(lines, 1):
-        if len(line) > 4 * LONGEST:
-            raise UserError(
-                f"--prompts {path}: line {i}: expected a prompt of at most {LONGEST} characters, "
-                f"found {len(line)} bytes"
-            )
-        try:
-            prompts.append(line.decode().strip())
-        except UnicodeDecodeError:
-            raise UserError(f"--prompts {path}: line {i}: expected UTF-8 text") from None
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise UserError(f"--prompts {path}: expected one prompt per line, found an empty file")
-    return prompts
 
 
 class PromptEmbeddings:
