@@ -48,6 +48,7 @@ from common.run import Run
 from common.sampling import generate
 from common.schedules import add_noise, expand, f64, initial_noise
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 N = 1000  # nodes of the schedule's grid that times are interpolated in
 K_MIN = 0.02  # least k in the weight of (7); the target has the true k
@@ -406,6 +407,8 @@ def main():
     student = teacher.copy(args.lora)
     torch.manual_seed(args.seed)  # the embeddings start equal on all processes
     student.extend("time")
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, say=run.print)
     student_ddp = run.train(student)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)
     ema = EMA(student, args.ema, args.ema_cpu)
@@ -424,7 +427,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["loss"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
         is_boundary = boundary[run.data_shard[0]]

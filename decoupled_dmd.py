@@ -59,6 +59,7 @@ from common.report import Report
 from common.run import Run
 from common.schedules import add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 N = 1000  # noise levels of the grid
 LEVELS = ["hybrid", "full", "constrained", "shared"]
@@ -460,10 +461,12 @@ def main():
     use_critic = use_dm or args.gan
     floor = 0.0 if args.levels == "shared" else args.floor  # DMD2 has none
 
-    # Networks: student and critic start as the teacher, the head from scratch.
+    # Networks: student and critic start as the teacher or as another run's, the head from scratch.
     images = load_images(args.data, teacher, run.print) if args.gan else None
     student = teacher.copy(args.lora)
     critic = Critic(teacher.copy(args.lora_fake))
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, critic.fake, run.print)
     if args.gan:
         zeros = torch.zeros(1, *shape, device=run.device)
         with torch.no_grad():
@@ -481,7 +484,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["ca", "dm", "fake"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.random_cond(draw)

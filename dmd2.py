@@ -199,7 +199,6 @@ PRESETS = {
 def parse_args(argv=None):
     p = Parser(__doc__, critic=True, images=True)
     add = p.method.add_argument
-    add("--start", metavar="RUN", help="run whose student to start from [the teacher]")
     add("--step-indices", metavar="I,...", help="grid indices of the steps, e.g. 999,749,499,249")
     add("--ratio", type=int, help="critic steps per student step")
     add("--shift", type=float, help="factor on sigma / alpha of all levels drawn in (4), (6), (7)")
@@ -362,13 +361,13 @@ def main():
         snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
         grid = schedule.t_from_snr(snr)
 
-    # Networks: student and critic start as the teacher, the head from scratch.
+    # Networks: student and critic start as the teacher or as another run's, the head from scratch.
     use_images = args.gan or args.sim == "data"
     images = load_images(args.data, teacher, run.print) if use_images else None
     student = teacher.copy(args.lora)
-    if args.start:
-        start_from(args.start, student, teacher)
     critic = Critic(teacher.copy(args.lora_fake))
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, critic.fake, run.print)
     if args.gan:
         zeros = torch.zeros(1, *shape, device=run.device)
         with torch.no_grad():
@@ -386,7 +385,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["dm", "fake"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.random_cond(draw)

@@ -52,6 +52,7 @@ from common.run import Run
 from common.sampling import generate
 from common.schedules import expand, f64
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 AT_END = 0.1  # share of the durations in (5) that are exactly 1, the others are uniform [O]
 T_LEAST = 1e-3  # no network is evaluated at smaller t: (1) is 0 / 0 at t = 0
@@ -486,6 +487,8 @@ def main():
     if low < high:
         student.extend("guidance")
         aux.extend("guidance")
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, aux, run.print)
     student_ddp = run.train(student)  # DDP around both; for passes that train weights
     aux_ddp = run.train(aux)
     opt_g = adamw(student, args.lr, args)
@@ -504,7 +507,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, aux=aux, opt_aux=opt_aux)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["prediction", "correction", "aux"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_aux, args.lr_fake))
         is_corrected, predicted, corrected = roles[run.data_shard[0]]  # bool [B], indices

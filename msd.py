@@ -50,6 +50,7 @@ from common.routed import ByLabel
 from common.run import Run
 from common.schedules import add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 N = 1000  # noise levels of the grid
 STAGES = ("tsm", "dm", "adm")
@@ -188,8 +189,6 @@ def parse_args(argv=None):
     args = p.parse(PRESETS, argv)
     if args.tsm is None:
         args.tsm = 0.4 if args.small else 0.0
-    if args.smoke:
-        args.iters = 3 * args.students
     require(args.students >= 1, f"--students: expected at least 1, found {args.students}")
     require(args.ratio >= 1, f"--ratio: expected at least 1, found {args.ratio}")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")
@@ -205,12 +204,32 @@ def parse_args(argv=None):
     require(not both, "--lora: needs the teacher's network, --small has another")
     unused = args.data and not (args.adm or args.tsm)
     require(not unused, f"--data {args.data}: this run uses no images; add --adm or --small")
+    if args.smoke:
+        shorten_stages(args)
     ok = args.iters - round(args.tsm * args.iters) >= args.students
     require(
         ok,
         f"--iters {args.iters}: expected one for each of {args.students} students, besides --tsm",
     )
+    pieces = plan(args.iters, args.students, args.tsm, args.adm)
+    shortest = min(end - first for first, end, *_ in pieces)
+    require(
+        args.warmup < shortest,
+        f"--warmup {args.warmup}: expected less than the {shortest} iterations of the shortest "
+        "stage (--iters, --students, --tsm, --adm), which has its own warm-up",
+    )
     return args
+
+
+def shorten_stages(args):
+    """--smoke: three iterations of each stage, for each student."""
+    both = 0 < args.adm < 1  # without and with (9) and (10)
+    args.iters = args.students * (6 if both else 3)
+    if both:
+        args.adm = 0.5
+    if args.tsm:
+        args.iters += 3
+        args.tsm = 3 / args.iters
 
 
 def count_conditions(teacher):
@@ -394,6 +413,8 @@ def main():
     # starts as the teacher, anew for each student, and the head from scratch.
     start_net = teacher.resized(args.small, args.seed) if args.small else teacher
     student = ByLabel([start_net.copy(args.lora) for _ in range(args.students)], table)
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, say=run.print)
     if args.grad_checkpoint:
         student.experts[0].checkpoint_activations()  # a network that cannot do it fails here
     critic = Critic(teacher.copy(args.lora_fake))
@@ -441,7 +462,7 @@ def main():
         "give those of the run's start",
     )
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["tsm", "dm", "fake"]):
         piece = piece_at(pieces, it)
         start, end, k, stage = piece
 

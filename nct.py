@@ -123,7 +123,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, few_steps=False, lora=False)
+    p = Parser(__doc__, few_steps=False, lora=False, start=False)
     p.model.add_argument("--generator", metavar="DIR", help="one-step student [out/dmd2-<teacher>]")
     p.model.add_argument(
         "--blocks", type=int, help="last transformer blocks that are copied [half]"
@@ -322,7 +322,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, multiplier=multiplier)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["loss"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
         cond = teacher.random_cond(draw)

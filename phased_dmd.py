@@ -47,6 +47,7 @@ from common.routed import ByLevel, Routed
 from common.run import Run
 from common.schedules import Flow, add_noise, expand
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 N = 1000  # noise levels of the grid
 
@@ -186,13 +187,25 @@ def parse_args(argv=None):
         args.phases <= args.nfe,
         f"--phases {args.phases}: expected at most one per step, found --nfe {args.nfe}",
     )
-    if args.smoke:  # also of every phase
-        args.iters = max(args.iters, args.phases)
-        args.phase_iters = [1]
+    if args.smoke:  # three iterations of each phase
+        args.iters = 3 * args.phases
+        args.phase_iters = [3]
     require(
         len(args.phase_iters) in (1, args.phases - 1) and min(args.phase_iters) >= 1,
         f"--phase-iters: expected one number or {args.phases - 1} (--phases {args.phases}), "
         f"each at least 1, found {args.phase_iters}",
+    )
+    starts = phase_starts(args.phases, args.phase_iters)
+    require(
+        starts[-1] < args.iters,
+        f"--phase-iters: the last phase begins with iteration {starts[-1]}, "
+        f"expected less than --iters {args.iters}",
+    )
+    shortest = min(b - a for a, b in zip(starts, [*starts[1:], args.iters]))
+    require(
+        args.warmup < shortest,
+        f"--warmup {args.warmup}: expected less than the {shortest} iterations of the shortest "
+        "phase (--iters, --phase-iters), which has its own warm-up",
     )
     require(args.step_shift > 0, f"--step-shift: expected a number > 0, found {args.step_shift}")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")
@@ -352,12 +365,14 @@ def main():
     lowest = [lowest_level(grid, times[end]) for end in ends]
     grid = grid.to(run.device)
 
-    # Networks: experts and critic start as the teacher. The step at the level s_k itself belongs to
-    # the next expert.
+    # Networks: experts and critic start as the teacher or as another run's. The step at the level
+    # s_k itself belongs to the next expert.
     table = [float(times[end] / (1 - times[end])) for end in ends[:-1]]
     experts = [net.copy(args.lora) for net in starts_as(teacher, times, ends)]
     student = ByLevel(experts, table)
     critic = teacher.copy(args.lora_fake)
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, critic, run.print)
     critic_ddp = run.train(critic)  # DDP around it; for passes that train weights
     opt_g = adamw(student, args.lr, args)  # leaves experts without gradient as they are
     opt_c = adamw(critic, args.lr_fake, args)
@@ -368,16 +383,11 @@ def main():
     run.print_summary(
         student=student, critic=critic, teacher=teacher, steps=steps, phases=", ".join(plan)
     )
-    if starts[-1] >= args.iters:
-        run.warn(
-            f"--iters {args.iters} ends before the last phase begins (iteration {starts[-1]}, "
-            "--phase-iters): its expert stays the teacher"
-        )
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["dm", "fake"]):
         # The phase, from 0, its steps begin..end - 1 and its iterations start..stop - 1.
         k = sum(it >= start for start in starts) - 1
         begin, end = steps_of_phase[k]

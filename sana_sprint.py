@@ -54,6 +54,7 @@ from common.report import Report
 from common.run import Run
 from common.schedules import TrigFlow, add_noise, expand
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 SD = 0.5  # only its ratio to the 0.1 of (7) matters
 TRIG = TrigFlow(1.0)
@@ -242,7 +243,13 @@ def parse_args(argv=None):
     require(within, f"--cfg: expected a scale within --cfg-train {scales}, found {args.cfg}")
     for flag, (_, std) in (("--p-scm", args.p_scm), ("--p-adv", args.p_adv)):
         require(std >= 0, f"{flag}: expected a mean and a deviation >= 0, found {std}")
+    if args.smoke:
+        args.H = min(args.H, 2)  # r = 0, a half, 1
     require(args.H >= 0, f"--H: expected a number >= 0, found {args.H}")
+    require(
+        args.H < args.iters,
+        f"--H {args.H}: expected less than --iters {args.iters}, or r of (6) never reaches 1",
+    )
     ok = 0 <= args.anchor < 1.5
     require(ok, f"--anchor: expected a time in [0, 1.5), found {args.anchor}")
     ok = 0 <= args.max_time <= 1
@@ -500,6 +507,8 @@ def main():
     student = teacher.copy(args.lora)
     if several:
         student.extend("guidance")
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, say=run.print)
     zeros = torch.zeros(1, *shape, device=run.device)
     features = teacher(zeros, 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads = run.to_device(Heads(map(Head, features)).eval())
@@ -521,7 +530,7 @@ def main():
         state["teacher"] = teacher  # its fitted time embedding
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["scm", "gen", "heads"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_h, args.lr_fake))
         logs = {}

@@ -37,7 +37,7 @@ code has levels, steps and lambda_t for three forms of schedules:
 
 Usage:
     python sid.py                                            # one step, MNIST, minutes on a CPU
-    python sid.py --nfe 4 --gan --gan-warmup 0               # four steps, with the GAN term
+    python sid.py --nfe 4 --gan                              # four steps, with the GAN term
     python sid.py --teacher toy                              # 2-D mixture, under a minute
     torchrun --nproc_per_node=8 sid.py --teacher DIR         # any teacher folder, 8 GPUs
 
@@ -60,6 +60,7 @@ from common.report import Report
 from common.run import Run
 from common.schedules import Flow, add_noise, native_weight
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 # Presets: the flags for a kind of teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md. `source` is printed at the
@@ -108,6 +109,7 @@ MNIST = dict(  # [O]
     cooldown=0.5,
     ema=2000,
     shift=0.3,  # less noise: fewer speckles in the background
+    gan_warmup=0,  # the run is shorter than that of the form
     source="[O]",
 )
 EMOJI = dict(  # [O]
@@ -243,6 +245,8 @@ def parse_args(argv=None):
         ok = args.cfg in (1, p.get_default("cfg"))
         require(ok, f"--guidance zero: expected --cfg 1, no network is guided; found {args.cfg:g}")
         args.cfg = 1.0
+    if args.smoke and args.gan:
+        args.ratio = 1  # the turns of the critic alone are those of the warm-up
     return args
 
 
@@ -250,6 +254,14 @@ def fill_in(args, form):
     """Flags that neither the command line nor the preset has set get the values of the form."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(FORMS[form] | given)
+    if args.smoke:  # iterations: the critic alone, the student without (9), the student with it
+        args.gan_warmup = min(args.gan_warmup, args.batch)
+    last = (args.iters - 1) // args.ratio * args.ratio  # iteration of the last student step
+    require(
+        not args.gan or 2 * args.gan_warmup <= last * args.batch,
+        f"--gan-warmup {args.gan_warmup}: (9) joins after {2 * args.gan_warmup} images, expected "
+        f"at most {last * args.batch}, those before the last student step (--iters, --batch)",
+    )
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -440,10 +452,12 @@ def main():
     times = step_times(form, schedule, args.nfe, args.steps)
     kappa_real, kappa_fake = guidance_scales(args.guidance, args.cfg)
 
-    # Networks: student and critic start as the teacher.
+    # Networks: student and critic start as the teacher or as another run's.
     images = load_images(args.data, teacher, run.print) if args.gan else None
     student = teacher.copy(args.lora)
     critic = Critic(teacher.copy(args.lora_fake))
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, critic.fake, run.print)
     student_ddp = run.train(student)  # DDP around both; for passes that train weights
     critic_ddp = run.train(critic)
     opt_g = adamw(student, args.lr, args)
@@ -457,7 +471,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["sid", "fake"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         images_seen = it * args.batch

@@ -53,6 +53,7 @@ from common.report import Report
 from common.run import Run
 from common.schedules import add_noise, expand
 from common.teachers.load import load_teacher
+from common.teachers.students import start_from
 
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)
@@ -435,6 +436,8 @@ def main():
     images = None if args.image_free else load_images(args.data, teacher, run.print)
     torch.manual_seed(args.seed)  # the new embeddings start equal on all processes
     student = teacher.copy(args.lora).extend("r", "fake")
+    if args.start and not args.resume:
+        start_from(args.start, teacher, student, say=run.print)
     target_net = Target(student, args.target_decay)
     guide = teacher if args.guide == "frozen" else target_net.model
     student_ddp = run.train(student)  # DDP around it; for passes that train weights
@@ -463,7 +466,7 @@ def main():
     state = dict(student=student, opt_g=opt_g, ema=ema, target=target_net)
     first = run.resume(state)
     it = first - 1  # if no iteration is left
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["loss"]):
         rows = rows_of_microstep[run.microstep]
         e2e, adv = rows["e2e"], rows["adv"]
         guided_rows = torch.cat([rows["mul"], rows["any"]])  # e2e, at t = T, is not guided itself

@@ -70,6 +70,7 @@ def load_checkpoint(path, payload, state, own_part=lambda part, saved: saved):
     """
     try:
         counters = read_counters(payload)
+        read_values(payload)
         for name, part in state.items():
             part.load_state_dict(own_part(part, payload["state"][name]))
             if isinstance(part, torch.optim.Optimizer):
@@ -91,6 +92,14 @@ def read_counters(payload):
     if not whole or not all(0 <= v < float("inf") for v in counters):
         raise ValueError(f"expected counters >= 0, found {str(counters)[:100]}")
     return counters
+
+
+def read_values(payload):
+    """Logged values that no line of the log has shown yet, {name: float}, checked. ValueError."""
+    values = payload.get("values", {})
+    if not isinstance(values, dict) or not all(isinstance(v, float) for v in values.values()):
+        raise ValueError(f"expected logged values, found {str(values)[:100]}")
+    return values
 
 
 def check_moments(name, opt):

@@ -34,10 +34,19 @@ class Parser(argparse.ArgumentParser):
     A script says which optional parts it has, and gets only the flags that it can use:
     critic: a second trained network. lora_fake: that network may be trained as LoRA (default: as
     critic). images: losses that need images. few_steps: students of more than one step.
-    lora: the student may be trained as LoRA or sharded.
+    lora: the student may be trained as LoRA or sharded. start: it may begin as another run's.
     """
 
-    def __init__(self, doc, critic=False, images=False, few_steps=True, lora=True, lora_fake=None):
+    def __init__(
+        self,
+        doc,
+        critic=False,
+        images=False,
+        few_steps=True,
+        lora=True,
+        lora_fake=None,
+        start=True,
+    ):
         usage = "python %(prog)s [--flag value ...]"
         super().__init__(description=doc, usage=usage, formatter_class=Help, allow_abbrev=False)
         self.model = self.add_argument_group("model")
@@ -50,6 +59,8 @@ class Parser(argparse.ArgumentParser):
 
         add = self.model.add_argument
         add("--teacher", metavar="NAME", default="mnist", help="a name, a hub name, or a folder")
+        if start:
+            add("--start", metavar="RUN", help="folder of a run to start from [the teacher]")
         add("--cfg", type=float, help="guidance scale w of the teacher in u + w (c - u); 1 is none")
         if few_steps:
             add("--nfe", type=int, help="network passes of the student per sample")
@@ -111,10 +122,18 @@ class Parser(argparse.ArgumentParser):
             add("--shard", action="store_true", help="torch's fully_shard instead of DDP")
         add("--compile", action="store_true", help="torch.compile the networks")
         add("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
-        add("--sample-every", type=int, default=500, help="iterations between grids; 0: at the end")
+        add(
+            "--sample-every",
+            type=int,
+            help="iterations between grids; 0: at the end [a tenth of the run, 10 to 500]",
+        )
         add("--eval-every", type=int, default=0, help="iterations between evaluations of 1000")
         add("--eval-n", type=int, default=5000, help="samples of the last evaluation; 0: none")
-        add("--save-every", type=int, default=500, help="iterations between checkpoints")
+        add(
+            "--save-every",
+            type=int,
+            help="iterations between checkpoints [a tenth of the run, 100 to 500]",
+        )
         add("--resume", action="store_true", help="continue from the newest checkpoint of --out")
         add("--overwrite", action="store_true", help="discard the run that is in --out")
         add("--smoke", action="store_true", help="three iterations of everything")
@@ -145,11 +164,11 @@ class Parser(argparse.ArgumentParser):
         args.preset_source = source
         args.cfg_given = "cfg" in given
         if args.smoke:
-            args.iters = 3
-            args.log_every = 1
-            args.sample_every = 3
-            args.save_every = 3
-            args.eval_n = min(args.eval_n, 64)
+            shorten(args)
+        if args.sample_every is None:
+            args.sample_every = tenth(args.iters, 10)
+        if args.save_every is None:
+            args.save_every = tenth(args.iters, 100)
         check_flags(args)
         args.lora = lora_spec(args, "--lora", args.lora)
         args.lora_fake = lora_spec(args, "--lora-fake", args.lora_fake)
@@ -162,6 +181,28 @@ class Parser(argparse.ArgumentParser):
         blank = argparse.Namespace(**dict.fromkeys(names, unset))
         found = vars(self.parse_known_args(argv, blank)[0])
         return {name: found[name] for name in names if found[name] is not unset}
+
+
+def shorten(args):
+    """--smoke: flags of three iterations in which every kind of turn and step comes up.
+
+    Iterations 0 and 2 have a student step, and 1 has none if --ratio allows that. At iteration 2
+    the critic is no longer the teacher, where the student's gradient may be 0. Scripts shorten
+    their own warm-ups and stages.
+    """
+    args.iters = 3
+    args.log_every = 1
+    args.sample_every = 2
+    args.save_every = 3
+    args.eval_n = min(args.eval_n, 64)
+    args.warmup = min(args.warmup, 2)
+    if "ratio" in args:
+        args.ratio = min(args.ratio, 2)
+
+
+def tenth(iters, least):
+    """A tenth of the run's iterations, but not less than `least` and not more than 500."""
+    return min(max(iters // 10, least), 500)
 
 
 AT_LEAST = dict.fromkeys(["iters", "batch", "accumulate", "nfe", "log_every"], 1)
@@ -191,6 +232,11 @@ def check_flags(args):
     require(ok, f"--eval-n {args.eval_n}: expected 0 or at least {least} samples")
     ok = 0 <= args.cooldown <= 1
     require(ok, f"--cooldown: expected a share from 0 to 1, found {args.cooldown}")
+    require(
+        args.warmup < args.iters,
+        f"--warmup {args.warmup}: expected less than --iters {args.iters}, "
+        "or the rates never reach --lr; give a shorter one",
+    )
     require(args.clip > 0, f"--clip: expected a number > 0, found {args.clip}")
     ok = all(0 <= b < 1 for b in args.betas)
     require(ok, f"--betas: expected two numbers from 0 to below 1, found {args.betas}")

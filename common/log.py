@@ -13,30 +13,50 @@ class Log:
     def __init__(self, path, world):
         self.path = path
         self.world = world
-        self.microsteps = []  # values of this iteration, by microstep
+        self.newest = {}  # since the last line: {name: (iteration, its values by microstep)}
         self.last = None  # (images, seconds) of the last line
 
-    def add(self, values):
-        """Values of one microstep: floats, 0-d tensors, or None where it has none."""
-        self.microsteps.append({k: to_cpu(v) for k, v in values.items() if v is not None})
+    def add(self, it, values):
+        """Values of one microstep: floats, 0-d tensors, or None where it has none.
+
+        Does not wait for the device. What the next line has not yet shown is kept, until a later
+        iteration has a value of the same name.
+        """
+        for name, value in values.items():
+            if value is None:
+                continue
+            if self.newest.get(name, (None, []))[0] != it:
+                self.newest[name] = (it, [])
+            self.newest[name][1].append(value.detach() if torch.is_tensor(value) else value)
 
     def means(self):
-        """Means over the microsteps and processes, {name: float}. Starts the next iteration."""
+        """Means over the microsteps and processes of the newest values, {name: float}."""
         means = {}
-        for name in self.microsteps[-1]:
-            values = [v[name] for v in self.microsteps if name in v]
-            means[name] = torch.stack(values).mean()
-        self.microsteps = []
+        for name, (_, values) in self.newest.items():
+            means[name] = torch.stack([to_cpu(v) for v in values]).mean()
+        if not means:
+            return {}
         flat = torch.stack(list(means.values()))
         if self.world > 1:
             dist.all_reduce(flat)
             flat /= self.world
         return dict(zip(means, flat.tolist()))
 
-    def write(self, it, images, skipped, means, seconds, peak_mb):
-        """One line. Wall-clock numbers stand under "time", apart from what is reproducible.
+    def take(self):
+        """The same, and from now on only newer values count. On all processes."""
+        means = self.means()
+        self.newest = {}
+        return means
 
-        Returns the images per second since the last line, None for the first one.
+    def restore(self, it, means):
+        """The newest values as a checkpoint has kept them: what `means` returned in `it`."""
+        self.newest = {name: (it, [value]) for name, value in means.items()}
+
+    def write(self, it, images, skipped, rates, means, seconds, peak_mb):
+        """One line.
+
+        rates: learning rates {name: float}. Wall-clock numbers stand under "time", apart from what
+        is reproducible. Returns the images per second since the last line, None for the first one.
         """
         rate = None
         if self.last is not None:
@@ -44,7 +64,7 @@ class Log:
             rate = round((images - past_images) / max(seconds - past_seconds, 1e-9), 1)
         self.last = (images, seconds)
         line = dict(it=it, images=images, skipped=skipped)
-        for name, v in means.items():
+        for name, v in (rates | means).items():
             line[name] = float(f"{v:.6g}") if math.isfinite(v) else None  # JSON has no nan
         line["time"] = dict(seconds=round(seconds, 2), images_per_s=rate, peak_mb=peak_mb)
         with open(self.path, "a") as f:

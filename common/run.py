@@ -21,6 +21,7 @@ from common.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_newest,
+    read_values,
     write_checkpoint,
 )
 from common.distributed import init_processes, on_rank0
@@ -85,6 +86,9 @@ class Run:
         self.skipped = 0  # steps left out because a gradient was not finite
         self.bad_steps = {}  # such steps in a row, by optimiser
         self.saved = 0  # iterations in the newest checkpoint
+        self.rates = {}  # learning rates of this iteration, by their names in the log
+        self.show = ()  # names of the values that the progress bar shows
+        self.shown = {}  # what it shows
         self.ddp_modules = weakref.WeakSet()
         self.models = {}
         self.counter = None  # of network passes, in the first iterations
@@ -132,7 +136,8 @@ class Run:
 
     def print(self, *text):
         if self.is_main:
-            print(*text, flush=True)
+            tqdm.write(" ".join(map(str, text)), file=sys.stdout)  # above the progress bar
+            sys.stdout.flush()
 
     def warn(self, text):
         if self.is_main:
@@ -250,12 +255,14 @@ class Run:
     def set_rates(self, it, *pairs, span=None):
         """Learning rates of iteration `it`, with --warmup and --cooldown.
 
-        pairs: (optimiser, lr). span: first and last + 1 iteration of the stage that `it` belongs
-        to, for a run whose stages each have a warm-up and a cooldown; default: the whole run.
+        pairs: (optimiser, lr), at first the student's. span: first and last + 1 iteration of the
+        stage that `it` belongs to, for a run whose stages each have a warm-up and a cooldown;
+        default: the whole run.
         """
         first, end = span or (0, self.args.iters)
         factor = rate_factor(it, first, end, self.args.warmup, self.args.cooldown)
-        for opt, lr in pairs:
+        for name, (opt, lr) in zip(("lr", "lr_fake"), pairs):
+            self.rates[name] = lr * factor
             for group in opt.param_groups:
                 group["lr"] = lr * factor
 
@@ -284,12 +291,14 @@ class Run:
 
     # ---- loop
 
-    def loop(self, first, last):
+    def loop(self, first, last, show=()):
         """Iterations first..last-1, each --accumulate times, with a progress bar.
 
-        After one of STOP_SIGNALS it ends early, at the same iteration on all processes.
+        show: names of logged values for the bar, at first the student's loss. After one of
+        STOP_SIGNALS the loop ends early, at the same iteration on all processes.
         """
         self.in_loop = True
+        self.show = show
         self.counter = PassCounter(self.models) if self._counts_passes() else None
         cycle = getattr(self.args, "ratio", None) or 1
         self.bar = progress_bar(first, last, self.method, disable=not self.is_main)
@@ -321,18 +330,17 @@ class Run:
         if self.is_main:
             each = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
             peak = peak_memory(self.device) / 2**20
-            with self.bar.external_write_mode(sys.stdout):
-                print(f"  {'passes per iteration':22s} {total:.2f}: {each}; a backward counts two")
-                print(f"  {'memory, peak':22s} {peak:.0f} MB so far", flush=True)
+            each = f"{total:.2f}: {each}; a backward counts two"
+            self.print(f"  {'passes per iteration':22s} {each}")
+            self.print(f"  {'memory, peak':22s} {peak:.0f} MB so far")
 
     def after(self, it, logs, state, report):
         """What follows each iteration when it is due: log, pictures, evaluation, checkpoint."""
         args = self.args
-        if it % args.log_every == 0:
-            self.log(it, logs)
+        self.log(it, logs)
         if self.counter:  # sampling for pictures and metrics is not part of an iteration
             self.counter.paused = True
-        if self.due(it, args.sample_every):
+        if self.due(it, args.sample_every) or self.is_first_picture(it):
             report.pictures(it + 1)
         if self.due(it, args.eval_every):
             report.evaluate(it + 1, n=1000)
@@ -345,23 +353,34 @@ class Run:
         """Whether a multiple of `every` iterations is complete after iteration `it`; 0: never."""
         return bool(every) and self.is_last_microstep and (it + 1) % every == 0
 
+    def is_first_picture(self, it):
+        """After the first iteration too: what is wrong with the samples shows at once."""
+        return bool(self.args.sample_every) and self.is_last_microstep and it == 0
+
     def log(self, it, values):
-        """One line of log.jsonl with the means of values {name: float, 0-d tensor or None}.
+        """Values {name: float, 0-d tensor or None}. Every --log-every iterations a line of
+        log.jsonl with the means of the newest values: those of turns that the iteration of the line
+        does not have are of the last such turn since the line before.
 
         The only place of the loop where the host waits for the device.
         """
-        self.log_file.add(values)
-        if not self.is_last_microstep:
+        self.log_file.add(it, values)
+        if it % self.args.log_every or not self.is_last_microstep:
             return
-        means = self.log_file.means()
+        means = self.log_file.take()
         self._give_up_if_broken(it)
         if not self.is_main:
             return
         images = (it + 1) * self.args.batch
         peak_mb = round(peak_memory(self.device) / 2**20)
-        rate = self.log_file.write(it, images, int(self.skipped), means, self.seconds, peak_mb)
-        shown = {name: f"{v:.3g}" for name, v in list(means.items())[:2]}
-        self.bar.set_postfix(shown | {"img/s": rate}, refresh=False)
+        counts = (it, images, int(self.skipped))
+        rate = self.log_file.write(*counts, self.rates, means, self.seconds, peak_mb)
+        # values of an earlier line stay until there are newer ones
+        self.shown |= {name: f"{means[name]:.3g}" for name in self.show if name in means}
+        if rate is not None:
+            self.shown["img/s"] = rate
+        in_order = {name: self.shown[name] for name in [*self.show, "img/s"] if name in self.shown}
+        self.bar.set_postfix(in_order, refresh=False)
 
     def _give_up_if_broken(self, it):
         bad = max((int(n) for n in self.bad_steps.values()), default=0)
@@ -421,6 +440,7 @@ class Run:
         A full disk costs this checkpoint and a warning, not the run.
         """
         saved = {}
+        values = self.log_file.means()  # that the next line of the log will show
         if self.is_main or self.args.shard:
             saved = {name: part.state_dict() for name, part in state.items()}
         if self.args.shard:  # whole tensors: any number of processes can resume, sharded or not
@@ -429,7 +449,7 @@ class Run:
             saved = gather_state(saved, self.is_main)
         if self.is_main:
             try:
-                self._write_checkpoint(it + 1, saved)
+                self._write_checkpoint(it + 1, saved, values)
             except (OSError, RuntimeError) as e:
                 self.warn(
                     f"checkpoint at iteration {it + 1} not written ({first_line(e)}); "
@@ -438,7 +458,7 @@ class Run:
         self.saved = it + 1
         self.barrier()
 
-    def _write_checkpoint(self, it, saved):
+    def _write_checkpoint(self, it, saved, values):
         log = self.out / "log.jsonl"
         with open(log, "a") as f:
             sync(f.fileno())
@@ -448,6 +468,7 @@ class Run:
             seconds=self.seconds,
             log_bytes=log.stat().st_size,
             skipped=int(self.skipped),
+            values=values,
             state=saved,
         )
         write_checkpoint(self.out, it, payload)
@@ -469,6 +490,7 @@ class Run:
         own_part = {} if not self.args.shard else dict(own_part=own_optimiser_part)
         counters = load_checkpoint(path, payload, state, **own_part)
         self.saved, self.skipped, log_bytes, self.past_seconds = counters
+        self.log_file.restore(self.saved - 1, read_values(payload))
         self.on_rank0(lambda: self.folder.rewind(log_bytes, damaged))
         self.on_rank0(lambda: self.note_start(self.saved))
         self.print(f"resumed {path.name}")

@@ -6,10 +6,10 @@ from helpers.cases import (
     EXPERT_BOUND,
     MODE_BOUND,
     SCRIPTS,
+    TOY_FLAGS,
     TOY_ITERS,
     TOY_PRESET_RUNS,
     TOY_TEACHER,
-    required_flags,
 )
 
 from common.files import read_json
@@ -34,8 +34,9 @@ SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS if sc
 @pytest.mark.parametrize("script", [FIRST, *SLOW])
 def test_toy(script, scripts, tmp_path):
     flags = ["--teacher", TOY_TEACHER.get(script, "toy"), "--iters", TOY_ITERS[script], *QUIET]
-    if required_flags(f"{script}.py"):
-        # nct needs a generator that is worth controlling
+    flags += TOY_FLAGS.get(script, [])
+    if script == "nct":
+        # needs a generator that is worth controlling
         generator = tmp_path / "generator"
         one_step = ["--teacher", "toy", "--iters", TOY_ITERS["dmd2"], "--eval-n", 0, *QUIET]
         scripts.run("dmd2.py", *one_step, "--out", generator)

@@ -10,8 +10,12 @@ import re
 from dataclasses import dataclass
 
 import pytest
+import torch
 from helpers.cases import SCRIPTS, required_flags
 from helpers.runs import QUICK, ROOT
+
+from common.data import Images
+from common.teachers.students import import_script
 
 BLOCK = re.compile(r"(?:<!-- flags: (?P<flags>.*?) -->\n)?```diff\n(?P<lines>.*?)```", re.S)
 
@@ -79,3 +83,26 @@ def test_edit_trains(edit, scripts, tmp_path):
     if edit.script == "nct":
         args = [*required_flags("nct.py"), *args]
     scripts.run(copy, *args, *edit.flags)
+
+
+def test_the_head_sees_clean_inputs(trace, tmp_path):
+    """The first edit of dmd2: official compute_cls_logits with diffusion_gan off has the images as
+    they are, at index 0 of the grid."""
+    (edit,) = [e for e in edits("dmd2") if "--gan" in e.flags and "x_real" in "".join(e.lines)]
+    path = tmp_path / "clean.py"
+    path.write_text(changed_script(edit))
+    clean = import_script("clean", path)
+    record = [(clean.Critic, "forward"), (clean, "dm_loss"), (Images, "samples")]
+    steps = trace(clean, "--gan", "--ratio", 1, "--iters", 2, record=record)
+    of_head = [c for c in steps.calls["forward"] if c.kwargs.get("logit")]
+    student_turn, critic_turn = of_head[-2:]
+    x = steps.calls["dm_loss"][-1].args[0]
+    x_real, _ = steps.calls["samples"][-1].result
+    assert torch.equal(student_turn.args[1], x)
+    assert torch.equal(critic_turn.args[1], torch.cat([x, x_real]))
+
+    schedule = steps.teacher.schedule
+    least = schedule.grid(1000)[0]
+    for call in (student_turn, critic_turn):
+        assert call.args[2].unique().tolist() == [schedule.alpha(least)]
+        assert call.args[3].unique().tolist() == [schedule.sigma(least)]

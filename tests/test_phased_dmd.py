@@ -798,7 +798,8 @@ def test_rates_of_every_phase(trace):
 @pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5), (4, 4, 3), (3, 2, 0.3)])
 def test_experts_of_a_run(trace, nfe, phases, shift):
     """The student that is saved sends the step at s_k to the expert of phase k + 1."""
-    steps = trace("--iters", 1, "--nfe", nfe, "--phases", phases, "--step-shift", shift)
+    flags = ["--iters", phases, "--phase-iters", 1, "--phases", phases]
+    steps = trace(*flags, "--nfe", nfe, "--step-shift", shift)
     times, ends = phased_dmd.step_times(nfe, shift), phased_dmd.phase_ends(nfe, phases)
     experts = [int(steps.student.route(1, 1 - t, t, {})) for t in times[:-1]]
     assert experts == [sum(i >= end for end in ends) for i in range(nfe)]
@@ -810,7 +811,7 @@ def test_bias_of_the_usual_target_in_a_run(trace, monkeypatch):
 
     def distance(target):
         monkeypatch.setattr(phased_dmd, "fake_target", target)
-        few = ["--batch", 256, "--iters", 800, "--phase-iters", 800]
+        few = ["--batch", 256, "--iters", 801, "--phase-iters", 800]
         steps = trace("--teacher", "toy", *few, "--log-every", 1000)
         generator = torch.Generator().manual_seed(0)
         times, cond = phased_dmd.step_times(4, 3.0), steps.teacher.null(4000)

@@ -18,7 +18,8 @@ def folder(tmp_path):
     """A run whose line of iteration 30 has no value of `sometimes`."""
     lines = []
     for it in range(0, 200, 10):
-        line = dict(it=it, images=8 * it, skipped=0, loss=1 / (it + 1), time=dict(seconds=it))
+        line = dict(it=it, images=8 * it, skipped=0, lr=1e-3, loss=1 / (it + 1), gap=None)
+        line["time"] = dict(seconds=it)
         if it != 30:
             line["sometimes"] = 5
         lines.append(json.dumps(line) + "\n")
@@ -29,7 +30,9 @@ def folder(tmp_path):
 
 def test_read_log(folder):
     log = read_log(folder)
-    assert set(log) == {"loss", "sometimes"}  # nothing was skipped, and times are no result
+    # nothing was skipped, and times are no result
+    assert set(log) == {"lr", "loss", "gap", "sometimes"}
+    assert np.isnan(log["gap"][1]).all()  # null
     iterations, values = log["loss"]
     assert iterations.tolist() == list(range(0, 200, 10))
     assert values[1] == 1 / 11

@@ -766,7 +766,8 @@ def test_eq10_spectral_norm_of_a_head_is_updated_in_train_mode_only():
 
 @pytest.fixture
 def trace(monkeypatch, tmp_path):
-    """trace(*flags): a run on toy-cond, with heads and log_var among its networks."""
+    """trace(*flags): a run on toy-cond, with heads and log_var among its networks. r of (6) is 1
+    after the first iteration, unless flags say more."""
 
     def parts(steps):
         heads = steps.calls["Heads"][0].result
@@ -776,6 +777,7 @@ def trace(monkeypatch, tmp_path):
         made = [(sana_sprint, "Heads"), (sana_sprint, "ScalarEmbedding")]
         record = [*made, *((sana_sprint, name) for name in record)]
         out = tmp_path / "out"
+        flags = ["--H", 0, "--warmup", 0, *flags]
         return Trace(monkeypatch, sana_sprint, out, *flags, record=record, watch=parts)
 
     return run

@@ -2,6 +2,8 @@
 processes, mistakes of the user, help."""
 
 import ast
+import functools
+import importlib
 import re
 import shlex
 import shutil
@@ -34,9 +36,13 @@ from helpers.runs import (
     wait_for,
     without_torchs_own,
 )
+from helpers.trace import run_main
 
+import nct
+from common.ema import EMA
 from common.files import read_json
 from common.flags import Parser
+from common.run import Run
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student
 
@@ -49,6 +55,9 @@ slow = pytest.mark.slow
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
+
+
+STAGES = {"phased_dmd": 2}  # of the toy's presets; --smoke has three iterations for each
 
 
 @each
@@ -67,19 +76,114 @@ def test_smoke(script, tmp_path):
     info = read_json(out / "student" / "distill.json")
     assert info["method"] == script
     assert info["teacher"] == "toy"
-    assert info["flags"]["iters"] == 3
+    n = info["flags"]["iters"]
+    assert n == 3 * STAGES.get(script, 1)
     assert info["revision"]
     assert info["training"]["passes_per_iteration"] > 0
-    assert [line["it"] for line in log(out)] == [0, 1, 2]
+    assert [line["it"] for line in log(out)] == list(range(n))
     images = [(line["it"] + 1) * info["flags"]["batch"] for line in log(out)]
     assert [line["images"] for line in log(out)] == images
-    assert (out / "samples" / "00000003.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples" / f"{n:08d}.png").read_bytes().startswith(b"\x89PNG")
     result = read_json(out / "metrics.json")
     assert result["method"] == script
-    assert result["it"] == 3
+    assert result["it"] == n
     assert result["n"] == 64
     assert result["energy_distance"] > 0
     assert not list(out.rglob("*.tmp"))
+
+
+# ---- what --smoke reaches ------------------------------------------------------------------------
+
+SMOKED = dict(zip(NAMES, VARIANTS))
+SMOKED["sid-gan"] = ("sid", ["--gan", "--cfg", 2])  # with the warm-up of the form
+SMOKED["decoupled_dmd-ca"] = ("decoupled_dmd", "--teacher toy-cond --cfg 3".split())
+MOMENTS = "--teacher toy-cond --cfg 3 --regulariser moments --moments 0 1"
+SMOKED["decoupled_dmd-moments"] = ("decoupled_dmd", MOMENTS.split())
+UNUSED = {
+    "decoupled_dmd-moments": ["critic fake"],
+    "sana_sprint": ["log_var"],
+}  # networks that these flags do not train
+
+
+@pytest.fixture(scope="module")
+def smoked(tmp_path_factory):
+    """smoked(name of SMOKED) -> weights at the start and at the end of main() with --smoke, and
+    the lines of its log.
+
+    Weights: {part of a checkpoint's state: {name: tensor}}; each expert, each head and the average
+    are parts.
+    """
+
+    def parts(state):
+        flat = {}
+        for name, part in state.items():
+            if isinstance(part, (torch.optim.Optimizer, nct.Multiplier)):
+                continue
+            module = part.model if isinstance(part, EMA) else part
+            for key, p in module.named_parameters():
+                top = re.match(r"fake|head|experts\.\d+|", key)[0]
+                weights = flat.setdefault(f"{name} {top}".strip(), {})
+                weights[key] = p.detach().clone()
+        return flat
+
+    @functools.cache
+    def run(name):
+        script, flags = SMOKED[name]
+        out = tmp_path_factory.mktemp(name)
+        found = []
+        resume, finish = Run.resume, Run.finish
+
+        def at_start(run, state):
+            found.append(parts(state))
+            return resume(run, state)
+
+        def at_end(run, it, state):
+            found.append(parts(state))
+            return finish(run, it, state)
+
+        # no decay: a weight that moves has had a gradient
+        fixed = [*required_flags(f"{script}.py"), "--teacher", "toy", "--batch", 32, "--eval-n", 0]
+        fixed += ["--smoke", "--weight-decay", 0, "--out", out]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "resume", at_start)
+            patch.setattr(Run, "finish", at_end)
+            run_main(patch, importlib.import_module(script), *fixed, *flags)
+        return *found, log(out)
+
+    return run
+
+
+def documented_names(script):
+    """Names in the table under "What is logged" of the script's page, and of the line above it."""
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    section = page.split("## 3. What is logged")[1].split("\n## ")[0]
+    table = re.search(r"\| name \|.*?\n\n", section, re.S)[0]
+    first_column = " ".join(row.split("|")[1] for row in table.split("\n") if row)
+    names = set(re.findall(r"`([\w.]+)`", first_column))
+    line = re.search(r"also has (.*?) and `time`", section)[1]
+    return names | set(re.findall(r"`(\w+)`", line)) - {"time"}
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_smoke_trains_every_network(name, smoked):
+    start, end, _ = smoked(name)
+    assert start.keys() == end.keys()
+    still = []
+    for part, before in start.items():
+        if all(torch.equal(p, end[part][key]) for key, p in before.items()):
+            still.append(part)
+    assert still == UNUSED.get(name, [])
+    assert any(part.startswith("student") for part in start)
+
+
+@each
+def test_smoke_logs_every_documented_number(script, smoked):
+    """All runs of a script together; and none that the script's page leaves out."""
+    logged = set()
+    for name in SMOKED:
+        if SMOKED[name][0] == script:
+            logged.update(*smoked(name)[2])
+    assert logged == documented_names(script)
 
 
 def exported_weights(out):

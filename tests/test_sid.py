@@ -943,10 +943,10 @@ def critic_by_hand(form="edm", kappa=1.0, nfe=1, drop=0.0, cls_weight=None):
         ("--cfg 1.5 --guidance long", dict()),
         ("--guidance zero", dict(kappa=0.0)),
         ("--nfe 5", dict(nfe=5)),
-        ("--gan --cls-weight 3", dict(cls_weight=3)),
+        ("--gan --gan-warmup 0 --cls-weight 3", dict(cls_weight=3)),
         ("", dict(form="flow")),
         ("--nfe 5", dict(form="flow", nfe=5)),
-        ("--gan", dict(form="flow", cls_weight=1)),
+        ("--gan --gan-warmup 0", dict(form="flow", cls_weight=1)),
     ],
 )
 def test_eq04_eq08_first_critic_gradient_by_hand(trace, flags, case):

@@ -1,5 +1,6 @@
 """common/teachers/students.py: a student is sampled by its own script. A copy is a method."""
 
+import copy
 import json
 import os
 import shutil
@@ -8,10 +9,16 @@ import sys
 
 import pytest
 import torch
+from helpers.cases import required_flags
 from helpers.server import ROOT
+from helpers.trace import run_main
 
+import boot
+import dmd2
+import msd
 from common.errors import UserError
 from common.files import read_json
+from common.run import Run
 from common.teachers.load import load_teacher
 from common.teachers.students import (
     network_of,
@@ -113,8 +120,6 @@ def test_a_script_that_is_missing_is_one_line(mine):
 
 
 def test_the_script_of_a_student(student):
-    import dmd2
-
     home, info = read_student(student)
     assert script_of(home, info) is dmd2
 
@@ -205,23 +210,167 @@ def test_teacher_of(student, tmp_path):
 
 # ---- --start -------------------------------------------------------------------------------------
 
+TINY = ["--teacher", "toy-cond", "--batch", 32, "--eval-n", 0, "--sample-every", 0]
+TINY += ["--log-every", 1, "--cooldown", 0]
+SPEC = dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")
 
-def test_start_from_a_student(tmp_path):
+
+def state_at_start(monkeypatch, script, *flags):
+    """Copies of what main() of a script trains, after --start and before the first step."""
+    copies = {}
+    resume = Run.resume
+
+    def recorded(run, state):
+        for name, part in state.items():
+            copies[name] = copy.deepcopy(part.state_dict())
+        return resume(run, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "resume", recorded)
+        run_main(patch, script, *TINY, *flags)
+    return copies
+
+
+def saved_state(run, it):
+    return torch.load(run / "ckpt" / f"it-{it:08d}.pt", weights_only=True)["state"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[name]) for name, v in a.items())
+
+
+def part(weights, prefix):
+    found = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """A run of dmd2.py with an average and without GAN: six iterations."""
+    out = tmp_path_factory.mktemp("first") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--iters", 6, "--ema", 100, "--cfg", 2, "--ratio", 2, "--lr", 1e-2]
+        run_main(patch, dmd2, *TINY, *flags, "--out", out)
+    return out
+
+
+def test_the_second_stage_of_dmd2(first_stage, monkeypatch, tmp_path, capsys):
+    """It begins with the exported student and the critic; head, average, optimisers are new."""
+    flags = ["--iters", 3, "--gan", "--ema", 100, "--start", first_stage, "--out", tmp_path]
+    start = state_at_start(monkeypatch, dmd2, *flags)
+    critic = first_stage / "ckpt" / "it-00000006.pt"
+    line = f"{first_stage / 'student'} (average), critic: {critic}\n"
+    assert f"start                  student: {line}" in capsys.readouterr().out
+
+    first = saved_state(first_stage, 6)
+    assert equal(start["student"], first["ema"]["model"])
+    assert equal(start["ema"]["model"], first["ema"]["model"])
+    assert start["ema"]["images"] == 0
+    assert not equal(start["student"], first["student"])  # of the last iteration, not averaged
+    assert not equal(start["student"], load_teacher("toy-cond").state_dict())
+    assert equal(part(start["critic"], "fake."), part(first["critic"], "fake."))
+    assert part(start["critic"], "head.")
+    for opt in ("opt_g", "opt_c"):
+        assert first[opt]["state"]
+        assert not start[opt]["state"]
+    assert start["opt_g"]["param_groups"][0]["lr"] != 1e-2  # that of the flags
+
+
+def test_a_students_folder_has_no_critic(first_stage, monkeypatch, tmp_path, capsys):
+    flags = ["--iters", 1, "--start", first_stage / "student", "--out", tmp_path]
+    start = state_at_start(monkeypatch, dmd2, *flags)
+    assert "critic: the teacher, none found there" in capsys.readouterr().out
+    assert equal(start["student"], saved_state(first_stage, 6)["ema"]["model"])
+    teacher = load_teacher("toy-cond").copy()
+    assert equal(part(start["critic"], "fake."), teacher.state_dict())
+
+
+@pytest.mark.parametrize("script", ["sid", "decoupled_dmd", "phased_dmd", "msd"])
+def test_start_from_another_methods_run(script, first_stage, monkeypatch, tmp_path):
+    flags = required_flags(f"{script}.py")
+    flags = [*flags, "--iters", 4, "--start", first_stage, "--out", tmp_path]
+    start = state_at_start(monkeypatch, __import__(script), *flags)
+    first = saved_state(first_stage, 6)
+    students = [start["student"]]
+    if script in ("phased_dmd", "msd"):
+        names = {name.split(".")[1] for name in start["student"]}
+        assert len(names) > 1
+        students = [part(start["student"], f"experts.{i}.") for i in names]
+    for student in students:
+        assert equal(student, first["ema"]["model"])
+    if script != "msd":  # its critic starts anew for each student
+        prefix = "" if script == "phased_dmd" else "fake."
+        assert equal(part(start["critic"], prefix), part(first["critic"], "fake."))
+
+
+@pytest.mark.parametrize(
+    "script", ["phased_dmd", "msd", "sana_sprint", "twinflow", "flowmap", "boot"]
+)
+def test_start_from_the_methods_own_run(script, monkeypatch, tmp_path):
+    """Experts and new inputs (a second time, a guidance scale) come along."""
+    module = __import__(script)
+    flags = [*required_flags(f"{script}.py"), "--lr", 1e-2, "--iters", 4]
+    run_main(monkeypatch, module, *TINY, *flags, "--out", tmp_path / "first")
+    first = saved_state(tmp_path / "first", 4)
+    flags += ["--start", tmp_path / "first", "--out", tmp_path / "second"]
+    start = state_at_start(monkeypatch, module, *flags)
+    assert equal(start["student"], first["student"])  # the toys keep no average
+    if script == "flowmap":
+        assert equal(start["aux"], first["aux"])
+    if script == "phased_dmd":
+        assert equal(start["critic"], first["critic"])
+
+
+def test_a_resume_does_not_start_again(first_stage, monkeypatch, tmp_path):
+    """The folder of the first stage may be gone by then."""
+    moved = tmp_path / "moved"
+    shutil.copytree(first_stage, moved)
+    flags = ["--start", moved, "--out", tmp_path / "run"]
+    run_main(monkeypatch, dmd2, *TINY, *flags, "--iters", 2)
+    shutil.rmtree(moved)
+    run_main(monkeypatch, dmd2, *TINY, *flags, "--iters", 4, "--resume")
+    assert (tmp_path / "run" / "ckpt" / "it-00000004.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (dmd2, "--lora 2", "the student .*expected adapters of rank 2, alpha 2, found no adapters"),
+        (dmd2, "--lora-fake 2", "the critic .*expected adapters of rank 2, alpha 2, found no"),
+        (dmd2, "--teacher mnist", "expected a student of this teacher, dit .*found toy"),
+        (boot, "", "the student .*extras.time.*: expected .*, found none"),
+        (msd, "--small width=32", r"the student .*: expected \[9, 32\], found \[9, 128\]"),
+    ],
+)
+def test_students_that_do_not_fit(script, flags, message, first_stage, monkeypatch, tmp_path):
+    args = [*TINY, "--iters", 10, "--warmup", 0, "--start", first_stage, "--out", tmp_path]
+    with pytest.raises(UserError, match=f"--start {first_stage}: .*{message}"):
+        run_main(monkeypatch, script, *args, *flags.split())
+
+
+def test_adapters_with_another_alpha(tmp_path):
+    """It shows in no tensor's shape."""
     teacher = load_teacher("toy")
-    trained = teacher.copy()
-    with torch.no_grad():
-        for p in trained.parameters():
-            p += 1
     record = dict(method="dmd2", teacher="toy", nfe=1, cfg=1.0, sampler={})
-    trained.save(tmp_path / "student", record)
-    fresh = teacher.copy()
-    start_from(tmp_path, fresh, teacher)
-    for a, b in zip(fresh.parameters(), trained.parameters(), strict=True):
-        assert torch.equal(a, b)
+    teacher.copy(SPEC).save(tmp_path / "student", record)
+    start_from(tmp_path, teacher, teacher.copy(SPEC))
+    with pytest.raises(UserError, match="expected adapters of rank 2, alpha 8, found .* alpha 2"):
+        start_from(tmp_path, teacher, teacher.copy(SPEC | dict(alpha=8)))
 
 
-def test_start_needs_the_same_kind_of_student(student):
-    teacher = load_teacher("toy")
-    spec = dict(rank=2, alpha=2, targets=None, seed=0, flag="--lora")
-    with pytest.raises(UserError, match="--start .*does not fit the student of these flags"):
-        start_from(student, teacher.copy(spec), teacher)
+def test_a_damaged_critic(first_stage, tmp_path):
+    """An older checkpoint is taken; one that holds no weights is refused."""
+    run = tmp_path / "run"
+    shutil.copytree(first_stage, run)
+    path = run / "ckpt" / "it-00000006.pt"
+    teacher = load_teacher("toy-cond")
+    payload = torch.load(path, weights_only=True)
+    payload["state"]["critic"] = dict(fake=3)
+    torch.save(payload, path)
+    with pytest.raises(UserError, match=f"--start {path}: expected the weights of a critic"):
+        start_from(run, teacher, teacher.copy(), teacher.copy())
+    path.write_bytes(b"PK")
+    lines = []
+    start_from(run, teacher, teacher.copy(), teacher.copy(), lines.append)
+    assert "critic: the teacher, none found there" in lines[0]

@@ -28,7 +28,8 @@ def read_log(folder):
     for line in lines:
         for name, value in line.items():
             if name not in ("it", "images", "time") and (name, value) != ("skipped", 0):
-                points.setdefault(name, []).append((line["it"], float(value)))
+                value = math.nan if value is None else float(value)  # JSON has no nan
+                points.setdefault(name, []).append((line["it"], value))
     if not points:
         raise UserError(f"{path}: expected lines of a run, found none")
     return {name: np.array(pairs).T for name, pairs in points.items()}

@@ -57,7 +57,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, few_steps=False)
+    p = Parser(__doc__, few_steps=False, start=False)
     add = p.method.add_argument
     add("--pairs", type=int, help="number of pairs")
     add("--step-indices", metavar="I", help="grid index of the student's step [999]")
@@ -140,7 +140,7 @@ def main():
     first = run.resume(state)
     pairs = Pairs(run, teacher, args.pairs, args.cfg)
     it = first - 1
-    for it in run.loop(first, args.iters):
+    for it in run.loop(first, args.iters, show=["regression"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr))
         z, x, cond = pairs.rows(draw.randint(0, pairs.n))

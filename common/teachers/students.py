@@ -15,8 +15,12 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
+from common.checkpoint import read_newest
 from common.errors import UserError, did_you_mean, first_line, require
 from common.files import ROOT, read_json
+from common.routed import Routed
 from common.schema import OBJECT, TEXT, check, integer
 from common.teachers.load import load_model
 
@@ -135,17 +139,87 @@ def network_of(folder, home, info, teacher, name):
     return student
 
 
-def start_from(folder, student, teacher):
-    """--start: loads the weights of a finished student of the same teacher into `student`."""
+# ---- --start -------------------------------------------------------------------------------------
+
+
+def start_from(folder, teacher, student, critic=None, say=print):
+    """--start: a new run begins with the weights of a finished one, of any method.
+
+    folder: of a run, or its student/. student: Model or Routed that takes the weights which that
+    run has exported, its average if it kept one; experts of a student without experts there take
+    the same. critic: Model that takes those of the run's critic, from its newest checkpoint; None
+    for methods without. Heads, averages and optimisers begin anew. say(text): one line of what was
+    loaded. UserError if the networks do not fit.
+    """
     home, info = read_student(folder)
-    loaded = network_of(folder, home, info, teacher, "this teacher")
-    try:
-        student.load_state_dict(loaded.state_dict())
-    except RuntimeError as e:
-        reason = first_line(e)
-        raise UserError(
-            f"--start {folder}: does not fit the student of these flags: {reason}"
-        ) from None
+    loaded = network_of(f"--start {folder}", home, info, teacher, "this teacher")
+    flags = info["flags"] if isinstance(info.get("flags"), dict) else {}
+    check_adapters(folder, "student", student.lora, loaded.lora)
+    load_start(folder, "student", student, loaded)
+    line = f"student: {home}{' (average)' if flags.get('ema') else ''}"
+    if critic is not None:
+        path, weights = read_critic(Path(folder))
+        if path is not None:
+            check_adapters(folder, "critic", critic.lora, flags.get("lora_fake"))
+            load_state(folder, "critic", critic, weights)
+        line += f", critic: {path or 'the teacher, none found there'}"
+    say(f"  {'start':22s} {line}")
+
+
+def load_start(folder, role, net, loaded):
+    """Weights of one model into another; into each of its experts if the other has other ones."""
+    routing = lambda model: isinstance(model, Routed) and (model.by, model.table)
+    if isinstance(net, Routed) and routing(net) != routing(loaded):
+        for expert in net.experts:
+            load_start(folder, role, expert, loaded)
+        return
+    load_state(folder, role, net, loaded.state_dict())
+
+
+def load_state(folder, role, net, weights):
+    expected = net.state_dict()
+    for name in dict.fromkeys([*expected, *weights]):
+        shapes = [list(w[name].shape) if name in w else "none" for w in (expected, weights)]
+        require(
+            shapes[0] == shapes[1],
+            f"--start {folder}: does not fit the {role} of these flags: "
+            f"{name}: expected {shapes[0]}, found {shapes[1]}",
+        )
+    net.load_state_dict(weights)
+
+
+def check_adapters(folder, role, expected, found):
+    """UserError unless both have LoRA adapters of the same kind: alpha shows in no shape."""
+    kinds = []
+    for spec in (expected, found):
+        kind = "no adapters"
+        if spec:
+            kind = f"adapters of rank {spec['rank']}, alpha {spec['alpha']:g}"
+        kinds.append(kind)
+    require(
+        kinds[0] == kinds[1],
+        f"--start {folder}: does not fit the {role} of these flags: "
+        f"expected {kinds[0]}, found {kinds[1]}",
+    )
+
+
+def read_critic(folder):
+    """Path of the newest checkpoint of a run and the weights of its critic (flowmap: aux) without
+    head; None and None if there is none, as for a student's folder."""
+    warn = lambda text: None  # an older one will do
+    path, payload, _ = read_newest(folder, mmap=True, warn=warn)
+    state = payload.get("state") if isinstance(payload, dict) else None
+    if not isinstance(state, dict):
+        return None, None
+    weights = state.get("critic", state.get("aux"))
+    if weights is None:
+        return None, None
+    tensors = isinstance(weights, dict) and all(torch.is_tensor(w) for w in weights.values())
+    require(tensors, f"--start {path}: expected the weights of a critic, found {type(weights)}")
+    if any(name.startswith("fake.") for name in weights):  # beside a head
+        prefix = "fake."
+        weights = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    return path, weights
 
 
 def describe_kind(adapter, shape, classes):

@@ -30,11 +30,18 @@ def toy_generator():
     return folder
 
 
+# Warm-ups and stages of the toy's presets, which outlast the short runs of the tests.
+SHORT = {
+    "phased_dmd.py": ["--phase-iters", "1"],
+    "sana_sprint.py": ["--H", "0", "--warmup", "0"],
+}
+
+
 def required_flags(script):
-    """Flags that a script cannot run without."""
+    """Flags that a run of a few iterations cannot do without."""
     if Path(script).name == "nct.py":
         return ["--generator", toy_generator()]
-    return []
+    return SHORT.get(Path(script).name, [])
 
 
 # A second set of flags, which reaches other parts of the script than its defaults.
@@ -42,7 +49,7 @@ SECOND_FLAGS = {
     "dmd2": "--gan --nfe 2 --ema 1000",
     "sid": "--gan --gan-warmup 32 --nfe 2 --ema 1000 --cfg 2",
     "decoupled_dmd": "--teacher toy-cond --gan --nfe 4 --levels constrained --ema 1000",
-    "phased_dmd": "--phases 3 --phase-iters 2 7 --ema 1000 --normaliser paper",
+    "phased_dmd": "--phases 3 --phase-iters 1 2 --ema 1000 --normaliser paper",
     "msd": "--teacher toy-cond --students 2 --small width=32 depth=2 --tsm 0.2 --adm 0.5"
     " --ema 1000 --ratio 2",
     "sana_sprint": "--cfg-train 1 1.5 2 --cfg 1.5 --adaptive-weight clamped --nfe 2 --ema 1000",
@@ -81,6 +88,7 @@ COMMON_MISTAKES = [
     ("--cooldown 2", "--cooldown"),
     ("--betas 0.9 1", "--betas"),
     ("--warmup -1", "--warmup"),
+    ("--warmup 20 --iters 20", "--warmup 20: expected less than --iters 20"),
 ]
 
 MISTAKES = {
@@ -114,7 +122,11 @@ MISTAKES = {
         ("--steps 2.5,1", "--steps 2.5,1.*--nfe 1"),
         ("--steps 2.5,x --nfe 2", "--steps 2.5,x: expected 2 falling times"),
         ("--data {tmp}", "--data .*add --gan"),
-        ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
+        ("--gan --gan-warmup 0 --data {tmp}/nowhere", "--data .*nowhere"),
+        (
+            "--gan --iters 700 --gan-warmup 11185",
+            "--gan-warmup 11185: .*after 22370 images, expected at most 22368",
+        ),
     ],
     "decoupled_dmd": [
         ("--nfe 1000", "--nfe 1000: expected at most 999"),
@@ -140,6 +152,8 @@ MISTAKES = {
         ("--phases 5", "--phases 5: expected at most one per step, found --nfe 4"),
         ("--phases 4 --phase-iters 1 2", "--phase-iters: expected one number or 3"),
         ("--phase-iters 0", "--phase-iters"),
+        ("--phase-iters 5 --iters 5", "last phase begins with iteration 5, .*--iters 5"),
+        ("--warmup 5 --phase-iters 5 --iters 20", "--warmup 5: expected less than the 5"),
         ("--ratio 0", "--ratio"),
         ("--shift 0", "--shift"),
         ("--step-shift nan", "--step-shift"),
@@ -160,6 +174,7 @@ MISTAKES = {
         ("--ratio 0", "--ratio"),
         ("--shift 0", "--shift"),
         ("--adm 1.5", "--adm"),
+        ("--iters 8 --adm 0.25 --warmup 2", "--warmup 2: expected less than the 2 iterations"),
         ("--adm-lr -1", "--adm-lr"),
         ("--tsm 0.5", "--tsm: .*add --small"),
         ("--tsm 1 --small width=16", "--tsm"),
@@ -186,6 +201,7 @@ MISTAKES = {
         ("--anchor 1.6", "--anchor"),
         ("--adv-weight -1", "--adv-weight"),
         ("--H -1", "--H"),
+        ("--H 40 --iters 40", "--H 40: expected less than --iters 40"),
         ("--time dense", "--time dense: .*--time native"),
         ("--data {tmp}/nowhere", "--data .*nowhere"),
         ("--data {tmp}/pictures", "--data .*pictures"),
@@ -280,6 +296,9 @@ ENERGY_BOUND = 0.01
 MODE_BOUND = 0.05
 # Energy distance of each student of msd to its own labels: 0.02 on average at the start.
 EXPERT_BOUND = 0.005
+
+# The presets' own values, in place of `SHORT`.
+TOY_FLAGS = {"phased_dmd": ["--phase-iters", 600], "sana_sprint": ["--H", 200, "--warmup", 100]}
 
 # Iterations after which the bounds hold with a factor of two to spare, and the energy distances
 # that were measured then for seeds 0, 1, 2.

@@ -31,7 +31,7 @@ def count_lines(out):
 def checkpoint(out, it):
     """Everything in a checkpoint that must be reproducible, {path: tensor or value}."""
     payload = torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)
-    assert set(payload) == {"header", "it", "seconds", "log_bytes", "skipped", "state"}
+    assert set(payload) == {"header", "it", "seconds", "log_bytes", "skipped", "values", "state"}
     flat = {}
 
     def walk(path, x):
