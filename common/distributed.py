@@ -3,9 +3,11 @@
 import datetime
 import os
 import re
+import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common.errors import RunError, UserError, require
 
@@ -160,6 +162,38 @@ def on_all_ranks(fn, world):
             error.on_all_ranks = True
             raise error
     return [result for result, _ in every]
+
+
+def rank_and_world():
+    """Of the process group; (0, 1) without one."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def run_in_step(work, total, unit):
+    """Runs an iterator of small pieces of work on every rank, with a progress bar on rank 0.
+
+    work: yields after each piece how many of `total` units are done. The ranks meet after every
+    piece. So none waits longer than a piece takes, which the process group limits to 30 minutes,
+    and a UserError of one ends all.
+    """
+    rank, world = rank_and_world()
+    slow = not sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        unit=unit,
+        delay=5,  # seconds; what is done sooner needs no bar
+        mininterval=30 if slow else 0.2,
+        disable=rank > 0,
+        leave=False,
+    )
+    with bar:
+        while True:
+            done = on_all_ranks(lambda: next(work, None), world)
+            if all(n is None for n in done):
+                return
+            bar.update(sum(n or 0 for n in done))
 
 
 def gather_rows(x, n, rank, world):

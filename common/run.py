@@ -186,7 +186,6 @@ class Run:
             guidance=args.embedded_guidance,
             data=args.data,
             say=self.print,
-            once=self.on_rank0,
         )
 
     def train(self, module, ddp=True):

@@ -123,7 +123,20 @@ def test_a_teacher_that_only_one_machine_has(scripts, folders, tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "0" / "t").symlink_to(folders("dit"))
-    flags = ["--teacher", "./t", "--iters", 2, "--batch", 2, "--eval-n", 0, "--cfg", 1]
+    flags = [
+        "--teacher",
+        "./t",
+        "--iters",
+        2,
+        "--warmup",
+        0,
+        "--batch",
+        2,
+        "--eval-n",
+        0,
+        "--cfg",
+        1,
+    ]
     flags += ["--out", tmp_path / "out"]
     before = TWO_DISKS.format(home=str(tmp_path))
     first, second = processes(scripts, 2, "dmd2.py", *flags, BEFORE=before)

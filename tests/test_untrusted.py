@@ -134,6 +134,8 @@ def checkpoint(tmp, make_run):
 class FakePipeline:
     """Embeds a prompt as three ones."""
 
+    most_tokens = {}
+
     @classmethod
     def text_pipeline(cls, folder, dtype):
         return SimpleNamespace(to=lambda device: None)
@@ -145,8 +147,7 @@ class FakePipeline:
 
 def embeddings(tmp, make_run):
     def load():
-        once = lambda fn: fn()
-        options = ("cpu", torch.float32, tmp / "cache", quiet, once)
+        options = ("cpu", torch.float32, tmp / "cache", quiet)
         embed_prompts(FakePipeline, tmp, ["a", "b"], *options)
 
     load()

@@ -27,6 +27,7 @@ class SD3(Pipeline):
 
     adapter = "sd3"
     pipeline = "StableDiffusion3Pipeline"
+    most_tokens = dict(tokenizer_3=256)
     network_class = "SD3Transformer2DModel"
     without = ("feature_extractor", "image_encoder")
 
@@ -67,6 +68,7 @@ class Sana(Pipeline):
 
     adapter = "sana"
     pipeline = "SanaPipeline"
+    most_tokens = dict(tokenizer=300)
     network_class = "SanaTransformer2DModel"
 
     def make_schedule(self, scheduler, shape, c):
@@ -121,6 +123,7 @@ class Flux(Pipeline):
 
     adapter = "flux"
     pipeline = "FluxPipeline"
+    most_tokens = dict(tokenizer_2=512)
     network_class = "FluxTransformer2DModel"
     without = ("feature_extractor", "image_encoder")
     settings = ("guidance",)
@@ -184,6 +187,7 @@ class QwenImage(Pipeline):
 
     adapter = "qwen-image"
     pipeline = "QwenImagePipeline"
+    most_tokens = dict(tokenizer=512)
     network_class = "QwenImageTransformer2DModel"
     since = (0, 37)  # older versions attend to the padding of prompts
     latent_shape = Flux.latent_shape
@@ -250,6 +254,7 @@ class ZImage(Pipeline):
 
     adapter = "z-image"
     pipeline = "ZImagePipeline"
+    most_tokens = dict(tokenizer=512)
     network_class = "ZImageTransformer2DModel"
     since = (0, 36)
     built_for = (1024, 1024)

@@ -1,20 +1,23 @@
 """Image folders as latents of a teacher's VAE, encoded once and kept on disk."""
 
+import contextlib
 import hashlib
 import json
+import math
+import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.data import Images
-from common.distributed import on_all_ranks
-from common.errors import UserError, first_line
+from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
+from common.errors import UserError, first_line, require
 from common.files import ROOT, atomic
 from common.image_folder import SUFFIXES, read_images
-from common.teachers.prompts import SHARD, stamp_files
+from common.memory import format_bytes
+from common.teachers.prompts import SHARD, stamp_files, wait_until_visible
 
 BATCH = 16  # images that are read and encoded together
 
@@ -53,13 +56,15 @@ def load_latents(folder, teacher, files, labels, names, say=print):
             f"--data {folder}: expected a teacher of images, found one of videos, which are not "
             "read here; --frames 1 makes pictures of them"
         )
-    home = cache_folder(folder, teacher, files)
-    paths = [home / f"{i // SHARD:05d}.safetensors" for i in range(0, len(files), SHARD)]
-    complete = all(path.is_file() for path in paths)
-    say(f"latents: {len(files)} images, {'read from' if complete else 'encoding into'} {home}")
-
     rank, world = rank_and_world()
-    on_all_ranks(lambda: write_missing(paths, rank, world, teacher, files, say), world)
+    # Process 0 decides: files may have other dates on another machine, and be seen there later.
+    decide = lambda: make_plan(cache_folder(folder, teacher, files), teacher, files)
+    home, paths, missing, count = on_rank0(decide, rank, world)
+    size = format_bytes(count * latent_bytes(teacher))
+    done = f"encoding {count} of them, {size}, into" if missing else "read from"
+    say(f"latents: {len(files)} images, {done} {home}")
+    run_in_step(write_parts(paths, missing[rank::world], teacher, files, say), count, "image")
+    on_all_ranks(lambda: wait_until_visible(home, paths), world)
     latents, kept_labels = read_cache(paths, labels) if paths else ([], [])
     if not len(kept_labels):
         raise UserError(
@@ -72,10 +77,41 @@ def load_latents(folder, teacher, files, labels, names, say=print):
     return images
 
 
-def rank_and_world():
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def make_plan(home, teacher, files):
+    """-> folder of the cache, paths of its parts, numbers of those that it does not have, and how
+    many images these hold.
+
+    UserError: their latents do not fit on the disk.
+    """
+    paths = [home / f"{i // SHARD:05d}.safetensors" for i in range(0, len(files), SHARD)]
+    missing = [k for k, path in enumerate(paths) if not path.is_file()]
+    count = sum(len(files[k * SHARD : (k + 1) * SHARD]) for k in missing)
+    if missing:
+        with writing(home):
+            home.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(home).free
+        require(
+            count * latent_bytes(teacher) <= free,
+            f"--cache-prompts {home}: the latents of {count} images take "
+            f"{format_bytes(count * latent_bytes(teacher))}, found {format_bytes(free)} free; "
+            "choose a folder on a larger disk",
+        )
+    return home, paths, missing, count
+
+
+def latent_bytes(teacher):
+    return math.prod(teacher.shape) * 4  # float32
+
+
+@contextlib.contextmanager
+def writing(home):
+    """Raises what writing to the cache raises in the block as a UserError."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"--cache-prompts {home}: expected a folder that can be written, found: {e.strerror}"
+        ) from None
 
 
 def cache_folder(folder, teacher, files):
@@ -94,22 +130,18 @@ def cache_folder(folder, teacher, files):
     return cache / f"{Path(folder).resolve().name}-latents-{digest}"
 
 
-def write_missing(paths, rank, world, teacher, files, say):
-    """Encodes this process's share of the cache files that do not exist yet."""
-    try:
-        for i in range(rank, len(paths), world):
-            if not paths[i].is_file():
-                paths[i].parent.mkdir(parents=True, exist_ok=True)
-                write_shard(paths[i], teacher, files, i * SHARD, say)
-    except OSError as e:
-        raise UserError(
-            f"--cache-prompts {paths[0].parent}: expected a folder that can be written, "
-            f"found: {e.strerror}"
-        ) from None
+def write_parts(paths, numbers, teacher, files, say):
+    """Encodes these cache files. Yields the number of images after each batch."""
+    for k in numbers:
+        with writing(paths[k].parent):
+            yield from write_shard(paths[k], teacher, files, k * SHARD, say)
 
 
 def write_shard(path, teacher, files, first, say):
-    """Latents of the SHARD images from number `first` on, and the numbers of the readable ones."""
+    """Latents of the SHARD images from number `first` on, and the numbers of the readable ones.
+
+    Yields the number of images after each batch.
+    """
     latents = [torch.zeros(0, *teacher.shape)]
     kept = []
     last = min(first + SHARD, len(files))
@@ -119,6 +151,7 @@ def write_shard(path, teacher, files, first, say):
         kept += [start + i for i in readable]
         if images:
             latents.append(encode(teacher, images))
+        yield len(batch)
     tensors = dict(latents=torch.cat(latents), kept=torch.tensor(kept, dtype=torch.int64))
     with atomic(path) as f:
         save_file(tensors, f.name)

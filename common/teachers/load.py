@@ -136,7 +136,6 @@ def load_pipeline(
     frames=None,
     guidance=None,
     say=print,
-    once=lambda fn: fn(),
     data=None,
     budget=ignore_sizes,
     place=None,
@@ -147,7 +146,6 @@ def load_pipeline(
     cache: folder of cached embeddings and latents.
     size: in pixels, [height, width] or one number for both; default: the network's own.
     frames: of a video. guidance: see Flux. say: prints a line of progress.
-    once: runs a function on rank 0 while the others wait.
     data: folder of images; their captions are embedded together with the prompts, because the text
     encoders are in memory only then.
     """
@@ -162,7 +160,7 @@ def load_pipeline(
 
     table, first_caption = None, 0
     if cls.takes_prompts:
-        options = (device, dtype, cache, say, once)
+        options = (device, dtype, cache, say)
         table = embed_prompts(cls, folder, prompts, *options)
         if captions:
             texts = [text for _, text in captions]

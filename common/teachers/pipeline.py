@@ -30,6 +30,7 @@ class Pipeline(Model):
     without = ()  # further components that are not needed for embedding prompts
     since = (0, 35)  # version of diffusers
     takes_prompts = True
+    most_tokens = {}  # that `embed` reads, where the tokenizer of this name allows more
     pickles = False  # read .bin files where there are no safetensors: weights only, no code
     built_for = None  # (height, width) in pixels, where the network's configuration has no size
     square = False  # the network takes square images only

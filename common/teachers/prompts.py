@@ -1,107 +1,311 @@
-"""Prompts and their embeddings, computed once and kept on disk."""
+"""Prompts and their embeddings, computed once and kept on disk.
 
+A cache is a folder of parts, safetensors files of some hundred rows each. They are written as they
+come, by all processes, so that memory does not grow with the number of prompts and an interrupted
+encoding goes on where it was.
+"""
+
+import bisect
+import contextlib
 import gc
 import hashlib
 import json
+import math
+import shutil
+import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.errors import UserError, first_line
-from common.files import ROOT, load_errors, save_weights, write_json
+from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
+from common.errors import UserError, first_line, require
+from common.files import ROOT, load_errors, read_json, save_weights, write_json
+from common.memory import format_bytes
 
-SHARD = 1024  # rows in one file of a cache, of embeddings or of latents
+FORMAT = 2  # of the cache; another one is another folder
+SHARD = 1024  # largest number of rows in one file of a cache, of embeddings or of latents
+LARGEST_PART = 2**28  # bytes of such a file
 BATCH = 16  # prompts that are encoded together
+PLAN = "plan.json"  # written when everything but the parts is there
+VISIBLE_AFTER = 90  # seconds; network file systems show a new file up to a minute late
 
 
 class PromptEmbeddings:
     """Embeddings of numbered prompts.
 
-    parts: list of dicts of tensors [SHARD, ...], the last one perhaps shorter; memory-mapped files
-    where they come from the cache. null: the same dict with one row, of the null prompt.
+    parts: list of dicts of tensors [n_i, ...]; memory-mapped files where they come from the cache,
+    of which only the rows that are used are read. null: the same dict with one row, of the null
+    prompt. Text encoders that do not pad to a fixed length make parts of different lengths; rows
+    are padded with zeros to the longest.
     """
 
     def __init__(self, parts, null):
         self.parts = parts
         self.null = null
+        sizes = [count_rows(part) for part in parts]
+        self.first_rows = [sum(sizes[:k]) for k in range(len(parts))]  # number of each first row
+        self.end = sum(sizes)
+        self.lengths = longest([*parts, null])
 
     def rows(self, index, device):
         """index: int64 [n] -> dict of tensors [n, ...]."""
         index = index.tolist()
-        return {
-            name: torch.stack([self.parts[i // SHARD][name][i % SHARD] for i in index]).to(device)
-            for name in self.null
-        }
+        rows = {}
+        for name in self.null:
+            found = [self._row(name, i) for i in index]
+            rows[name] = torch.stack(found).to(device, non_blocking=True)
+        return rows
+
+    def _row(self, name, i):
+        k = bisect.bisect_right(self.first_rows, i) - 1
+        row = self.parts[k][name][i - self.first_rows[k]]
+        return pad(row, 0, self.lengths[name]) if name in self.lengths else row
 
     def nulls(self, n, device):
-        return {name: v.expand(n, *v.shape[1:]).to(device) for name, v in self.null.items()}
+        rows = {}
+        for name, v in self.null.items():
+            v = pad(v, 1, self.lengths[name]) if name in self.lengths else v
+            rows[name] = v.expand(n, *v.shape[1:]).to(device, non_blocking=True)
+        return rows
 
     def append(self, other):
         """Adds the rows of other embeddings -> number of the first of them.
 
-        They start at a multiple of SHARD, so numbers in between may have no row.
+        It is a multiple of SHARD, so numbers in between may have no row.
         """
-        first = SHARD * len(self.parts)
-        pad_to_same_length([*self.parts, *other.parts, self.null])
-        self.parts += other.parts
+        first = math.ceil(self.end / SHARD) * SHARD
+        self.parts = self.parts + other.parts
+        self.first_rows = self.first_rows + [first + row for row in other.first_rows]
+        self.end = first + other.end
+        self.lengths = longest([*self.parts, self.null])
         return first
 
 
-def pad_to_same_length(parts):
-    """Pads tensors [n, length, ...] of some name with zeros to the longest, in place.
-
-    Some text encoders do not pad to a fixed length.
-    """
-    for name in parts[0]:
-        if parts[0][name].ndim < 2:
-            continue
-        longest = max(part[name].shape[1] for part in parts)
-        for part in parts:
-            v = part[name]
-            if v.shape[1] < longest:
-                zeros = v.new_zeros(len(v), longest - v.shape[1], *v.shape[2:])
-                part[name] = torch.cat([v, zeros], 1)
+def count_rows(part):
+    return len(next(iter(part.values())))
 
 
-def embed_prompts(cls, folder, prompts, device, dtype, cache, say, once):
+def longest(parts):
+    """{name: largest length} of tensors [n, length, ...] in dicts."""
+    names = [name for name, v in parts[0].items() if v.ndim > 1]
+    return {name: max(part[name].shape[1] for part in parts) for name in names}
+
+
+def pad(v, dim, length):
+    """Zeros behind v along a dimension, up to a length."""
+    missing = length - v.shape[dim]
+    if not missing:
+        return v
+    shape = list(v.shape)
+    shape[dim] = missing
+    return torch.cat([v, v.new_zeros(shape)], dim)
+
+
+# ---- encoding ------------------------------------------------------------------------------------
+
+
+def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
     """PromptEmbeddings of a list of prompts by the text encoders of a pipeline, or from the cache.
 
-    cls: a subclass of Pipeline. say: prints a line. once: runs a function on rank 0 while the
-    others wait (Run.on_rank0).
-    UserError: the text encoders cannot be loaded, or the cache cannot be read or written.
+    All processes call this and share the encoding. cls: a subclass of Pipeline. say: prints a line.
+    UserError: the text encoders cannot be loaded, the cache cannot be read or written, or is not
+    seen by all processes, the disk is too small.
     """
-    home = cache_folder(cls, folder, prompts, dtype, cache)
+    rank, world = rank_and_world()
+    encoders = TextEncoders(cls, folder, device, dtype)
+    # Process 0 decides: files may have other dates on another machine, and be seen there later.
+    decide = lambda: make_plan(cache_folder(cls, folder, prompts, dtype, cache), encoders, prompts)
+    home, plan, missing = on_rank0(decide, rank, world)
+    on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]), world)
 
-    def write():
-        if (home / "done.json").is_file():
-            say(f"prompts: {len(prompts)} embeddings read from {home}")
-            return
-        say(f"prompts: encoding {len(prompts)} into {home}")
-        rows, null = encode(cls, folder, prompts, device, dtype)
-        write_cache(home, rows, null)
+    say(describe_prompts(plan))
+    if missing:
+        count = sum(len(rows_of(k, plan, prompts)) for k in missing)
+        say(f"prompts: encoding {count} into {home}, {describe_disk(home, count, plan)}")
+        work = encode_parts(encoders, home, plan, prompts, missing[rank::world])
+        run_in_step(work, count, "prompt")
+    else:
+        say(f"prompts: {len(prompts)} embeddings read from {home}")
+    encoders.free()
 
-    try:
-        once(write)
-        paths = [home / f"{i // SHARD:05d}.safetensors" for i in range(0, len(prompts), SHARD)]
-        parts = [load_file(path) for path in paths]
-        return PromptEmbeddings(parts, load_file(home / "null.safetensors"))
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"--cache-prompts {home}: expected to read and write embeddings there, "
-            f"found: {first_line(e)}; delete it to encode again"
-        ) from None
+    paths = [part_path(home, k) for k in range(count_parts(plan))]
+    on_all_ranks(lambda: wait_until_visible(home, paths), world)
+    with cache_errors(home):
+        null = load_file(home / "null.safetensors")
+        sizes = [len(rows_of(k, plan, prompts)) for k in range(len(paths))]
+        parts = [read_part(path, n, null) for path, n in zip(paths, sizes)]
+        return PromptEmbeddings(parts, null)
+
+
+class TextEncoders:
+    """The text encoders of a pipeline, which are loaded when they are first used."""
+
+    def __init__(self, cls, folder, device, dtype):
+        self.cls = cls
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        self.pipe = None
+
+    def load(self):
+        if self.pipe is None:
+            with load_errors(f"--teacher {self.folder}: not loaded"):
+                self.pipe = self.cls.text_pipeline(self.folder, self.dtype).to(self.device)
+        return self.pipe
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """Embeddings of prompts (None: the null prompt): dict of tensors [n, ...] on the CPU."""
+        pipe = self.load()
+        return {name: v.cpu() for name, v in self.cls.embed(pipe, prompts).items()}
+
+    def count_cut(self, prompts):
+        """How many prompts are longer than a tokenizer's limit, by limit."""
+        pipe = self.load()
+        cut = {}
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(pipe, name, None)
+            if tokenizer is None:
+                continue
+            limit = self.cls.most_tokens.get(name, tokenizer.model_max_length)
+            n = 0
+            for i in range(0, len(prompts), SHARD):
+                tokens = tokenizer(prompts[i : i + SHARD]).input_ids
+                n += sum(len(t) > limit for t in tokens)
+            if n:
+                cut[limit] = max(n, cut.get(limit, 0))
+        return cut
+
+    def free(self):
+        """They may be larger than the network: their memory is free before it is loaded."""
+        self.pipe = None
+        gc.collect()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def make_plan(home, encoders, prompts):
+    """On rank 0 -> folder of the cache, its plan, the numbers of the parts that it does not have.
+
+    plan: rows in a part, bytes of a row, and what is said of the prompts. A new cache gets its plan
+    and the null prompt's embedding.
+    """
+    with cache_errors(home):
+        if (home / PLAN).is_file():
+            plan = read_plan(home, prompts)
+        else:
+            home.mkdir(parents=True, exist_ok=True)
+            row = encoders.embed(prompts[:BATCH])
+            row_bytes = sum(v[0].nbytes for v in row.values())
+            batches = max(1, min(SHARD, LARGEST_PART // row_bytes) // BATCH)
+            lengths = [len(prompt) for prompt in prompts]
+            plan = dict(
+                prompts=len(prompts),
+                rows=batches * BATCH,
+                row_bytes=row_bytes,
+                different=len(set(prompts)),
+                shortest=min(lengths),
+                longest=max(lengths),
+                cut=encoders.count_cut(prompts),
+            )
+            null = {name: v[:1] for name, v in encoders.embed(None).items()}
+            save_weights(home / "null.safetensors", null)
+            write_json(home / PLAN, plan)
+        missing = [k for k in range(count_parts(plan)) if not part_path(home, k).is_file()]
+        count = sum(len(rows_of(k, plan, prompts)) for k in missing)
+        free = shutil.disk_usage(home).free
+        require(
+            count * plan["row_bytes"] <= free,
+            f"--cache-prompts {home}: the embeddings of {count} prompts take "
+            f"{format_bytes(count * plan['row_bytes'])}, found {format_bytes(free)} free; choose a "
+            "folder on a larger disk, or fewer prompts",
+        )
+    return home, plan, missing
+
+
+def read_plan(home, prompts):
+    plan = read_json(home / PLAN, "--cache-prompts")
+    numbers = [plan.get(name) for name in ("prompts", "rows", "row_bytes")]
+    usable = all(type(n) is int and n > 0 for n in numbers) and plan["prompts"] == len(prompts)
+    require(
+        usable,
+        f"--cache-prompts {home / PLAN}: expected a plan of these prompts; delete the folder",
+    )
+    return plan
+
+
+def count_parts(plan):
+    return math.ceil(plan["prompts"] / plan["rows"])
+
+
+def rows_of(k, plan, prompts):
+    """The prompts of part k."""
+    return prompts[k * plan["rows"] : (k + 1) * plan["rows"]]
+
+
+def part_path(home, k):
+    return home / f"{k:05d}.safetensors"
+
+
+def describe_prompts(plan):
+    """One line: number, duplicates, lengths, and how many are longer than the encoders read."""
+    words = f"prompts: {plan['prompts']}, {plan.get('different')} different, "
+    words += f"{plan.get('shortest')} to {plan.get('longest')} characters"
+    for limit, n in plan.get("cut", {}).items():
+        words += f", {n} cut at {limit} tokens"
+    return words
+
+
+def describe_disk(home, count, plan):
+    size = format_bytes(count * plan["row_bytes"])
+    return f"{size} of {format_bytes(shutil.disk_usage(home).free)} free"
+
+
+def encode_parts(encoders, home, plan, prompts, numbers):
+    """Encodes and writes parts. Yields the number of prompts after each batch."""
+    for k in numbers:
+        part = rows_of(k, plan, prompts)
+        batches = []
+        for i in range(0, len(part), BATCH):
+            batch = part[i : i + BATCH]
+            batches.append(encoders.embed(batch))
+            if i + BATCH >= len(part):
+                with cache_errors(home):
+                    save_weights(part_path(home, k), join(batches))
+            yield len(batch)
+
+
+def join(batches):
+    """Dicts of tensors [n_i, ...] -> one of tensors [n, ...], padded to the same length."""
+    lengths = longest(batches)
+    joined = {}
+    for name in batches[0]:
+        values = [batch[name] for batch in batches]
+        if name in lengths:
+            values = [pad(v, 1, lengths[name]) for v in values]
+        joined[name] = torch.cat(values)
+    return joined
+
+
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def cache_folder(cls, folder, prompts, dtype, cache):
-    """Folder of these embeddings. Its name changes when the prompts or the text encoders do."""
+    """Folder of these embeddings. Its name changes when the prompts, the text encoders, the
+    libraries or the format do."""
     parts = ("text_encoder", "tokenizer")
     files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(parts))
     files.append(Path(folder) / "model_index.json")  # says what the null prompt is
-    key = [cls.__name__, str(folder), stamp_files(files, folder), str(dtype), prompts]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return Path(cache or ROOT / "out" / "prompts") / f"{Path(folder).name}-{digest}"
+    libraries = [metadata.version(name) for name in ("diffusers", "transformers")]
+    key = [FORMAT, libraries, cls.__name__, str(folder), stamp_files(files, folder), str(dtype)]
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for prompt in prompts:
+        digest.update(json.dumps(prompt).encode() + b"\n")
+    name = f"{Path(folder).name}-{digest.hexdigest()[:16]}"
+    return Path(cache or ROOT / "out" / "prompts") / name
 
 
 def stamp_files(files, base):
@@ -116,31 +320,36 @@ def stamp_files(files, base):
     return stamps
 
 
-@torch.no_grad()
-def encode(cls, folder, prompts, device, dtype):
-    """-> embeddings of all prompts and of the null prompt, dicts of tensors on the CPU."""
-    with load_errors(f"--teacher {folder}: not loaded"):
-        pipe = cls.text_pipeline(folder, dtype).to(device)
-    batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-    parts = [{name: v.cpu() for name, v in cls.embed(pipe, batch).items()} for batch in batches]
-    null = {name: v[:1].cpu() for name, v in cls.embed(pipe, None).items()}
-
-    # The text encoders may be larger than the network: free their memory before it is loaded.
-    del pipe
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-    pad_to_same_length([*parts, null])
-    return {name: torch.cat([part[name] for part in parts]) for name in null}, null
+@contextlib.contextmanager
+def cache_errors(home):
+    """Raises what files of a cache raise in the block as one UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"--cache-prompts {home}: expected to read and write embeddings there, "
+            f"found: {first_line(e)}; delete it to encode again"
+        ) from None
 
 
-def write_cache(home, rows, null):
-    """Files of SHARD rows. done.json is written last: without it, the rest does not count."""
-    home.mkdir(parents=True, exist_ok=True)
-    n = len(next(iter(rows.values())))
-    for i in range(0, n, SHARD):
-        part = {name: v[i : i + SHARD] for name, v in rows.items()}
-        save_weights(home / f"{i // SHARD:05d}.safetensors", part)
-    save_weights(home / "null.safetensors", null)
-    write_json(home / "done.json", dict(prompts=n))
+def read_part(path, n, null):
+    """Part of n rows of a cache, as memory-mapped tensors."""
+    part = load_file(path)
+    fits = part.keys() == null.keys() and all(
+        len(v) == n and v.dtype == null[name].dtype and v.shape[2:] == null[name].shape[2:]
+        for name, v in part.items()
+    )
+    require(fits, f"--cache-prompts {path}: expected {n} embeddings; delete it to encode again")
+    return part
+
+
+def wait_until_visible(home, paths):
+    """UserError if another process has written these files, and this one does not see them."""
+    end = time.monotonic() + VISIBLE_AFTER
+    while not all(path.is_file() for path in paths):
+        if time.monotonic() > end:
+            raise UserError(
+                f"--cache-prompts {home}: expected a folder on a disk that all machines share; "
+                "process 0 has written there, and this process does not see it"
+            )
+        time.sleep(1)

@@ -20,6 +20,7 @@ class Wan(Pipeline):
 
     adapter = "wan"
     pipeline = "WanPipeline"
+    most_tokens = dict(tokenizer=512)
     network_class = "WanTransformer3DModel"
     without = ("transformer_2",)
     since = (0, 37)  # older versions need a further package for text
