@@ -6,6 +6,8 @@ Every result is also appended to out/eval.jsonl.
 Usage:
     # a run's student, with the steps, sampler and teacher of its training
     python eval.py out/dmd2-mnist
+    # the student of a checkpoint: its iterations, or the best of --eval-every
+    python eval.py out/dmd2-mnist --it 500
     # students and their teacher: a table, a picture, log curves; repeated, it costs nothing
     python eval.py out/*-mnist --compare --sort fd
     python eval.py out/*-mnist --compare --teacher-nfe 1,2,4,8,16,50 --heun
@@ -95,6 +97,7 @@ def parse_args(argv=None):
     )
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
     p.add_argument("runs", nargs="*", help="folders of runs, or their student/")
+    p.add_argument("--it", help="measure the student of this checkpoint: its iterations, or best")
 
     # models
     add = p.add_argument_group("models").add_argument
@@ -175,7 +178,8 @@ def parse_args(argv=None):
     check_args(args)
     args.left_out = []
     if args.compare:
-        args.runs, args.left_out = compare.split_unfinished(args.runs)
+        if args.it is None:
+            args.runs, args.left_out = compare.split_unfinished(args.runs)
         args.grid = args.grid or str(Path(args.out).parent / "compare.png")
     return args
 
@@ -244,6 +248,7 @@ def check_args(args):
             "--cfg and --heun are for teacher rows, a student's guidance is trained in: "
             "add --compare",
         )
+    require(args.runs or args.it is None, "--it: expected the folder of a run before it")
     if args.best_of:
         require(
             args.runs,

@@ -565,8 +565,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
     if args.eval_n:
         write_distances(run, teacher, ema.model)
 

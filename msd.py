@@ -452,15 +452,15 @@ def main():
 
     critic.register_buffer("place", mark(pieces[0]))
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
-    first = run.resume(state)
-    same_plan = first <= args.iters
-    if first and same_plan:
-        same_plan = torch.equal(critic.place, mark(piece_at(pieces, first - 1)))
-    require(
-        same_plan,
-        "--resume: the students' turns follow from --iters, --students, --tsm and --adm: "
-        "give those of the run's start",
-    )
+
+    def check_plan(first):
+        require(
+            torch.equal(critic.place, mark(piece_at(pieces, first - 1))),
+            "--resume: the students' turns follow from --iters, --students, --tsm and --adm: "
+            "give those of the run's start, or none",
+        )
+
+    first = run.resume(state, check=check_plan)
     it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters, show=["tsm", "dm", "fake"]):
         piece = piece_at(pieces, it)
@@ -569,8 +569,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
 
 
 if __name__ == "__main__":

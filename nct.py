@@ -151,7 +151,7 @@ def parse_args(argv=None):
     presets = PRESETS
     if given.control == "image":
         presets = dict(PRESETS, default=IMAGE_PROMPT, sd15=IMAGE_PROMPT)
-    args = p.parse(presets, argv)
+    args = p.parse(presets, argv, default_out)
 
     require(0 <= args.drop <= 1, f"--drop: expected a share from 0 to 1, found {args.drop}")
     require(args.N >= 1, f"--N: expected at least 1, found {args.N}")
@@ -165,8 +165,12 @@ def parse_args(argv=None):
     if args.con_weight is None:
         args.con_weight = float(args.N)
     args.generator = args.generator or str(ROOT / "out" / f"dmd2-{args.teacher}")
-    args.out = args.out or str(ROOT / "out" / f"nct-{args.teacher.split('/')[-1]}-{args.control}")
+    args.out = args.out or str(default_out(args))
     return args
+
+
+def default_out(args):
+    return ROOT / "out" / f"nct-{args.teacher.split('/')[-1]}-{args.control}"
 
 
 # ---- lambda --------------------------------------------------------------------------------------
@@ -348,8 +352,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
     if run.is_main and args.eval_n:
         result = control_error(ema.model, min(args.eval_n, 2000), args.seed)
         write_json(run.out / "control.json", json.loads(dumps(result)))

@@ -385,7 +385,7 @@ def main():
     )
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
-    first = run.resume(state)
+    first = run.resume(state, fixed=("nfe", "phases", "step_shift"))  # an expert's range of levels
     it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters, show=["dm", "fake"]):
         # The phase, from 0, its steps begin..end - 1 and its iterations start..stop - 1.
@@ -453,8 +453,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
 
 
 if __name__ == "__main__":

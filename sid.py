@@ -474,7 +474,7 @@ def main():
     for it in run.loop(first, args.iters, show=["sid", "fake"]):
         draw = run.draw(it)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
-        images_seen = it * args.batch
+        images_seen = run.images_before(it)
         logs = {}
 
         # The student's step in both turns.
@@ -542,8 +542,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
 
 
 if __name__ == "__main__":

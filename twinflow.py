@@ -539,8 +539,8 @@ def main():
 
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Random numbers and the order of the data need no state: they are functions of the iteration.
 """
 
+import contextlib
+import json
 import zipfile
 
 import torch
@@ -10,12 +12,21 @@ import torch
 from common.errors import UserError, first_line
 from common.files import atomic
 
-KEPT = 2  # checkpoints
+KEPT = 2  # newest checkpoints; the best one is kept as well
+EVALUATED = 1000  # samples of an evaluation by --eval-every: scores of equal numbers are compared
+SCORES = ("fid", "fd", "energy_distance")
+COUNTERS = ("it", "images", "skipped", "log_bytes", "seconds")
+OPTIONS = {"params", "lr", "betas", "eps", "weight_decay"}  # that every group of AdamW has
 
 
 def list_checkpoints(out):
     """Checkpoints of a run folder, the oldest first."""
     return sorted(p for p in (out / "ckpt").glob("it-*.pt") if p.stem[3:].isdigit())
+
+
+def iterations_of(path):
+    """Iterations that a checkpoint has, by its name."""
+    return int(path.stem[3:])
 
 
 def write_checkpoint(out, it, payload):
@@ -27,8 +38,34 @@ def write_checkpoint(out, it, payload):
 
 
 def delete_oldest(out):
+    """All but the KEPT newest and the best one."""
+    best = best_checkpoint(out)
     for old in list_checkpoints(out)[:-KEPT]:
-        old.unlink()
+        if old != best:
+            old.unlink()
+
+
+def best_checkpoint(out):
+    """Path of the checkpoint with the lowest score in eval.jsonl; None if none was evaluated."""
+    paths = {iterations_of(path): path for path in list_checkpoints(out)}
+    scores = {it: score for it, score in read_scores(out).items() if it in paths}
+    return paths[min(scores, key=scores.get)] if scores else None
+
+
+def read_scores(out):
+    """{iteration: score} of the evaluations that --eval-every made. The score is the first metric
+    of SCORES that they have; lower is better."""
+    path = out / "eval.jsonl"
+    scores = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError
+        ):  # the last one may be half a line
+            row = json.loads(line)
+            values = [row[name] for name in SCORES if row.get(name) is not None]
+            if row["n"] == EVALUATED and values:
+                scores[row["it"]] = float(values[0])
+    return scores
 
 
 def read_newest(out, mmap, warn):
@@ -52,45 +89,91 @@ def read_checkpoint(path, mmap=False):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def check_header(payload, expected, out):
-    """UserError if a checkpoint is not of this run. expected: its method and its teacher."""
+def check_header(payload, expected, out, hint=""):
+    """UserError if a checkpoint is not of this run. expected: its method and its teacher. hint:
+    ends the line."""
     found = payload.get("header") if isinstance(payload, dict) else None
     if found != expected:
         raise UserError(
             f"--resume {out}: expected a run of {expected['method']} on {expected['teacher']}, "
-            f"found {' '.join(str(found).split())[:200]}"
+            f"found {' '.join(str(found).split())[:200]}{hint}"
         )
 
 
-def load_checkpoint(path, payload, state, own_part=lambda part, saved: saved):
-    """Loads a payload into `state`, {name: object with load_state_dict()}.
-
-    own_part: function (object, its saved state) -> what this process loads. Returns the counters
-    of `read_counters`. UserError if the state is not that of these networks.
-    """
+@contextlib.contextmanager
+def misfits(path, hint=""):
+    """Raises what is wrong with a checkpoint's contents as one UserError. hint: ends its line."""
     try:
-        counters = read_counters(payload)
-        read_values(payload)
-        for name, part in state.items():
-            part.load_state_dict(own_part(part, payload["state"][name]))
-            if isinstance(part, torch.optim.Optimizer):
-                check_moments(name, part)
-        return counters
+        yield
     except torch.OutOfMemoryError:
         raise
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-        reason = first_line(e)
+        reason = f"no entry {e}" if isinstance(e, KeyError) else first_line(e)
         raise UserError(
-            f"--resume {path}: does not fit the networks of these flags: {reason}"
+            f"--resume {path}: does not fit the networks of these flags: {reason}{hint}"
         ) from None
 
 
+def load_state(saved, state, own_part=lambda part, saved: saved):
+    """Loads states {name: state_dict} into `state`, {name: object with load_state_dict()}.
+
+    own_part: function (object, its saved state) -> what this process loads. Raises what `misfits`
+    reports, with the name of the object.
+    """
+    others = sorted(set(saved) ^ set(state))
+    if others:
+        where = "the checkpoint" if others[0] in saved else "this run"
+        raise ValueError(f"{others[0]}: only {where} has it")
+    for name, part in state.items():
+        try:
+            load_part(part, own_part(part, saved[name]))
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            reason = f"no entry {e}" if isinstance(e, KeyError) else first_line(e)
+            raise ValueError(f"{name}: {reason}") from None
+
+
+def load_part(part, saved):
+    """Loads one object. ValueError or what load_state_dict raises if the state is not its own."""
+    if isinstance(part, torch.nn.Module):
+        check_tensors(part.state_dict(), saved)
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    # Rates and the like follow from the flags, which may have changed.
+    options = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+    for group in saved["param_groups"]:
+        missing = sorted(OPTIONS - set(group))
+        if missing:
+            raise ValueError(f"no entry {missing[0]!r} in param_groups")
+    part.load_state_dict(saved)
+    for group, own in zip(part.param_groups, options):
+        group.update(own)
+    check_moments(part)
+
+
+def check_tensors(own, saved):
+    """ValueError that names the first tensor which only one of two state_dicts has, or whose shape
+    differs."""
+    for name in own:
+        if name not in saved:
+            raise ValueError(f"{name}: the checkpoint has no such tensor")
+        expected, found = list(own[name].shape), list(saved[name].shape)
+        if expected != found:
+            raise ValueError(f"{name}: expected shape {expected}, found {found} in the checkpoint")
+    for name in saved:
+        if name not in own:
+            raise ValueError(f"{name}: the network has no such tensor, the checkpoint has")
+
+
 def read_counters(payload):
-    """(iterations, skipped steps, length of the log in bytes, seconds), checked. ValueError."""
-    counters = [payload[name] for name in ("it", "skipped", "log_bytes", "seconds")]
-    whole = all(isinstance(v, int) for v in counters[:3])
-    if not whole or not all(0 <= v < float("inf") for v in counters):
-        raise ValueError(f"expected counters >= 0, found {str(counters)[:100]}")
+    """{it, images, skipped, log_bytes, seconds} of a payload: iterations, images that the student
+    was trained for, skipped steps, length of the log, seconds. ValueError."""
+    counters = {name: payload[name] for name in COUNTERS}
+    whole = all(isinstance(v, int) for name, v in counters.items() if name != "seconds")
+    if not whole or not all(0 <= v < float("inf") for v in counters.values()):
+        raise ValueError(f"expected counters >= 0, found {str(list(counters.values()))[:100]}")
     return counters
 
 
@@ -102,10 +185,10 @@ def read_values(payload):
     return values
 
 
-def check_moments(name, opt):
+def check_moments(opt):
     """ValueError if moments do not have their parameters' shapes, which torch does not compare."""
     for p, moments in opt.state.items():
         complete = {"step", "exp_avg", "exp_avg_sq"} <= set(moments)
         shapes = {key: () if key == "step" else p.shape for key in moments}
         if not complete or any(v.shape != shapes[key] for key, v in moments.items()):
-            raise ValueError(f"{name}: expected moments of shape {list(p.shape)}, found others")
+            raise ValueError(f"expected moments of shape {list(p.shape)}, found others")

@@ -91,6 +91,8 @@ class EMA:
         images = state["images"]
         if not isinstance(images, (int, float)) or not images >= 0:
             raise ValueError(f"average: expected a number of images, found {str(images)[:80]}")
+        if self.halflife and not state["model"]:
+            raise ValueError("the checkpoint has no average, its run had --ema 0")
         self.images = images
         if self.on_cpu:
             self.wait()

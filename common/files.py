@@ -8,12 +8,14 @@ import os
 import subprocess
 from pathlib import Path
 
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, describe, require
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST_FILE = 10**10  # bytes of weights in one file
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # a network, under the name that diffusers uses
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 LOAD_ERRORS = (  # what diffusers and transformers raise for missing, truncated or foreign files
@@ -97,10 +99,29 @@ def load_errors(what):
 
 
 def save_weights(path, tensors):
-    """Dict of tensors -> safetensors file."""
+    """Dict of tensors -> safetensors file. Above LARGEST_FILE several files and their index, as
+    diffusers has it."""
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    if sum(v.nbytes for v in tensors.values()) > LARGEST_FILE:
+        pattern = path.name.replace(".safetensors", "{suffix}.safetensors")
+        save_torch_state_dict(
+            tensors, path.parent, filename_pattern=pattern, max_shard_size=LARGEST_FILE
+        )
+        return
     with atomic(path) as f:
         save_file(tensors, f.name, metadata={"format": "pt"})
+
+
+def write_folder(folder, files):
+    """Writes {path in the folder: contents}, in this order. contents: tensors {name: tensor}, or an
+    object for JSON (a path that ends in .json)."""
+    for name, contents in files.items():
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            write_json(path, contents)
+        else:
+            save_weights(path, contents)
 
 
 def load_weights(path, module, key=lambda name: name):

@@ -7,6 +7,7 @@ import re
 import sys
 
 from common.errors import require
+from common.folder import NOT_KEPT, default_folder, flags_of, read_starts
 from common.teachers.kind import teacher_kind
 
 
@@ -141,27 +142,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
-    def parse(self, presets, argv=None):
-        """Flags, with the preset of the teacher's kind as defaults.
+    def parse(self, presets, argv=None, out=None):
+        """Flags, with the preset of the teacher's kind as defaults, or, with --resume, the flags of
+        the run.
 
         presets: kind of teacher (common/teachers/kind.py) -> dict of flags, and `source`, where the
         numbers are from. "default" is for all other kinds.
+        out: function of the flags, the default of --out; None: see default_folder.
         args.preset, preset_from, preset_source: what was taken and why, for the print at the start.
         """
         argv = sys.argv[1:] if argv is None else argv
-        given = self.given([a for a in argv if a not in ("-h", "--help")])
-        kind, found = teacher_kind(given.get("teacher", self.get_default("teacher")))
-        preset = dict(presets.get(kind, presets["default"]))
-        source = preset.pop("source", "")
-        if kind not in presets:
-            found += f"; {self.prog} has none for {kind}"
-        if given.get("nfe", preset.get("nfe")) != preset.get("nfe"):
-            preset.pop("step_indices", None)  # they belong to the preset's number of steps
-        self.set_defaults(**preset)
+        without_help = [a for a in argv if a not in ("-h", "--help")]
+        given = self.given(without_help)
+        preset = self.use_preset(presets, given)
+        if given.get("resume"):
+            known = self.parse_known_args(without_help)[0]
+            folder = known.out or (out or default_out)(known)
+            kept = self.flags_of_run(folder)
+            if given.get("nfe", kept.get("nfe")) != kept.get("nfe"):
+                kept |= dict.fromkeys(kept.keys() & STEPS)
+            given = kept | given
+            preset = self.use_preset(presets, given)  # for flags that are newer than the run
+            self.set_defaults(**kept | dict(out=str(folder)))
+            self.add_opposites()
         args = self.parse_args(argv)
-        args.preset = kind if kind in presets else "default"
-        args.preset_from = found
-        args.preset_source = source
+        args.preset, args.preset_from, args.preset_source = preset
         args.cfg_given = "cfg" in given
         if args.smoke:
             shorten(args)
@@ -174,6 +179,19 @@ class Parser(argparse.ArgumentParser):
         args.lora_fake = lora_spec(args, "--lora-fake", args.lora_fake)
         return args
 
+    def use_preset(self, presets, given):
+        """Takes the preset of the teacher as defaults -> its name, what says so, its source."""
+        kind, found = teacher_kind(given.get("teacher", self.get_default("teacher")))
+        preset = dict(presets.get(kind, presets["default"]))
+        source = preset.pop("source", "")
+        if kind not in presets:
+            found += f"; {self.prog} has none for {kind}"
+        if given.get("nfe", preset.get("nfe")) != preset.get("nfe"):
+            for name in STEPS:
+                preset.pop(name, None)
+        self.set_defaults(**preset)
+        return kind if kind in presets else "default", found, source
+
     def given(self, argv):
         """Flags on the command line, {name: value}, without any defaults."""
         unset = object()
@@ -181,6 +199,42 @@ class Parser(argparse.ArgumentParser):
         blank = argparse.Namespace(**dict.fromkeys(names, unset))
         found = vars(self.parse_known_args(argv, blank)[0])
         return {name: found[name] for name in names if found[name] is not unset}
+
+    # ---- --resume
+
+    def flags_of_run(self, folder):
+        """Flags of the newest start of the run in a folder, {} if none is noted there. UserError
+        for values that the flags cannot have: the file may be damaged or somebody else's."""
+        starts = read_starts(folder)
+        if not starts:
+            return {}
+        found = flags_of(starts[-1], absolute=False)
+        kept = {}
+        for action in self._actions:
+            name = action.dest
+            if name in NOT_KEPT or name not in found:
+                continue
+            value = found[name]
+            if isinstance(value, dict):  # --lora: see lora_spec
+                value = value.get("rank")
+            ok = value is None or is_value_of(action, value)
+            require(
+                ok, f"{folder}/run.jsonl: {flag(name)}: expected its value, found {value!r:.80}"
+            )
+            kept[name] = value
+        return kept
+
+    def add_opposites(self):
+        """--no-NAME for each switch, since a resumed run has the switches of its start."""
+        for action in list(self._actions):
+            if isinstance(action, argparse._StoreTrueAction) and action.dest not in NOT_KEPT:
+                self.add_argument(
+                    f"--no-{action.option_strings[0][2:]}",
+                    dest=action.dest,
+                    action="store_false",
+                    default=action.default,
+                    help=argparse.SUPPRESS,
+                )
 
 
 def shorten(args):
@@ -205,6 +259,7 @@ def tenth(iters, least):
     return min(max(iters // 10, least), 500)
 
 
+STEPS = {"steps", "step_indices"}  # belong to a number of steps: given with --nfe, or left out
 AT_LEAST = dict.fromkeys(["iters", "batch", "accumulate", "nfe", "log_every"], 1)
 AT_LEAST |= dict.fromkeys(["lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup"], 0)
 AT_LEAST |= dict.fromkeys(["weight_decay", "sample_every", "eval_every", "save_every", "eval_n"], 0)
@@ -262,6 +317,19 @@ def check_number(name, value, largest):
     require(not nan and not huge, f"{name}: expected a number of ordinary size, found {value}")
 
 
+def is_value_of(action, value):
+    """Whether a value from a JSON file is one that the flag of an argparse action has."""
+    if isinstance(action, argparse._StoreTrueAction):
+        return isinstance(value, bool)
+    kinds = {None: str, int: int, float: (int, float), parse_size: int}[action.type]
+    several = action.nargs is not None or action.type is parse_size
+    if several != isinstance(value, list):
+        return False
+    values = value if several else [value]
+    ok = all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
+    return ok and (action.choices is None or value in action.choices)
+
+
 def lora_spec(args, name, rank):
     """What Model.copy takes to make adapters, as a dict; None without --lora."""
     if rank is None:
@@ -269,6 +337,10 @@ def lora_spec(args, name, rank):
     require(rank >= 1, f"{name}: expected a rank of at least 1, found {rank}")
     alpha = args.lora_alpha or rank
     return dict(rank=rank, alpha=alpha, targets=args.lora_targets, seed=args.seed, flag=name)
+
+
+def default_out(args):
+    return default_folder(sys.argv[0], args.teacher)
 
 
 def flag(name):

@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from common.checkpoint import delete_oldest, list_checkpoints
 from common.errors import UserError, require
 from common.files import atomic, git_revision
+from common.teachers.kind import EMBEDDED
 
 try:
     import fcntl
@@ -30,6 +32,9 @@ RESULTS = (
     "student/**/*.safetensors",
 )
 LOGS = ("log.jsonl", "eval.jsonl", "run.jsonl")
+NOT_KEPT = ("resume", "overwrite", "smoke", "out")  # flags of one start, not of the run
+NOT_KEPT += ("preset", "preset_from", "preset_source", "cfg_given")  # facts of one start
+PATH_FLAGS = ("teacher", "start", "generator", "data", "prompts", "cache_prompts", "control_model")
 TO_BE_DISCARDED = "to be discarded"
 BUSY = "busy"
 LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # a lock is held; NFS says EACCES
@@ -166,6 +171,7 @@ class RunFolder:
         line = dict(
             date=utc_now(),
             command=sys.argv,
+            cwd=os.getcwd(),
             revision=revision,
             versions=package_versions(),
             **facts,
@@ -189,6 +195,104 @@ def lock_file(file):
     except OSError as e:
         return BUSY if e.errno in LOCKED else e.strerror
     return None
+
+
+# ---- run.jsonl: the starts of a run --------------------------------------------------------------
+
+
+def default_folder(script, teacher):
+    """Where the runs of a script on --teacher go: out/<script>-<teacher>, next to the script."""
+    script = Path(script)
+    return script.resolve().parent / "out" / f"{script.stem}-{Path(teacher).name}"
+
+
+def read_starts(out):
+    """Lines of run.jsonl, the oldest first; [] if there is no such file. Each has at least `first`,
+    the iteration from which its `flags` hold. UserError for a file that says something else."""
+    path = Path(out) / "run.jsonl"
+    starts = []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            start = json.loads(line)
+            ok = isinstance(start["first"], int) and isinstance(start["flags"], dict)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            ok = False
+        require(ok, f"{path}: line {number}: expected the flags of a start, found something else")
+        starts.append(start)
+    return starts
+
+
+def starts_until(starts, it):
+    """The starts that made the first `it` iterations. Iterations after `first` of a later start
+    were undone by it."""
+    kept = []
+    for start in starts:
+        kept = [earlier for earlier in kept if earlier["first"] < start["first"]] + [start]
+    return [start for start in kept if start["first"] < it]
+
+
+def flags_of(start, absolute=True):
+    """Flags of a start. Relative paths become absolute, since they are relative to the working
+    directory of that start. absolute=False: only if that is not the current one."""
+    flags = {name: v for name, v in start["flags"].items() if name not in NOT_KEPT}
+    cwd = start.get("cwd")
+    if not isinstance(cwd, str) or (cwd == os.getcwd() and not absolute):
+        return flags
+    for name in PATH_FLAGS:
+        value = flags.get(name)
+        if not isinstance(value, str):
+            continue
+        path = os.path.join(cwd, value)
+        if name != "teacher" or is_teacher_folder(value, path):
+            flags[name] = os.path.normpath(path)
+    return flags
+
+
+def is_teacher_folder(name, path):
+    """Whether --teacher `name` was the folder `path`, see load_teacher."""
+    return name not in EMBEDDED and os.path.isdir(path)
+
+
+def changed_flags(old, new):
+    """{name: [old, new]} of the flags that differ between two starts."""
+    old, new = flags_of(old), flags_of(new)
+    both = {name: [plain(old[name]), plain(new[name])] for name in new if name in old}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def plain(value):
+    """A flag as JSON has it; of --lora, the rank."""
+    if isinstance(value, dict):
+        return value.get("rank")
+    return json.loads(json.dumps(value))
+
+
+def describe_changes(changes, prefix=""):
+    """{name: [old, new]} -> "cfg 1.5 -> 1, lr 0.001 -> 2e-06". prefix: of the names."""
+
+    def text(value):
+        if isinstance(value, list):
+            return " ".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    parts = []
+    for name, (old, new) in changes.items():
+        parts.append(f"{prefix}{name.replace('_', '-')} {text(old)} -> {text(new)}")
+    return ", ".join(parts)
+
+
+def history(starts, it):
+    """What distill.json says of a run's resumes up to iteration `it`: a list of dicts, the
+    iteration `first` and the flags that changed there."""
+    kept = starts_until(starts, it)
+    return [
+        dict(first=after["first"], changed=changed_flags(before, after))
+        for before, after in zip(kept, kept[1:])
+    ]
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def remove_files(folder, patterns):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import lora
 from common.errors import UserError, did_you_mean
-from common.files import WEIGHTS, load_weights, save_weights, write_json
+from common.files import WEIGHTS, load_weights, write_folder
 from common.schedules import equal_snr, expand, native_weight, to_x0
 
 EXTRAS = "extras.safetensors"  # weights of the scalar conditions that `extend` added
@@ -379,24 +379,23 @@ class Model(nn.Module):
     # -- files
 
     def save(self, folder, info, name="distill.json"):
-        """Writes a diffusers folder and the JSON file `name`: info and what loading needs.
+        """Writes a diffusers folder and the JSON file `name`: info and what loading needs."""
+        write_folder(folder, self.files() | {name: dict(info, model=self.config())})
 
-        The folder holds config.json and the weights, or a LoRA file. The JSON is written last.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_net(folder)
-        write_json(folder / name, dict(info, model=self.config()))
-
-    def save_net(self, folder):
+    def files(self):
+        """What the folder of `save` holds besides its JSON file, {path: contents}: config.json and
+        the weights, or a LoRA file. Contents: tensors {name: tensor}, or an object for JSON."""
         if self.lora:
-            save_weights(folder / lora.FILE, lora.file_tensors(self))
+            files = {lora.FILE: lora.file_tensors(self)}
         else:
-            config = dict(self.net_config(), _class_name=type(self.net).__name__)
-            write_json(folder / "config.json", config)
-            save_weights(folder / WEIGHTS, self.net.state_dict())
+            files = {"config.json": self.config_file(), WEIGHTS: self.net.state_dict()}
         if self.extras:
-            save_weights(folder / EXTRAS, self.extras.state_dict())
+            files[EXTRAS] = self.extras.state_dict()
+        return files
+
+    def config_file(self):
+        """Contents of config.json."""
+        return dict(self.net_config(), _class_name=type(self.net).__name__)
 
     def config(self):
         """The entry "model" of teacher.json and distill.json."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from common.files import atomic, write_json
-from common.folder import utc_now
+from common.checkpoint import read_scores
+from common.files import atomic, write_folder, write_json
+from common.folder import history, read_starts, utc_now
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
 
@@ -65,16 +66,17 @@ class Report:
         return model.to_pictures(torch.cat(parts))
 
     def evaluate(self, it, n):
-        """Metrics of n samples, after `it` iterations: metrics.json and a line of eval.jsonl."""
+        """Metrics of n samples, after `it` iterations: metrics.json and a line of eval.jsonl.
+        Returns whether this is the best of the run's evaluations by --eval-every."""
         run, teacher, args = self.run, self.teacher, self.run.args
         if n and teacher.adapter != "toy" and not teacher.evaluation:
             run.print(
                 f"{run.method}: this teacher brings no metric; samples/ has pictures, "
                 "eval.py measures folders of images"
             )
-            return
+            return False
         if not n:
-            return
+            return False
         student = self.ema.model
         rank, world = run.rank, run.world
         result = evaluate(
@@ -83,8 +85,8 @@ class Report:
         facts = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg)
         result = facts | dict(train_seconds=round(run.seconds)) | result
         if run.is_main:
-            self.write_result(it, result)
             self.print_result(result)
+        return run.on_rank0(lambda: self.write_result(it, result))
 
     def write_result(self, it, result):
         path = self.run.out / "eval.jsonl"
@@ -94,6 +96,8 @@ class Report:
         with atomic(path) as f:
             f.write("\n".join([*lines, dumps(result), ""]).encode())
         write_json(self.run.out / "metrics.json", json.loads(dumps(result)))
+        scores = read_scores(self.run.out)
+        return it in scores and scores[it] <= min(scores.values())
 
     def print_result(self, result):
         for row in self.teacher.evaluation.get("measured", []):  # of the teacher, as a scale
@@ -105,19 +109,28 @@ class Report:
             row = result | dict.fromkeys(METRICS) | part
             self.run.print(summary(dict(row, method=name, protocol=protocol)))
 
-    def export(self):
-        """student/: weights in diffusers' format, and distill.json with all that sampling needs."""
-        run, args = self.run, self.run.args
+    def student_files(self, it):
+        """The student after `it` iterations, {path in its folder: contents} (common/files.py):
+        weights in diffusers' format, and last distill.json with all that sampling needs. To be
+        called by all processes; the others than rank 0 get {}."""
+        run = self.run
+        if not (run.is_main or run.args.shard):
+            return {}
         student = self.ema.model.unsharded()
         if not run.is_main:
-            return
-        home = run.out / "student"
-        # written last: a student that is half written does not look finished
-        (home / "distill.json").unlink(missing_ok=True)
+            return {}
+        record = dict(self.record(it), model=student.config())
+        return student.files() | {"distill.json": json.loads(json.dumps(record))}
+
+    def record(self, it):
+        """distill.json of the student after `it` iterations, without its network."""
+        run, args = self.run, self.run.args
         flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
         training = dict(
             seconds=round(run.seconds),
-            iterations=args.iters,
+            iterations=it,
+            images_seen=run.images_before(it),
+            resumed=history(read_starts(run.out), it),
             batch=args.batch,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             world=run.world,
@@ -126,7 +139,7 @@ class Report:
             hardware=hardware(run.device),
             date=utc_now(),
         )
-        info = dict(
+        return dict(
             method=run.method,
             teacher=args.teacher,
             nfe=args.nfe,
@@ -138,15 +151,23 @@ class Report:
             torch=torch.__version__,
             training=run.record | training,
         )
-        student.save(home, info)
-        run.print(f"student: {home}")
 
-    def end(self):
-        """After the last iteration: the student, a picture, the metrics of --eval-n samples."""
-        args = self.run.args
-        self.export()
-        self.pictures(args.iters)
-        self.evaluate(args.iters, args.eval_n)
+    def export(self, it):
+        """student/, after `it` iterations."""
+        files = self.student_files(it)
+        if not self.run.is_main:
+            return
+        home = self.run.out / "student"
+        # written last: a student that is half written does not look finished
+        (home / "distill.json").unlink(missing_ok=True)
+        write_folder(home, files)
+        self.run.print(f"student: {home}")
+
+    def end(self, it):
+        """After `it` iterations, the last: the student, a picture, metrics of --eval-n samples."""
+        self.export(it)
+        self.pictures(it)
+        self.evaluate(it, self.run.args.eval_n)
 
 
 def iteration_of(line):

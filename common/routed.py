@@ -78,7 +78,7 @@ class Routed(nn.Module):
             outputs = [whole.index_put((rows,), p) for whole, p in zip(outputs, part)]
         return outputs if features else outputs[0]
 
-    # A Model's own code serves here: it needs only `self(...)`, `null`, `save_net` and `config`.
+    # A Model's own code serves here: it needs only `self(...)`, `null`, `files` and `config`.
     guided = Model.guided
     cond_and_uncond = Model.cond_and_uncond
     save = Model.save
@@ -106,10 +106,11 @@ class Routed(nn.Module):
         experts = [expert.config() for expert in self.experts]
         return dict(adapter="routed", by=self.by, table=self.table, experts=experts)
 
-    def save_net(self, folder):
+    def files(self):
+        files = {}
         for i, expert in enumerate(self.experts):
-            (folder / f"expert-{i}").mkdir(parents=True, exist_ok=True)
-            expert.save_net(folder / f"expert-{i}")
+            files |= {f"expert-{i}/{path}": v for path, v in expert.files().items()}
+        return files
 
 
 class ByLevel(Routed):

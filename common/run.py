@@ -17,17 +17,27 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoint import (
+    EVALUATED,
     check_header,
     list_checkpoints,
-    load_checkpoint,
+    load_state,
+    misfits,
+    read_counters,
     read_newest,
     read_values,
     write_checkpoint,
 )
 from common.distributed import init_processes, on_rank0
-from common.errors import Interrupted, RunError, first_line, require
+from common.errors import Interrupted, RunError, UserError, first_line, require
 from common.files import sync
-from common.folder import RunFolder
+from common.folder import (
+    RunFolder,
+    changed_flags,
+    default_folder,
+    describe_changes,
+    read_starts,
+    starts_until,
+)
 from common.log import Log
 from common.memory import (
     describe_bytes,
@@ -89,13 +99,14 @@ class Run:
         self.rates = {}  # learning rates of this iteration, by their names in the log
         self.show = ()  # names of the values that the progress bar shows
         self.shown = {}  # what it shows
+        self.first = 0  # iteration of this start's first step
+        self.past_images = 0  # images before that
         self.ddp_modules = weakref.WeakSet()
         self.models = {}
         self.counter = None  # of network passes, in the first iterations
         self.record = {}  # facts for the student's distill.json
 
-        out = Path(script).resolve().parent / "out" / f"{self.method}-{Path(args.teacher).name}"
-        self.out = Path(args.out or out)
+        self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
         self.on_rank0(self.folder.open)
@@ -120,14 +131,18 @@ class Run:
         """Images of the optimiser step that this microstep ends with; 0 before the last one."""
         return self.args.batch if self.is_last_microstep else 0
 
+    def images_before(self, it):
+        """Images of all iterations before `it`, also of those before a resume changed --batch."""
+        return self.past_images + (it - self.first) * self.args.batch
+
     def draw(self, it):
         """Random numbers of iteration `it`. Also seeds torch's global generator (dropout)."""
         torch.manual_seed(derive_seed(self.args.seed, it, 4, self.data_shard[0]))
         return BatchRandom(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
 
     def on_rank0(self, fn):
-        """fn() on rank 0; its errors are raised on all ranks."""
-        on_rank0(fn, self.rank, self.world)
+        """fn() on rank 0 -> its result, on all ranks, as are its errors."""
+        return on_rank0(fn, self.rank, self.world)
 
     def barrier(self):
         """Waits for all processes."""
@@ -341,12 +356,13 @@ class Run:
             self.counter.paused = True
         if self.due(it, args.sample_every) or self.is_first_picture(it):
             report.pictures(it + 1)
+        is_best = False
         if self.due(it, args.eval_every):
-            report.evaluate(it + 1, n=1000)
+            is_best = report.evaluate(it + 1, n=EVALUATED)
         if self.counter:
             self.counter.paused = False
-        if self.due(it, args.save_every):
-            self.save(it, state)
+        if is_best or self.due(it, args.save_every):
+            self.save(it, state, report)
 
     def due(self, it, every):
         """Whether a multiple of `every` iterations is complete after iteration `it`; 0: never."""
@@ -370,7 +386,7 @@ class Run:
         self._give_up_if_broken(it)
         if not self.is_main:
             return
-        images = (it + 1) * self.args.batch
+        images = self.images_before(it + 1)
         peak_mb = round(peak_memory(self.device) / 2**20)
         counts = (it, images, int(self.skipped))
         rate = self.log_file.write(*counts, self.rates, means, self.seconds, peak_mb)
@@ -433,11 +449,14 @@ class Run:
             teacher += f", --lora-alpha {alphas}"
         return dict(method=self.method, teacher=teacher)
 
-    def save(self, it, state):
+    def save(self, it, state, report=None):
         """Checkpoint after iteration `it`. state: {name: object with state_dict()}.
 
-        A full disk costs this checkpoint and a warning, not the run.
+        It also holds the student of `report`, as tools/export.py writes it. These are the tensors
+        of `state`, which torch.save stores once. A full disk costs this checkpoint and a warning,
+        not the run.
         """
+        student = report.student_files(it + 1) if report else {}
         saved = {}
         values = self.log_file.means()  # that the next line of the log will show
         if self.is_main or self.args.shard:
@@ -448,7 +467,7 @@ class Run:
             saved = gather_state(saved, self.is_main)
         if self.is_main:
             try:
-                self._write_checkpoint(it + 1, saved, values)
+                self._write_checkpoint(it + 1, saved, student, values)
             except (OSError, RuntimeError) as e:
                 self.warn(
                     f"checkpoint at iteration {it + 1} not written ({first_line(e)}); "
@@ -457,24 +476,30 @@ class Run:
         self.saved = it + 1
         self.barrier()
 
-    def _write_checkpoint(self, it, saved, values):
+    def _write_checkpoint(self, it, saved, student, values):
         log = self.out / "log.jsonl"
         with open(log, "a") as f:
             sync(f.fileno())
         payload = dict(
             header=self._header(),
             it=it,
+            images=self.images_before(it),
             seconds=self.seconds,
             log_bytes=log.stat().st_size,
             skipped=int(self.skipped),
             values=values,
             state=saved,
+            student=student,
         )
         write_checkpoint(self.out, it, payload)
 
-    def resume(self, state):
+    def resume(self, state, fixed=(), check=lambda first: None):
         """Loads the newest readable checkpoint into `state`, if --resume or a restart by torchrun
-        wants that. Returns the first iteration to do, 0 for a new run."""
+        wants that. Returns the first iteration to do, 0 for a new run.
+
+        fixed: flags that a resume must not change, because what is trained depends on them.
+        check(first): raises UserError if the script cannot go on from there.
+        """
         path, payload, damaged = None, None, []
         if self.folder.resume_wanted:
             path, payload, damaged = read_newest(self.out, self.args.shard, self.warn)
@@ -485,30 +510,63 @@ class Run:
             self.on_rank0(self.folder.clear)
             self.on_rank0(lambda: self.note_start(0))
             return 0
-        check_header(payload, self._header(), self.out)
-        own_part = {} if not self.args.shard else dict(own_part=own_optimiser_part)
-        counters = load_checkpoint(path, payload, state, **own_part)
-        self.saved, self.skipped, log_bytes, self.past_seconds = counters
-        self.log_file.restore(self.saved - 1, read_values(payload))
-        self.on_rank0(lambda: self.folder.rewind(log_bytes, damaged))
-        self.on_rank0(lambda: self.note_start(self.saved))
-        self.print(f"resumed {path.name}")
-        return self.saved
 
-    def note_start(self, first):
+        changes = self._changes(payload)
+        differ = f"; flags that differ: {describe_changes(changes, '--')}" if changes else ""
+        check_header(payload, self._header(), self.out, differ)
+        with misfits(path):
+            counters = read_counters(payload)
+            values = read_values(payload)
+        first = counters["it"]
+        require(
+            first <= self.args.iters,
+            f"--resume: {self.out} has {first} iterations already, more than "
+            f"--iters {self.args.iters}: nothing is done and nothing overwritten",
+        )
+        for name in changes.keys() & set(fixed):
+            change = describe_changes({name: changes[name]}, "--")
+            raise UserError(f"--resume: {change}: {self.method} cannot change it during a run")
+        own_part = own_optimiser_part if self.args.shard else lambda part, saved: saved
+        with misfits(path, differ):
+            load_state(payload["state"], state, own_part)
+        check(first)
+
+        self.saved = self.first = first
+        self.past_images = counters["images"]
+        self.skipped = counters["skipped"]
+        self.log_file.restore(first - 1, values)
+        self.past_seconds = counters["seconds"]
+        self.on_rank0(lambda: self.folder.rewind(counters["log_bytes"], damaged))
+        self.on_rank0(lambda: self.note_start(first, changed=changes))
+        changed = f"; changed: {describe_changes(changes)}" if changes else ""
+        self.print(f"resumed {path.name}{changed}")
+        return first
+
+    def _changes(self, payload):
+        """{flag: [old, new]} against the start that made a checkpoint."""
+        starts = read_starts(self.out)
+        if not starts:
+            self.warn(f"{self.out}: no run.jsonl, so flags that are not given are the preset's")
+            return {}
+        it = payload.get("it") if isinstance(payload, dict) else None
+        made = starts_until(starts, it) if isinstance(it, int) else []
+        return changed_flags((made or starts)[-1], dict(flags=vars(self.args), cwd=os.getcwd()))
+
+    def note_start(self, first, **facts):
         self.revision = self.folder.note_start(
             first=first,
+            **facts,
             method=self.method,
             flags=vars(self.args),
             processes=self.world,
             device=str(self.device),
         )
 
-    def finish(self, it, state):
+    def finish(self, it, state, report=None):
         """Last checkpoint, after iteration `it`. A run that a signal stopped ends here, with exit
         code 128 + number of the signal: 143 for SIGTERM, 130 for Ctrl-C."""
         if self.saved != it + 1:
-            self.save(it, state)
+            self.save(it, state, report)
         if self.stopping:
             name = signal.Signals(self.stopping).name
             self.warn(f"stopped by {name} after iteration {it + 1}; go on with --resume")
@@ -538,7 +596,7 @@ def check_batch(args):
     require(
         world > 1 or not args.shard,
         "--shard: expected several processes to spread the weights over "
-        "(torchrun --nproc_per_node=N), found one",
+        "(torchrun --nproc_per_node=N), found one; a resumed run takes --no-shard",
     )
 
 

@@ -9,13 +9,14 @@ network to the branch.
 import contextlib
 import copy
 import functools
+import json
 import math
 
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common.errors import UserError
-from common.files import WEIGHTS, load_weights, save_weights
+from common.files import WEIGHTS, load_weights
 
 # ---- parts ---------------------------------------------------------------------------------------
 
@@ -76,8 +77,9 @@ class Branch(nn.Module):
             "that is a picture: only its ControlNet can do it"
         )
 
-    def save(self, folder):
-        save_weights(folder / WEIGHTS, self.state_dict())
+    def files(self):
+        """As Model.files."""
+        return {WEIGHTS: self.state_dict()}
 
     def load(self, folder):
         load_weights(folder / WEIGHTS, self)
@@ -247,8 +249,9 @@ class ControlNet(Branch):
     def checkpoint_activations(self):
         self.net.enable_gradient_checkpointing()
 
-    def save(self, folder):
-        self.net.save_pretrained(folder, safe_serialization=True)
+    def files(self):
+        config = json.loads(self.net.to_json_string())  # as diffusers writes it
+        return {"config.json": config, WEIGHTS: self.net.state_dict()}
 
     def load(self, folder):
         load_weights(folder / WEIGHTS, self.net)

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import write_folder
 from common.routed import Routed
 from common.schema import COUNT, OBJECT, TEXT, check, is_integer
 from common.teachers.load import load_model
@@ -105,12 +105,14 @@ class Controlled(nn.Module):
 
     def save(self, folder, info, name="distill.json"):
         """Writes the branch, the generator (in generator/), and last the JSON file `name`."""
-        folder = Path(folder)
-        (folder / "generator").mkdir(parents=True, exist_ok=True)
-        own = {k: v for k, v in self.info.items() if k != "model"}
-        self.generator.save(folder / "generator", own)
-        self.branch.save(folder)
-        write_json(folder / name, dict(info, model=self.config()))
+        write_folder(folder, self.files() | {name: dict(info, model=self.config())})
+
+    def files(self):
+        """As Model.files."""
+        generator = self.generator.files()
+        generator["distill.json"] = dict(self.info, model=self.generator.config())
+        generator = {f"generator/{path}": v for path, v in generator.items()}
+        return generator | self.branch.files()
 
 
 def make_branch(net, control, scale=1, blocks=None):

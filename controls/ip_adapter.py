@@ -5,7 +5,7 @@ import contextlib
 import torch.nn as nn
 
 from common.errors import UserError
-from common.files import load_weights, save_weights
+from common.files import load_weights
 from controls.branches import Branch, zero
 
 
@@ -67,9 +67,9 @@ class IPAdapter(Branch):
         """Name in an IP-Adapter's file of this module's tensor `name`."""
         return name.replace("image_embeds", "proj").replace("_ip.0.", "_ip.")
 
-    def save(self, folder):
-        tensors = {self.file_key(k): v for k, v in self.state_dict().items()}
-        save_weights(folder / self.FILE, tensors)
+    def files(self):
+        """As Model.files."""
+        return {self.FILE: {self.file_key(k): v for k, v in self.state_dict().items()}}
 
     def load(self, folder):
         load_weights(folder / self.FILE, self, self.file_key)

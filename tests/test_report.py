@@ -10,6 +10,7 @@ from PIL import Image
 
 from common import report as report_module
 from common.report import Report, dumps, save_grid
+from common.teachers.load import load_teacher
 
 
 def toy_teacher():
@@ -42,18 +43,18 @@ def test_no_evaluation_without_samples_or_metric(make_run, capsys):
     assert not (run.out / "metrics.json").exists()
 
 
-def test_a_student_that_is_half_written_does_not_look_finished(make_run):
+def test_a_student_that_is_half_written_does_not_look_finished(make_run, monkeypatch):
     run = make_run()
     run.note_start(0)
     (run.out / "student").mkdir()
     (run.out / "student" / "distill.json").write_text("{}")
 
-    def save(*args):
+    def write_folder(*args):
         raise OSError(28, "No space left on device")
 
-    model = SimpleNamespace(unsharded=lambda: SimpleNamespace(save=save))
+    monkeypatch.setattr(report_module, "write_folder", write_folder)
     with pytest.raises(OSError):
-        make_report(run, model).export()
+        make_report(run, load_teacher("toy")).export(1)
     assert not (run.out / "student" / "distill.json").exists()
 
 

@@ -90,7 +90,7 @@ def test_checkpoints(scripts, tmp_path):
     assert "resumed it-00000004.pt" in continued.out
     same(whole, parts, 8)
 
-    scripts.run("dmd2.py", *args, "--iters", 8, "--resume", "--out", alone)
+    scripts.run("dmd2.py", *args, "--iters", 8, "--resume", "--no-shard", "--out", alone)
     close(whole, alone, 8)
     scripts.run("dmd2.py", *args, "--iters", 4, "--overwrite", "--out", alone)
     run_sharded(scripts, "dmd2", [*args, "--iters", 8, "--resume"], alone)

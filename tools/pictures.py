@@ -45,6 +45,54 @@ def image_rows(path, rows):
     save(path, sheet)
 
 
+def captioned(path, images, captions, columns=5):
+    """PNG of images with their captions below, in rows of up to 8 columns.
+
+    images: list of PIL images of one size; small ones are enlarged by whole pixels.
+    """
+    columns = min(columns, len(images), 8)
+    width, height = images[0].size
+    scale = max(1, 128 // width)
+    width, height = scale * width, scale * height
+    font = ImageFont.load_default(12)
+    texts = [wrapped(caption, font, width) for caption in captions]
+    text_height = largest_text(texts, font)[1] + MARGIN
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + MARGIN) + MARGIN, rows * (height + text_height) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, texts)):
+        left = MARGIN + i % columns * (width + MARGIN)
+        top = MARGIN + i // columns * (height + text_height)
+        sheet.paste(image.resize((width, height), Image.NEAREST), (left, top))
+        pen.text((left, top + height + GAP), text, fill="black", font=font)
+    save(path, sheet)
+
+
+def wrapped(text, font, width):
+    """The text in up to three lines of at most `width` pixels; what is longer ends with dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > 3:
+        lines = [*lines[:2], f"{lines[2]} ..."]
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width and len(line) > 1:
+            line = line[:-1]
+        lines[i] = line
+    return "\n".join(lines)
+
+
+def to_image(pixels):
+    """uint8 tensor [C, H, W], C 1 or 3 -> PIL image."""
+    pixels = pixels.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def scatter(path, panels, colours, rings=(), extent=1.6):
     """PNG of scatter plots of the square [-extent, extent]^2, with captions above.
 
@@ -87,11 +135,8 @@ def draw_points(points, colours, rings, extent):
 
 def save_numbered(folder, numbers, images):
     """PNG files 000000.png, ... of images uint8 [n, C, H, W], C 1 or 3."""
-    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
-    for number, image in zip(numbers.tolist(), pixels):
-        if image.shape[-1] == 1:
-            image = image[..., 0]
-        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    for number, image in zip(numbers.tolist(), images):
+        to_image(image).save(folder / f"{number:06d}.png")
 
 
 def by_angle(points):

@@ -61,9 +61,14 @@ def parse_args(argv=None):
     add = p.method.add_argument
     add("--pairs", type=int, help="number of pairs")
     add("--step-indices", metavar="I", help="grid index of the student's step [999]")
-    args = p.parse(PRESETS, argv)
+    args = p.parse(PRESETS, argv, default_out)
     require(args.pairs >= 1, f"--pairs: expected at least 1, found {args.pairs}")
+    args.out = args.out or str(default_out(args))
     return args
+
+
+def default_out(args):
+    return ROOT / "out" / f"regression-{args.teacher.rsplit('/')[-1]}"
 
 
 class Pairs:
@@ -122,7 +127,6 @@ class Pairs:
 def main():
     args = parse_args()
     indices = dmd2.step_indices(1, args.step_indices)
-    args.out = args.out or str(ROOT / "out" / f"regression-{args.teacher.rsplit('/')[-1]}")
     run = Run(dmd2.__file__, args)  # its students are students of dmd2.py
     teacher = load_teacher(args.teacher, run.device, run.dtype, **run.teacher_kwargs(students=1))
     schedule = teacher.schedule
@@ -151,8 +155,8 @@ def main():
         ema.update(run.images_stepped)
         run.after(it, logs, state, report)
 
-    run.finish(it, state)
-    report.end()
+    run.finish(it, state, report)
+    report.end(it + 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from common.routed import ByLabel
 from common.sampling import TEACHER_NFE, teacher_sample
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
+from tools.export import export_temporary
 
 
 @dataclass
@@ -154,21 +155,27 @@ class Student:
     info: dict  # distill.json
     teacher: torch.nn.Module
     teacher_name: str
+    it: int | None  # of a checkpoint
 
 
-def load_student(folder, args, teachers):
-    """A finished student and its teacher. teachers: those loaded so far by name; one is added."""
-    home, info = read_student(folder)
+def load_student(folder, args, teachers, device="cpu", dtype=torch.float32):
+    """A student and its teacher. teachers: those loaded so far by name; one is added.
+
+    args: teacher, prompts, cache_prompts, size, frames; and `it`, the checkpoint whose student it
+    is; None: the finished one.
+    """
+    source, it = export_temporary(folder, args.it) if args.it else (folder, None)
+    home, info = read_student(source)
     sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
     if name not in teachers:
         try:
-            teachers[name] = load_teacher(name, text=prompt_kwargs(args, info))
+            teachers[name] = load_teacher(name, device, dtype, text=prompt_kwargs(args, info))
         except UserError as e:
             hint = "" if args.teacher else " (--teacher overrides it)"
             raise UserError(f"{folder}: its teacher: {e}{hint}") from None
     model = network_of(folder, home, info, teachers[name], name)
-    return Student(folder, model, sample, info, teachers[name], name)
+    return Student(folder, model, sample, info, teachers[name], name, it)
 
 
 def prompt_kwargs(args, info=None):
@@ -209,14 +216,15 @@ def student_row(student, nfe):
     run = Path(student.folder).resolve()
     if run.name == "student":
         run = run.parent
+    name = f"{run.name} it {student.it}" if student.it else run.name
     facts = dict(
-        name=run.name,
+        name=name,
         method=info["method"],
         teacher=student.teacher_name,
         nfe=nfe,
         cfg=info.get("cfg"),
     )
-    caption = f"{run.name}, {steps_text(nfe)}"
+    caption = f"{name}, {steps_text(nfe)}"
     row = Row(student.model, student.teacher, sampler, caption, facts, student.model.folder)
     row.info = info
     row.run = run

@@ -1,5 +1,6 @@
 """What all diffusers pipelines share as teachers."""
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -8,8 +9,8 @@ import torch
 
 from common import schedules
 from common.errors import UserError
-from common.files import load_errors, read_json, save_weights
-from common.model import EXTRAS, Model, layers_at, load_extras
+from common.files import load_errors, read_json
+from common.model import Model, layers_at, load_extras
 from common.teachers.latents import load_latents
 
 # diffusers 0.42 calls this argument dtype; 0.35, which is supported as well, has only the old name.
@@ -257,12 +258,8 @@ class Pipeline(Model):
         rows = round((h.shape[1] * height / width) ** 0.5)
         return h.transpose(1, 2).reshape(len(h), -1, rows, h.shape[1] // rows)
 
-    def save_net(self, folder):
-        if self.lora:
-            return super().save_net(folder)
-        self.net.save_pretrained(folder, safe_serialization=True)
-        if self.extras:
-            save_weights(Path(folder) / EXTRAS, self.extras.state_dict())
+    def config_file(self):
+        return json.loads(self.net.to_json_string())  # as diffusers writes it
 
     def config(self):
         return super().config() | dict(image=list(self.image_shape))

@@ -31,7 +31,18 @@ def count_lines(out):
 def checkpoint(out, it):
     """Everything in a checkpoint that must be reproducible, {path: tensor or value}."""
     payload = torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)
-    assert set(payload) == {"header", "it", "seconds", "log_bytes", "skipped", "values", "state"}
+    parts = {
+        "header",
+        "it",
+        "images",
+        "seconds",
+        "log_bytes",
+        "skipped",
+        "values",
+        "state",
+        "student",
+    }
+    assert set(payload) == parts
     flat = {}
 
     def walk(path, x):
@@ -45,7 +56,8 @@ def checkpoint(out, it):
         for key, value in entries:
             walk(f"{path}/{key}", value)
 
-    walk("", {k: v for k, v in payload.items() if k not in ("seconds", "log_bytes")})
+    differ = ("seconds", "log_bytes", "student")  # distill.json has times; weights are in `state`
+    walk("", {k: v for k, v in payload.items() if k not in differ})
     return flat
 
 

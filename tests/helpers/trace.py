@@ -128,7 +128,7 @@ class Trace(list):
         for name, attribute in (("load_teacher", "teacher"), ("EMA", "ema"), ("Critic", "critic")):
             if hasattr(script, name):
                 patch.setattr(script, name, keep_first(attribute, getattr(script, name)))
-        patch.setattr(Report, "end", lambda report: None)
+        patch.setattr(Report, "end", lambda report, it: None)
 
     def patch_run(self, patch):
         train, step, log = Run.train, Run.step, Run.log

@@ -1,0 +1,109 @@
+"""Writes a student's folder from a checkpoint of a run, also of one that was stopped or is running.
+
+A checkpoint holds the files of its student (the average, where the run has one), so neither the
+teacher nor a GPU is needed, and the run is not disturbed.
+
+Usage:
+    python -m tools.export out/dmd2-mnist                     # the newest checkpoint
+    python -m tools.export out/dmd2-mnist --it 500            # -> out/dmd2-mnist/student-500/
+    python -m tools.export out/dmd2-mnist --it best --to mine # the best of --eval-every's
+"""
+
+import argparse
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import (
+    best_checkpoint,
+    iterations_of,
+    list_checkpoints,
+    read_checkpoint,
+)
+from common.errors import UserError, describe, launch, require
+from common.files import is_local_name, write_folder
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(
+        prog="tools.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("run", help="folder of a run")
+    p.add_argument("--it", help="iterations of the checkpoint, or best [the newest]")
+    p.add_argument("--to", help="folder of the student [RUN/student-<iterations>]")
+    return p.parse_args(argv)
+
+
+def find_checkpoint(run, it=None):
+    """Path of a run's checkpoint. it: its iterations, "best", or None for the newest. UserError."""
+    run = Path(run)
+    paths = {iterations_of(path): path for path in list_checkpoints(run)}
+    require(paths, f"{run}: expected the folder of a run with checkpoints, found none in it")
+    if it is None:
+        return paths[max(paths)]
+    if it == "best":
+        path = best_checkpoint(run)
+        found = "none of its checkpoints was evaluated (--eval-every N)"
+        require(path is not None, f"--it best: expected an evaluated checkpoint of {run}, {found}")
+        return path
+    found = ", ".join(map(str, paths))
+    ok = str(it).isdigit() and int(it) in paths
+    require(ok, f"--it {it}: expected a checkpoint of {run}: {found} or best")
+    return paths[int(it)]
+
+
+def read_student_files(path):
+    """{path in the student's folder: contents} of a checkpoint, see common/files.py. UserError: the
+    file is damaged, of an older version, or holds what no student has."""
+    try:
+        payload = read_checkpoint(path, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: gone, the run has written newer ones; try again") from None
+    except Exception as e:  # torch raises many kinds of errors for a damaged file
+        raise UserError(f"{path}: not readable ({describe(e)})") from None
+    files = payload.get("student") if isinstance(payload, dict) else None
+    ok = isinstance(files, dict) and "distill.json" in files
+    require(ok, f"{path}: expected a checkpoint that holds its student, found one without")
+    for name, contents in files.items():
+        ok = is_local_name(name) and isinstance(contents, dict)
+        if ok and not name.endswith(".json"):
+            ok = all(torch.is_tensor(v) for v in contents.values())
+        require(ok, f"{path}: student: expected names and contents of files, found {name!r:.80}")
+    return files
+
+
+def export(run, it=None, to=None):
+    """Writes the student of a run's checkpoint. Arguments as on the command line -> its folder."""
+    path = find_checkpoint(run, it)
+    files = read_student_files(path)
+    home = Path(to or Path(run) / f"student-{iterations_of(path)}")
+    ours = (home / "distill.json").is_file() or not home.exists() or not any(home.iterdir())
+    require(ours, f"--to {home}: expected a new or empty folder, or that of a student")
+    (home / "distill.json").unlink(missing_ok=True)  # written last, see Report.export
+    write_folder(home, files)
+    return home
+
+
+def export_temporary(run, it):
+    """The same, into a folder that is deleted when the process ends -> it, and the number of
+    iterations."""
+    folder = tempfile.mkdtemp(prefix="student-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = find_checkpoint(run, it)
+    iterations = iterations_of(path)
+    return export(run, iterations, folder), iterations
+
+
+def main():
+    args = parse_args()
+    print(f"student: {export(args.run, args.it, args.to)}")
+
+
+if __name__ == "__main__":
+    launch(main)
