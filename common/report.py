@@ -5,6 +5,7 @@ import math
 import platform
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -53,7 +54,14 @@ class Report:
                 (f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", self.teacher_row),
                 (f"{run.method}, {steps}, iteration {it}", student_row),
             ]
-            save_grid(run.out / "samples" / f"{it:08d}.png", rows)
+            save_grid(run.out / "samples" / f"{it:08d}.png", rows, self.column_names(rows))
+
+    def column_names(self, rows):
+        """Names of the pictures' classes, where the teacher has labels and knows their names."""
+        names = self.teacher.evaluation.get("names", [])
+        if not names or self.teacher.prompts is not None or len(names) != self.teacher.classes:
+            return None  # of a text-to-image teacher they are the categories of its classifier
+        return [names[i % len(names)] for i in range(len(rows[0][1]))]
 
     def draw(self, model, sampler):
         """Samples of a model as uint8 pictures [n, C, H, W]; points as one picture of them all."""
@@ -178,10 +186,10 @@ def iteration_of(line):
         return math.inf
 
 
-def save_grid(path, rows):
+def save_grid(path, rows, names=None):
     """PNG of captioned rows of pictures. Small pictures are enlarged by whole pixels.
 
-    rows: list of (caption, uint8 [n, C, H, W] with C 1 or 3).
+    rows: list of (caption, uint8 [n, C, H, W] with C 1 or 3). names: of the columns, drawn below.
     """
     padding, caption_height = 2, 14
     height, width = rows[0][1].shape[-2:]
@@ -189,7 +197,9 @@ def save_grid(path, rows):
     height, width = height * scale, width * scale
     columns = max(len(pictures) for _, pictures in rows)
     row_height = height + caption_height + padding
-    size = (columns * (width + padding) + padding, len(rows) * row_height + padding)
+    names = [split_name(name, width) for name in names or []]
+    below = caption_height * max((len(lines) for lines in names), default=0)
+    size = (columns * (width + padding) + padding, len(rows) * row_height + padding + below)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for r, (caption, pictures) in enumerate(rows):
@@ -199,8 +209,17 @@ def save_grid(path, rows):
             pixels = picture.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
             image = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
             sheet.paste(image, (padding + i * (width + padding), top + caption_height))
+    for i, lines in enumerate(names):
+        place = (padding + i * (width + padding), len(rows) * row_height)
+        pen.multiline_text(place, "\n".join(lines), fill="black", spacing=1)
     with atomic(path) as f:
         sheet.save(f, "PNG")
+
+
+def split_name(name, width):
+    """A name in at most two lines that fit below a picture of this width in pixels."""
+    fits = width // 6  # letters of PIL's font
+    return textwrap.wrap(name, fits, max_lines=2, placeholder="...") or [name[:fits]]
 
 
 def hardware(device):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import report as report_module
-from common.report import Report, dumps, save_grid
+from common.report import Report, dumps, save_grid, split_name
 from common.teachers.load import load_teacher
 
 
@@ -73,6 +73,42 @@ def test_grid(tmp_path):
     assert sheet[top + 31, padding + 31].tolist() == [255, 0, 0]
     assert sheet[top + 32, padding].tolist() == [0, 0, 0]
     assert sheet[top + row, padding].tolist() == [128, 128, 128]
+
+
+def test_grid_with_names(tmp_path):
+    """The names stand below the last row, in as many lines as the longest needs."""
+    black = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    save_grid(tmp_path / "plain.png", [("a", black)])
+    save_grid(tmp_path / "named.png", [("a", black)], ["cat", "green triangle"])
+    plain, named = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("plain", "named"))
+    assert named.shape == (plain.shape[0] + 2 * 14, *plain.shape[1:])
+    assert (named[: len(plain) - 2] == plain[:-2]).all()
+    below = named[len(plain) :] < 128
+    assert below[:, :66].any() and below[:, 66:].any()
+    assert not below[14:, :66].any()  # one line below the first picture
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("cat", ["cat"]),
+        ("green triangle", ["green", "triangle"]),
+        ("a" * 15, ["a" * 10, "a" * 5]),
+        ("one two three four five six", ["one two", "three..."]),
+        (" ", [" "]),
+    ],
+)
+def test_names_in_at_most_two_lines(name, lines):
+    assert split_name(name, 64) == lines
+
+
+def test_names_below_a_runs_pictures(make_run):
+    """Picture i has class i; a toy has no names."""
+    run = make_run()
+    rows = [("x", torch.zeros(12, 1, 28, 28))]
+    assert make_report(run, None).column_names(rows) is None
+    report = Report(run, load_teacher("mnist"), None, None, {})
+    assert report.column_names(rows) == [*map(str, range(10)), "0", "1"]
 
 
 def test_strict_json():
