@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -16,6 +17,7 @@ from common.files import atomic, write_folder, write_json
 from common.folder import history, read_starts, utc_now
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
+from common.teachers.kind import lasting_name
 
 
 class Report:
@@ -134,6 +136,9 @@ class Report:
         """distill.json of the student after `it` iterations, without its network."""
         run, args = self.run, self.run.args
         flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
+        flags["teacher"] = lasting_name(args.teacher)
+        if args.prompts:
+            flags["prompts"] = os.path.abspath(args.prompts)
         training = dict(
             seconds=round(run.seconds),
             iterations=it,
@@ -149,7 +154,7 @@ class Report:
         )
         return dict(
             method=run.method,
-            teacher=args.teacher,
+            teacher=lasting_name(args.teacher),
             nfe=args.nfe,
             cfg=args.cfg,
             sampler=self.sampler,

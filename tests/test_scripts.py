@@ -537,3 +537,17 @@ def test_preset_of_the_small_text_to_image_teachers(script, teacher):
     assert args.batch == 32
     assert args.lr >= 5e-5
     assert args.cfg == 3.5 or script == "nct"
+
+
+def test_a_relative_teacher_is_found_from_elsewhere(scripts, tmp_path):
+    """distill.json keeps its absolute path."""
+    shutil.copytree(ROOT / "assets" / "toy", tmp_path / "home" / "t")
+    go = "import os; os.chdir({!r})"
+    flags = ["--teacher", "t", "--batch", 8, "--iters", 1, "--eval-n", 0, "--warmup", 0]
+    out = tmp_path / "run"
+    before = go.format(str(tmp_path / "home"))
+    scripts.run("dmd2.py", *flags, "--out", out, BEFORE=before)
+    info = read_json(out / "student" / "distill.json")
+    assert info["teacher"] == info["flags"]["teacher"] == str(tmp_path / "home" / "t")
+    elsewhere = go.format(str(tmp_path))
+    scripts.run("eval.py", out, "--n", 64, "--out", tmp_path / "e.jsonl", BEFORE=elsewhere)

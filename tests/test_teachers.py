@@ -4,6 +4,8 @@ test_teachers_class.py, what only flow transformers and videos have in test_teac
 
 import gc
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -432,3 +434,42 @@ def test_text_encoders_are_freed(folders):
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, CLIPTextModel)]
     assert model.table.parts
+
+
+# ---- which of two teachers a name means ----------------------------------------------------------
+
+
+def test_a_folder_with_the_name_of_a_teacher_of_the_hub(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders("sd15"), "sdxl")
+    lines = []
+    options = dict(prompts=["a"], cache=tmp_path / "cache", say=lines.append)
+    assert isinstance(load_teacher("sdxl", text=options), SD15)
+    assert lines[0] == (
+        f"--teacher sdxl: the folder {tmp_path}/sdxl, "
+        "not stabilityai/stable-diffusion-xl-base-1.0 of the hub"
+    )
+    Path("sd15").mkdir()
+    with pytest.raises(UserError, match="no teacher.json in it; it hides the hub's: .* stable-"):
+        load_teacher("sd15", text=options)
+
+
+def test_a_folder_with_the_name_of_an_embedded_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("toy").mkdir()
+    lines = []
+    assert load_teacher("toy", text=dict(say=lines.append)).adapter == "toy"
+    expected = (
+        f"--teacher toy: the one of this repository; ./toy would be the folder {tmp_path}/toy"
+    )
+    assert lines == [expected]
+    with pytest.raises(UserError, match=r"--teacher \./toy: expected a teacher folder"):
+        load_teacher("./toy")
+
+
+def test_a_name_that_means_one_teacher_needs_no_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    load_teacher("toy", text=dict(say=lines.append))
+    load_teacher(str(loader.ROOT / "assets" / "toy"), text=dict(say=lines.append))
+    assert lines == []

@@ -61,6 +61,26 @@ def teacher_kind(name):
     raise no_such_teacher(name)
 
 
+def which_is_taken(name):
+    """A line that says which of two teachers a name means; None where there is only one."""
+    if not os.path.isdir(name):
+        return None
+    here = os.path.abspath(name)
+    if name in EMBEDDED:
+        return f"--teacher {name}: the one of this repository; ./{name} would be the folder {here}"
+    repository = HUB.get(name, name)
+    if repository in HUB.values():
+        return f"--teacher {name}: the folder {here}, not {repository} of the hub"
+    return None
+
+
+def lasting_name(name):
+    """--teacher as records keep it: the absolute path of a folder, any other name as it is."""
+    if name in EMBEDDED or not os.path.isdir(name):
+        return name
+    return os.path.abspath(name)
+
+
 def no_such_teacher(name):
     known = [*EMBEDDED, *HUB]
     return UserError(
@@ -142,6 +162,8 @@ def no_teacher_in(name, folder):
     found = "no teacher.json in it"
     if (folder / "distill.json").is_file():
         found = "it is a student of this project; give its teacher"
+    elif name in HUB:
+        found += f"; it hides the hub's: for that give --teacher {HUB[name]}"
     return UserError(
         f"--teacher {name}: expected a teacher folder (teacher.json, or model_index.json of a "
         f"diffusers pipeline), found: {found}"

@@ -42,7 +42,12 @@ from common.teachers.formats import (
 )
 from common.teachers.hub import HUB, download, is_hub_name
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
-from common.teachers.kind import EMBEDDED, no_such_teacher, no_teacher_in
+from common.teachers.kind import (
+    EMBEDDED,
+    no_such_teacher,
+    no_teacher_in,
+    which_is_taken,
+)
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
 from common.teachers.toy import Toy
@@ -74,6 +79,9 @@ def load_teacher(
     """
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     options = text or {}
+    taken = which_is_taken(name)
+    if taken:
+        options.get("say", print)(taken)
     if os.path.isdir(folder):  # unlike Path.is_dir, False also for a name that no file can have
         if not (folder / "model_index.json").is_file():
             return load_own_teacher(name, folder, device, dtype, options, budget, place)
