@@ -2,13 +2,15 @@
 
 import zipfile
 import zlib
+from collections import Counter
 
 import numpy as np
 import torch
 
+from common.class_folders import class_folders
 from common.errors import UserError
 from common.files import check_npz_size
-from common.image_folder import SUFFIXES, class_folders, read_images
+from common.image_file import SUFFIXES, describe_notes, read_images
 from common.rng import derive_seed
 
 TOY_SAMPLES = 20_000  # points that stand for the data set of the toy teachers
@@ -35,12 +37,15 @@ class Images:
     images: uint8 [N, C, H, W], or latents, which teacher.encode_images returns unchanged.
     labels: int64 [N], which teacher.encode turns into conditions; rows of its table for captions.
     names: of the classes; [] for captions.
+    captions: int64 [N], how many an image has: the rows from its label on, one after the other in
+    successive epochs. None: one each.
     """
 
-    def __init__(self, images, labels, names):
+    def __init__(self, images, labels, names, captions=None):
         self.images = images
         self.labels = labels
         self.names = names
+        self.captions = captions
         self.permutation = None
         self.permutation_key = None
 
@@ -60,7 +65,10 @@ class Images:
         for epoch in epochs.unique().tolist():
             rows = epochs == epoch
             index[rows] = self.order(epoch, seed)[position[rows] % len(self)]
-        return self.images[index], self.labels[index]
+        labels = self.labels[index]
+        if self.captions is not None:
+            labels = labels + epochs % self.captions[index]
+        return self.images[index], labels
 
     def samples(self, run, teacher, it):
         """Clean samples and conditions of this process in iteration `it`, on its device."""
@@ -82,7 +90,8 @@ class Images:
             rows = torch.isin(self.labels, labels)
         else:
             rows = torch.arange(len(self)) % n == k
-        return Images(self.images[rows], self.labels[rows], self.names)
+        captions = None if self.captions is None else self.captions[rows]
+        return Images(self.images[rows], self.labels[rows], self.names, captions)
 
 
 def load_images(data, teacher, say=print):
@@ -91,12 +100,12 @@ def load_images(data, teacher, say=print):
     say(line) reports what was read and skipped. UserError: no images, or of another size or number
     of classes than the teacher's.
     """
+    if data and teacher.adapter == "toy":
+        raise UserError(f"--data {data}: this teacher's samples are points; leave the flag out")
     if data and teacher.vae is not None:
         return teacher.load_image_folder(data, say)
     if data:
-        images = load_folder(data, teacher.shape[0], teacher.shape[-1], say)
-        check_classes(data, images.names, teacher)
-        return images
+        return load_folder(data, teacher.shape[0], teacher.shape[-1], say, teacher)
     if teacher.adapter == "toy":
         return toy_images(teacher)
     if not teacher.evaluation.get("images"):
@@ -107,29 +116,25 @@ def load_images(data, teacher, say=print):
     return shipped_images(teacher)
 
 
-def load_folder(folder, channels, size, say=print):
-    """Images below a folder: a subfolder per class, or no subfolders and one class.
+def load_folder(folder, channels, size, say=print, teacher=None):
+    """Images below a folder, a subfolder per class. Unreadable files are named and skipped.
 
-    Labels follow the sorted names of the subfolders. Unreadable files are named and skipped.
+    teacher: labels are those of its classes (class_folders); None: the subfolders are numbered.
     """
-    files, labels, names = class_folders(folder)
-    images, places = read_images(files, channels, size, say)
+    notes = Counter()
+    files, labels, names = class_folders(folder, teacher, say, notes)
+    images, places = read_images(files, channels, size, say, notes)
     if not images:
         raise UserError(
             f"--data {folder}: expected images ({', '.join(SUFFIXES)}), "
             f"found none readable ({len(files)} skipped)"
         )
-    say(f"{folder}: {len(images)} images, {len(names)} classes, {len(files) - len(images)} skipped")
+    skipped = len(files) - len(images)
+    say(
+        f"{folder}: {len(images)} images, {len(names)} classes, {skipped} skipped"
+        f"{describe_notes(notes)}"
+    )
     return Images(torch.stack(images), labels[places], names)
-
-
-def check_classes(folder, names, teacher):
-    """UserError if a folder has more classes than the teacher."""
-    if len(names) > teacher.classes:
-        raise UserError(
-            f"--data {folder}: expected at most {teacher.classes} class subfolders for this "
-            f"teacher, found {len(names)}"
-        )
 
 
 def toy_images(teacher):
@@ -143,7 +148,7 @@ def toy_images(teacher):
 def shipped_images(teacher):
     """The images in the teacher's folder."""
     path = teacher.folder / teacher.evaluation["images"]
-    images = load_npz(path)
+    images = load_npz(path, teacher.classes)
     shape = tuple(images.images.shape[1:])
     if shape != tuple(teacher.image_shape) or len(images.names) > teacher.classes:
         raise UserError(
@@ -153,8 +158,11 @@ def shipped_images(teacher):
     return images
 
 
-def load_npz(path):
-    """Images from an .npz with arrays images uint8 [N, H, W] or [N, H, W, C], labels int [N]."""
+def load_npz(path, classes=0):
+    """Images from an .npz with arrays images uint8 [N, H, W] or [N, H, W, C], labels int [N].
+
+    classes: of the teacher, so that a type too small for them is refused: labels have wrapped.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             check_npz_size(archive)
@@ -171,6 +179,11 @@ def load_npz(path):
         raise UserError(
             f"{path}: expected images uint8 [N, H, W, C] and labels int [N] >= 0, "
             f"found {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
+    if classes - 1 > np.iinfo(labels.dtype).max:
+        raise UserError(
+            f"{path}: expected labels that can count {classes} classes, found {labels.dtype}, where "
+            "those above begin again at 0; write the file again"
         )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     names = [str(i) for i in range(int(labels.max()) + 1)]

@@ -1,75 +1,22 @@
 """Image and caption files of a folder.
 
-The folder may come from somebody else: nothing outside it is read, whatever its names and links
-say, and no file is decoded by a format that can run programs.
+The folder may come from somebody else: no file is decoded by a format that can run programs, and
+names with ".." or of other places are refused. Links are followed, since a folder of links is the
+usual way to make a subset; they are counted and said. See docs/data.md.
 """
 
 import json
 import os
-import warnings
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from common.errors import UserError
+from common.image_file import NOT_READ, SUFFIXES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LONGEST = 4000  # characters of a prompt or caption; text encoders read a few hundred tokens
 
-
-# ---- images --------------------------------------------------------------------------------------
-
-
-def read_image(path, channels, size=None):
-    """An image file as uint8 [C, h, w].
-
-    channels: 1 (grey) or 3 (RGB). size: height and width, or one number for both; the middle of the
-    image is cut to this format and resized (Lanczos). None: all of the image at its own size.
-    ValueError: not an image that pillow accepts.
-    """
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        # by default pillow only warns of a decompression bomb below twice its limit
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            # other formats run programs (EPS) or are rare
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
-                image = image.convert("L" if channels == 1 else "RGB")
-        except Exception as e:  # pillow raises many types for damaged files
-            raise ValueError(f"{type(e).__name__}: {e}") from None
-    if size is not None:
-        h, w = (size, size) if isinstance(size, int) else size
-        # crop and resize in one step: a strip of 1 x 80,000,000 pixels must not be enlarged first
-        image = image.resize((w, h), Image.LANCZOS, box=middle(image.width, image.height, w, h))
-    pixels = np.array(image, dtype=np.uint8).reshape(image.height, image.width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def middle(width, height, w, h):
-    """Box (left, top, right, bottom) of the largest centred part with the aspect ratio w : h."""
-    scale = min(width / w, height / h)
-    box_width = max(round(scale * w), 1)
-    box_height = max(round(scale * h), 1)
-    left = (width - box_width) // 2
-    top = (height - box_height) // 2
-    return left, top, left + box_width, top + box_height
-
-
-def read_images(files, channels, size, say):
-    """Readable images as a list of uint8 [C, h, w], and their places in `files`.
-
-    say(line) names the files that are skipped because they are not readable.
-    """
-    images, places = [], []
-    for i, path in enumerate(files):
-        try:
-            images.append(read_image(path, channels, size))
-            places.append(i)
-        except ValueError as e:
-            say(f"skipped {path}: not readable as an image ({str(e)[:100]})")
-    return images, places
+# Folders of operating systems and tools, beside those whose names begin with a dot
+JUNK = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -83,61 +30,73 @@ def existing_folder(folder, flag="--data"):
     return path
 
 
-def image_files(folder):
-    """Image files below a folder, sorted. Hidden files and folders are left out."""
+def is_junk(name):
+    """True for hidden files and folders (._x.png, .thumbnails), and for those in JUNK."""
+    return name.startswith(".") or name.lower() in JUNK
 
-    def is_hidden(path):
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
+def image_files(folder, notes=None, root=None):
+    """Image files below a folder, sorted. Junk is left out, links to folders are not followed.
+
+    notes, root: see `is_image`; root is the folder itself if it is None.
+    """
+    notes = Counter() if notes is None else notes
+    root = root or trusted_root(folder)
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not is_hidden(path)
+        if not any(is_junk(part) for part in path.relative_to(folder).parts)
+        and is_image(path, notes, root)
     )
 
 
-def check_inside(folder, path, where):
-    """The path, if it lies in the folder even after its links are followed; else UserError."""
-    try:
-        is_plain = ".." not in path.relative_to(folder).parts
-        if is_plain and path.resolve().is_relative_to(folder.resolve()):
-            return path
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
-        pass
-    raise UserError(
-        f"--data {folder}: {where}: expected a file in this folder, "
-        f"found a way out of it: {str(path)[:100]!r}"
-    )
+def is_image(path, notes, root):
+    """True for the name of an image file.
 
-
-def class_folders(folder):
-    """Image files, their labels int64 [N], and the names of the classes.
-
-    One subfolder per class, sorted by name; without subfolders the folder is one class.
+    notes: Counter of what should be said: formats that are not read, and links to folders or to
+    files outside of `root`.
     """
-    folder = existing_folder(folder)
-    classes = sorted(
-        check_inside(folder, path, "class")
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-    )
-    classes = classes or [folder]
-    files, labels = [], []
-    for label, class_folder in enumerate(classes):
-        for path in image_files(class_folder):
-            files.append(check_inside(folder, path, "image"))
-            labels.append(label)
-    return files, torch.tensor(labels, dtype=torch.int64), [path.name for path in classes]
+    suffix = path.suffix.lower()
+    if suffix in NOT_READ:
+        notes[f"left out ({suffix} is not read)"] += 1
+    if suffix not in SUFFIXES:
+        if path.is_symlink() and path.is_dir():
+            notes["links to folders left out"] += 1
+        return False
+    if path.is_symlink() and not is_inside(path, root):
+        notes["links to other folders"] += 1
+    return True
+
+
+def trusted_root(folder):
+    """Where links may lead without being counted: the folder; in the hub's cache, the repository.
+
+    The cache keeps files in REPOSITORY/blobs and links to them in REPOSITORY/snapshots/REVISION.
+    """
+    folder = folder.resolve()
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots":
+            return parent.parent
+    return folder
+
+
+def is_inside(path, root):
+    """True if a path lies in the folder `root` after all links. root: without links in it."""
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+        return False
 
 
 # ---- captions ------------------------------------------------------------------------------------
 
 
 def read_captions(folder):
-    """List of (image file, caption).
+    """List of (image file, its captions: list of str, at least one).
 
     Captions stand in metadata.jsonl, in lines with file_name and text (the imagefolder format of
-    Hugging Face), or in a .txt file of the same name for each image.
+    Hugging Face), or in a .txt file of the same name for each image. An image may have several: a
+    list as text, or one a line in the .txt.
     """
     folder = existing_folder(folder)
     table = folder / "metadata.jsonl"
@@ -154,24 +113,44 @@ def read_table(folder, table):
         if not line.strip():
             continue
         where = f"{table}: line {i}"
+        name, texts = parse_entry(line, where)
+        path = folder / name
         try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (ValueError, RecursionError, TypeError, KeyError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
+            is_below = ".." not in path.relative_to(folder).parts
+        except ValueError:  # an absolute path
+            is_below = False
+        if not is_below:
             raise UserError(
-                f"--data {where}: expected a JSON object with file_name and text, both text"
+                f"--data {where}: expected a file in this folder, "
+                f"found a way out of it: {name[:100]!r}"
             )
-        path = check_inside(folder, folder / name, f"{table.name}: line {i}")
         if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
             raise UserError(f"--data {where}: no such file: {name[:100]!r}")
-        captions.append((path, clean_caption(text.encode("utf-8", "surrogatepass"), where)))
+        texts = [clean_caption(text.encode("utf-8", "surrogatepass"), where) for text in texts]
+        captions.append((path, texts))
     return captions
 
 
+def parse_entry(line, where):
+    """file_name (str) and text (list of str) of a line of metadata.jsonl."""
+    try:
+        entry = json.loads(line)
+        name, texts = entry["file_name"], entry["text"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        name = texts = None
+    if isinstance(texts, str):
+        texts = [texts]
+    are_texts = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    if not isinstance(name, str) or not are_texts:
+        raise UserError(
+            f"--data {where}: expected a JSON object with file_name and text, both text "
+            "(or a list of texts)"
+        )
+    return name, texts
+
+
 def read_text_files(folder):
-    images = [check_inside(folder, path, "image") for path in image_files(folder)]
+    images = image_files(folder)
     missing = [path for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise UserError(
@@ -183,13 +162,20 @@ def read_text_files(folder):
     for image in images:
         path = image.with_suffix(".txt")
         text = b"".join(read_lines(folder, path, 4 * LONGEST, whole=True))
-        captions.append((image, clean_caption(text, path)))
+        lines = [line for line in text.splitlines() if line.strip()] or [b""]
+        captions.append((image, [clean_caption(line, path) for line in lines]))
     return captions
 
 
 def read_lines(folder, path, limit, whole=False):
     """Lines of a file, or the whole file, as bytes. A longer one than limit is never read whole."""
-    check_inside(folder, path, path.name)
+    # A link in somebody's folder must not make a caption of any file of this machine
+    target = path.resolve()
+    if target.suffix != path.suffix and not is_inside(path, trusted_root(folder)):
+        raise UserError(
+            f"--data {path}: expected a file in this folder or a link to a {path.suffix} file, "
+            f"found a link to {str(target)[:100]!r}"
+        )
     try:
         with open(path, "rb") as f:
             read = f.read if whole else f.readline

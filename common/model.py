@@ -127,6 +127,10 @@ class Model(nn.Module):
         """uint8 images [n, C, H, W] -> samples [n, *shape]: inverse of decode, up to rounding."""
         raise NotImplementedError
 
+    def class_names(self):
+        """Names of each class, lists of str; [] if they are not known. For folders of --data."""
+        return [[name] for name in self.evaluation.get("names", [])]
+
     def to_pictures(self, x):
         """Samples [n, *shape] -> uint8 images for a grid of pictures, usually one a sample."""
         return self.decode(x)

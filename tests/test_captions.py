@@ -14,7 +14,8 @@ from PIL import Image
 
 from common.data import Images, load_images
 from common.errors import UserError
-from common.image_folder import LONGEST, read_captions, read_image
+from common.image_file import read_image
+from common.image_folder import LONGEST, read_captions
 from common.teachers import latents, prompts
 from common.teachers.latents import Shards
 from common.teachers.load import load_model, load_pipeline
@@ -38,14 +39,15 @@ def test_text_files(tmp_path):
     write_captioned(tmp_path)
     draw(tmp_path / ".trash" / "9.png")
     draw(tmp_path / "deep" / "._3.png")
-    (tmp_path / "0.txt").write_bytes("\ufeffzwei  Zeilen\r\nmit Ümlaut \n".encode())
-    found = [(str(path.relative_to(tmp_path)), text) for path, text in read_captions(tmp_path)]
+    (tmp_path / "0.txt").write_bytes("\ufeffzwei  Zeilen\r\n\r\n mit Ümlaut \n".encode())
+    (tmp_path / "2.txt").write_text("")
+    found = [(str(path.relative_to(tmp_path)), texts) for path, texts in read_captions(tmp_path)]
     assert found == [
-        ("0.jpg", "zwei Zeilen mit Ümlaut"),
-        ("2.jpg", "word 2"),
-        ("4.jpg", "word 4"),
-        ("deep/1.png", "word 1"),
-        ("deep/3.png", "word 3"),
+        ("0.jpg", ["zwei Zeilen", "mit Ümlaut"]),
+        ("2.jpg", [""]),
+        ("4.jpg", ["word 4"]),
+        ("deep/1.png", ["word 1"]),
+        ("deep/3.png", ["word 3"]),
     ]
 
 
@@ -54,9 +56,10 @@ def test_metadata(tmp_path):
     write_captioned(tmp_path)
     first = dict(file_name="deep/3.png", text=" three\n", size=3)
     second = dict(file_name="0.jpg", text="")
-    write_metadata(tmp_path, first, "", second)
-    found = [(path.name, text) for path, text in read_captions(str(tmp_path))]
-    assert found == [("3.png", "three"), ("0.jpg", "")]
+    third = dict(file_name="2.jpg", text=["two", " zwei"])
+    write_metadata(tmp_path, first, "", second, third)
+    found = [(path.name, texts) for path, texts in read_captions(str(tmp_path))]
+    assert found == [("3.png", ["three"]), ("0.jpg", [""]), ("2.jpg", ["two", "zwei"])]
 
 
 NOT_AN_ENTRY = "line 2: expected a JSON object with file_name and text"
@@ -68,15 +71,15 @@ BAD_LINES = [  # line 2 of metadata.jsonl, what the message must say
     (dict(file_name="0.jpg"), NOT_AN_ENTRY),
     (dict(file_name="0.jpg", text=None), NOT_AN_ENTRY),
     (dict(file_name=["0.jpg"], text="x"), NOT_AN_ENTRY),
+    (dict(file_name="0.jpg", text=[]), NOT_AN_ENTRY),
+    (dict(file_name="0.jpg", text=["x", 1]), NOT_AN_ENTRY),
     (dict(file_name="none.jpg", text="x"), "line 2: no such file: 'none.jpg'"),
     (dict(file_name="deep", text="x"), "line 2: no such file"),
     (dict(file_name="../secret.jpg", text="x"), WAY_OUT),
     (dict(file_name="deep/../../secret.jpg", text="x"), WAY_OUT),
     (dict(file_name="{tmp}/secret.jpg", text="x"), WAY_OUT),
-    (dict(file_name="out.jpg", text="x"), WAY_OUT),
-    (dict(file_name="away/secret.jpg", text="x"), WAY_OUT),
     (dict(file_name="loop.jpg", text="x"), "line 2: "),
-    (dict(file_name="a\0b", text="x"), WAY_OUT),
+    (dict(file_name="a\0b", text="x"), "line 2: no such file"),
     (dict(file_name="\ud800", text="x"), "line 2: "),
     (dict(file_name="x" * 300, text="x"), "line 2: "),
     (dict(file_name="0.jpg", text="\ud800"), "line 2: expected UTF-8 text"),
@@ -94,8 +97,6 @@ def test_bad_metadata(line, says, tmp_path, monkeypatch):
     home = write_captioned(tmp_path / "set", 1)
     (home / "deep").mkdir(exist_ok=True)
     draw(tmp_path / "secret.jpg")
-    (home / "out.jpg").symlink_to(tmp_path / "secret.jpg")
-    (home / "away").symlink_to(tmp_path)
     (home / "loop.jpg").symlink_to(home / "loop.jpg")
     if isinstance(line, dict) and isinstance(line.get("file_name"), str):
         line = dict(line, file_name=line["file_name"].replace("{tmp}", str(tmp_path)))
@@ -105,6 +106,27 @@ def test_bad_metadata(line, says, tmp_path, monkeypatch):
         read_captions(home)
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 700
+
+
+def test_links_to_images_and_captions(tmp_path):
+    """A farm of links, as people make subsets; and the hub's cache, whose files have no suffix."""
+    source = write_captioned(tmp_path / "source", 1)
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for name in ("0.jpg", "0.txt"):
+        (farm / name).symlink_to(source / name)
+    assert read_captions(farm) == [(farm / "0.jpg", ["word 0"])]
+    write_metadata(farm, dict(file_name="0.jpg", text="linked"))
+    assert read_captions(farm) == [(farm / "0.jpg", ["linked"])]
+
+    snapshot = tmp_path / "datasets--x--y" / "snapshots" / "0123"
+    blobs = tmp_path / "datasets--x--y" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for name in ("0.jpg", "0.txt"):
+        (blobs / f"hash-of-{name[2:]}").write_bytes((source / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/hash-of-{name[2:]}")
+    assert read_captions(snapshot) == [(snapshot / "0.jpg", ["word 0"])]
 
 
 def test_missing_captions_are_counted(tmp_path):
@@ -131,9 +153,11 @@ BAD_FILES = [  # what is done to a folder (and a file outside of it), what the m
         lambda home, out: (home / "0.txt").write_bytes(b"y\n" * 9000),
         "0.txt: expected captions of at most",
     ),
-    (lambda home, out: replace_by_link(home / "0.txt", out), "0.txt: .*a way out"),
-    (lambda home, out: (home / "z.png").symlink_to(out), "image: .*a way out"),
-    (lambda home, out: (home / "metadata.jsonl").symlink_to(out), "metadata.jsonl: .*a way out"),
+    (
+        lambda home, out: replace_by_link(home / "0.txt", out),
+        "0.txt: .*found a link to '.*outside'",
+    ),
+    (lambda home, out: (home / "metadata.jsonl").symlink_to(out), "metadata.jsonl: .*found a link"),
 ]
 
 
@@ -157,14 +181,6 @@ def test_no_images_with_captions(with_table, tmp_path):
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="expected a folder of images, found nothing"):
         read_captions(tmp_path / "none")
-
-
-def test_only_formats_of_images(tmp_path):
-    """A PostScript file would start a program."""
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
-    (tmp_path / "x.png").write_bytes(program)
-    with pytest.raises(ValueError, match="UnidentifiedImageError"):
-        read_image(tmp_path / "x.png", 3, 8)
 
 
 # ---- latents and embeddings ----------------------------------------------------------------------
@@ -211,7 +227,7 @@ def test_latents_and_captions(name, folders, damaged_set, tmp_path, monkeypatch)
     first = int(labels.min()) - 1  # row of the damaged image's caption
     files = dict(enumerate(read_captions(damaged_set), first))
     for i, label in enumerate(labels.tolist()):
-        path, text = files[label]
+        path, (text,) = files[label]
         pixels = read_image(path, 3, model.image_shape[-1])[None]
         assert torch.allclose(x[i], model.encode_images(pixels)[0], atol=1e-5), path
         with torch.no_grad():
@@ -221,6 +237,49 @@ def test_latents_and_captions(name, folders, damaged_set, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
+def test_several_captions(folders, tmp_path):
+    """Of each image one in an epoch, in turn; the embedding is that of the caption."""
+    home = write_captioned(tmp_path / "set", 3)
+    (home / "0.txt").write_text("one\ntwo\n\nthree\n")
+    model, lines = load(folders, "sd15", home, tmp_path / "cache"), []
+    images = load_images(str(home), model, lines.append)
+    assert "3 images, with 5 captions, of each image one in every epoch" in lines[-1]
+    texts = [text for _, own in read_captions(home) for text in own]
+    assert texts == ["one", "two", "three", "word 2", "word 1"]
+    drawn = [{texts[label - 3] for label in images.batch(it, 3)[1].tolist()} for it in range(4)]
+    other = {"word 1", "word 2"}
+    assert drawn == [other | {"one"}, other | {"two"}, other | {"three"}, other | {"one"}]
+
+    x, labels = images.batch(1, 3)
+    i = texts.index("two") + 3
+    pixels = read_image(home / "0.jpg", 3, model.image_shape[-1])[None]
+    assert torch.allclose(x[labels == i], model.encode_images(pixels), atol=1e-5)
+    with torch.no_grad():
+        expected = SD15.embed(SD15.text_pipeline(folders("sd15"), torch.float32), ["two"])
+    for key, value in expected.items():
+        assert torch.allclose(model.encode([i])[key].float(), value[:1].float(), atol=1e-5), key
+    assert images.part(None, 0, 2).captions.tolist() == [3, 1]  # every second image, from the first
+
+
+def test_notes_are_kept_with_the_latents(folders, tmp_path, monkeypatch):
+    """What was converted is said again when the latents come from the cache."""
+    monkeypatch.setattr(latents, "SHARD", 2)
+    home = write_captioned(tmp_path / "set", 3)
+    (home / "photo.heic").write_bytes(b"x")
+    for name in ("0.jpg", "2.jpg"):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        with Image.open(home / name) as image:
+            image.save(home / name, exif=exif)
+    model = load(folders, "sd15", home, tmp_path / "cache")
+    for _ in range(2):
+        lines = []
+        load_images(str(home), model, lines.append)
+        assert "turned by EXIF orientation: 2" in lines[-1]
+        assert "left out (.heic is not read): 1" in lines[-1]
+        assert "Lanczos" in lines[-1]
+
+
 def test_captions_leave_the_prompts_as_they_are(name, folders, damaged_set, tmp_path):
     model = load(folders, name, damaged_set, tmp_path / "cache")
     plain = load(folders, name, None, tmp_path / "cache")
@@ -334,7 +393,7 @@ def test_a_folder_of_bombs(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="expected images .* found none readable .1 skipped."):
         load_images(str(home), model, lines.append)
-    assert any("DecompressionBomb" in line for line in lines)
+    assert any("over 1,000 pixels" in line for line in lines)
 
 
 def test_an_interrupted_encoding_goes_on(folders, tmp_path, monkeypatch):

@@ -520,7 +520,7 @@ def test_images_with_captions_for_losses_that_need_them(source, tmp_path, data):
     found = read_captions(tmp_path / "images")
     index = [int(path.stem) for path, _ in found]
     assert index == reference_indices(data).tolist()
-    for i, (path, caption) in zip(index, found):
+    for i, (path, (caption,)) in zip(index, found):
         assert any(phrase in caption for phrase in data.phrases[i])
         assert all(tone in caption for tone in data.skin_tones[i])
         assert np.array_equal(np.asarray(Image.open(path)), data.images[i].permute(1, 2, 0))

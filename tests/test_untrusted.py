@@ -25,7 +25,7 @@ from common import data, fid
 from common.errors import RunError, UserError, explain_fault
 from common.features import ClassifierExtractor
 from common.files import ROOT, WEIGHTS
-from common.image_folder import read_image
+from common.image_file import read_image
 from common.model import EXTRAS
 from common.teachers.formats import check_evaluation
 from common.teachers.imagenet import read_checkpoint
@@ -536,7 +536,7 @@ def test_names_that_are_no_text(scripts, tmp_path):
     """A file's name need not be UTF-8. To print it must not end the run."""
     (tmp_path / "set" / "0").mkdir(parents=True)
     open(os.fsencode(tmp_path / "set" / "0") + b"/\xff.png", "w").close()
-    flags = ["--teacher", "toy", "--gan", "--data", tmp_path / "set", "--batch", 8, "--smoke"]
+    flags = ["--teacher", "mnist", "--gan", "--data", tmp_path / "set", "--batch", 8, "--smoke"]
     flags += ["--out", tmp_path / "run"]
     p = scripts.run("dmd2.py", *flags, code=2, PYTHONIOENCODING="utf-8")
     assert "Traceback" not in p.err

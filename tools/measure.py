@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from common.distributed import gather_rows, on_all_ranks
 from common.errors import UserError
-from common.image_folder import SUFFIXES, existing_folder, image_files, read_image
+from common.image_file import SUFFIXES, read_image
+from common.image_folder import existing_folder, image_files
 from common.metrics import hash_images
 from common.passes import PassCounter
 from common.sampling import generate

@@ -38,16 +38,16 @@ the embedding table is its transposed weight, and the null label is a row of zer
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from common import schedules
-from common.data import check_classes
+from common.class_folders import class_folders, read_synonyms
 from common.errors import UserError, describe
-from common.files import load_errors
-from common.image_folder import class_folders
+from common.files import load_errors, read_json
 from common.model import Model
 from common.schema import check
 from common.teachers.dit import DiT
@@ -106,9 +106,16 @@ class ClassDiT(Pipeline, DiT):
 
     def load_image_folder(self, folder, say=print):
         """--data FOLDER -> Images of latents, one subfolder per class."""
-        files, labels, names = class_folders(folder)
-        check_classes(folder, names, self)
-        return load_latents(folder, self, files, labels, names, say)
+        notes = Counter()
+        files, labels, names = class_folders(folder, self, say, notes)
+        return load_latents(folder, self, files, labels, names, say, notes=notes)
+
+    def class_names(self):
+        """Names of teacher.json, or those that DiT's pipeline has in model_index.json."""
+        path = self.folder / "model_index.json"
+        if self.evaluation.get("names") or not path.is_file():
+            return super().class_names()
+        return read_synonyms(read_json(path).get("id2label"), self.classes, path)
 
     def predict(self, x, t, cond):
         return self.call(x, t / self.schedule.T if self.dense else t, cond)

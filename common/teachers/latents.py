@@ -5,21 +5,23 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common.data import Images
 from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
 from common.errors import UserError, first_line, require
 from common.files import ROOT, atomic
-from common.image_folder import SUFFIXES, read_images
+from common.image_file import SUFFIXES, describe_notes, read_images
 from common.memory import format_bytes
 from common.teachers.prompts import SHARD, stamp_files, wait_until_visible
 
 BATCH = 16  # images that are read and encoded together
+READER = 2  # grows when read_image reads a file differently: older latents are made again
 
 
 class Shards:
@@ -44,11 +46,12 @@ class Shards:
         return torch.stack(rows) if rows else self.parts[0][:0]
 
 
-def load_latents(folder, teacher, files, labels, names, say=print):
+def load_latents(folder, teacher, files, labels, names, say=print, captions=None, notes=None):
     """Encodes image files by the teacher's VAE, or reads their latents from the cache -> Images.
 
     All processes call this and share the encoding. Unreadable images are named and left out.
-    folder: of --data; labels: int64 [n], one per file; names: of the classes, [] for captions.
+    folder: of --data; labels: int64 [n], one per file; names: of the classes, [] for captions;
+    captions: int64 [n], how many each has, or None; notes: Counter of what is said of the folder.
     UserError: a teacher of videos, no readable image, a cache that cannot be written or read.
     """
     if len(teacher.shape) == 4 and teacher.shape[1] > 1:
@@ -65,15 +68,19 @@ def load_latents(folder, teacher, files, labels, names, say=print):
     say(f"latents: {len(files)} images, {done} {home}")
     run_in_step(write_parts(paths, missing[rank::world], teacher, files, say), count, "image")
     on_all_ranks(lambda: wait_until_visible(home, paths), world)
-    latents, kept_labels = read_cache(paths, labels) if paths else ([], [])
-    if not len(kept_labels):
+    latents, kept, found = read_cache(paths) if paths else ([], [], Counter())
+    if not len(kept):
         raise UserError(
             f"--data {folder}: expected images ({', '.join(SUFFIXES)}), "
             f"found none readable ({len(files)} skipped)"
         )
-    images = Images(latents, kept_labels, names)
-    classes = f"{len(names)} classes" if names else "with captions"
-    say(f"{folder}: {len(images)} images, {classes}, {len(files) - len(images)} skipped")
+    images = Images(latents, labels[kept], names, None if captions is None else captions[kept])
+    kind = f"{len(names)} classes" if names else "with captions"
+    if captions is not None and captions.max() > 1:
+        kind = f"with {int(images.captions.sum())} captions, of each image one in every epoch"
+    skipped = len(files) - len(images)
+    found.update(notes or {})
+    say(f"{folder}: {len(images)} images, {kind}, {skipped} skipped{describe_notes(found)}")
     return images
 
 
@@ -118,6 +125,7 @@ def cache_folder(folder, teacher, files):
     """Folder of these latents. Its name changes when the images, the VAE or the format do."""
     vae_files = sorted(p for p in teacher.vae_folder.glob("*") if p.is_file())
     key = [
+        READER,
         str(teacher.folder),
         stamp_files(vae_files, teacher.vae_folder),
         str(teacher.vae.dtype),
@@ -144,17 +152,18 @@ def write_shard(path, teacher, files, first, say):
     """
     latents = [torch.zeros(0, *teacher.shape)]
     kept = []
+    notes = Counter()
     last = min(first + SHARD, len(files))
     for start in range(first, last, BATCH):
         batch = files[start : min(start + BATCH, last)]
-        images, readable = read_images(batch, 3, teacher.image_shape[-2:], say)
+        images, readable = read_images(batch, 3, teacher.image_shape[-2:], say, notes)
         kept += [start + i for i in readable]
         if images:
             latents.append(encode(teacher, images))
         yield len(batch)
     tensors = dict(latents=torch.cat(latents), kept=torch.tensor(kept, dtype=torch.int64))
     with atomic(path) as f:
-        save_file(tensors, f.name)
+        save_file(tensors, f.name, metadata={name: str(n) for name, n in notes.items()})
 
 
 def encode(teacher, images):
@@ -165,13 +174,18 @@ def encode(teacher, images):
     return teacher.encode_images(pixels).float().cpu()
 
 
-def read_cache(paths, labels):
-    """-> latents as Shards, the labels of the images that were readable. labels: of all files."""
+def read_cache(paths):
+    """-> latents as Shards, the numbers of the readable images, the notes of their reading."""
+    latents, kept, notes = [], [], Counter()
     try:
-        parts = [load_file(path) for path in paths]
-        kept = torch.cat([part["kept"] for part in parts])
-        return Shards([part["latents"] for part in parts]), labels[kept]
-    except (OSError, SafetensorError, KeyError, IndexError) as e:
+        for path in paths:
+            part = load_file(path)
+            latents.append(part["latents"])
+            kept.append(part["kept"])
+            with safe_open(path, "pt") as f:
+                notes.update({name: int(n) for name, n in (f.metadata() or {}).items()})
+        return Shards(latents), torch.cat(kept), notes
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as e:
         raise UserError(
             f"--cache-prompts {paths[0].parent}: expected latents of the images there, "
             f"found: {first_line(e)}; delete it to encode again"

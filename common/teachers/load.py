@@ -171,7 +171,7 @@ def load_pipeline(
         options = (device, dtype, cache, say)
         table = embed_prompts(cls, folder, prompts, *options)
         if captions:
-            texts = [text for _, text in captions]
+            texts = [text for _, own in captions for text in own]
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
@@ -180,13 +180,13 @@ def load_pipeline(
             model.guidance = guidance
         model.attach(folder, table, prompts)
         model.cache = cache
-        model.captioned = ([path for path, _ in captions], first_caption)
+        model.captioned = (captions, first_caption)
         model = model.with_experts(folder, index, dtype)
     return freeze(model, device, dtype, place)
 
 
 def read_texts(name, cls, folder, prompts, data):
-    """-> prompts (list of str; None for a teacher of labels), captions (list of (file, text))."""
+    """-> prompts (list of str; None for a teacher of labels), captions (list of (file, texts))."""
     if not cls.takes_prompts:
         if prompts is not None:
             raise UserError(

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from common import schedules
 from common.errors import UserError
 from common.files import load_errors, read_json
+from common.image_folder import image_files
 from common.model import Model, layers_at, load_extras
 from common.teachers.latents import load_latents
 
@@ -40,7 +42,7 @@ class Pipeline(Model):
     table = None  # PromptEmbeddings
     cache = None  # folder of cached embeddings and latents; None: out/prompts
     vae_folder = None
-    captioned = ([], 0)  # image files of --data, and the row of the first one's caption in `table`
+    captioned = ([], 0)  # of --data: (image file, captions), row in `table` of the first caption
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
         """scheduler: its configuration (dict). size: [height, width] in pixels; None: default."""
@@ -239,9 +241,13 @@ class Pipeline(Model):
 
     def load_image_folder(self, folder, say=print):
         """--data FOLDER -> Images of latents, with the captions as conditions."""
-        files, first = self.captioned
-        labels = torch.arange(len(files)) + first
-        return load_latents(folder, self, files, labels, [], say)
+        captions, first = self.captioned
+        files = [path for path, _ in captions]
+        counts = torch.tensor([len(texts) for _, texts in captions], dtype=torch.int64)
+        labels = first + counts.cumsum(0) - counts  # row of each image's first caption
+        notes = Counter()
+        image_files(Path(folder), notes)  # what the folder has besides
+        return load_latents(folder, self, files, labels, [], say, counts, notes)
 
     # -- the network
 
