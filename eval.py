@@ -44,6 +44,7 @@ import argparse
 import contextlib
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
 from common.flags import Help, parse_size
 from common.folder import utc_now
+from common.image_file import describe_notes
 from common.report import dumps, hardware, save_grid
 from common.sampling import TEACHER_NFE, generate
 from common.teachers.load import load_teacher
@@ -141,6 +143,11 @@ def parse_args(argv=None):
     )
     add("--ref", help="reference: .npz of mu and sigma, as EDM's; without KID, precision, recall")
     add("--ref-images", help="reference: folder of images, at their own size")
+    add(
+        "--as-stored",
+        action="store_true",
+        help="--images, --ref-images: pixels as pytorch-fid reads them, not as a viewer shows them",
+    )
     add(
         "--n",
         "--samples",
@@ -236,6 +243,11 @@ def check_args(args):
             args.inception,
             "--resize and --force-inception mean something only with --inception FILE",
         )
+    if args.as_stored:
+        require(
+            args.images or args.ref_images,
+            "--as-stored means something only with --images FOLDER or --ref-images FOLDER",
+        )
     teacher_rows = args.compare or args.grid or args.best_of
     if args.teacher_nfe:
         require(
@@ -299,11 +311,14 @@ class Evaluation:
             )
         else:
             extractor = ClassifierExtractor(teacher)
+        if args.as_stored:
+            extractor.protocol += "-as-stored"
         if args.ref:
             extractor.set_reference(load_reference(args.ref, extractor), Path(args.ref).name)
         elif args.ref_images:
-            files = list_images("--ref-images", args.ref_images)
-            features, _ = folder_features(files, extractor, args.batch, self.rank, self.world)
+            notes = Counter()
+            files = list_images("--ref-images", args.ref_images, notes=notes)
+            features, _ = self.folder_features("--ref-images", files, notes, extractor)
             stats = fid.Stats(extractor.dims)
             stats.update(features)
             mu, sigma = stats.mean_cov()
@@ -313,10 +328,22 @@ class Evaluation:
 
     # ---- image folders
 
+    def folder_features(self, flag, files, notes, extractor):
+        """Features [n, D] and hashes [n] of image files. Says the notes, and what was converted."""
+        options = (self.args.batch, self.rank, self.world, self.args.as_stored)
+        features, hashes, read_notes = folder_features(files, extractor, *options)
+        notes.update(read_notes)
+        if notes:
+            self.say(f"{flag}: {len(files)} images{describe_notes(notes)}")
+        if read_notes and self.args.inception:
+            self.say("note: pytorch-fid does not convert them; --as-stored reads as it does")
+        return features, hashes
+
     def measure_folder(self):
         """--images -> its result."""
         args = self.args
-        files = list_images("--images", args.images, args.n)
+        notes = Counter()
+        files = list_images("--images", args.images, args.n, notes)
         teacher = load_teacher(args.teacher, self.device) if args.teacher else None
         if not args.inception and teacher.adapter == "toy":
             raise UserError(
@@ -325,13 +352,14 @@ class Evaluation:
             )
         self.on_rank0(lambda: check_outputs(args))
         extractor = self.extractor(teacher)
-        if any(path.suffix.lower() in (".jpg", ".jpeg", ".webp") for path in files):
+        lossy = (".jpg", ".jpeg", ".jfif", ".webp", ".avif")
+        if any(path.suffix.lower() in lossy for path in files):
             self.say(
-                "note: JPEG or WebP among --images; lossy compression alone can move these "
+                "note: JPEG, WebP or AVIF among --images; lossy compression alone can move these "
                 "distances more than methods do"
             )
         start = time.time()
-        features, hashes = folder_features(files, extractor, args.batch, self.rank, self.world)
+        features, hashes = self.folder_features("--images", files, notes, extractor)
         found = self.on_rank0(lambda: metrics.distances(extractor, features))
         name = Path(args.images).resolve().name
         result = dict(

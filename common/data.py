@@ -182,8 +182,8 @@ def load_npz(path, classes=0):
         )
     if classes - 1 > np.iinfo(labels.dtype).max:
         raise UserError(
-            f"{path}: expected labels that can count {classes} classes, found {labels.dtype}, where "
-            "those above begin again at 0; write the file again"
+            f"{path}: expected labels that can count {classes} classes, found {labels.dtype}, "
+            "where those above begin again at 0; write the file again"
         )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     names = [str(i) for i in range(int(labels.max()) + 1)]

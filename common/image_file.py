@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
+READER = 2  # grows when a file is read differently, so that caches of the old pixels do not count
+
 # Decoders that run no programs (EPS does). AVIF comes with pillow 11.3.
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -287,7 +287,7 @@ def test_labels_of_many_classes(classes, dtype, tmp_path):
 
 def test_labels_that_have_wrapped(tmp_path):
     """299 is 43 in 8 bits."""
-    path = npz(tmp_path / "x.npz", images=IMAGES, labels=np.array([0, 43, 7, 0], np.uint8))
+    npz(tmp_path / "x.npz", images=IMAGES, labels=np.array([0, 43, 7, 0], np.uint8))
     teacher = SimpleNamespace(
         adapter="dit",
         image_shape=(1, 8, 8),

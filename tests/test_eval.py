@@ -189,6 +189,64 @@ def test_two_processes_equal_one(home, run, tmp_path, torchrun):
     assert two[0]["distinct"] == digits["distinct"] == 45
 
 
+def turned_file(image, path):
+    """The image is stored turned back, with the EXIF orientation that turns it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+
+FORMATS = {  # suffix, function (image, path) that writes a grey image
+    "8 bits": (".png", lambda image, path: image.save(path)),
+    "16 bits": (
+        ".png",
+        lambda image, path: Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(path),
+    ),
+    "tiff": (
+        ".tif",
+        lambda image, path: Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(path),
+    ),
+    "palette": (".png", lambda image, path: image.convert("P").save(path)),
+    "gif": (".gif", lambda image, path: image.save(path)),
+    "rgb": (".png", lambda image, path: image.convert("RGB").save(path)),
+    "rgba": (".png", lambda image, path: image.convert("RGBA").save(path)),
+    "turned": (".png", turned_file),
+    "bmp": (".bmp", lambda image, path: image.save(path)),
+    "webp": (".webp", lambda image, path: image.save(path, lossless=True)),
+    "jpeg": (".jpg", lambda image, path: image.save(path, quality=100)),
+}
+
+
+def test_fd_does_not_depend_on_the_format(run, tmp_path):
+    """The same 200 digits in eleven formats. JPEG of quality 100 is off by rounding."""
+    digits = data.load_npz(ROOT / "assets" / "mnist" / "images.npz").images[::25, 0].numpy()
+    found = {}
+    for name, (suffix, write) in FORMATS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for i, pixels in enumerate(digits):
+            write(Image.fromarray(pixels), folder / f"{i:03d}{suffix}")
+        found[name] = run("--images", folder, "--teacher", "mnist")["fd"]
+        converted = {"turned": "turned by EXIF orientation", "16 bits": "reduced from 16 bits"}
+        assert converted.get(name, "") in run.text
+    exact = found.pop("8 bits")
+    assert abs(found.pop("jpeg") - exact) < 0.01 * exact
+    assert found == dict.fromkeys(found, exact)
+
+
+def test_notes_of_two_processes_are_added(home, run, tmp_path):
+    for name in "AB":
+        (tmp_path / name).mkdir()
+        for path in sorted((home / name).iterdir())[:12]:
+            with Image.open(path) as image:
+                turned_file(image, tmp_path / name / path.name)
+    flags = ["--images", tmp_path / "A", "--ref-images", tmp_path / "B"]
+    flags += ["--teacher", home / "teacher"]
+    result = two_processes(False, tmp_path / "two", *flags)
+    assert "--images: 12 images; turned by EXIF orientation: 12" in result
+    assert "--ref-images: 12 images; turned by EXIF orientation: 12" in result
+
+
 def test_folders_on_two_processes(home, run, tmp_path):
     flags = ["--images", home / "A", "--ref-images", home / "B", "--teacher", home / "teacher"]
     two = last_line(two_processes(False, tmp_path / "two", *flags))
@@ -495,6 +553,27 @@ def test_fid_of_folders(home, run, inception):
     assert "kid" in r
 
 
+def test_fid_of_stored_pixels(home, run, inception, tmp_path):
+    """--as-stored reads as pytorch-fid does, and the protocol says so."""
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    for path in (home / "A").iterdir():
+        with Image.open(path) as image:
+            turned_file(image, folder / path.name)
+    flags = ["--ref-images", home / "B", "--inception", "w"]
+    plain = run("--images", home / "A", *flags)
+    shown = run("--images", folder, *flags)
+    assert shown["fid"] == plain["fid"]
+    assert "turned by EXIF orientation: 60" in run.text
+    assert "--as-stored reads as it does" in run.text
+    stored = run("--images", folder, *flags, "--as-stored")
+    assert stored["fid"] != plain["fid"]
+    assert "EXIF" not in run.text
+    assert "inception-tf1resize-as-stored uint8" in stored["protocol"]
+    # nothing to convert: equal
+    assert run("--images", home / "A", *flags, "--as-stored")["fid"] == plain["fid"]
+
+
 def test_fid_against_statistics(home, run, tmp_path, inception):
     np.savez(tmp_path / "edm.npz", mu=np.zeros(32), sigma=np.eye(32))
     flags = ["--ref", tmp_path / "edm.npz", "--inception", "w", "--resize", "clean"]
@@ -589,6 +668,7 @@ def workplace(home, tmp_path, monkeypatch):
         ("--images A --ref-images B --inception evil.pth --force-inception", "--inception"),
         ("dmd2-digits --inception evil.pth", "reference"),
         ("dmd2-digits --resize clean", "--resize"),
+        ("dmd2-digits --as-stored", "--as-stored"),
         ("dmd2-digits --save-images A", "empty folder"),
         ("dmd2-digits --grid A", "--grid"),
         ("--teacher teacher --best-of 4", "--best-of: expected folders of runs"),

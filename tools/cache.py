@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.files import atomic
+from common.image_file import READER
 from common.report import dumps
 from tools.measure import hash_files
 
@@ -59,6 +60,8 @@ def cache_settings(args, dtype, extractor):
     """What changes the numbers of a row, apart from its models."""
     keys = ("n", "seed", "seeds", "inception", "force_inception", "resize", "ref", "ref_images")
     settings = {key: getattr(args, key) for key in (*keys, "per_prompt")}
+    if args.ref_images:
+        settings["reader"] = READER
     protocol = extractor.describe(args.n, "") if extractor else "toy"
     return settings | dict(dtype=str(dtype), protocol=protocol)
 

@@ -4,6 +4,7 @@ import hashlib
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,9 +29,12 @@ def bar_interval():
 # ---- image folders -------------------------------------------------------------------------------
 
 
-def list_images(flag, folder, n=None):
-    """The first n image files of a folder, by name; all if n is None. At least 8."""
-    files = image_files(existing_folder(folder, flag))
+def list_images(flag, folder, n=None, notes=None):
+    """The first n image files of a folder, by name; all if n is None. At least 8.
+
+    notes: Counter of files that are not read, and links.
+    """
+    files = image_files(existing_folder(folder, flag), notes)
     least = n or 8  # three neighbours and a covariance need some
     if len(files) < least:
         raise UserError(
@@ -40,13 +44,16 @@ def list_images(flag, folder, n=None):
     return files[:n]
 
 
-def folder_features(files, extractor, batch, rank, world):
-    """Features float32 [n, D] and hashes int64 [n] of image files, on every rank."""
+def folder_features(files, extractor, batch, rank, world, as_stored=False):
+    """Features float32 [n, D], hashes int64 [n] and notes (Counter) of image files, on every rank.
+
+    as_stored, notes: as in common/image_file.py.
+    """
     if len(files) < world:
         raise UserError(f"{len(files)} images: expected at least one for each of {world} processes")
 
     def own_part():
-        features, hashes = [], []
+        features, hashes, notes = [], [], Counter()
         bar = tqdm(
             total=len(files[rank::world]),
             desc=files[0].parent.name,
@@ -54,26 +61,28 @@ def folder_features(files, extractor, batch, rank, world):
             mininterval=bar_interval(),
         )
         with bar:
-            for images in same_size_batches(files[rank::world], extractor.shape, batch):
+            reading = (extractor.shape, batch, notes, as_stored)
+            for images in same_size_batches(files[rank::world], *reading):
                 features.append(extractor(images)[0])
                 hashes.append(hash_images(images))
                 bar.update(len(images))
-        return torch.cat(features), torch.cat(hashes)
+        local.extend([torch.cat(features), torch.cat(hashes)])
+        return notes
 
     local = []
-    on_all_ranks(lambda: local.extend(own_part()), world)  # an unreadable file ends all ranks
+    notes = sum(on_all_ranks(own_part, world), Counter())  # an unreadable file ends all ranks
     features, hashes = (gather_rows(rows, len(files), rank, world) for rows in local)
-    return features, hashes
+    return features, hashes, notes
 
 
-def same_size_batches(files, shape, batch):
+def same_size_batches(files, shape, batch, notes=None, as_stored=False):
     """Yields uint8 [b, C, H, W], b <= batch, of consecutive images of the same size.
 
     shape: [C, H, W] that all images must have, or None: RGB of any size.
     """
     group = []
     for path in files:
-        image = read_full_image(path, shape)
+        image = read_full_image(path, shape, notes, as_stored)
         if group and (len(group) == batch or image.shape != group[0].shape):
             yield torch.stack(group)
             group = []
@@ -81,10 +90,11 @@ def same_size_batches(files, shape, batch):
     yield torch.stack(group)
 
 
-def read_full_image(path, shape):
+def read_full_image(path, shape, notes=None, as_stored=False):
     """An image at the file's own size: to resize it twice would change the metrics."""
     try:
-        image = read_image(path, channels=3 if shape is None else shape[0])
+        channels = 3 if shape is None else shape[0]
+        image = read_image(path, channels, notes=notes, as_stored=as_stored)
     except ValueError as e:  # leaving it out would silently change n
         raise UserError(f"{path}: not readable as an image ({str(e)[:100]})") from None
     if shape is not None and image.shape != shape:

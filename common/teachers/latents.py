@@ -16,12 +16,11 @@ from common.data import Images
 from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
 from common.errors import UserError, first_line, require
 from common.files import ROOT, atomic
-from common.image_file import SUFFIXES, describe_notes, read_images
+from common.image_file import READER, SUFFIXES, describe_notes, read_images
 from common.memory import format_bytes
 from common.teachers.prompts import SHARD, stamp_files, wait_until_visible
 
 BATCH = 16  # images that are read and encoded together
-READER = 2  # grows when read_image reads a file differently: older latents are made again
 
 
 class Shards:
