@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from helpers import byhand
 from helpers.gaussian import Gauss, f64, normal
 from helpers.trace import Trace
 
 import dmd2
+from common.data import load_images
 from common.errors import UserError
 from common.model import Model
 from common.rng import BatchRandom, PerImageNoise
@@ -639,3 +641,94 @@ def test_eq09_the_head_learns_which_images_are_real(trace):
         logit_fake = steps.critic(fake, 1.0, 0.01, cond, logit=True).mean()
         logit_real = steps.critic(real, 1.0, 0.01, cond, logit=True).mean()
     assert logit_real - logit_fake > 5
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+def levels_by_hand(shift=1.0):
+    """sigma of EDM's grid with the toy teacher's range: 0.01 at 0, 20 at 999, with rho = 7."""
+    ramp = torch.linspace(0.01 ** (1 / 7), 20 ** (1 / 7), 1000, dtype=torch.float64)
+    return (shift * ramp**7).clamp(min=0.01)
+
+
+def iteration_by_hand(trace, it, points, nfe=1, ratio=1, w=1.0, shift=1.0, gan=None, data=False):
+    """(1) to (10) on toy-cond, where alpha = 1 and sigma_data = 0.714.
+
+    points: (x [N, 2], labels). gan: (w_G, w_D). -> {role: loss}.
+    """
+    teacher, student, critic, batch = trace.teacher, trace.student, trace.critic, 16
+    draw = BatchRandom(0, it, batch)
+    one = torch.ones(batch, dtype=torch.float64)
+    steps, levels = levels_by_hand()[dmd2.step_indices(nfe)], levels_by_hand(shift)
+    cond = dict(labels=draw.randint(0, 8))
+    x_real, labels_real = points
+    col = lambda a: a.float()[:, None]
+
+    def noised(x, i):
+        return x + col(levels[i]) * draw.randn(2), levels[i]
+
+    k = draw.shared_randint(0, nfe)
+    if data and k > 0:
+        x_in, cond = x_real + steps[k].float() * draw.randn(2), dict(labels=labels_real)
+    else:
+        x_in = steps[0].float() * draw.randn(2)
+        for j in range(k):  # (2)
+            xhat = student(x_in, one, steps[j] * one, cond).detach()
+            x_in = xhat + steps[j + 1].float() * draw.randn(2)
+    x = student(x_in, one, steps[k] * one, cond)  # (1)
+
+    losses = {}
+    if it % ratio == 0:
+        x_t, sigma = noised(x.detach(), draw.randint(20, 981))
+        c = teacher(x_t, one, sigma, cond)
+        u = teacher(x_t, one, sigma, dict(labels=torch.full((batch,), 8)))
+        r, f = u + w * (c - u), critic.fake(x_t, one, sigma, cond)  # (3)
+        g = (f - r) / (x - r).abs().mean(1, keepdim=True)  # (4)
+        losses["student"] = (x * g.detach() / x.numel()).sum()  # the gradient of (5)
+        if gan:
+            x_t, sigma = noised(x, draw.randint(0, 1000))
+            features = critic.fake(x_t, one, sigma, cond, features=True)[-1]
+            losses["student"] += gan[0] * (1 + (-critic.head(features)).exp()).log().mean()  # (8)
+
+    x = x.detach()
+    x_t, sigma = noised(x, draw.randint(0, 1000))
+    s = 0.714
+    weight = (sigma**2 + s**2) / (sigma * s) ** 2  # EDM's loss
+    error = critic.fake(x_t, one, sigma, cond) - x
+    losses["critic"] = (col(weight) * error**2).mean()  # (6)
+    if gan:
+        i, i_real = draw.randint(0, 1000), draw.randint(0, 1000)
+        both = [noised(x, i), noised(x_real, i_real)]
+        for sign, c, (x_t, sigma) in zip((1, -1), (cond, dict(labels=labels_real)), both):
+            logit = critic.head(critic.fake(x_t, one, sigma, c, features=True)[-1])  # (7)
+            losses["critic"] += gan[1] * (1 + (sign * logit).exp()).log().mean()  # (9)
+    return losses
+
+
+BY_HAND = {
+    "": {},
+    "--nfe 3 --ratio 2": dict(nfe=3, ratio=2),
+    "--cfg 2.5 --shift 0.3 --ratio 1": dict(w=2.5, shift=0.3, ratio=1),
+    "--gan --gan-weight 0.7 --cls-weight 0.3 --nfe 2 --cfg 2": dict(gan=(0.7, 0.3), nfe=2, w=2.0),
+    "--sim data --nfe 4 --ratio 1": dict(data=True, nfe=4, ratio=1),
+}
+
+
+@pytest.mark.parametrize("flags", BY_HAND)
+def test_whole_iterations_by_hand(trace, flags):
+    """Student, critic and head: gradients and AdamW's updates of six iterations."""
+    common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
+    steps = trace(*common.split(), "--warmup", 0, "--cooldown", 0, *flags.split())
+    case = dict(ratio=5) | BY_HAND[flags]
+    images = load_images(None, steps.teacher)
+    optimisers = {
+        role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5)
+        for role, lr in (("student", 3e-3), ("critic", 2e-3))
+    }
+
+    def losses(it):
+        points, labels = images.batch(it, 16, 0)
+        return iteration_by_hand(steps, it, (points, labels), **case)
+
+    assert byhand.compare_iterations(steps, losses, optimisers) == 6
