@@ -49,11 +49,18 @@ class VP:
 
     alpha = sqrt(abar), abar = cumprod(1 - beta) over T steps. Fractional times interpolate the log
     of snr linearly between two entries of the table.
+
+    last_alpha2: of schedules with a zero terminal SNR, abar at the last step; None: without the
+    rescaling (`zero_terminal_snr`). It is at least PURE_NOISE, so that logs and derivatives stay
+    finite; alpha is then 6e-8, which float32 cannot see beside sigma = 1.
     """
 
     unit_norm = True
+    PURE_NOISE = 2.0**-48
 
-    def __init__(self, T=1000, beta_start=0.00085, beta_end=0.012, kind="scaled_linear"):
+    def __init__(
+        self, T=1000, beta_start=0.00085, beta_end=0.012, kind="scaled_linear", last_alpha2=None
+    ):
         self.config = dict(name="vp", T=T, beta_start=beta_start, beta_end=beta_end, kind=kind)
         if kind == "scaled_linear":
             beta = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
@@ -65,6 +72,9 @@ class VP:
         self.t_min = 0.0
         self.t_max = T - 1.0
         abar = (1 - beta).cumprod(0)
+        if last_alpha2 is not None:
+            self.config["last_alpha2"] = last_alpha2
+            abar = zero_terminal_snr(abar, last_alpha2)
         self.log_snr_table = abar.log() - (-abar).log1p()  # [T], falling
 
     def neighbours(self, t):
@@ -105,6 +115,24 @@ class VP:
 
     def grid(self, n=1000):
         return torch.linspace(self.T - 1, 0, n, dtype=torch.float64).flip(0)
+
+
+def zero_terminal_snr(abar, last):
+    """Noise levels [T] rescaled to end in pure noise (Lin et al. 2024, algorithm 1).
+
+    sqrt(abar) is shifted and scaled so that the first entry stays and the last becomes 0, for which
+    `last` is put. ValueError if that is not below the entry before.
+    """
+    root = abar.sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = root.square()
+    if not 0 < last < abar[-2]:
+        raise ValueError(
+            f"VP: last_alpha2: expected a number below the entry before, {float(abar[-2]):.2g}, "
+            f"found {last:.2g}"
+        )
+    abar[-1] = last
+    return abar
 
 
 class EDM:

@@ -28,6 +28,8 @@ from common.schedules import (
 ALL = {
     "vp": VP(),
     "vp-linear": VP(beta_start=1e-4, beta_end=0.02, kind="linear"),
+    "vp-zero": VP(last_alpha2=VP.PURE_NOISE),
+    "vp-euler": VP(last_alpha2=2.0**-24),
     "edm": EDM(),
     "flow": Flow(),
     "flow-3": Flow(3.0),
@@ -87,6 +89,39 @@ def test_vp_table():
 def test_vp_linear_table():
     abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     assert largest(ALL["vp-linear"].alpha(torch.arange(1000)) - abar.sqrt()) < 1e-14
+
+
+@pytest.mark.parametrize("last", [VP.PURE_NOISE, 2.0**-24])
+def test_vp_zero_terminal_snr(last):
+    """sqrt(abar) is a linear function of what it was; it keeps its first value and ends at 0."""
+    before, after = VP(), VP(last_alpha2=last)
+    i = torch.arange(999)
+    slope = (after.alpha(i[1:]) - after.alpha(i[:-1])) / (
+        before.alpha(i[1:]) - before.alpha(i[:-1])
+    )
+    assert largest(slope / slope[0] - 1) < 1e-9
+    assert float(after.alpha(0)) == pytest.approx(float(before.alpha(0)), abs=1e-12)
+    end = before.alpha(998) + (0 - after.alpha(998)) / slope[0]  # where the line meets 0
+    assert float(end) == pytest.approx(float(before.alpha(999)), abs=1e-9)
+    assert float(after.alpha(999)) ** 2 == pytest.approx(last, rel=1e-9)
+    assert float(after.sigma(999)) == pytest.approx(1, abs=1e-7)
+    assert from_config(after.config).config == after.config
+
+
+def test_vp_last_level_must_be_the_noisiest():
+    """DDPM's linear betas end so low that Euler's 2^-24 is above the entry before."""
+    VP(beta_start=1e-4, beta_end=0.02, kind="linear", last_alpha2=VP.PURE_NOISE)
+    with pytest.raises(ValueError, match="last_alpha2: expected a number below the entry before"):
+        VP(beta_start=1e-4, beta_end=0.02, kind="linear", last_alpha2=2.0**-24)
+
+
+@torch.no_grad()
+def test_v_at_pure_noise():
+    """There v = -x0, so the estimate needs no division by alpha."""
+    s, x, v = VP(last_alpha2=VP.PURE_NOISE), normal(2, 3), normal(2, 3, seed=1)
+    x0 = to_x0("v", v, x, s.alpha(999), s.sigma(999))
+    assert torch.allclose(x0, -v, atol=1e-6)
+    assert float(equal_snr(s, 0.0, 1.0)[0]) == 999
 
 
 def test_vp_fractional_times_interpolate_log_snr():

@@ -263,13 +263,13 @@ BROKEN = {  # name: (what is done to a good folder, what the message must say)
         write("vae/config.json", dict(block_out_channels=3)),
         "not loaded: TypeError",
     ),
-    "scheduler without betas": (
-        write(SCHEDULER, dict(beta_schedule="linear")),
-        "not loaded: KeyError",
+    "scheduler of wrong values": (
+        write(SCHEDULER, dict(beta_start="low")),
+        "not loaded: TypeError",
     ),
     "scheduler of another kind": (
         write(SCHEDULER, dict(beta_schedule="squaredcos_cap_v2")),
-        "scheduler: expected beta_schedule",
+        "beta_schedule: expected linear or scaled_linear, found 'squaredcos_cap_v2'",
     ),
 }
 

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from common.files import read_json
 from common.model import layers_at
 from common.schedules import equal_snr, expand
-from common.teachers.pipeline import Pipeline, channel_stats, flow_schedule
+from common.teachers.configuration import FLOW_SCHEDULER, flow_schedule
+from common.teachers.pipeline import Pipeline, channel_stats
 
 
 class SD3(Pipeline):
@@ -29,6 +30,7 @@ class SD3(Pipeline):
     pipeline = "StableDiffusion3Pipeline"
     most_tokens = dict(tokenizer_3=256)
     network_class = "SD3Transformer2DModel"
+    expected = dict(scheduler=FLOW_SCHEDULER)
     without = ("feature_extractor", "image_encoder")
 
     def make_schedule(self, scheduler, shape, c):
@@ -70,6 +72,14 @@ class Sana(Pipeline):
     pipeline = "SanaPipeline"
     most_tokens = dict(tokenizer=300)
     network_class = "SanaTransformer2DModel"
+    expected = dict(
+        scheduler=dict(FLOW_SCHEDULER, use_dynamic_shifting=[False]),
+        network=dict(guidance_embeds=[False]),  # SANA-Sprint's input
+    )
+
+    @classmethod
+    def output_channels(cls, c):
+        return [c.in_channels, 2 * c.in_channels, None]
 
     def make_schedule(self, scheduler, shape, c):
         return flow_schedule(scheduler)
@@ -125,6 +135,8 @@ class Flux(Pipeline):
     pipeline = "FluxPipeline"
     most_tokens = dict(tokenizer_2=512)
     network_class = "FluxTransformer2DModel"
+    packed = 2  # by `pack`
+    expected = dict(scheduler=FLOW_SCHEDULER)
     without = ("feature_extractor", "image_encoder")
     settings = ("guidance",)
     guidance = 3.5
@@ -138,7 +150,7 @@ class Flux(Pipeline):
 
     @classmethod
     def patch(cls, c):
-        return 2  # by `pack`; the configuration says 1
+        return cls.packed  # the configuration says 1
 
     def make_schedule(self, scheduler, shape, c):
         return flow_schedule(scheduler, tokens=shape[-1] * shape[-2] // 4)
@@ -189,10 +201,24 @@ class QwenImage(Pipeline):
     pipeline = "QwenImagePipeline"
     most_tokens = dict(tokenizer=512)
     network_class = "QwenImageTransformer2DModel"
+    packed = 2
+    expected = dict(
+        scheduler=FLOW_SCHEDULER,
+        network=dict(  # inputs of models that edit images or make layers
+            guidance_embeds=[False],
+            zero_cond_t=[False],
+            use_additional_t_cond=[False],
+            use_layer3d_rope=[False],
+        ),
+    )
     since = (0, 37)  # older versions attend to the padding of prompts
     latent_shape = Flux.latent_shape
     make_schedule = Flux.make_schedule
     time_embedders = Flux.time_embedders
+
+    @classmethod
+    def output_channels(cls, c):
+        return [c.in_channels // cls.packed**2]
 
     @classmethod
     def embed(cls, pipe, prompts):
@@ -256,6 +282,10 @@ class ZImage(Pipeline):
     pipeline = "ZImagePipeline"
     most_tokens = dict(tokenizer=512)
     network_class = "ZImageTransformer2DModel"
+    expected = dict(
+        scheduler=FLOW_SCHEDULER,
+        network=dict(all_patch_size=[[2]], all_f_patch_size=[[1]], siglip_feat_dim=[None]),
+    )
     since = (0, 36)
     built_for = (1024, 1024)
     make_schedule = Flux.make_schedule

@@ -50,11 +50,12 @@ from common.errors import UserError, describe
 from common.files import load_errors, read_json
 from common.model import Model
 from common.schema import check
+from common.teachers.configuration import VP_SCHEDULER, vp_schedule
 from common.teachers.dit import DiT
 from common.teachers.formats import CONVENTION, SIT
 from common.teachers.hub import is_hub_name
 from common.teachers.latents import load_latents
-from common.teachers.pipeline import Pipeline, vp_schedule
+from common.teachers.pipeline import Pipeline
 from common.teachers.unet import PREDICTIONS
 
 
@@ -68,6 +69,7 @@ class ClassDiT(Pipeline, DiT):
     adapter = "dit-latent"
     pipeline = "DiTPipeline"
     network_class = "DiTTransformer2DModel"
+    expected = dict(scheduler=VP_SCHEDULER)
     takes_prompts = False
     pickles = True
     square = True
@@ -75,18 +77,19 @@ class ClassDiT(Pipeline, DiT):
     null = DiT.null
 
     def __init__(self, net, vae, scheduler, size=None, prediction=None):
-        prediction = prediction or PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
+        prediction = prediction or PREDICTIONS[scheduler["prediction_type"]]
         super().__init__(net, vae, scheduler, size, prediction)
         self.classes = net.config.num_embeds_ada_norm
-        channels, out = net.config.in_channels, net.config.out_channels
-        if out not in (None, channels, 2 * channels):
-            raise ValueError(
-                f"out_channels: expected {channels}, or {2 * channels} with a learned variance, "
-                f"found {out}"
-            )
+
+    @classmethod
+    def output_channels(cls, c):
+        return [c.in_channels, 2 * c.in_channels, None]  # with or without a learned variance
 
     def make_schedule(self, scheduler, shape, c):
         return vp_schedule(scheduler)
+
+    def latent_stats(self):
+        return 0.0, self.vae.config.scaling_factor  # shift_factor is not used by this pipeline
 
     def attach(self, folder, table=None, prompts=None):
         self.folder = folder

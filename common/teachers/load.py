@@ -12,7 +12,6 @@ import inspect
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -30,6 +29,7 @@ from common.image_folder import read_captions
 from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
+from common.teachers.configuration import check_configurations, full_config, read_scheduler
 from common.teachers.dit import DiT
 from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
 from common.teachers.formats import (
@@ -164,7 +164,7 @@ def load_pipeline(
     prompts, captions = read_texts(name, cls, folder, prompts, data)
     silence_libraries()
     check_version(name, cls)
-    check_flags(name, cls, folder, index, size, frames, guidance)
+    scheduler = check_pipeline(name, cls, folder, index, size, frames, guidance)
 
     table, first_caption = None, 0
     if cls.takes_prompts:
@@ -175,7 +175,7 @@ def load_pipeline(
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
-        model = load_network_and_vae(cls, folder, index, dtype, size, frames, budget)
+        model = load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget)
         if guidance is not None:
             model.guidance = guidance
         model.attach(folder, table, prompts)
@@ -222,27 +222,23 @@ def check_version(name, cls):
         )
 
 
-def check_flags(name, cls, folder, index, size, frames, guidance):
-    """Needs the configuration files only, so that a mistake is found before anything is loaded."""
+def check_pipeline(name, cls, folder, index, size, frames, guidance):
+    """-> configuration of the scheduler. Checks all configurations, and flags against them.
+
+    Needs the configuration files only, so that a mistake is found before anything is loaded.
+    """
     import diffusers
 
     with load_errors(f"--teacher {name}: not loaded"):
+        scheduler = read_scheduler(folder, index)
         net = full_config(getattr(diffusers, index[cls.part][1]), folder / cls.part)
         vae = full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
+        check_configurations(name, cls, scheduler, net, vae)
         cls.check(name, net, vae, size, frames, guidance)
+    return scheduler
 
 
-def full_config(kind, folder):
-    """Configuration of the diffusers class `kind` in a folder.
-
-    Fields that the file, perhaps of an older version, does not have get the defaults of the class.
-    """
-    parameters = inspect.signature(kind.__init__).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
-    return SimpleNamespace(**defaults | read_json(folder / "config.json", "--teacher"))
-
-
-def load_network_and_vae(cls, folder, index, dtype, size, frames, budget):
+def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget):
     """Model of the pipeline's first network."""
     parts = cls.networks(index)
     budget(
@@ -251,7 +247,6 @@ def load_network_and_vae(cls, folder, index, dtype, size, frames, budget):
         width=dtype.itemsize,
         experts=len(parts),
     )
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "--teacher")
     net = cls.load_net(folder, dtype, cls.part)
     vae = cls.load_vae(folder, dtype, index["vae"][1])
     options = {} if frames is None else dict(frames=frames)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from common import schedules
 from common.errors import UserError
 from common.files import load_errors, read_json
 from common.image_folder import image_files
@@ -37,6 +36,8 @@ class Pipeline(Model):
     pickles = False  # read .bin files where there are no safetensors: weights only, no code
     built_for = None  # (height, width) in pixels, where the network's configuration has no size
     square = False  # the network takes square images only
+    packed = 1  # a token of the network's input is a square of packed x packed latents
+    expected = {}  # supported values of configuration keys (common/teachers/configuration.py)
     at_once = 4  # samples that the VAE decodes or encodes at a time
 
     table = None  # PromptEmbeddings
@@ -45,7 +46,7 @@ class Pipeline(Model):
     captioned = ([], 0)  # of --data: (image file, captions), row in `table` of the first caption
 
     def __init__(self, net, vae, scheduler, size=None, prediction="flow"):
-        """scheduler: its configuration (dict). size: [height, width] in pixels; None: default."""
+        """scheduler: dict of read_scheduler. size: [height, width] in pixels; None: default."""
         # Not a registered module: optimisers, copies and checkpoints must not include the VAE.
         object.__setattr__(self, "vae", vae)
         shape = self.latent_shape(net.config, size)
@@ -71,6 +72,16 @@ class Pipeline(Model):
         patch = getattr(c, "patch_size", 2)  # UNets have none, and halve the size
         return patch[-1] if isinstance(patch, (list, tuple)) else patch
 
+    @staticmethod
+    def latent_channels(c):
+        """Channels of the latents. c: of the VAE."""
+        return c.latent_channels if hasattr(c, "latent_channels") else c.z_dim
+
+    @classmethod
+    def output_channels(cls, c):
+        """Values that out_channels may have. c: of the network."""
+        return [c.in_channels, None]
+
     @classmethod
     def check(cls, name, c, vae, size, frames, guidance):
         """UserError if --size, --frames or --embedded-guidance do not suit this teacher.
@@ -86,6 +97,10 @@ class Pipeline(Model):
             )
         if size is not None:
             cls.check_size(size, c, vae)
+        elif getattr(c, "sample_size", 0) is None:
+            raise UserError(
+                f"--size: expected for {name}, whose {cls.part}/config.json has no sample_size"
+            )
 
     @classmethod
     def check_frames(cls, frames, vae):
@@ -193,9 +208,15 @@ class Pipeline(Model):
         """Shape of a sample. c: of the network. size: [height, width] in pixels; None: default."""
         size = size or self.built_for
         if size is None:
-            return c.in_channels, c.sample_size, c.sample_size
+            return c.in_channels, *self.default_size(c)
         height, width = size
         return c.in_channels, height // self.vae_scale, width // self.vae_scale
+
+    @classmethod
+    def default_size(cls, c):
+        """(height, width) of the latents that the network was made for. c: of the network."""
+        size = c.sample_size
+        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
     @property
     def vae_scale(self):
@@ -269,39 +290,6 @@ class Pipeline(Model):
 
     def config(self):
         return super().config() | dict(image=list(self.image_shape))
-
-
-# ---- from the configurations of schedulers and VAEs ----------------------------------------------
-
-
-def vp_schedule(scheduler):
-    """Schedule of the Stable Diffusion 1 family. scheduler: its configuration."""
-    kind = scheduler.get("beta_schedule")
-    rescaled = scheduler.get("trained_betas") or scheduler.get("rescale_betas_zero_snr")
-    if kind not in ("scaled_linear", "linear") or rescaled:
-        raise UserError(
-            "scheduler: expected beta_schedule linear or scaled_linear without rescaling, "
-            f"found {kind!r}"
-        )
-    return schedules.VP(
-        scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"], kind
-    )
-
-
-def flow_schedule(scheduler, tokens=None):
-    """Flow schedule with the pipeline's time shift.
-
-    Dynamic shifting, for a number of image tokens: the shift is exp(mu), mu linear in the number.
-    """
-    if not (scheduler.get("use_dynamic_shifting") and tokens):
-        return schedules.Flow(float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0))
-    low_tokens = scheduler.get("base_image_seq_len", 256)
-    high_tokens = scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - low_tokens) / (high_tokens - low_tokens)
-    if scheduler.get("time_shift_type") == "linear":
-        return schedules.Flow(mu)
-    return schedules.Flow(math.exp(mu))
 
 
 def channel_stats(vae, shape):

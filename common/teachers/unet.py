@@ -1,8 +1,14 @@
 """Stable Diffusion 1.x, 2.x and SDXL: UNets on the noise schedule of DDPM."""
 
-from common.teachers.pipeline import Pipeline, vp_schedule
+from common.teachers.configuration import VP_SCHEDULER, vp_schedule
+from common.teachers.pipeline import Pipeline, channel_stats
 
 PREDICTIONS = dict(epsilon="eps", v_prediction="v", sample="x0")  # diffusers' names -> ours
+
+
+def release(version):
+    """ "0.8.1.dev0" -> (0, 8)"""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class SD15(Pipeline):
@@ -13,9 +19,19 @@ class SD15(Pipeline):
     network_class = "UNet2DConditionModel"
     part = "unet"
     without = ("safety_checker", "feature_extractor", "image_encoder")
+    expected = dict(
+        scheduler=dict(VP_SCHEDULER, clip_sample=[False, True]),  # its pipeline sets it to false
+        network=dict(
+            time_cond_proj_dim=[None],  # a guidance scale as input, of LCM
+            class_embed_type=[None],
+            num_class_embeds=[None],
+            encoder_hid_dim_type=[None, "text_proj"],
+            addition_embed_type=[None, "text"],
+        ),
+    )
 
     def __init__(self, net, vae, scheduler, size=None):
-        prediction = PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
+        prediction = PREDICTIONS[scheduler["prediction_type"]]
         super().__init__(net, vae, scheduler, size, prediction)
 
     def make_schedule(self, scheduler, shape, c):
@@ -28,12 +44,28 @@ class SD15(Pipeline):
     def predict(self, x, t, cond):
         return self.net(x, t, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
 
+    @classmethod
+    def default_size(cls, c):
+        # Its pipeline takes sizes below 64 in files from before version 0.9 for mistakes.
+        version = getattr(c, "_diffusers_version", None)
+        small = isinstance(c.sample_size, int) and c.sample_size < 64
+        if small and version is not None and release(version) < (0, 9):
+            return 64, 64
+        return super().default_size(c)
+
     def time_embedders(self):
         embedder = self.net.time_embedding
         return [embedder], embedder.linear_2.out_features
 
     def feature_layers(self, depths=(0.5,)):
-        return [self.net.mid_block]  # the bottleneck, whatever the depths
+        # the bottleneck, whatever the depths; small UNets end in a block of the way down
+        return [self.net.mid_block or self.net.down_blocks[-1]]
+
+    def to_feature_map(self, h):
+        return h[0] if isinstance(h, tuple) else h  # blocks of the way down return more
+
+    def latent_stats(self):
+        return 0.0, self.vae.config.scaling_factor  # shift_factor is not used by this pipeline
 
 
 class SDXL(SD15):
@@ -46,6 +78,11 @@ class SDXL(SD15):
     adapter = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     without = ("feature_extractor", "image_encoder")
+    expected = dict(
+        scheduler=VP_SCHEDULER,
+        network=SD15.expected["network"] | dict(addition_embed_type=["text_time"]),
+    )
+    default_size = Pipeline.default_size
 
     @classmethod
     def embed(cls, pipe, prompts):
@@ -67,3 +104,10 @@ class SDXL(SD15):
             added_cond_kwargs=dict(text_embeds=cond["pooled"].to(x.dtype), time_ids=ids),
             return_dict=False,
         )[0]
+
+    def latent_stats(self):
+        c = self.vae.config
+        if getattr(c, "latents_mean", None) is None or getattr(c, "latents_std", None) is None:
+            return super().latent_stats()
+        mean, inverse_std = channel_stats(self.vae, self.shape)
+        return mean, inverse_std * c.scaling_factor

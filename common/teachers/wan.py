@@ -8,7 +8,8 @@ import torch
 
 from common.model import layers_at
 from common.routed import ByLevel
-from common.teachers.pipeline import Pipeline, channel_stats, flow_schedule
+from common.teachers.configuration import FLOW_SCHEDULER, flow_schedule
+from common.teachers.pipeline import Pipeline, channel_stats
 
 
 class Wan(Pipeline):
@@ -22,6 +23,7 @@ class Wan(Pipeline):
     pipeline = "WanPipeline"
     most_tokens = dict(tokenizer=512)
     network_class = "WanTransformer3DModel"
+    expected = dict(scheduler=dict(FLOW_SCHEDULER, use_dynamic_shifting=[False]))
     without = ("transformer_2",)
     since = (0, 37)  # older versions need a further package for text
     video = True

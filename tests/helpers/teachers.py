@@ -122,9 +122,10 @@ def sample_as_pipeline(model, scheduler, z, cond, steps, w, view=None):
     """
     options = {}
     if model.adapter in ("flux", "qwen-image", "z-image"):  # these pass their own sigmas
-        sigmas = np.linspace(1, 1 / steps, steps)
-        options = dict(sigmas=sigmas, mu=math.log(model.schedule.shift))
-    scheduler.set_timesteps(None if options else steps, **options)
+        options = dict(sigmas=np.linspace(1, 1 / steps, steps), mu=mu_of(model, scheduler))
+    elif scheduler.config.get("use_dynamic_shifting"):
+        options = dict(num_inference_steps=steps, mu=mu_of(model, scheduler))
+    scheduler.set_timesteps(**(options or dict(num_inference_steps=steps)))
     x = z * getattr(scheduler, "init_noise_sigma", 1.0)
     viewed = []
     for i, t in enumerate(scheduler.timesteps):
@@ -141,6 +142,12 @@ def sample_as_pipeline(model, scheduler, z, cond, steps, w, view=None):
             out = (x.double() - x0) / s  # velocity
         x = scheduler.step(out.float(), t, x, return_dict=False)[0]
     return x, viewed
+
+
+def mu_of(model, scheduler):
+    """The number that stands for the model's time shift in diffusers."""
+    shift = model.schedule.shift
+    return shift if scheduler.config.get("time_shift_type") == "linear" else math.log(shift)
 
 
 def level_of(model, scheduler, i, t):
