@@ -34,6 +34,8 @@ Usage:
 Differences from the paper, variants and results: docs/boot.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

@@ -44,6 +44,8 @@ Usage:
 Differences from the paper, variants and results: docs/decoupled_dmd.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch
@@ -409,6 +411,17 @@ def gradients(x, ca, dm, cond, teacher, fake, cfg, floor):
     return g_ca, g_dm, n_ca, n_dm
 
 
+@torch.no_grad()
+def cosine(x, g_ca, g_dm, n_ca, n_dm):
+    """Cosine of the two terms of each sample, [B]; nan where one of them, times its normaliser, is
+    below 0.1 % of mean |x|. So small a difference of two estimates is rounding (label and null
+    condition agree, or the critic is the teacher), and its direction means nothing."""
+    least = 1e-3 * mean_abs(x)
+    exact = (mean_abs(g_ca) * n_ca > least) & (mean_abs(g_dm) * n_dm > least)
+    cos = F.cosine_similarity(g_ca.flatten(1), g_dm.flatten(1))
+    return cos.where(exact, math.nan)
+
+
 def dm_loss(x, g):
     return 0.5 * F.mse_loss(x, (x - g).detach())  # (8)
 
@@ -532,7 +545,7 @@ def main():
             loss.backward()
             logs |= dict(ca=0.5 * g_ca.square().mean(), dm=0.5 * g_dm.square().mean())
             logs |= dict(norm_ca=n_ca.mean(), norm_dm=n_dm.mean())
-            logs |= dict(cos=F.cosine_similarity(g_ca.flatten(1), g_dm.flatten(1)).mean())
+            logs |= dict(cos=cosine(x, *terms))
             grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients
             logs |= dict(grad_student=grad_student)
             ema.update(run.images_stepped)

@@ -32,6 +32,8 @@ Usage:
 Differences from the paper, variants and results: docs/dmd2.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

@@ -40,6 +40,8 @@ compare equal n only. Differences below 1-2 % are noise. With --seeds, metrics a
 `all` have the rest. The columns of --compare are explained in tools/compare.py.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import argparse
 import contextlib
 import math

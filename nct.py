@@ -37,6 +37,8 @@ Usage:
 Differences from the paper, variants and results: docs/nct.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import hashlib
 import json
 import math

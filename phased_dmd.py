@@ -33,6 +33,8 @@ Usage:
 Differences from the paper, variants and results: docs/phased_dmd.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

@@ -36,6 +36,8 @@ Usage:
 Differences from the paper, variants and results: docs/sana_sprint.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

@@ -44,6 +44,8 @@ Usage:
 Differences from the paper, variants and results: docs/sid.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

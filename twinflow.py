@@ -40,6 +40,8 @@ Usage:
 Differences from the paper, variants and results: docs/twinflow.md.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import math
 
 import torch

@@ -17,7 +17,8 @@ class Log:
         self.last = None  # (images, seconds) of the last line
 
     def add(self, it, values):
-        """Values of one microstep: floats, 0-d tensors, or None where it has none.
+        """Values of one microstep: floats, 0-d tensors, or None where it has none. A tensor [B] has
+        a value for each sample, nan for those that have none.
 
         Does not wait for the device. What the next line has not yet shown is kept, until a later
         iteration has a value of the same name.
@@ -30,17 +31,14 @@ class Log:
             self.newest[name][1].append(value.detach() if torch.is_tensor(value) else value)
 
     def means(self):
-        """Means over the microsteps and processes of the newest values, {name: float}."""
-        means = {}
-        for name, (_, values) in self.newest.items():
-            means[name] = torch.stack([to_cpu(v) for v in values]).mean()
-        if not means:
+        """Means over the microsteps and processes of the newest values, {name: float}. Of values by
+        sample: the mean over all samples that have one; nan if none has."""
+        if not self.newest:
             return {}
-        flat = torch.stack(list(means.values()))
+        sums = torch.stack([sum_and_count(values) for _, values in self.newest.values()])
         if self.world > 1:
-            dist.all_reduce(flat)
-            flat /= self.world
-        return dict(zip(means, flat.tolist()))
+            dist.all_reduce(sums)
+        return dict(zip(self.newest, (sums[:, 0] / sums[:, 1]).tolist()))
 
     def take(self):
         """The same, and from now on only newer values count. On all processes."""
@@ -72,8 +70,11 @@ class Log:
         return rate
 
 
-def to_cpu(value):
-    """A float or 0-d tensor as a float32 tensor on the CPU: here the host waits for the device."""
-    if torch.is_tensor(value):
-        return value.detach().float().reshape(()).cpu()
-    return torch.tensor(float(value))
+def sum_and_count(values):
+    """Sum of the microsteps' values and their number, float32 [2] on the CPU: here the host waits
+    for the device."""
+    values = [torch.as_tensor(value, dtype=torch.float32).cpu() for value in values]
+    if values[0].ndim == 0:
+        return torch.stack([torch.stack(values).sum(), torch.tensor(float(len(values)))])
+    by_sample = torch.cat(values)
+    return torch.stack([by_sample.nansum(), (~by_sample.isnan()).float().sum()])

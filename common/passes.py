@@ -16,11 +16,15 @@ class PassCounter:
     def __init__(self, modules):
         """modules: {name: module}, every Model in them is counted under that name."""
         self.samples = dict.fromkeys(modules, 0)
+        self.left_out = []  # names of modules without a Model: heads, the branch of nct.py
         self.paused = False
         self.handles = []
         hooked = set()
         for name, module in modules.items():
-            for model in [m for m in module.modules() if isinstance(m, Model)]:
+            models = [m for m in module.modules() if isinstance(m, Model)]
+            if not models:
+                self.left_out.append(name)
+            for model in models:
                 # the toy's exact teacher has a formula instead of a network
                 net = model if getattr(model, "exact", False) else model.net
                 if id(net) not in hooked:

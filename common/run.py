@@ -344,8 +344,10 @@ class Run:
         if self.is_main:
             each = ", ".join(f"{name} {n:.2f}" for name, n in passes.items())
             peak = peak_memory(self.device) / 2**20
-            each = f"{total:.2f}: {each}; a backward counts two"
-            self.print(f"  {'passes per iteration':22s} {each}")
+            text = f"{total:.2f}: {each}; a backward counts two"
+            if counter.left_out:
+                text += f"; not counted, no copies of the teacher: {', '.join(counter.left_out)}"
+            self.print(f"  {'passes per iteration':22s} {text}")
             self.print(f"  {'memory, peak':22s} {peak:.0f} MB so far")
 
     def after(self, it, logs, state, report):

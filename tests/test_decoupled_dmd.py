@@ -798,3 +798,14 @@ def test_broken_on_purpose(name, monkeypatch):
     monkeypatch.setattr(dd, function, wrong)
     with pytest.raises(AssertionError):
         test()
+
+
+def test_cosine_leaves_out_rounding():
+    """Of samples where a term is 0 up to rounding: no value, whatever its direction."""
+    x = torch.ones(4, 2)
+    g_ca = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1e-5, 0.0], [1.0, 0.0]])
+    g_dm = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    norm = torch.full((4,), 2.0)
+    found = dd.cosine(x, g_ca, g_dm, norm, norm)
+    assert found[:2].tolist() == pytest.approx([1, -(0.5**0.5)])
+    assert found[2:].isnan().all()

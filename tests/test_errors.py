@@ -1,8 +1,12 @@
 """common/errors.py: one line and an exit code for mistakes and faults."""
 
+import os
+import subprocess
 import sys
 
 import pytest
+from helpers.cases import SCRIPTS
+from helpers.runs import ROOT
 from safetensors import SafetensorError
 
 from common.errors import (
@@ -16,6 +20,16 @@ from common.errors import (
     launch,
     require,
 )
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+def test_ctrl_c_while_torch_is_imported(script, tmp_path):
+    """A torch.py that stands for the seconds of the import: it interrupts its own process."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    command = [sys.executable, ROOT / f"{script}.py"]
+    p = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (p.returncode, p.stderr) == (130, f"{script}.py: interrupted\n")
 
 
 def raising(error):

@@ -1,6 +1,7 @@
 """common/log.py: means over microsteps, strict JSON, rates."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -29,6 +30,22 @@ def test_means_are_over_the_microsteps_that_have_a_value(log):
     log.add(0, dict(a=1.0, b=None))
     log.add(0, dict(a=2.0, b=5.0))
     assert log.means() == dict(a=1.5, b=5.0)
+
+
+def test_values_by_sample(log):
+    """The mean over those that have one, in all microsteps together."""
+    nan = float("nan")
+    log.add(0, dict(cos=torch.tensor([1.0, nan, 0.5, 0.0]), none=torch.tensor([nan, nan])))
+    log.add(0, dict(cos=torch.tensor([nan, nan, -0.5, nan]), none=torch.tensor([nan, nan])))
+    means = log.take()
+    assert means["cos"] == 0.25
+    assert math.isnan(means["none"])
+
+
+def test_a_value_that_is_not_finite_stays(log):
+    log.add(0, dict(loss=torch.tensor(float("nan"))))
+    log.add(0, dict(loss=torch.tensor(1.0)))
+    assert math.isnan(log.take()["loss"])
 
 
 def test_the_newest_value_counts(log):

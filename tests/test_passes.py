@@ -79,3 +79,15 @@ def test_passes_of_a_run(flags, expected, scripts, tmp_path):
     args = ["--teacher", "toy-cond", "--batch", 16, "--eval-n", 0, "--iters", 10]
     p = scripts.run("dmd2.py", *args, *flags.split(), "--out", tmp_path / "run")
     assert f"passes per iteration   {expected:.2f}: student" in p.out
+
+
+def test_what_is_no_model_is_named(student, scripts, tmp_path):
+    """nct's student is a branch beside a frozen generator: only the generator is counted."""
+    counter = PassCounter(dict(student=student, heads=torch.nn.Linear(2, 2)))
+    assert counter.left_out == ["heads"]
+    args = ["--teacher", "toy", "--batch", 16, "--eval-n", 0, "--iters", 2, "--sample-every", 0]
+    p = scripts.run("nct.py", *args, "--out", tmp_path)
+    assert (
+        "passes per iteration   4.00: generator 4.00; a backward counts two; not counted" in p.out
+    )
+    assert "not counted, no copies of the teacher: student\n" in p.out

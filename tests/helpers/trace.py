@@ -142,7 +142,7 @@ class Trace(list):
             for name, value in values.items():
                 if value is None:
                     continue
-                numbers[name] = float(torch.as_tensor(value).detach())
+                numbers[name] = float(torch.as_tensor(value).detach().float().nanmean())
             self.logs.append(numbers)
             return log(run, it, values)
 
