@@ -164,6 +164,20 @@ def on_all_ranks(fn, world):
     return [result for result, _ in every]
 
 
+def require_same(value, what):
+    """UserError on every rank if the ranks have different values."""
+    _, world = rank_and_world()
+    values = on_all_ranks(lambda: value, world)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            error = UserError(
+                f"{what}: expected the same on all machines, "
+                f"process {rank} has others than process 0"
+            )
+            error.on_all_ranks = True
+            raise error
+
+
 def rank_and_world():
     """Of the process group; (0, 1) without one."""
     if not dist.is_initialized():

@@ -368,6 +368,63 @@ def test_what_one_process_cannot_do_ends_all(before, says, scripts, folders, tmp
     assert second.err == ""
 
 
+def test_each_machine_has_its_own_copy_of_the_teacher(scripts, folders, tmp_path):
+    """Files with other dates. The cache is where process 0 says."""
+    flags = flags_of_two(scripts, folders, tmp_path, 20)
+    for rank in range(2):
+        shutil.copytree(folders("sd15"), tmp_path / str(rank) / "t")
+        for path in (tmp_path / str(rank) / "t").rglob("*.json"):
+            os.utime(path, (rank + 1, rank + 1))
+    flags[2] = "t"
+    before = f"import os; os.chdir({str(tmp_path)!r})\n" + OTHER_FOLDER
+    run_processes(scripts, 2, *flags, BEFORE=before)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_machines_with_different_prompts(scripts, folders, tmp_path):
+    flags = flags_of_two(scripts, folders, tmp_path, 20)
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "p.txt").write_text("\n".join(numbered(20 + rank)))
+    flags[flags.index("--prompts") + 1] = "p.txt"
+    before = f"import os; os.chdir({str(tmp_path)!r})\n" + OTHER_FOLDER
+    first, second = processes(scripts, 2, *flags, BEFORE=before)
+    one_line(first, "--prompts or captions .*process 1 has others than process 0", "dmd2")
+    assert second.wait() == 2
+    assert second.err == ""
+
+
+# No capability, as in capset(2): root may write anywhere, so the run gives up that right.
+NOBODY = """
+import ctypes, struct
+assert ctypes.CDLL(None).capset(struct.pack('Ii', 0x20080522, 0), bytes(24)) == 0
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives up rights of root")
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_teacher_that_cannot_be_written_to(writable, scripts, folders, tmp_path):
+    """Nor may the cache be: one line that names the flag."""
+    scripts.load(*pipelines.MODULES)
+    home = Path(tempfile.mkdtemp())
+    home.chmod(0o755)
+    shutil.copytree(folders("sd15"), home / "t")
+    (home / "cache").mkdir()
+    (home / "out").mkdir()
+    for path in (home / "t", *(home / "t").rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    flags = ["dmd2.py", "--teacher", home / "t", "--batch", 2, "--iters", 1, "--warmup", 0]
+    flags += ["--nfe", 1, "--eval-n", 0, "--sample-every", 0, "--out", home / "out" / "run"]
+    flags += ["--cache-prompts", home / "cache"]
+    if writable:
+        scripts.run(*flags, BEFORE=NOBODY)
+    else:
+        (home / "cache").chmod(0o555)
+        says = "--cache-prompts .*expected to read and write embeddings there.*Permission denied"
+        one_line(scripts.start(*flags, BEFORE=NOBODY), says, "dmd2")
+    shutil.rmtree(home)
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 

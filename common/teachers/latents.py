@@ -13,7 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common.data import Images
-from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
+from common.distributed import (
+    on_all_ranks,
+    on_rank0,
+    rank_and_world,
+    require_same,
+    run_in_step,
+)
 from common.errors import UserError, first_line, require
 from common.files import ROOT, atomic
 from common.image_file import READER, SUFFIXES, describe_notes, read_images
@@ -59,6 +65,7 @@ def load_latents(folder, teacher, files, labels, names, say=print, captions=None
             "read here; --frames 1 makes pictures of them"
         )
     rank, world = rank_and_world()
+    require_same([str(path.relative_to(folder)) for path in files], f"--data {folder}")
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
     decide = lambda: make_plan(cache_folder(folder, teacher, files), teacher, files)
     home, paths, missing, count = on_rank0(decide, rank, world)

@@ -20,7 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.distributed import on_all_ranks, on_rank0, rank_and_world, run_in_step
+from common.distributed import (
+    on_all_ranks,
+    on_rank0,
+    rank_and_world,
+    require_same,
+    run_in_step,
+)
 from common.errors import UserError, first_line, require
 from common.files import ROOT, load_errors, read_json, save_weights, write_json
 from common.memory import format_bytes
@@ -115,6 +121,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
     seen by all processes, the disk is too small.
     """
     rank, world = rank_and_world()
+    require_same(digest_of(prompts), "--prompts or captions of --data")
     encoders = TextEncoders(cls, folder, device, dtype)
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
     decide = lambda: make_plan(cache_folder(cls, folder, prompts, dtype, cache), encoders, prompts)
@@ -301,11 +308,16 @@ def cache_folder(cls, folder, prompts, dtype, cache):
     files.append(Path(folder) / "model_index.json")  # says what the null prompt is
     libraries = [metadata.version(name) for name in ("diffusers", "transformers")]
     key = [FORMAT, libraries, cls.__name__, str(folder), stamp_files(files, folder), str(dtype)]
-    digest = hashlib.sha256(json.dumps(key).encode())
-    for prompt in prompts:
-        digest.update(json.dumps(prompt).encode() + b"\n")
-    name = f"{Path(folder).name}-{digest.hexdigest()[:16]}"
+    name = f"{Path(folder).name}-{digest_of([*key, *prompts])}"
     return Path(cache or ROOT / "out" / "prompts") / name
+
+
+def digest_of(values):
+    """16 letters that change when a value of the list does."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def stamp_files(files, base):
