@@ -128,8 +128,7 @@ def parse_args(argv=None):
             "found nothing there",
         )
     args.out = args.out or default_out(args.data)
-    is_mnist = args.data != "toy" and not Path(args.data).is_dir()
-    if is_mnist:
+    if args.data != "toy" and not is_folder(args.data):
         args.size, args.channels = args.size or 28, args.channels or 1
         args.epochs = args.epochs or 30
     args.size = args.size or 32
@@ -142,10 +141,15 @@ def default_out(data):
     return str(ROOT / "out" / f"teacher-{data_name(data)}")
 
 
+def is_folder(data):
+    """Whether --data means the user's own images."""
+    return data not in ("toy", "mnist") and Path(data).is_dir()
+
+
 def data_name(data):
     """Name of the images: that of their folder, or of the file without its suffixes."""
     path = Path(data).resolve()
-    return path.name if path.is_dir() else path.name.split(".")[0]
+    return path.name if is_folder(data) else path.name.split(".")[0]
 
 
 def resumed_args(p, args, argv):
@@ -536,7 +540,7 @@ def prepare_metrics(data, args, out, kept):
     if kept:
         classifier, accuracy = kept
     else:
-        is_own = Path(args.data).is_dir()  # the published figures of mnist are of plain features
+        is_own = is_folder(args.data)  # the published figures of mnist are of plain features
         per_epoch = math.ceil(0.9 * len(data) / 128)
         epochs = args.epochs or math.ceil(CLASSIFIER_STEPS / per_epoch)
         classifier, accuracy = train_classifier(data, epochs, args.seed, spoilt=is_own)

@@ -235,6 +235,14 @@ def test_sizes_by_default(photos):
     assert pretrain.parse_args(["--data", "mnist", "--out", "none"]).size == 28
 
 
+def test_mnist_is_not_a_folder_of_that_name(monkeypatch, tmp_path):
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = pretrain.parse_args(["--data", "mnist", "--out", "none"])
+    assert (args.size, args.channels, args.epochs) == (28, 1, 30)
+    assert pretrain.load_data(args).images.shape[1:] == (1, 28, 28)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
