@@ -422,8 +422,7 @@ def main():
         student=student,
         teacher=teacher,
         steps="1, from pure noise",
-        bootstrap=f"{args.delta:g} of the path",
-        boundary=f"{count} of {args.batch} samples",
+        targets=f"{args.delta:g} of the path ahead; boundary: {count} of {args.batch} samples",
     )
 
     state = dict(student=student, opt_g=opt_g, ema=ema)

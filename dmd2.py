@@ -45,6 +45,7 @@ from common.ema import EMA
 from common.errors import launch, require
 from common.flags import Parser
 from common.optim import adamw
+from common.plan import describe_steps
 from common.report import Report
 from common.run import Run
 from common.schedules import add_noise, expand, initial_noise
@@ -382,7 +383,8 @@ def main():
     opt_c = adamw(critic, args.lr_fake, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, dict(steps=",".join(map(str, indices))))
-    run.print_summary(images, student=student, critic=critic, teacher=teacher, steps=indices)
+    facts = dict(steps=describe_steps(schedule, times))
+    run.print_summary(images, student=student, critic=critic, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state)

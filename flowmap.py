@@ -502,7 +502,7 @@ def main():
         aux=aux,
         teacher=teacher,
         steps="1, from pure noise",
-        guidance=f"{low:g} to {high:g}, sampled at {args.cfg:g}",
+        guidance=f"w = {args.cfg:g}, trained for {low:g} to {high:g}",
         corrected=f"{count} of {args.batch} samples",
     )
 

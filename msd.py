@@ -47,6 +47,7 @@ from common.ema import EMA
 from common.errors import launch, require
 from common.flags import Parser
 from common.optim import adamw
+from common.plan import describe_steps
 from common.report import Report
 from common.routed import ByLabel
 from common.run import Run
@@ -436,15 +437,15 @@ def main():
         dm=(args.lr, args.lr_fake),
         adm=(args.adm_lr * args.lr, args.adm_lr * args.lr_fake),
     )
+    labels = ", ".join(str(len(v)) for v in own_labels)
     run.print_summary(
         images,
         student=student.experts[0],
         critic=critic,
         teacher=teacher,
-        students=f"{args.students}, one after the other",
-        labels=", ".join(f"{k}: {len(v)}" for k, v in enumerate(own_labels)),
+        steps=describe_steps(schedule, schedule.grid(N)[-1:]),
+        students=f"{args.students}, one after the other; labels of each: {labels}",
         plan=", ".join(f"{stage} {k}: {a}..{b - 1}" for a, b, k, stage in pieces),
-        steps=[N - 1],
     )
 
     def mark(piece):

@@ -321,8 +321,10 @@ def main():
         teacher=teacher,
         steps="1, from pure noise",
         control=control.config(),
-        consistency=f"N = {args.N}, {args.distance}, weight {args.con_weight:g}",
-        boundary=f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}",
+        losses=(
+            f"N = {args.N}, {args.distance}, weight {args.con_weight:g}; "
+            f"lambda {args.lambda0:g} at first, eta {args.eta:g}, xi {args.xi:g}"
+        ),
     )
 
     state = dict(student=student, opt_g=opt_g, ema=ema, multiplier=multiplier)

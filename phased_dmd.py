@@ -44,6 +44,7 @@ from common.ema import EMA
 from common.errors import launch, require
 from common.flags import Parser
 from common.optim import adamw
+from common.plan import describe_steps
 from common.report import Report
 from common.routed import ByLevel, Routed
 from common.run import Run
@@ -381,10 +382,8 @@ def main():
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, dict(step_shift=args.step_shift))
     plan = [f"to s = {times[end]:.4g} from iteration {start}" for end, start in zip(ends, starts)]
-    steps = [round(float(t), 4) for t in times[:-1]]
-    run.print_summary(
-        student=student, critic=critic, teacher=teacher, steps=steps, phases=", ".join(plan)
-    )
+    facts = dict(steps=describe_steps(Flow(), times[:-1]), phases=", ".join(plan))
+    run.print_summary(student=student, critic=critic, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
     first = run.resume(state, fixed=("nfe", "phases", "step_shift"))  # an expert's range of levels

@@ -523,8 +523,12 @@ def main():
     ema = EMA(student, args.ema, args.ema_cpu)
     sampler = dict(rho=rho, steps=args.steps, cfg=args.cfg if several else None)
     report = Report(run, teacher, ema, sample, sampler)
-    steps = [round(t, 4) for t in times.tolist()]
-    facts = dict(rho=rho, steps=steps, times=f"{low:.4f} to {high:.4f}")
+    steps = " ".join(f"{t:.4g}" for t in times.tolist())
+    facts = dict(
+        guidance=f"w = {args.cfg:g}, trained for {' '.join(f'{w:g}' for w in args.cfg_train)}",
+        steps=f"{args.nfe} at TrigFlow's t = {steps}",
+        times=f"{low:.4f} to {high:.4f}; deviation of the data {rho:.4g}",
+    )
     run.print_summary(images, student=student, heads=heads, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, heads=heads, opt_h=opt_h, log_var=log_var)

@@ -58,6 +58,7 @@ from common.ema import EMA
 from common.errors import launch, require
 from common.flags import Parser
 from common.optim import adamw
+from common.plan import describe_steps
 from common.report import Report
 from common.run import Run
 from common.schedules import Flow, add_noise, native_weight
@@ -247,6 +248,7 @@ def parse_args(argv=None):
         ok = args.cfg in (1, p.get_default("cfg"))
         require(ok, f"--guidance zero: expected --cfg 1, no network is guided; found {args.cfg:g}")
         args.cfg = 1.0
+        args.cfg_given = True
     if args.smoke and args.gan:
         args.ratio = 1  # the turns of the critic alone are those of the warm-up
     return args
@@ -467,7 +469,11 @@ def main():
     ema = EMA(student, args.ema, args.ema_cpu)
     steps = ",".join(f"{t:.10g}" for t in times.tolist())
     report = Report(run, teacher, ema, sample, dict(steps=steps))
-    facts = dict(form=form, steps=steps, weight=args.weight)
+    facts = dict(
+        guidance=f"w = {args.cfg:g}, {args.guidance}",
+        steps=describe_steps(schedule, times),
+        form=f"{form}, weight {args.weight}",
+    )
     run.print_summary(images, student=student, critic=critic, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)

@@ -455,9 +455,8 @@ def main():
         student=student,
         teacher=teacher,
         target=target_net,
-        guidance=f"k = {k:.4g} by the {args.guide} network: scale {args.cfg:g}",
-        T=f"{T:.4f}",
-        steps=f"{mode}: " + ", ".join(f"{T * t:.4f}" for t in grid),
+        guidance=f"w = {args.cfg:g} (k = {k:.4g}) by the {args.guide} network",
+        steps=f"{args.nfe} ({mode}) at t = " + " ".join(f"{T * t:.4g}" for t in grid),
         groups=", ".join(f"{g} {mean_rows[g] * shards:g}" for g in GROUPS),
     )
 

@@ -128,4 +128,4 @@ def describe_bytes(parts, free):
     """One line: bytes by part, their sum, what is free."""
     each = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
     total = format_bytes(sum(parts.values()))
-    return f"{each}: {total}, {format_bytes(free)} free; activations come on top"
+    return f"{each}: {total}, {format_bytes(free)} free"

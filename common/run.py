@@ -42,6 +42,7 @@ from common.log import Log
 from common.memory import (
     describe_bytes,
     estimate_memory,
+    format_bytes,
     free_memory,
     keep_heap,
     parameter_bytes,
@@ -51,6 +52,7 @@ from common.memory import (
 from common.model import Model
 from common.optim import average_over_processes, clipped_step, rate_factor
 from common.passes import PassCounter
+from common.plan import describe_run, is_unguided_by_mistake
 from common.rng import BatchRandom, derive_seed
 from common.routed import Routed
 
@@ -105,6 +107,7 @@ class Run:
         self.models = {}
         self.counter = None  # of network passes, in the first iterations
         self.record = {}  # facts for the student's distill.json
+        self.plan = {}  # lines of print_summary
 
         self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
@@ -185,8 +188,10 @@ class Run:
                 self.args, self.world, sizes, students, critics, averages, single
             )
             free = free_memory(self.device, self.world)
-            self.print(f"  {'memory, estimated':22s} {describe_bytes(parts, free)}")
-            refuse_if_too_large(self.args, sum(parts.values()), free, self.device)
+            total = sum(parts.values())
+            needed = f"{format_bytes(total)} and activations, {format_bytes(free)} free"
+            self.print(f"  {'memory, estimated':22s} {needed}")
+            refuse_if_too_large(self.args, total, free, self.device)
 
         return dict(text=self.prompt_kwargs(), place=self.to_device, budget=check_memory)
 
@@ -237,32 +242,33 @@ class Run:
     def print_summary(self, images=None, **facts):
         """Prints what follows from the flags, before the first step. images: of the losses, if any.
 
-        facts: networks (printed as numbers of parameters) and anything else worth a line.
+        facts: networks (printed as numbers of parameters), and lines by name.
         """
         args = self.args
-        if args.cfg not in (None, 1) and "teacher" in facts:
-            facts["teacher"].null(1)  # UserError from a teacher without a null condition
-        passes = str(self.dtype).removeprefix("torch.")
-        self.print(
-            f"{self.method}: teacher {args.teacher}, device {self.device}, {passes} passes, "
-            f"{self.world} process(es) x {self.batch} samples"
-            + (f" x {args.accumulate} parts" if args.accumulate > 1 else "")
+        teacher = facts.get("teacher")
+        if args.cfg not in (None, 1) and teacher is not None:
+            teacher.null(1)  # UserError from a teacher without a null condition
+        networks = {k: v for k, v in facts.items() if isinstance(v, torch.nn.Module)}
+        others = {k: v for k, v in facts.items() if k not in networks}
+        self.models |= networks
+        trained = {name: count_trained(net) for name, net in networks.items()}
+        self.record = dict(
+            images=len(images or ()), networks={name: n for name, n in trained.items() if n}
         )
-        if images is not None:
-            facts["images"] = len(images)
-        trained = {}
-        for name, value in facts.items():
-            if isinstance(value, torch.nn.Module):
-                self.models[name] = value
-                count = sum(p.numel() for p in value.parameters() if p.requires_grad)
-                if count:
-                    trained[name] = count
-                value = describe_parameters(value)
-            self.print(f"  {name.replace('_', ' '):22s} {value}")
-        self.record = dict(images=facts.get("images", 0), networks=trained)
+        self.plan = describe_run(self, images, networks, others)
         memory = describe_bytes(parameter_bytes(self.models), free_memory(self.device, self.world))
+
+        passes = str(self.dtype).removeprefix("torch.")
+        self.print(f"{self.method}: teacher {args.teacher}, device {self.device}, {passes} passes")
+        for name, text in self.plan.items():
+            self.print(f"  {name:22s} {text}")
         self.print(f"  {'memory, networks':22s} {memory}")
         self.print(f"  {'folder':22s} {self.out}")
+        if is_unguided_by_mistake(args, teacher):
+            self.warn(
+                f"--teacher {args.teacher} takes text and is not guided (w = 1), so its images are "
+                "poor; give --cfg W, or --cfg 1 if that is meant"
+            )
 
     # ---- optimiser steps
 
@@ -562,6 +568,7 @@ class Run:
             flags=vars(self.args),
             processes=self.world,
             device=str(self.device),
+            plan=self.plan,
         )
 
     def finish(self, it, state, report=None):
@@ -624,19 +631,8 @@ def progress_bar(first, last, name, disable):
     )
 
 
-def describe_parameters(module):
-    params = list(module.parameters())
-    trained = any(p.requires_grad for p in params)
-    count = sum(p.numel() for p in params) / 1e6
-    text = f"{count:.2f}M parameters, {'trained' if trained else 'frozen'}"
-    # networks with adapters: the teacher's weights that they run on
-    base = {}
-    for model in module.modules():
-        if isinstance(model, Model):
-            base |= {id(p): p.numel() for p in model.base}
-    if base:
-        text += f", on {sum(base.values()) / 1e6:.2f}M of the teacher's, frozen"
-    return text
+def count_trained(net):
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def own_optimiser_part(part, saved):

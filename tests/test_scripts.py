@@ -70,7 +70,7 @@ def test_smoke(script, tmp_path):
     assert p.returncode == 0, p.stderr
     assert "Traceback" not in p.stderr
     assert "Warning" not in without_torchs_own(p.stderr)
-    for fact in ("parameters, trained", "passes per iteration", "memory", str(out)):
+    for fact in ("trained: student", "passes per iteration", "memory", str(out)):
         assert fact in p.stdout
 
     info = read_json(out / "student" / "distill.json")

@@ -194,10 +194,14 @@ def read_texts(name, cls, folder, prompts, data):
             )
         return None, []
     if not isinstance(prompts, list):
-        own = folder / "prompts.txt"
-        default = own if own.is_file() else ROOT / "assets" / "prompts.txt"
-        prompts = read_prompts(prompts or default)
+        prompts = read_prompts(prompts or default_prompts(folder))
     return prompts, read_captions(data) if data else []
+
+
+def default_prompts(folder):
+    """File of the prompts without --prompts. folder: of the pipeline."""
+    own = Path(folder) / "prompts.txt"
+    return own if own.is_file() else ROOT / "assets" / "prompts.txt"
 
 
 def silence_libraries():

@@ -207,7 +207,8 @@ def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=F
         set_network(pipe, "transformer_2", teacher, home / "expert-1")
     else:
         set_network(pipe, "transformer", teacher, home)
-    options = set_stochastic_scheduler(teacher, pipe, dmd2.step_indices(nfe))
+    steps = dmd2.step_indices(nfe, sampler.get("steps"))  # Wan's and Qwen's presets have their own
+    options = set_stochastic_scheduler(teacher, pipe, steps)
     torch.manual_seed(5)
     prompts = [PROMPTS[0], PROMPTS[2]]
     theirs = run_pipeline(student, pipe, prompts, z, nfe, 1.0, **options)
