@@ -271,8 +271,8 @@ def main(argv=None):
         print(f"{len(images)} images: {args.dir}")
     if args.out or not args.dir:
         out = args.out or "sample.png"
-        texts = [f"{caption}, seed {seed}" for caption, seed in zip(captions, seeds)]
-        captioned(out, images, texts, columns=args.n if args.n > 1 else 5)
+        notes = [f"seed {seed}" for seed in seeds]
+        captioned(out, images, captions, notes, columns=args.n if args.n > 1 else 5)
         print(f"{sampler.name}: {out}")
 
 

@@ -5,9 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFont
 
-from tools.pictures import MARGIN, SIDE, by_angle, image_rows, save_numbered, scatter
+from tools.pictures import (
+    MARGIN,
+    SIDE,
+    by_angle,
+    captioned,
+    image_rows,
+    save_numbered,
+    scatter,
+    wrapped,
+)
 
 LONG = "a name that is much longer than it should be, with more words than fit"
 
@@ -83,3 +92,24 @@ def test_numbered_files(tmp_path, channels):
     for number, image in ((3, images[0]), (17, images[1])):
         pixels = torch.from_numpy(read(tmp_path / f"{number:06d}.png"))
         assert torch.equal(pixels.reshape(4, 6, channels), image.permute(1, 2, 0).long())
+
+
+def test_captions_fit_below_their_pictures(tmp_path):
+    """Words of a caption go to the next line, three lines at most; the note has its own."""
+    font = ImageFont.load_default(12)
+    text = "a red apple and a green pear on a blue table in a small room with a large window"
+    lines = wrapped(text, font, 128).split("\n")
+    assert len(lines) == 3
+    assert all(font.getlength(line) <= 128 for line in lines)
+    assert text.startswith(" ".join(lines)[:40])
+    assert wrapped("heart", font, 128) == "heart"
+    assert font.getlength(wrapped("W" * 99, font, 128)) <= 128
+
+    image = Image.new("RGB", (64, 64), "red")
+    captioned(tmp_path / "x.png", [image] * 3, ["a", text, ""], ["1", "2", "3"], columns=2)
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    red = (sheet == (255, 0, 0)).all(2)
+    assert red.sum() == 3 * 128 * 128
+    assert red[12, 12]
+    assert red[12, 12 + 128 + 12]
+    assert not red[12:140, 140:152].any()

@@ -45,8 +45,8 @@ def image_rows(path, rows):
     save(path, sheet)
 
 
-def captioned(path, images, captions, columns=5):
-    """PNG of images with their captions below, in rows of up to 8 columns.
+def captioned(path, images, captions, notes, columns=5):
+    """PNG of images, each with its caption and a note of one line below, in rows of up to 8.
 
     images: list of PIL images of one size; small ones are enlarged by whole pixels.
     """
@@ -55,7 +55,7 @@ def captioned(path, images, captions, columns=5):
     scale = max(1, 128 // width)
     width, height = scale * width, scale * height
     font = ImageFont.load_default(12)
-    texts = [wrapped(caption, font, width) for caption in captions]
+    texts = [f"{wrapped(text, font, width)}\n{note}" for text, note in zip(captions, notes)]
     text_height = largest_text(texts, font)[1] + MARGIN
     rows = math.ceil(len(images) / columns)
     size = (columns * (width + MARGIN) + MARGIN, rows * (height + text_height) + MARGIN)
