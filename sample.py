@@ -27,7 +27,7 @@ import torch
 from common.distributed import init_processes
 from common.errors import UserError, did_you_mean, launch, require
 from common.flags import Help, parse_size
-from common.image_folder import read_image
+from common.image_file import read_image
 from common.rng import PerImageNoise
 from common.sampling import TEACHER_NFE
 from common.teachers.kind import ADAPTER_KINDS, teacher_kind
@@ -127,19 +127,19 @@ class Sampler:
             require(what, f"{self.name}: expected prompts, found none")
             self.embed([prompt for prompt in dict.fromkeys(what) if prompt not in self.rows])
             return [(self.rows[prompt], prompt) for prompt in what]
-        names = [str(name) for name in self.teacher.evaluation.get("names", [])]
+        names = self.teacher.class_names()  # several of each class
+        label_of = {name: label for label, synonyms in enumerate(names) for name in synonyms}
         classes = self.teacher.classes
         found = []
         for word in range(min(classes, 10)) if what is None else what:
-            label = names.index(word) if word in names else word
-            ok = str(label).isdigit() and int(label) < max(classes, 1)
+            label = str(label_of.get(word, word))
             require(
-                ok,
+                label.isdigit() and int(label) < max(classes, 1),
                 f"--labels {word}: expected a number from 0 to {classes - 1}, or a class's name"
-                f"{did_you_mean(word, names)}",
+                f"{did_you_mean(word, label_of)}",
             )
             label = int(label)
-            found.append((label, names[label] if names else f"label {label}"))
+            found.append((label, names[label][0] if names else f"label {label}"))
         return found or [(0, self.name)]
 
     def embed(self, prompts):
@@ -153,8 +153,7 @@ class Sampler:
             "its prompts among them",
         )
         kind = (type(teacher), teacher.folder, prompts, teacher.device, teacher.dtype)
-        once = lambda fn: fn()
-        first = teacher.table.append(embed_prompts(*kind, self.options.cache_prompts, print, once))
+        first = teacher.table.append(embed_prompts(*kind, self.options.cache_prompts, print))
         self.rows |= {prompt: first + i for i, prompt in enumerate(prompts)}
 
 

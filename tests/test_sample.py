@@ -118,8 +118,9 @@ def test_other_steps(digits):
 
 def test_names_of_classes(digits):
     sampler = load(digits)
-    sampler.teacher.evaluation = dict(names=["cat", *"123456789"])
-    assert sampler.find(["cat", "2", 0]) == [(0, "cat"), (2, "2"), (0, "cat")]
+    names = [["cat", "tomcat"], *([digit] for digit in "123456789")]
+    sampler.teacher.class_names = lambda: names
+    assert sampler.find(["tomcat", "2", 0]) == [(0, "cat"), (2, "2"), (0, "cat")]
     assert [caption for _, caption in sampler.find()] == ["cat", *"123456789"]
     with pytest.raises(UserError, match="--labels cats: .* from 0 to 9, .*did you mean cat"):
         sampler.find(["cats"])
