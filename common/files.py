@@ -3,13 +3,12 @@
 import contextlib
 import errno
 import json
-import math
 import os
 import subprocess
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, describe, require
@@ -151,32 +150,6 @@ def load_weights(path, module, key=lambda name: name):
             f"the first is {extra[0]}"
         )
     module.load_state_dict({name: tensors[key(name)] for name in state})
-
-
-def count_parameters(folder):
-    """Parameters in the safetensors files of a diffusers folder, from their headers alone."""
-    index = folder / f"{WEIGHTS}.index.json"
-    pickled = folder / "diffusion_pytorch_model.bin"  # older than safetensors, in fp32
-    names = [WEIGHTS]
-    if index.is_file():
-        names = set(read_json(index)["weight_map"].values())
-    elif pickled.is_file() and not (folder / WEIGHTS).is_file():
-        return pickled.stat().st_size // 4
-    count = 0
-    for name in names:
-        with safe_open(folder / name, "pt") as f:
-            count += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
-    return count
-
-
-def load_vae(cls, folder, index, dtype):
-    import diffusers
-
-    safe = None if cls.pickles else True  # None: .bin (weights only) where there are no safetensors
-    vae = getattr(diffusers, index["vae"][1]).from_pretrained(
-        folder, subfolder="vae", torch_dtype=dtype, use_safetensors=safe
-    )
-    return vae.eval().requires_grad_(False)
 
 
 def is_local_name(name):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from common.errors import UserError, first_line
+from common.teachers.weights import NAME
 
 HUB = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -26,6 +27,10 @@ HUB = {
 FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
 CONFIGS = ["model_index.json", "teacher.json", "*/config.json", "*/scheduler_config.json"]
 
+# Not needed: components that no teacher class loads, and further variants of the same weights.
+UNUSED = ["safety_checker/*", "feature_extractor/*", "image_encoder/*"]
+VARIANTS = [f"*.{name}{mark}*" for name in ("fp16", "bf16", "non_ema") for mark in ".-"]
+
 
 def is_hub_name(name):
     """Can this be OWNER/REPOSITORY?"""
@@ -43,17 +48,30 @@ def download(name, wanted=FILES):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = HUB.get(name, name)
-    if wanted is FILES and repository.startswith("facebook/DiT"):
-        wanted = [*FILES, "*/*.bin"]  # ClassDiT.pickles
     try:
         folder = snapshot_download(
-            repository,
-            allow_patterns=wanted,
-            ignore_patterns=["*.fp16.safetensors", "*/*.fp16-*"],
+            repository, allow_patterns=wanted, ignore_patterns=[*UNUSED, *VARIANTS]
         )
+        if wanted is FILES:
+            # Other forms of the weights, where a component comes in no better one.
+            for form in ("*.safetensors", "*.bin"):
+                parts = without_weights(Path(folder))
+                if parts:
+                    patterns = [f"{part}/{end}" for part in parts for end in (form, "*.json")]
+                    snapshot_download(repository, allow_patterns=patterns)
         return Path(folder)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         raise UserError(
             f"--teacher {name}: not downloaded from the hub ({first_line(e)[:200]}); "
             "give a local folder"
         ) from None
+
+
+def without_weights(folder):
+    """Names of the components that have a configuration of a network, but no weights."""
+    parts = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    return [part.name for part in parts if not has_weights(part)]
+
+
+def has_weights(folder):
+    return any(NAME.fullmatch(path.name) for path in folder.glob("*"))

@@ -71,7 +71,6 @@ class ClassDiT(Pipeline, DiT):
     network_class = "DiTTransformer2DModel"
     expected = dict(scheduler=VP_SCHEDULER)
     takes_prompts = False
-    pickles = True
     square = True
     encode = DiT.encode
     null = DiT.null

@@ -51,6 +51,7 @@ def teacher_kind(name):
     """
     if name in EMBEDDED:
         return name, "teacher of this repository"
+    refuse_file(name)
     if os.path.isdir(name):  # unlike Path.is_dir, False also for a name that no file can have
         return kind_of_folder(name, Path(name))
     for short, repository in HUB.items():
@@ -79,6 +80,14 @@ def lasting_name(name):
     if name in EMBEDDED or not os.path.isdir(name):
         return name
     return os.path.abspath(name)
+
+
+def refuse_file(name):
+    require(
+        not os.path.isfile(name),
+        f"--teacher {name}: expected a folder, found a file; diffusers makes a folder of it: "
+        "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+    )
 
 
 def no_such_teacher(name):
@@ -162,6 +171,10 @@ def no_teacher_in(name, folder):
     found = "no teacher.json in it"
     if (folder / "distill.json").is_file():
         found = "it is a student of this project; give its teacher"
+    elif (folder / "snapshots").is_dir():
+        found = "it is the cache of a hub repository; give its snapshots/<hash>"
+    elif (folder / "config.json").is_file():
+        found = "a network alone; give the folder of its pipeline"
     elif name in HUB:
         found += f"; it hides the hub's: for that give --teacher {HUB[name]}"
     return UserError(

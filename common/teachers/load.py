@@ -20,7 +20,6 @@ from common.errors import UserError, describe
 from common.files import (
     ROOT,
     WEIGHTS,
-    count_parameters,
     load_errors,
     load_weights,
     read_json,
@@ -46,6 +45,7 @@ from common.teachers.kind import (
     EMBEDDED,
     no_such_teacher,
     no_teacher_in,
+    refuse_file,
     which_is_taken,
 )
 from common.teachers.prompt_files import read_prompts
@@ -53,6 +53,7 @@ from common.teachers.prompts import embed_prompts
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
 from common.teachers.wan import Wan
+from common.teachers.weights import find_weights
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.
@@ -77,6 +78,7 @@ def load_teacher(
     budget: called with numbers of parameters before anything big is loaded (Run.check_memory).
     place: moves the model to the device (Run.to_device).
     """
+    refuse_file(name)
     folder = ROOT / "assets" / EMBEDDED[name] if name in EMBEDDED else Path(name)
     options = text or {}
     taken = which_is_taken(name)
@@ -165,6 +167,10 @@ def load_pipeline(
     silence_libraries()
     check_version(name, cls)
     scheduler = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    for part in (*cls.networks(index), "vae"):
+        weights = find_weights(folder / part, name)
+        if weights.variant:
+            say(f"{part}: weights in {weights.variant}, the folder has no others")
 
     table, first_caption = None, 0
     if cls.takes_prompts:
@@ -246,8 +252,8 @@ def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, bud
     """Model of the pipeline's first network."""
     parts = cls.networks(index)
     budget(
-        network=sum(count_parameters(folder / part) for part in parts),
-        vae=count_parameters(folder / "vae"),
+        network=sum(find_weights(folder / part, folder).count_parameters() for part in parts),
+        vae=find_weights(folder / "vae", folder).count_parameters(),
         width=dtype.itemsize,
         experts=len(parts),
     )

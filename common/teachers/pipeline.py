@@ -13,6 +13,7 @@ from common.files import load_errors, read_json
 from common.image_folder import image_files
 from common.model import Model, layers_at, load_extras
 from common.teachers.latents import load_latents
+from common.teachers.weights import find_weights, text_options
 
 # diffusers 0.42 calls this argument dtype; 0.35, which is supported as well, has only the old name.
 warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -33,7 +34,6 @@ class Pipeline(Model):
     since = (0, 35)  # version of diffusers
     takes_prompts = True
     most_tokens = {}  # that `embed` reads, where the tokenizer of this name allows more
-    pickles = False  # read .bin files where there are no safetensors: weights only, no code
     built_for = None  # (height, width) in pixels, where the network's configuration has no size
     square = False  # the network takes square images only
     packed = 1  # a token of the network's input is a square of packed x packed latents
@@ -140,7 +140,7 @@ class Pipeline(Model):
         absent = [part for part, value in index.items() if value == [None, None]]
         unused = dict.fromkeys([cls.part, "vae", *cls.without, *absent])
         return getattr(diffusers, cls.pipeline).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, **unused
+            folder, torch_dtype=dtype, **text_options(cls, folder, index), **unused
         )
 
     @classmethod
@@ -148,11 +148,14 @@ class Pipeline(Model):
         """The network in the subfolder `part` of a pipeline's folder, or in a student's folder."""
         import diffusers
 
+        options = dict(use_safetensors=True)
+        if part:
+            options = find_weights(Path(folder) / part, folder).options()
         return getattr(diffusers, cls.network_class).from_pretrained(
             folder,
             subfolder=part or None,
             torch_dtype=dtype,
-            use_safetensors=None if cls.pickles and part else True,  # None: .bin will do
+            **options,
         )
 
     @classmethod
@@ -163,7 +166,7 @@ class Pipeline(Model):
             folder,
             subfolder="vae",
             torch_dtype=dtype,
-            use_safetensors=None if cls.pickles else True,
+            **find_weights(Path(folder) / "vae", folder).options(),
         )
         return vae.eval().requires_grad_(False)
 
