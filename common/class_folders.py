@@ -40,7 +40,8 @@ def class_folders(folder, teacher=None, say=print, notes=None):
     labels = new_labels(folder, names) if teacher is None else known_labels(folder, names, teacher)
     names.sort(key=labels.get)
     if names:
-        say(f"{folder}: label of each folder: {show_mapping(names, labels)}")
+        of_how_many = f" ({len(names)} of {teacher.classes} classes)" if teacher else ""
+        say(f"{folder}: labels{of_how_many}: {show_mapping(names, labels)}")
     files = [path for name in names for path in files_of[name]]
     rows = [labels[name] for name in names for _ in files_of[name]]
     return files, torch.tensor(rows, dtype=torch.int64), names
@@ -75,7 +76,7 @@ def one_class(folder, files, teacher):
 
 
 def show_mapping(names, labels):
-    shown = [f"{name} {labels[name]}" for name in names]
+    shown = [f"{name} -> {labels[name]}" for name in names]
     if len(shown) > SHOWN + 1:
         shown[SHOWN:-1] = ["..."]
     return ", ".join(shown)
@@ -152,7 +153,9 @@ def unmatched(folder, problems, labels, known, classes):
     found = []
     for name, owners in list(problems.items())[:SHOWN]:
         hint = f" (the name of classes {owners}: use the number)"
-        found.append(repr(name) + (hint if owners else did_you_mean(simplify(name), known_names)))
+        if not owners:
+            hint = "" if is_number(name) else did_you_mean(simplify(name), known_names)
+        found.append(repr(name) + hint)
     if len(problems) > SHOWN:
         found.append("...")
     matched = show_mapping(sorted(labels, key=labels.get), labels) or "none"

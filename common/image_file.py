@@ -170,10 +170,9 @@ def turn(image, notes):
     except Exception:  # pillow raises many types for damaged metadata, and viewers show the image
         notes["with damaged EXIF, not turned"] += 1
         return image
-    image.load()  # here pillow turns a TIFF by itself
     if orientation in range(2, 9):
         notes["turned by EXIF orientation"] += 1
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)  # pillow turns a TIFF while it decodes
     return image
 
 

@@ -71,13 +71,16 @@ def test_a_few_numbers_of_many(tmp_path):
     home = write(tmp_path / "set", "007", "300", "42")
     found, line = labels(home, teacher(1000))
     assert found == {"007": 7, "42": 42, "300": 300}
-    assert line == f"{home}: label of each folder: 007 7, 42 42, 300 300"
+    assert line == f"{home}: labels (3 of 1000 classes): 007 -> 7, 42 -> 42, 300 -> 300"
 
 
 def test_numbers_out_of_range(tmp_path):
     home = write(tmp_path / "set", *map(str, range(1, 11)))
     says = refusal(home, teacher(10))
-    assert "numbered from 0 to 9; found 1 of 10 that are neither: '10'; matched: 1 1, 2 2" in says
+    assert (
+        "numbered from 0 to 9; found 1 of 10 that are neither: '10'; matched: 1 -> 1, 2 -> 2"
+        in says
+    )
 
 
 def test_a_number_that_is_a_name_is_a_name(tmp_path):
@@ -102,7 +105,7 @@ def test_many_classes(tmp_path):
     shutil.rmtree(home / "c000")
     assert labels(home, teacher(300, *names))[0]["c299"] == 299
     line = labels(home, teacher(300, *names))[1]
-    assert line.endswith("c007 7, c008 8, ..., c299 299")
+    assert line.endswith("c007 -> 7, c008 -> 8, ..., c299 -> 299")
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -142,14 +145,14 @@ def test_synonyms_and_spelling(name, label, tmp_path):
 def test_a_name_of_two_classes(tmp_path):
     known = teacher(3, "crane", "tench", "crane")
     says = refusal(write(tmp_path / "a", "Crane", "tench"), known)
-    assert "'Crane' (the name of classes [0, 2]: use the number); matched: tench 1" in says
+    assert "'Crane' (the name of classes [0, 2]: use the number); matched: tench -> 1" in says
     assert labels(write(tmp_path / "b", "2", "tench"), known)[0] == {"tench": 1, "2": 2}
 
 
 def test_a_typo(tmp_path):
     says = refusal(write(tmp_path / "set", "tenhc", "goldfish"), teacher(2, "tench", "goldfish"))
     assert "named like the teacher's classes (tench, goldfish), or numbered from 0 to 1" in says
-    assert "'tenhc', did you mean tench?; matched: goldfish 1" in says
+    assert "'tenhc', did you mean tench?; matched: goldfish -> 1" in says
 
 
 def test_two_folders_of_one_class(tmp_path):
@@ -165,7 +168,7 @@ def test_names_that_the_teacher_cannot_know(tmp_path):
     assert "numbered from 0 to 3; found 3 of 3 that are neither: 'apple'; 'bear'; 'cat'" in says
     assert "at most 2 class subfolders" in refusal(home, teacher(2))
     write(home, "3")
-    assert "matched: 3 3" in refusal(home, teacher(4))  # numbers and other names
+    assert "matched: 3 -> 3" in refusal(home, teacher(4))  # numbers and other names
 
 
 def test_names_must_be_as_many_as_classes(tmp_path):
@@ -313,7 +316,7 @@ def test_some_digits_of_mnist(tmp_path):
     found = load_images(str(write_digits(tmp_path / "set", (3, 4, 5), str)), mnist, lines.append)
     assert found.labels.tolist() == [3] * 20 + [4] * 20 + [5] * 20
     assert torch.equal(found.images[20:40], source.images[source.labels == 4][:20])
-    assert lines[0].endswith("label of each folder: 3 3, 4 4, 5 5")
+    assert lines[0].endswith("labels (3 of 10 classes): 3 -> 3, 4 -> 4, 5 -> 5")
     home = write_digits(tmp_path / "words", (3, 4), DIGITS.__getitem__)
     with pytest.raises(UserError, match="'four'; 'three'; matched: none"):
         load_images(str(home), mnist, quiet)
