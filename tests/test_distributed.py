@@ -1,12 +1,15 @@
 """common/distributed.py: devices, launchers, errors that one of several processes sees."""
 
+import io
 import signal
+import sys
 
 import pytest
 import torch
 from helpers.runs import QUICK, one_line, processes
+from tqdm import tqdm
 
-from common.distributed import choose_device
+from common.distributed import choose_device, run_in_step
 from common.errors import UserError
 
 # Two machines without a disk in common: process 1 works in another folder.
@@ -143,6 +146,28 @@ def test_a_teacher_that_only_one_machine_has(scripts, folders, tmp_path):
     one_line(second, r"dmd2.py: rank 1 on .*: --teacher \./t: expected ", "dmd2")
     first.kill(signal.SIGTERM)  # as torchrun does; it waits for the other one to come
     first.wait()
+
+
+def test_a_bar_for_long_work(monkeypatch):
+    """It counts what all ranks have done, and tells how long the rest takes."""
+    text = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", text)
+    monkeypatch.setattr(
+        "common.distributed.tqdm",
+        lambda **kwargs: tqdm(**kwargs | dict(delay=0, mininterval=0, file=text)),
+    )
+    done = []
+
+    def work():
+        for n in (16, 16, 8):
+            done.append(n)
+            yield n
+
+    run_in_step(work(), 40, "prompt")
+    assert done == [16, 16, 8]
+    assert "16/40 [00:00<00:0" in text.getvalue()
+    assert "32/40 [00:00<00:0" in text.getvalue()
+    assert "prompt/s]" in text.getvalue()
 
 
 # ---- systems without fcntl -----------------------------------------------------------------------
