@@ -79,7 +79,8 @@ def wait_for_rank0(local_rank):
     torchrun ends all processes when one has ended, so this one does not return if rank 0 made the
     same mistake. On other machines, local rank 0 is the one that prints.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
     time.sleep(1 if local_rank == 0 else 2)
 
 
