@@ -397,7 +397,8 @@ def test_prompts_are_encoded_once(folders, monkeypatch):
     lines = []
     options = dict(prompts=["a b", "c"], cache=folders.cache, say=lines.append)
     load_pipeline(str(folders("sd15")), **options)
-    assert "encoding 2" in lines[0]
+    assert lines[0].startswith("prompts: 2, 2 different, 1 to 3 characters")
+    assert "encoding 2" in lines[1]
     monkeypatch.setattr(SD15, "text_pipeline", None)  # calling it would fail
     model = load_pipeline(str(folders("sd15")), **options)
     assert "read from" in lines[-1]
@@ -413,7 +414,7 @@ def test_changed_text_encoders_are_encoded_anew(folders, tmp_path):
     weights = load_file(path)
     save_file({k: v + 0.1 for k, v in weights.items()}, path, metadata={"format": "pt"})
     load_pipeline(str(folder), **options)
-    assert ["encoding" in line for line in lines] == [True, True]
+    assert sum("encoding" in line for line in lines) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
