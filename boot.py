@@ -204,7 +204,7 @@ def level(schedule, u):
     nodes = schedule.grid(N)
     if nodes[0] > schedule.t_min:
         nodes = torch.cat([f64([schedule.t_min]), nodes])
-    nodes = nodes.to(u.device)
+    nodes = nodes.to(u.device, non_blocking=True)
     position = u * (len(nodes) - 1)
     i = position.floor().long().clamp(max=len(nodes) - 2)
     t = torch.lerp(nodes[i], nodes[i + 1], position - i)
@@ -416,7 +416,7 @@ def main():
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, {})
     distance = None
-    if args.distance_every:
+    if args.distance_every and not args.dry_run:
         distance = PathDistance(teacher, args, n=8 if args.smoke else 64)
     run.print_summary(
         student=student,

@@ -339,7 +339,7 @@ def balance(g, e, world, eps=1e-8):
     g: (7) of this process's samples with a prediction; e: (8) of those with a correction.
     """
     norms = [mean_square(g).sqrt().sum(), mean_square(e).sqrt().sum()]
-    counts = [torch.tensor(float(len(rows)), device=g.device) for rows in (g, e)]
+    counts = [torch.full((), float(len(rows)), device=g.device) for rows in (g, e)]
     sums = torch.stack(norms + counts)
     if world > 1:
         all_reduce(sums)

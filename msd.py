@@ -451,7 +451,8 @@ def main():
     def mark(piece):
         """What a resume must find: where the plan is, and who has which label."""
         first, _, k, stage = piece
-        return torch.tensor([first, k, STAGES.index(stage), *table], device=run.device)
+        place = torch.tensor([first, k, STAGES.index(stage), *table])
+        return place.to(run.device, non_blocking=True)
 
     critic.register_buffer("place", mark(pieces[0]))
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
@@ -491,7 +492,7 @@ def main():
             student_ddp = run.train(net)
             # without the GAN term the head has no gradient, for which DDP would wait
             critic_ddp = run.train(critic if stage == "adm" else critic.fake)
-            labels = own_labels[k].to(run.device)
+            labels = own_labels[k]
 
         draw = run.draw(it)
         lr, lr_fake = rates[stage]
@@ -522,7 +523,7 @@ def main():
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = it % args.ratio == 0
-        cond = teacher.encode(labels[draw.randint(0, len(labels))])
+        cond = teacher.encode(labels[draw.randint(0, len(labels), on_host=True)])
         z = draw.randn(*shape)
         if student_turn:
             x = one_step(student_ddp, schedule, z, cond)

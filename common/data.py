@@ -73,7 +73,8 @@ class Images:
     def samples(self, run, teacher, it):
         """Clean samples and conditions of this process in iteration `it`, on its device."""
         pixels, labels = self.batch(it, run.args.batch, run.args.seed, *run.data_shard)
-        return teacher.encode_images(pixels.to(run.device)), teacher.encode(labels)
+        pixels = pixels.to(run.device, non_blocking=True)
+        return teacher.encode_images(pixels), teacher.encode(labels)
 
     def order(self, epoch, seed):
         """Permutation of the set in this epoch, int64 [N]. The last one is kept."""
@@ -109,6 +110,8 @@ def load_images(data, teacher, say=print):
     if teacher.adapter == "toy":
         return toy_images(teacher)
     if not teacher.evaluation.get("images"):
+        if teacher.blank:  # --dry-run takes it that --data will be given
+            return teacher.load_image_folder(data, say)
         kind = "with one subfolder per class"
         if teacher.prompts is not None:
             kind = "of images with captions (a .txt of the same name, or metadata.jsonl)"

@@ -30,7 +30,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the common flags, in the groups model, method, optimisation and run.
+    """argparse with the common flags, in the groups model, method, optimisation, run and
+    dry run.
 
     A script says which optional parts it has, and gets only the flags that it can use:
     critic: a second trained network. lora_fake: that network may be trained as LoRA (default: as
@@ -54,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         self.method = self.add_argument_group("method")
         self.optim = self.add_argument_group("optimisation")
         self.run = self.add_argument_group("run")
+        self.dry = self.add_argument_group("dry run")
         # what common code reads although the script has no such flag
         self.set_defaults(nfe=1, data=None, lr_fake=None, lora=None, lora_fake=None)
         self.set_defaults(lora_alpha=None, lora_targets=None, shard=False)
@@ -138,6 +140,18 @@ class Parser(argparse.ArgumentParser):
         add("--resume", action="store_true", help="continue from the newest checkpoint of --out")
         add("--overwrite", action="store_true", help="discard the run that is in --out")
         add("--smoke", action="store_true", help="three iterations of everything")
+
+        add = self.dry.add_argument
+        add(
+            "--dry-run",
+            action="store_true",
+            help="memory, work and waits, without a GPU or weights",
+        )
+        add("--device-memory", type=float, metavar="GB", help="find the largest --batch that fits")
+        add("--processes", type=int, help="of the run, which share the batch [1]")
+        add(
+            "--tflops", type=float, metavar="X", help="TFLOP/s that a process reaches, for the time"
+        )
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -305,6 +319,23 @@ def check_flags(args):
     require(ok, f"--lora-alpha: expected a number > 0, found {alpha}")
     both = args.resume and args.overwrite
     require(not both, "--resume keeps the run in --out, --overwrite discards it: use one of them")
+    check_dry_run(args)
+
+
+def check_dry_run(args):
+    """UserError if flags of --dry-run are out of range or contradict others."""
+    others = dict(device_memory="--device-memory", processes="--processes", tflops="--tflops")
+    for name, flag in others.items():
+        value = getattr(args, name)
+        require(args.dry_run or value is None, f"{flag} needs --dry-run")
+        require(value is None or value > 0, f"{flag}: expected a number > 0, found {value}")
+    if not args.dry_run:
+        return
+    for name in ("resume", "compile", "shard"):
+        both = getattr(args, name)
+        require(not both, f"--dry-run with --{name}: expected a new run without it; leave it out")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    require(not several, "--dry-run: expected one process; --processes N stands for N of them")
 
 
 def check_number(name, value, largest):

@@ -62,6 +62,7 @@ class Model(nn.Module):
     part = "transformer"  # prefix in LoRA files: the network's name in a diffusers pipeline
     settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos
+    blank = False  # --dry-run: there are no weights and no images (common/teachers/blank.py)
     vae = None  # the autoencoder of a teacher of latents
     prompts = None  # list of str of a text-to-image teacher
 
@@ -159,7 +160,8 @@ class Model(nn.Module):
         """
         t, alpha_n, sigma_n, scale = equal_snr(self.schedule, alpha, sigma)
         x = (x_t.double() * expand(scale, x_t)).to(x_t.dtype)  # scale is 1 in the own schedule
-        t = t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).expand(len(x))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        t = t.to(device=x.device, dtype=dtype, non_blocking=True).expand(len(x))
         autocast = torch.autocast(
             x.device.type,
             torch.bfloat16,
@@ -203,7 +205,7 @@ class Model(nn.Module):
 
         draw: BatchRandom of common/rng.py. A model without classes gets label 0 for every sample.
         """
-        return self.encode(draw.randint(0, max(self.classes, 1)))
+        return self.encode(draw.randint(0, max(self.classes, 1), on_host=True))
 
     def drop_condition(self, cond, empty):
         """cond with the null condition in the samples where `empty` [n] is true."""

@@ -25,6 +25,9 @@ class BatchRandom:
         self.rows = slice(rank * (batch // world), (rank + 1) * (batch // world))
         self.device = device
         self.generator = torch.Generator(device).manual_seed(derive_seed(seed, it, 1))
+        self.host = self.generator
+        if torch.device(device).type != "cpu":
+            self.host = torch.Generator().manual_seed(derive_seed(seed, it, 1))
         self.shared = torch.Generator().manual_seed(derive_seed(seed, it, 2))
 
     def randn(self, *shape):
@@ -41,10 +44,16 @@ class BatchRandom:
         kind = dict(device=self.device, dtype=torch.float64)
         return torch.rand(self.batch, generator=self.generator, **kind)[self.rows]
 
-    def randint(self, low, high):
-        """Integers from low to high - 1, int64 [B]."""
-        shape = (self.batch,)
-        x = torch.randint(low, high, shape, generator=self.generator, device=self.device)
+    def randint(self, low, high, on_host=False):
+        """Integers from low to high - 1, int64 [B].
+
+        on_host: in the memory of the host whatever the device is, so that what needs them there
+        does not wait for the device. On a CPU the numbers are the same.
+        """
+        generator, device = self.generator, self.device
+        if on_host:
+            generator, device = self.host, "cpu"
+        x = torch.randint(low, high, (self.batch,), generator=generator, device=device)
         return x[self.rows]
 
     def shared_randint(self, low, high):

@@ -145,8 +145,8 @@ class ByLabel(Routed):
 
     def route(self, n, alpha, sigma, cond):
         labels = cond["labels"]
-        table = torch.tensor([*self.table, 0], device=labels.device)  # the null label is the last
-        return table[labels]
+        table = torch.tensor([*self.table, 0])  # the null label is the last
+        return table.to(labels.device, non_blocking=True)[labels]
 
     def varies(self, alpha, sigma):
         return True  # each process has labels of its own

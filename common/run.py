@@ -82,11 +82,18 @@ class Run:
         check_batch(args)
         if args.deterministic:
             set_deterministic()
-        self.rank, self.world, self.device, self.dtype = init_processes(args)
+        self.dry = None
+        if args.dry_run:
+            from common.dryrun import DryRun  # takes a second to import
+
+            self.dry = DryRun(args, self.method)
+        init = self.dry.init_processes if self.dry else init_processes
+        self.rank, self.world, self.device, self.dtype = init(args)
         self.is_main = self.rank == 0
         if self.device.type == "cpu":
             keep_heap()
-        self.batch = args.batch // (self.world * args.accumulate)
+        self.shares = (args.processes or self.world) * args.accumulate  # parts of a batch
+        self.batch = args.batch // self.shares
         self.to_device = self._placement()
 
         self.start_time = time.monotonic()
@@ -104,7 +111,7 @@ class Run:
         self.first = 0  # iteration of this start's first step
         self.past_images = 0  # images before that
         self.ddp_modules = weakref.WeakSet()
-        self.models = {}
+        self.models = weakref.WeakValueDictionary()  # a script may replace a network
         self.counter = None  # of network passes, in the first iterations
         self.record = {}  # facts for the student's distill.json
         self.plan = {}  # lines of print_summary
@@ -112,8 +119,9 @@ class Run:
         self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
-        self.on_rank0(self.folder.open)
-        self.folder.after_open()
+        if self.dry is None:
+            self.on_rank0(self.folder.open)
+            self.folder.after_open()
         for signum in stop_signals():
             signal.signal(signum, self._on_signal)
 
@@ -123,7 +131,7 @@ class Run:
     def data_shard(self):
         """(index, count) of the current microbatch among those of all processes."""
         index = self.rank * self.args.accumulate + self.microstep
-        return index, self.world * self.args.accumulate
+        return index, self.shares
 
     @property
     def is_last_microstep(self):
@@ -141,7 +149,8 @@ class Run:
     def draw(self, it):
         """Random numbers of iteration `it`. Also seeds torch's global generator (dropout)."""
         torch.manual_seed(derive_seed(self.args.seed, it, 4, self.data_shard[0]))
-        return BatchRandom(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
+        kind = BatchRandom if self.dry is None else self.dry.random
+        return kind(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
 
     def on_rank0(self, fn):
         """fn() on rank 0 -> its result, on all ranks, as are its errors."""
@@ -187,6 +196,9 @@ class Run:
             parts = estimate_memory(
                 self.args, self.world, sizes, students, critics, averages, single
             )
+            if self.dry:
+                self.dry.estimate = parts
+                return
             free = free_memory(self.device, self.world)
             total = sum(parts.values())
             needed = f"{format_bytes(total)} and activations, {format_bytes(free)} free"
@@ -256,6 +268,8 @@ class Run:
             images=len(images or ()), networks={name: n for name, n in trained.items() if n}
         )
         self.plan = describe_run(self, images, networks, others)
+        if self.dry:
+            return
         memory = describe_bytes(parameter_bytes(self.models), free_memory(self.device, self.world))
 
         passes = str(self.dtype).removeprefix("torch.")
@@ -280,6 +294,8 @@ class Run:
         default: the whole run.
         """
         first, end = span or (0, self.args.iters)
+        if self.dry:
+            self.dry.span = first, end
         factor = rate_factor(it, first, end, self.args.warmup, self.args.cooldown)
         for name, (opt, lr) in zip(("lr", "lr_fake"), pairs):
             self.rates[name] = lr * factor
@@ -303,6 +319,8 @@ class Run:
         not finite is counted. Returns the gradient norm, or None before the last microstep."""
         if not self.is_last_microstep:
             return None
+        if self.dry:
+            self.dry.note_step(opt)
         norm, bad = clipped_step(opt, clip, self.args.accumulate, self.args.shard)
         # in a row, by network: a healthy critic must not hide a broken student
         self.bad_steps[id(opt)] = (self.bad_steps.get(id(opt), 0) + bad) * bad
@@ -317,6 +335,12 @@ class Run:
         show: names of logged values for the bar, at first the student's loss. After one of
         STOP_SIGNALS the loop ends early, at the same iteration on all processes.
         """
+        if self.dry:
+            for it in self.dry.iterations(last):
+                for microstep in range(self.args.accumulate):
+                    self.microstep = microstep
+                    yield it
+            self.dry.end(self.print, self.out)
         self.in_loop = True
         self.show = show
         self.counter = PassCounter(self.models) if self._counts_passes() else None
@@ -358,6 +382,9 @@ class Run:
 
     def after(self, it, logs, state, report):
         """What follows each iteration when it is due: log, pictures, evaluation, checkpoint."""
+        if self.dry:  # an iteration that nothing is due after
+            self.log_file.add(it, logs)
+            return
         args = self.args
         self.log(it, logs)
         if self.counter:  # sampling for pictures and metrics is not part of an iteration
@@ -508,6 +535,9 @@ class Run:
         fixed: flags that a resume must not change, because what is trained depends on them.
         check(first): raises UserError if the script cannot go on from there.
         """
+        if self.dry:
+            self.dry.begin(state, self.models)
+            return 0
         path, payload, damaged = None, None, []
         if self.folder.resume_wanted:
             path, payload, damaged = read_newest(self.out, self.args.shard, self.warn)
@@ -596,7 +626,7 @@ def stop_signals():
 
 def check_batch(args):
     """UserError if the processes cannot share the batch. Before they wait for each other."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = args.processes or int(os.environ.get("WORLD_SIZE", 1))
     require(
         args.batch % (world * args.accumulate) == 0,
         f"--batch {args.batch}: expected a multiple of the number of processes times --accumulate, "

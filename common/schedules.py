@@ -32,7 +32,7 @@ def f64(x):
 
 def expand(a, x):
     """Coefficient a (0-d or [B]) shaped to multiply x [B, ...], in float64 on the device of x."""
-    a = f64(a).to(x.device)
+    a = f64(a).to(x.device, non_blocking=True)
     return a if a.ndim == 0 else a.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -80,7 +80,7 @@ class VP:
     def neighbours(self, t):
         """Table entries below and above t, and the position of t between them in [0, 1]."""
         t = f64(t).clamp(0, self.T - 1)
-        table = self.log_snr_table.to(t.device)
+        table = self.log_snr_table.to(t.device, non_blocking=True)
         i = t.floor().long().clamp(max=self.T - 2)
         return table[i], table[i + 1], t - i
 
@@ -107,7 +107,7 @@ class VP:
 
     def t_from_snr(self, snr):
         log_snr = f64(snr).log()  # -inf and inf, of snr 0 and inf, end at t_max and t_min
-        table = self.log_snr_table.to(log_snr.device)
+        table = self.log_snr_table.to(log_snr.device, non_blocking=True)
         i = torch.searchsorted(-table, -log_snr.contiguous())
         i = i.clamp(1, self.T - 1)  # table[i-1] > log_snr >= table[i]
         position = ((table[i - 1] - log_snr) / (table[i - 1] - table[i])).clamp(0, 1)

@@ -23,7 +23,8 @@ from controls.estimator import ESTIMATORS, Estimator
 
 def edges(images, r, control):
     """Soft edges [n, 1, H, W]: norm of the grey image's Sobel gradient; 1 from black to white."""
-    kernel = images.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=images.dtype)
+    kernel = kernel.to(images.device, non_blocking=True)
     kernels = torch.stack([kernel, kernel.T])[:, None]  # d/dx, d/dy
     grey = images.mean(1, keepdim=True)
     gradient = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
@@ -210,7 +211,8 @@ class Control:
         labels int64 [n], a map float32 [n, channels, H, W] or a vector [n, embedding].
         """
         if self.is_toy:
-            return torch.cdist(x.double(), self.model.mixture.means.to(x.device)).argmin(1)
+            means = self.model.mixture.means.to(x.device, non_blocking=True)
+            return torch.cdist(x.double(), means).argmin(1)
         images = self.model.decode(x)  # clips to the valid range
         if self.classes:
             _, logits = self.classifier(images)

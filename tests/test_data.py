@@ -332,6 +332,7 @@ def test_images_of_a_teacher_must_fit_it(tmp_path, changes, error):
         adapter="dit",
         image_shape=(1, 8, 8),
         classes=2,
+        blank=False,
         prompts=None,
         folder=tmp_path,
         evaluation=dict(images="x.npz"),

@@ -79,3 +79,11 @@ def test_image_noise_depends_on_image_and_seed():
     z = PerImageNoise(3, range(10))(1, 4, 4)
     assert len({float(v) for v in z[:, 0, 0, 0]}) == 10
     assert not torch.equal(PerImageNoise(4, [0])(1, 4, 4), z[:1])
+
+
+def test_integers_on_the_host_are_those_of_randint_on_a_cpu():
+    draws = [BatchRandom(0, 5, 12, rank, 3) for rank in (0, 0, 1)]
+    first, again, other = draws
+    assert torch.equal(first.randint(0, 1000, on_host=True), again.randint(0, 1000))
+    assert torch.equal(first.randn(2), again.randn(2))  # the stream goes on alike
+    assert len(other.randint(0, 1000, on_host=True)) == 4

@@ -1,8 +1,10 @@
 """common/run.py: shares of the batch, steps, log, checkpoints and resume, without a script."""
 
+import gc
 import json
 import resource
 import types
+import weakref
 
 import pytest
 import torch
@@ -241,3 +243,14 @@ def test_random_numbers_of_an_iteration_seed_torch_too(make_run):
     run.draw(3)
     assert torch.equal(torch.rand(2), a)
     assert not torch.equal(a, b)
+
+
+def test_a_network_that_a_script_replaces_is_freed(run):
+    """msd.py replaces its students at each stage."""
+    net = torch.nn.Linear(2, 2)
+    made = run()
+    made.print_summary(student=net)
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None

@@ -46,6 +46,7 @@ from common.passes import pass_cost
 from common.run import Run
 from controls.controlled import Controlled
 from tools import random_teachers
+from tools.random_teachers import NETWORKS
 
 WARMUP = 6  # iterations that are not measured: allocation, threads, first-call set-up
 PROFILED = 8  # iterations of --profile after them
@@ -460,8 +461,8 @@ def compare(options, flags):
             if not (tree / "tools").is_dir():
                 sys.exit(f"--vs {options.vs}: expected a revision that has tools/bench.py")
             # both are measured by the bench of this tree
-            for name in ("bench.py", "random_teachers.py", "networks.json"):
-                (tree / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
+            for name in ("tools/bench.py", "tools/random_teachers.py", NETWORKS.relative_to(ROOT)):
+                (tree / name).write_bytes((ROOT / name).read_bytes())
             pairs = []
             for i in range(options.pairs):
                 order = [ROOT, tree] if i % 2 == 0 else [tree, ROOT]

@@ -3,10 +3,11 @@
     python -m tools.memory_table
 
 Parameters are counted on the meta device, without weights. Sources of the configurations:
-sd15, sdxl, sana, sd3: tools/networks.json; Wan: its model card; DiT-XL/2: its paper; OpenAI's
-ImageNet-64 network: diffusers' conversion script; the others: diffusers' defaults, which are the
-published networks. Bytes are those of Run.check_memory: bf16 frozen teacher (fp32 for teachers of
-pixels), 16 a trained number, 4 for the weight average. No activations, no VAE. Nothing is measured.
+sd15, sdxl, sana, sd3: common/teachers/networks.json; Wan: its model card; DiT-XL/2: its paper;
+OpenAI's ImageNet-64 network: diffusers' conversion script; the others: diffusers' defaults, which
+are the published networks. Bytes are those of Run.check_memory: bf16 frozen teacher (fp32 for
+teachers of pixels), 16 a trained number, 4 for the weight average. No activations, no VAE. Nothing
+is measured.
 """
 
 import torch
@@ -39,7 +40,7 @@ EDM_IMAGENET64 = dict(
 )
 WAN_1B = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 
-# teachers that are not in tools/networks.json: class of diffusers, changes to its defaults
+# teachers that are not in random_teachers.TABLE: class of diffusers, changes to its defaults
 OTHERS = {
     "flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
     "qwen-image": ("QwenImageTransformer2DModel", {}),

@@ -17,7 +17,8 @@ from common.errors import UserError, did_you_mean
 from common.teachers.load import PIPELINES, freeze, ignore_sizes
 from common.teachers.prompts import PromptEmbeddings
 
-TABLE = json.loads((Path(__file__).parent / "networks.json").read_text())
+NETWORKS = Path(__file__).parent.parent / "common" / "teachers" / "networks.json"
+TABLE = {name: e for name, e in json.loads(NETWORKS.read_text()).items() if "tiny" in e}
 PROMPTS = 8
 
 

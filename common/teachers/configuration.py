@@ -38,13 +38,18 @@ FLOW_SCHEDULER = dict(
 
 
 def full_config(kind, folder):
-    """Configuration of the diffusers class `kind` in a folder.
+    """Configuration of the diffusers class `kind` in a folder, see `with_defaults`."""
+    return with_defaults(kind, read_json(folder / "config.json", "--teacher"))
 
-    Fields that the file, perhaps of an older version, does not have get the defaults of the class.
+
+def with_defaults(kind, config):
+    """A configuration of the diffusers class `kind`, with its fields as attributes. config: dict.
+
+    Fields that it, perhaps of an older version, does not have get the defaults of the class.
     """
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
-    return SimpleNamespace(**defaults | read_json(folder / "config.json", "--teacher"))
+    return SimpleNamespace(**defaults | config)
 
 
 def read_scheduler(folder, index):

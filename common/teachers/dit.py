@@ -52,7 +52,7 @@ class DiT(Model):
         return h.transpose(1, 2).reshape(len(h), -1, side, side)
 
     def encode(self, labels):
-        return dict(labels=torch.as_tensor(labels, device=self.device))
+        return dict(labels=torch.as_tensor(labels).to(self.device, non_blocking=True))
 
     def null(self, n):
         return dict(labels=torch.full((n,), self.classes, device=self.device))

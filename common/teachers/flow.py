@@ -52,6 +52,11 @@ class SD3(Pipeline):
         )
         return dict(text=text, pooled=pooled)
 
+    @classmethod
+    def text_shapes(cls, c):
+        # 77 tokens of CLIP, 256 of T5
+        return dict(text=(333, c.joint_attention_dim), pooled=(c.pooled_projection_dim,))
+
     def predict(self, x, t, cond):
         return self.net(
             x,
@@ -90,6 +95,10 @@ class Sana(Pipeline):
             prompts or [""], False, device=pipe.device, complex_human_instruction=None
         )
         return dict(text=text, mask=mask)
+
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(300, c.caption_channels), mask=(300,))
 
     def predict(self, x, t, cond):
         scale = getattr(self.net.config, "timestep_scale", 1.0)  # absent in older configurations
@@ -160,6 +169,10 @@ class Flux(Pipeline):
         text, pooled, _ = pipe.encode_prompt(prompts or [""], None, device=pipe.device)
         return dict(text=text, pooled=pooled)
 
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(512, c.joint_attention_dim), pooled=(c.pooled_projection_dim,))
+
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
         positions = torch.zeros(h // 2, w // 2, 3, device=x.device)  # (unused, row, column)
@@ -228,6 +241,10 @@ class QwenImage(Pipeline):
         if mask is None:  # all tokens count
             mask = torch.ones(text.shape[:2], device=text.device)
         return dict(text=text, mask=mask.long())
+
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(512, c.joint_attention_dim), mask=(512,))
 
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
@@ -298,6 +315,10 @@ class ZImage(Pipeline):
         )
         lengths = torch.tensor([len(text) for text in texts])
         return dict(text=pad_sequence(texts, batch_first=True), length=lengths)
+
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(512, c.cap_feat_dim), length=())
 
     def predict(self, x, t, cond):
         lengths = cond["length"].tolist()

@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -28,7 +29,20 @@ from common.image_folder import read_captions
 from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
-from common.teachers.configuration import check_configurations, full_config, read_scheduler
+from common.teachers.blank import (
+    TABLE,
+    blank_embeddings,
+    blank_network,
+    is_blank,
+    make_blank,
+    public_configs,
+)
+from common.teachers.configuration import (
+    check_configurations,
+    full_config,
+    read_scheduler,
+    with_defaults,
+)
 from common.teachers.dit import DiT
 from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
 from common.teachers.formats import (
@@ -39,7 +53,7 @@ from common.teachers.formats import (
     read_index,
     wrong_route,
 )
-from common.teachers.hub import HUB, download, is_hub_name
+from common.teachers.hub import CONFIGS, HUB, download, is_hub_name
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
 from common.teachers.kind import (
     EMBEDDED,
@@ -111,6 +125,7 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
             )
     info = read_json(path, "--teacher")
     model = check(info.get("model"), f"--teacher {path}: model.")
+    # in a dry run these weights are read too: they are small, or their shapes say what to build
     if model.get("adapter") == "sit":
         teacher = load_sit(folder, model, dtype, options.get("cache"))
     else:
@@ -120,6 +135,8 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
     if isinstance(teacher, Toy):  # toy and toy-cond share a folder
         teacher.exact = True
         teacher.labelled = name == "toy-cond"
+    if is_blank(device) and teacher.vae is not None:
+        make_blank(teacher)
     return freeze(teacher, device, dtype, place)
 
 
@@ -159,10 +176,13 @@ def load_pipeline(
     data: folder of images; their captions are embedded together with the prompts, because the text
     encoders are in memory only then.
     """
+    size = [size, size] if isinstance(size, int) else size
+    if is_blank(device):
+        model = load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget)
+        return freeze(model, device, dtype, place)
     folder = download(name)
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
-    size = [size, size] if isinstance(size, int) else size
     prompts, captions = read_texts(name, cls, folder, prompts, data)
     silence_libraries()
     check_version(name, cls)
@@ -189,6 +209,59 @@ def load_pipeline(
         model.captioned = (captions, first_caption)
         model = model.with_experts(folder, index, dtype)
     return freeze(model, device, dtype, place)
+
+
+def load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget):
+    """What load_pipeline returns, without values: for --dry-run. Arguments as there."""
+    silence_libraries()
+    if name in TABLE:
+        folder = ROOT / "assets"  # of the default prompts
+        index, config, vae, scheduler = public_configs(name)
+        cls = PIPELINES[index["_class_name"]]
+        c = with_defaults(network_kind(cls), config)
+    else:
+        folder = download(name, CONFIGS)
+        index = read_index(name, folder, PIPELINES)
+        cls = PIPELINES[index["_class_name"]]
+        check_version(name, cls)
+        scheduler = check_pipeline(name, cls, folder, index, size, frames, guidance)
+        config = read_json(folder / cls.part / "config.json", "--teacher")
+        c = with_defaults(network_kind(cls), config)
+        vae = vae_config(folder, index)
+    check_version(name, cls)
+    experts = len(cls.networks(index))
+    with load_errors(f"--teacher {name}: not loaded"):
+        cls.check(name, c, vae, size, frames, guidance)
+        net = blank_network(cls, config, device, dtype)
+        budget(
+            network=experts * sum(p.numel() for p in net.parameters()),
+            vae=getattr(vae, "parameters", 0),
+            width=dtype.itemsize,
+            experts=experts,
+        )
+        options = {} if frames is None else dict(frames=frames)
+        model = make_blank(cls(net, SimpleNamespace(config=vae), scheduler, size, **options))
+        if guidance is not None:
+            model.guidance = guidance
+        prompts, _ = read_texts(name, cls, folder, prompts, None)
+        table = blank_embeddings(cls, c, len(prompts), dtype) if cls.takes_prompts else None
+        model.attach(folder, table, prompts)
+        # of further experts, which have the first one's configuration
+        model.load_net = lambda *unused: blank_network(cls, config, device, dtype)
+        return model.with_experts(folder, index, dtype)
+
+
+def network_kind(cls):
+    """Class of diffusers of a teacher class's network."""
+    import diffusers
+
+    return getattr(diffusers, cls.network_class)
+
+
+def vae_config(folder, index):
+    import diffusers
+
+    return full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
 
 
 def read_texts(name, cls, folder, prompts, data):

@@ -189,6 +189,14 @@ class Pipeline(Model):
         """Embeddings of prompts (list of str; None: the null prompt): dict of tensors [n, ...]."""
         raise NotImplementedError
 
+    @classmethod
+    def text_shapes(cls, c):
+        """Shapes of the longest embedding that `embed` makes of one prompt: {name: shape}.
+
+        c: configuration of the network. For --dry-run, which has no text encoders.
+        """
+        raise NotImplementedError
+
     def attach(self, folder, table, prompts):
         """Adds the prompts. table: their PromptEmbeddings."""
         self.folder = folder
@@ -198,8 +206,10 @@ class Pipeline(Model):
 
     def encode(self, labels):
         # Routed needs the labels themselves: they decide which expert a sample goes to.
-        cond = self.table.rows(torch.as_tensor(labels).cpu(), self.device)
-        return cond | dict(labels=torch.as_tensor(labels, device=self.device))
+        # Labels in the memory of the host cost no wait for the device.
+        labels = torch.as_tensor(labels)
+        cond = self.table.rows(labels.cpu(), self.device)
+        return cond | dict(labels=labels.to(self.device, non_blocking=True))
 
     def null(self, n):
         labels = torch.full((n,), self.classes, device=self.device)

@@ -51,7 +51,7 @@ class Toy(Model):
         return layers_at(self.net.hidden, depths)
 
     def encode(self, labels):
-        labels = torch.as_tensor(labels, device=self.device)
+        labels = torch.as_tensor(labels).to(self.device, non_blocking=True)
         return dict(labels=labels if self.labelled else torch.full_like(labels, self.classes))
 
     def null(self, n):
@@ -113,7 +113,7 @@ class Mixture:
         """x_t in float64; mean and variance of each p(x_t | k); gain of the posterior mean."""
         x = x_t[:, None].double()  # [n, 1, 2]
         a, s = expand(alpha, x), expand(sigma, x)  # 0-d or [n, 1, 1]
-        mean = a * self.means.to(x.device)  # [K, 2] or [n, K, 2]
+        mean = a * self.means.to(x.device, non_blocking=True)  # [K, 2] or [n, K, 2]
         variance = (a * self.std) ** 2 + s**2  # 0-d or [n, 1, 1]
         gain = a * self.std**2 / variance
         return x, mean, variance, gain
@@ -140,7 +140,7 @@ class Mixture:
         Component means pulled towards x_t, weighted by the components' responsibilities.
         """
         x, mean, _, gain = self.components(x_t, alpha, sigma)
-        each = self.means.to(x.device) + gain * (x - mean)  # [n, K, 2]
+        each = self.means.to(x.device, non_blocking=True) + gain * (x - mean)  # [n, K, 2]
         responsibility = self.log_parts(x_t, alpha, sigma, labels).softmax(1)  # [n, K]
         return (responsibility[..., None] * each).sum(1).to(x_t.dtype)
 

@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x, 2.x and SDXL: UNets on the noise schedule of DDPM."""
 
+import torch
+
 from common.teachers.configuration import VP_SCHEDULER, vp_schedule
 from common.teachers.pipeline import Pipeline, channel_stats
 
@@ -40,6 +42,10 @@ class SD15(Pipeline):
     @classmethod
     def embed(cls, pipe, prompts):
         return dict(text=pipe.encode_prompt(prompts or [""], pipe.device, 1, False)[0])
+
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(77, c.cross_attention_dim))
 
     def predict(self, x, t, cond):
         return self.net(x, t, encoder_hidden_states=cond["text"].to(x.dtype), return_dict=False)[0]
@@ -93,10 +99,16 @@ class SDXL(SD15):
             return dict(text=null, pooled=null_pooled)
         return dict(text=text, pooled=pooled)
 
+    @classmethod
+    def text_shapes(cls, c):
+        pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+        return dict(text=(77, c.cross_attention_dim), pooled=(pooled,))
+
     def predict(self, x, t, cond):
         height, width = self.image_shape[1:]
         # original size, top left corner of the crop, target size
-        ids = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), 6)
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype)
+        ids = ids.to(x.device, non_blocking=True).expand(len(x), 6)
         return self.net(
             x,
             t,

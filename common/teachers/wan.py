@@ -71,6 +71,10 @@ class Wan(Pipeline):
         )
         return dict(text=text)
 
+    @classmethod
+    def text_shapes(cls, c):
+        return dict(text=(512, c.text_dim))
+
     def predict(self, x, t, cond):
         text = cond["text"].to(x.dtype)
         return self.net(x, timestep=t * 1000, encoder_hidden_states=text, return_dict=False)[0]

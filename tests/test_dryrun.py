@@ -1,0 +1,345 @@
+"""common/dryrun.py: what --dry-run shows is what real tensors take, and it finds mistakes."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers.cases import required_flags
+from helpers.dry import dry_run, leave_device
+from helpers.trace import run_main
+from helpers.tracker import RealMemory
+
+import boot
+import dmd2
+import twinflow
+from common import ghost
+from common.dryrun import largest_that_fits, without_flag
+from common.errors import UserError
+from common.model import Model
+from common.run import Run
+from common.teachers.blank import TABLE
+from common.teachers.hub import HUB
+from common.teachers.load import load_teacher
+
+ghost.register()  # before the first backward of this process: while pytest collects
+
+TOY = ["--teacher", "toy-cond", "--batch", 32]
+
+
+@pytest.fixture
+def dry(monkeypatch, tmp_path):
+    """dry(script, *flags) -> dryrun.json of a dry run in this process."""
+    yield lambda script, *flags: dry_run(monkeypatch, script, tmp_path / "dry", *flags)
+    leave_device()
+
+
+# ---- memory and work -----------------------------------------------------------------------------
+
+
+def test_parts_of_the_memory(dry):
+    """Student and critic: fp32 weights, two moments; the average; nothing is left over."""
+    result = dry("dmd2", *TOY, "--ema", 1000)
+    student = load_teacher("toy-cond").copy()
+    weights = sum(4 * p.numel() for p in student.parameters())
+    tensors = len(list(student.parameters()))
+    parts = result["parts"]
+    for name in ("weights of student", "weights of critic", "average"):
+        assert weights <= parts[name] < weights + 512 * tensors, name
+    for name in ("moments of student", "moments of critic"):
+        assert 2 * weights <= parts[name] < 2 * weights + 3 * 512 * tensors, name
+    assert sum(parts.values()) == result["peak"]
+    trained = [n for name, n in parts.items() if name.startswith(("weights", "moments", "average"))]
+    assert sum(trained) <= result["at_rest"] < 1.1 * sum(trained)
+
+
+def real_peak(monkeypatch, tmp_path, script, *flags):
+    """Peak of memory in a real loop on the CPU, from its second cycle on."""
+    after = Run.after
+    with RealMemory() as memory:
+
+        def restart_after_the_first_cycle(run, it, *rest):
+            after(run, it, *rest)
+            if it + 1 == getattr(run.args, "ratio", 1):
+                memory.restart()
+
+        monkeypatch.setattr(Run, "after", restart_after_the_first_cycle)
+        quiet = ["--save-every", 0, "--sample-every", 0, "--eval-n", 0, "--log-every", 1000]
+        run_main(monkeypatch, script, "--out", tmp_path / "real", *quiet, *flags)
+        return memory.peak
+
+
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_peak_is_that_of_real_tensors(checkpointed, dry, monkeypatch, tmp_path):
+    """mnist: attention, layer norms, a transformer's feed-forward layers."""
+    monkeypatch.setattr(ghost, "BLOCK", 1)
+    flags = ["--batch", 16, "--dtype", "fp32", "--nfe", 1, "--ratio", 2, "--ema", 100]
+    flags += ["--grad-checkpoint"] if checkpointed else []
+    found = max(turn["peak"] for turn in dry("dmd2", *flags)["turns"][2:])
+    real = real_peak(monkeypatch, tmp_path, dmd2, "--iters", 6, *flags)
+    assert found == pytest.approx(real, rel=0.05)
+
+
+def test_work_of_a_pass(dry):
+    """One-step dmd2 on the toy without guidance, per sample: student 3 + 1 (guided teacher: its
+    exact formula has no products) + critic 1, and critic 3; each pass is the MLP's products."""
+    result = dry("dmd2", *TOY, "--cfg", 1, "--nfe", 1)
+    net = load_teacher("toy-cond").copy().net
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    products = sum(2 * 32 * m.in_features * m.out_features for m in layers)
+    first = 2 * 32 * layers[0].in_features * layers[0].out_features  # has no gradient of its input
+    student, critic = result["turns"][2:4]
+    assert critic["tflop"] * 1e12 == pytest.approx(products + 3 * products - first)
+    assert student["tflop"] * 1e12 == pytest.approx(2 * (3 * products - first) + products)
+    ratio = dmd2.PRESETS["toy-cond"]["ratio"]
+    mean = (student["tflop"] + (ratio - 1) * critic["tflop"]) / ratio
+    assert result["tflop_per_iteration"] == pytest.approx(mean)
+
+
+def test_all_kinds_of_turns_are_seen(dry):
+    turns = [(t["it"], t["turn"]) for t in dry("dmd2", *TOY, "--ratio", 5, "--iters", 100)["turns"]]
+    both, critic = "student + critic", "critic"
+    assert turns == [(0, both), (1, critic), (95, both), (96, critic)]
+
+
+def test_all_phases_are_seen(dry):
+    flags = ["--phases", 2, "--phase-iters", 7, "--ratio", 2, "--iters", 20]
+    turns = [t["it"] for t in dry("phased_dmd", *TOY, *flags)["turns"]]
+    assert {0, 1, 7, 8} < set(turns)
+    assert max(turns) >= 18
+
+
+def test_step_indices_are_the_lowest_and_the_highest(dry):
+    """So the mean over the two is that over all of them: 0 and 3 passes, on average 1.5."""
+    one, four = (dry("dmd2", *TOY, "--nfe", n)["turns"] for n in (1, 4))
+    passes = [(b["tflop"] - a["tflop"]) for a, b in zip(one, four)]
+    assert passes[:2] == [0, 0]
+    assert passes[2] == pytest.approx(passes[3])
+    assert passes[2] > 0
+
+
+def test_processes_share_the_batch(dry):
+    whole = dry("dmd2", *TOY)
+    part = dry("dmd2", *TOY, "--processes", 4)
+    assert part["tflop_per_iteration"] == pytest.approx(whole["tflop_per_iteration"] / 4)
+    assert part["peak"] < whole["peak"]
+
+
+def test_microsteps_belong_to_one_iteration(dry):
+    whole, parts = dry("dmd2", *TOY), dry("dmd2", *TOY, "--accumulate", 4)
+    assert parts["tflop_per_iteration"] == pytest.approx(whole["tflop_per_iteration"])
+    assert [t["turn"] for t in parts["turns"]] == [t["turn"] for t in whole["turns"]]
+
+
+def test_nothing_is_written_but_the_result(dry, tmp_path):
+    dry("dmd2", *TOY)
+    assert [p.name for p in (tmp_path / "dry").iterdir()] == ["dryrun.json"]
+
+
+def test_the_report(dry, capsys):
+    dry("dmd2", *TOY, "--tflops", 100)
+    text = capsys.readouterr().out
+    for line in (
+        r"turn of student \+ critic\n",
+        r"memory, peak +[\d.]+ MB: weights of student",
+        r"waits of the host +none",
+        r"time +[\d.e-]+ h at 100 TFLOP/s",
+        r"not shown",
+    ):
+        assert re.search(line, text), line
+
+
+# ---- every script, every kind of teacher ---------------------------------------------------------
+
+KINDS = {  # flags that make their samples small
+    "toy-cond": [],
+    "mnist": [],
+    "sd15": [],
+    "sdxl": [],
+    "sd3": [],
+    "sana": [],
+    "flux": ["--size", 32],
+    "qwen": ["--size", 32],
+    "zimage": ["--size", 32],
+    "wan": ["--size", 16, "--frames", 5],
+    "wan22": ["--size", 16, "--frames", 5],
+    "dit": [],
+    "sit": [],
+}
+SCRIPTS = "dmd2 sid decoupled_dmd phased_dmd msd sana_sprint twinflow flowmap boot".split()
+# by default every script on the toy, and dmd2 on some others; the rest is slow
+QUICK = {(script, "toy-cond") for script in SCRIPTS}
+QUICK |= {("dmd2", kind) for kind in ("sd3", "sana", "qwen", "wan22", "dit")}
+PAIRS = [
+    pytest.param(script, kind, marks=[] if (script, kind) in QUICK else pytest.mark.slow)
+    for script in SCRIPTS
+    for kind in KINDS
+]
+# Products in fp32 although passes are bf16: forward-mode derivatives, which are taken in fp32.
+IN_FP32 = ("sana_sprint", "flowmap")
+# Inside diffusers, or for it: lengths of prompts; which expert a sample needs.
+WAITS_OF = {"zimage": "common/teachers/flow.py", "qwen": "common/teachers/flow.py"}
+WAITS_OF["wan22"] = "common/routed.py"
+
+
+@pytest.mark.parametrize("script, kind", PAIRS)
+def test_every_script_on_every_teacher(script, kind, dry, folders):
+    """No tensor is on the wrong device, no iteration waits, passes are bf16."""
+    teacher = kind if kind in ("toy-cond", "mnist") else folders(kind)
+    flags = ["--phases", 2, "--phase-iters", 4] if script == "phased_dmd" else []
+    flags += ["--teacher", teacher, "--batch", 4, "--iters", 8, "--warmup", 0, *KINDS[kind]]
+    result = dry(script, *flags)
+    lines = {line for turn in result["turns"] for line in turn["waits"]}
+    others = [line for line in lines if not line.startswith(WAITS_OF.get(kind, "none"))]
+    assert not others
+    total = sum(turn["tflop"] for turn in result["turns"])
+    fp32 = sum(turn["tflop_by_dtype"].get("float32", 0) for turn in result["turns"])
+    if script in IN_FP32:
+        assert 0 < fp32 < total
+    else:
+        assert fp32 < 0.02 * total  # heads
+
+
+def test_nct(dry):
+    result = dry("nct", "--teacher", "toy", "--batch", 8, *required_flags("nct.py"))
+    assert not {line for turn in result["turns"] for line in turn["waits"]}
+
+
+@pytest.mark.parametrize("flags", [["--gan"], ["--lora", 2, "--lora-fake", 2, "--nfe", 4]])
+def test_images_and_adapters(flags, dry, folders):
+    """Neither weights nor images are read."""
+    result = dry("dmd2", "--teacher", folders("sdxl"), "--batch", 4, *flags)
+    assert result["turns"][-1]["waits"] == {}
+
+
+# ---- mistakes that it finds ----------------------------------------------------------------------
+
+
+def here(text, name):
+    """Does a message name a line of the function `name` in this file?"""
+    code = globals()[name].__code__
+    numbers = [int(n) for n in re.findall(r"tests/test_dryrun\.py:(\d+)", text)]
+    lines = {line for *_, line in code.co_lines() if line}
+    return bool(set(numbers) & lines)
+
+
+LOSSES = [(dmd2, "dm_loss"), (twinflow, "distance"), (boot, "squared_errors")]
+
+
+def on_the_host(loss, *args):
+    result = loss(*args)
+    return result + torch.zeros(result.shape or (1,))
+
+
+def waiting(loss, *args):
+    result = loss(*args)
+    return result * float(result.detach().mean())
+
+
+@pytest.mark.parametrize("script, loss", LOSSES)
+def test_a_tensor_of_the_host_in_a_loss_is_found(script, loss, dry, monkeypatch):
+    right = getattr(script, loss)
+    monkeypatch.setattr(script, loss, lambda *args: on_the_host(right, *args))
+    with pytest.raises(RuntimeError, match="expected all tensors on the device") as error:
+        dry(script.__name__, *TOY)
+    assert here(str(error.value), "on_the_host")
+
+
+@pytest.mark.parametrize("script, loss", LOSSES)
+def test_a_wait_in_the_loop_is_found(script, loss, dry, monkeypatch):
+    right = getattr(script, loss)
+    monkeypatch.setattr(script, loss, lambda *args: waiting(right, *args))
+    waits = dry(script.__name__, *TOY)["turns"][0]["waits"]
+    assert here(" ".join(waits), "waiting")
+
+
+@pytest.mark.parametrize("script, loss", LOSSES)
+def test_a_pass_in_fp32_is_found(script, loss, dry, monkeypatch):
+    right = Model.copy
+
+    def in_fp32(model, *args):
+        copied = right(model, *args)
+        copied.dtype = torch.float32
+        return copied
+
+    monkeypatch.setattr(Model, "copy", in_fp32)
+    assert "float32" in dry(script.__name__, *TOY)["turns"][0]["tflop_by_dtype"]
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--device-memory 8", "--device-memory needs --dry-run"),
+        ("--processes 2", "--processes needs --dry-run"),
+        ("--dry-run --tflops 0", "--tflops: expected a number > 0"),
+        ("--dry-run --resume", "--dry-run with --resume"),
+        ("--dry-run --compile", "--dry-run with --compile"),
+        ("--dry-run --processes 3 --batch 4", "expected a multiple of the number of processes"),
+        ("--dry-run --teacher sdxl --size 100", "--size 100: expected a multiple of"),
+        ("--dry-run --teacher sdxxl", "did you mean sdxl"),
+    ],
+)
+def test_mistakes(flags, message, monkeypatch, tmp_path):
+    try:
+        with pytest.raises(UserError, match=message):
+            run_main(monkeypatch, dmd2, *TOY, "--out", tmp_path, *flags.split())
+    finally:
+        leave_device()
+
+
+@pytest.mark.parametrize("slope, base", [(1, 0), (3, 10), (7, 50), (40, 1)])
+@pytest.mark.parametrize("limit", [0, 10, 57, 58, 1000])
+def test_the_largest_batch(slope, base, limit):
+    """Peaks of a straight line, and of one with a kink: against trying all."""
+    for peak in (lambda n: base + slope * n, lambda n: base + max(slope * n, 20)):
+        expected = max((n for n in range(1001) if n == 0 or peak(n) <= limit), default=0)
+        for start in (1, 8):
+            assert largest_that_fits(peak, limit, start) == expected
+
+
+def test_the_command_line_without_a_flag():
+    assert without_flag(["a.py", "--x", "3", "--y"], "--x") == ["a.py", "--y"]
+    assert without_flag(["a.py", "--x=3", "--y"], "--x") == ["a.py", "--y"]
+
+
+@pytest.mark.slow
+def test_the_largest_batch_of_a_run(scripts, tmp_path):
+    """The batch that is found fits, and one more does not."""
+    flags = ["--teacher", "toy-cond", "--batch", 64, "--dry-run", "--out", tmp_path]
+    p = scripts.run("dmd2.py", *flags, "--device-memory", 0.01)
+    found = json.loads((tmp_path / "dryrun.json").read_text())
+    limit = 0.01 * 2**30
+    n = found["largest_batch"]
+    assert found["peaks_by_batch"][str(n)] <= limit < found["peaks_by_batch"][str(n + 1)]
+    assert f"largest --batch        {n} in 10.2 MB" in p.out
+
+
+# ---- public configurations -----------------------------------------------------------------------
+
+PARAMETERS = {  # published, to the digits in which they are
+    "sana-0.6b": 0.59e9,
+    "sd3.5": 2.24e9,
+    "flux": 11.9e9,
+    "qwen-image": 20.4e9,
+    "z-image": 6.15e9,
+    "wan2.1": 1.42e9,
+    "wan2.1-14b": 14.3e9,
+    "wan2.2": 2 * 14.3e9,
+}
+
+
+def test_every_short_name_has_a_configuration():
+    assert set(TABLE) == set(HUB)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_the_public_configurations(name):
+    given = {}
+    with ghost.GhostDevice():
+        budget = lambda **sizes: given.update(sizes)
+        text = dict(prompts=["a"])
+        load_teacher(name, "ghost", torch.bfloat16, text=text, budget=budget)
+    assert given["network"] == pytest.approx(PARAMETERS[name], rel=0.01)
