@@ -269,11 +269,11 @@ class Bench:
     def wrap(self, loop):
         """Run.loop, with a measurement of every iteration."""
 
-        def measured_loop(run, first, last):
+        def measured_loop(run, first, last, **options):
             run.record["passes_per_iteration"] = None  # counted here, without the bare passes
             self.recorder.attach_to_other_modules(run.models)
             start = None
-            for it in loop(run, first, last):
+            for it in loop(run, first, last, **options):
                 if start is None:
                     self.recorder.clear()
                     start = self.now(run.device)
@@ -386,8 +386,8 @@ class Profile:
         self.profiler = torch.profiler.profile(record_shapes=True)
 
     def wrap(self, loop):
-        def profiled_loop(run, first, last):
-            for it in loop(run, first, last):
+        def profiled_loop(run, first, last, **options):
+            for it in loop(run, first, last, **options):
                 if it == WARMUP:
                     self.profiler.start()
                 yield it
@@ -414,7 +414,7 @@ def run_script(script, flags, wrap):
     """main() of a script with its loop wrapped, without what follows the loop. -> its Run"""
     loop = Run.loop
 
-    def finish(run, it, state):
+    def finish(run, *last):
         raise Measured(run)
 
     original_finish = Run.finish
