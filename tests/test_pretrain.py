@@ -286,6 +286,7 @@ def test_wrong_starts_leave_no_folder(photos, scripts, tmp_path):
     (empty / "broken").mkdir()
     (empty / "broken" / "x.png").write_bytes(b"no image")
     (tmp_path / "nothing").mkdir()
+    short = ["--out", tmp_path / "out", "--iters", 1, "--epochs", 1, "--eval-n", 0]
     for flags, message in (
         (["--data", tmp_path / "missing"], "expected mnist, toy"),
         (["--data", tmp_path / "nothing"], "expected images"),
@@ -295,7 +296,7 @@ def test_wrong_starts_leave_no_folder(photos, scripts, tmp_path):
         (["--data", photos, "--widht", 3], "unrecognized arguments: --widht 3"),
         (["--data", photos, "--resume"], "--resume: no checkpoint in"),
     ):
-        p = scripts.run(PRETRAIN, *flags, "--out", tmp_path / "out", code=2)
+        p = scripts.run(PRETRAIN, *flags, *short, code=2)
         assert message in p.err
         assert p.err.startswith("pretrain.py: ") and p.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
@@ -309,8 +310,8 @@ def test_a_start_for_other_images_is_refused(continued, scripts, tmp_path):
 
 @pytest.mark.parametrize("folder", ["assets/mnist", "assets/emoji", "docs"])
 def test_a_classifier_of_other_images_is_refused(folder, photos, scripts, tmp_path):
-    flags = ["--keep-classifier", ROOT / folder, "--size", 8, "--out", tmp_path / "out"]
-    p = scripts.run(PRETRAIN, "--data", photos, *flags, code=2)
+    flags = ["--keep-classifier", ROOT / folder, "--size", 8, "--iters", 1]
+    p = scripts.run(PRETRAIN, "--data", photos, *flags, "--out", tmp_path / "out", code=2)
     assert "classifier.safetensors: expected the safetensors of the classifier" in p.err
     assert not (tmp_path / "out").exists()
 
