@@ -9,7 +9,7 @@ import torch
 from helpers.runs import log, wait_for
 from PIL import Image
 
-from common.checkpoint import list_checkpoints
+from common.checkpoint import list_checkpoints, write_checkpoint
 from common.data import Images, load_images, load_npz
 from common.errors import UserError
 from common.files import ROOT, WEIGHTS, read_json
@@ -404,6 +404,21 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(resumed, photos, scripts,
     assert log(out) == log(whole)
     without_time = lambda folder: read_json(folder / "teacher.json") | dict(seconds=0)
     assert without_time(out) == without_time(whole)
+
+
+def test_a_resume_forgets_what_came_after_the_checkpoint(tmp_path):
+    """A kill, unlike a signal, comes after lines of the log, and perhaps amid a checkpoint."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "log.jsonl").write_text("first\nsecond\n")
+    net = torch.nn.Linear(2, 1)
+    saved = dict(teacher={name: value + 1 for name, value in net.state_dict().items()})
+    expected = saved["teacher"]["weight"].clone()
+    write_checkpoint(tmp_path, 7, dict(it=7, seconds=1.5, log_bytes=6, state=saved))
+    (tmp_path / "ckpt" / "it-00000009.pt").write_bytes(b"half of one")
+    assert pretrain.resume(tmp_path, dict(teacher=net)) == (7, 1.5)
+    assert torch.equal(net.weight, expected)
+    assert (tmp_path / "log.jsonl").read_text() == "first\n"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["it-00000007.pt"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(photos, scripts, tmp_path):
