@@ -325,11 +325,12 @@ def test_a_start_in_the_folder_that_is_emptied(photos, teacher, scripts):
 
 def test_a_teacher_is_not_overwritten(photos, teacher, scripts):
     before = (teacher / WEIGHTS).read_bytes()
+    short = ["--data", photos, *TINY, "--iters", 1, "--epochs", 1]
     for flags, message in (
         ([], "holds a teacher; add --overwrite or another --out"),
         (["--resume"], "the teacher there is complete"),
     ):
-        p = scripts.run(PRETRAIN, "--data", photos, "--out", teacher, *flags, code=2)
+        p = scripts.run(PRETRAIN, "--out", teacher, *short, *flags, code=2)
         assert message in p.err
     assert (teacher / WEIGHTS).read_bytes() == before
 
