@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import subprocess
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def load_errors(what):
     """Raises LOAD_ERRORS of the block as one UserError: `what`, then the error in one line."""
     try:
         yield
+    except pickle.UnpicklingError:  # its own advice is to run the code
+        raise UserError(
+            f"{what}: expected weights that can be read without running code, found a pickle of "
+            "something else; diffusers' save_pretrained writes safetensors"
+        ) from None
     except LOAD_ERRORS as e:
         raise UserError(f"{what}: {describe(e)}") from None
 

@@ -5,6 +5,7 @@ weights. The table in docs/teachers.md is that list."""
 import functools
 import inspect
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -26,6 +27,7 @@ from helpers.teachers import (
     relative,
     run_pipeline,
     sample_as_pipeline,
+    write_captioned,
 )
 from safetensors.torch import load_file
 from test_teachers_class import run_dit_pipeline
@@ -301,6 +303,129 @@ def test_from_pure_noise(name, kind, steps, bench, folders, tmp_path, monkeypatc
     assert int(pipe.scheduler.timesteps[0]) == 999
     samples = sample_with_scheduler(model, pipe.scheduler, z, model.encode([2]), steps, 5.0)
     assert relative(samples, theirs) < 1e-4
+
+
+SCRIPTS = dict(
+    dmd2=["--nfe", 1, "--cfg", 3],
+    sid=[],
+    twinflow=["--image-free", "--guide", "frozen", "--cfg", 3],
+    boot=["--cfg", 2],
+    flowmap=[],
+    sana_sprint=["--data"],
+    decoupled_dmd=["--nfe", 1, "--cfg", 3],
+    phased_dmd=[],
+    msd=["--students", 2, "--adm", 0],
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_scripts_from_pure_noise(name, script, folders, scripts, tmp_path):
+    """The one-step start is the last level, where alpha is 0: all numbers are finite."""
+    folder, out = copy_of(folders, name, tmp_path), tmp_path / "run"
+    change(folder, configurations.zero_snr())
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = SCRIPTS[script]
+    if flags == ["--data"]:
+        flags = ["--data", write_captioned(tmp_path / "images")]
+    flags = ["--teacher", folder, "--prompts", tmp_path / "prompts.txt", *flags]
+    flags += ["--cache-prompts", tmp_path / "cache", "--batch", 4, "--lr", 1e-3, "--warmup", 0]
+    scripts.run(f"{script}.py", *flags, "--smoke", "--log-every", 1, "--out", out)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        numbers = [v for v in row.values() if isinstance(v, float)]
+        assert len(numbers) > 2
+        assert np.isfinite(numbers).all(), row
+        assert row["skipped"] == 0
+
+
+# ---- files as other versions write them ----------------------------------------------------------
+
+
+def scheduler_file(folder):
+    return folder / FILES["scheduler"]
+
+
+def only_the_class(folder):
+    config = json.loads(scheduler_file(folder).read_text())
+    scheduler_file(folder).write_text(json.dumps({"_class_name": config["_class_name"]}))
+
+
+def class_of_the_index(folder):
+    """The index names the class that counts; the file was written by another."""
+    edit(scheduler_file(folder), _class_name="PNDMScheduler", skip_prk_steps=True)
+
+
+def unknown_keys(folder):
+    files = [scheduler_file(folder), *folder.glob("*/config.json"), folder / FILES["index"]]
+    for path in files:
+        edit(path, a_key_of_the_future=7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [only_the_class, class_of_the_index, unknown_keys])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_other_versions(name, write, bench, folders, tmp_path, monkeypatch):
+    folder = copy_of(folders, name, tmp_path)
+    write(folder)
+    row = configurations.scheduler("beta_end", None)
+    model = bench.load(folder, row, name, monkeypatch)
+    assert same_effect(model, bench.base(name)) == (write != only_the_class)
+    z = noise(STEPS, 1, *model.shape)
+    scheduler, latents, _ = their_samples(model, name, folder, z, 3.0)
+    assert relative(sample(model, name, scheduler, z, model.encode([2]), 3.0), latents) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version, side", [("0.8.1.dev0", 64), ("0.9.0", 8), (None, 8)])
+def test_sizes_of_old_unets(version, side, bench, folders, tmp_path, monkeypatch):
+    """Before 0.9, files of Stable Diffusion 1 had a smaller size than the network was made for."""
+    folder = copy_of(folders, "sd15", tmp_path)
+    path = folder / "unet" / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "_diffusers_version"}
+    path.write_text(json.dumps(config | (dict(_diffusers_version=version) if version else {})))
+    model = bench.load(folder, network_size(), "sd15", monkeypatch)
+    assert model.shape == (4, side, side)
+    assert plain_pipeline(model, folder).unet.config.sample_size == side
+
+
+def network_size():
+    return configurations.network("sample_size", None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_features_of_a_unet_without_middle(name, bench, folders, tmp_path, monkeypatch):
+    """Small distilled UNets have none: the lowest block on the way down takes its place."""
+    folder = copy_of(folders, name, tmp_path)
+    row = configurations.network("mid_block_type", None)
+    change(folder, row)
+    model = bench.load(folder, row, name, monkeypatch)
+    (features,) = model(noise(0, 1, *model.shape), 0.6, 0.8, model.encode([0]), features=True)
+    assert features.shape == (1, 32, 4, 4)
+    assert features.std() > 0
+
+
+@torch.no_grad()
+def test_a_tiny_autoencoder(bench, folders, tmp_path, monkeypatch):
+    from diffusers import AutoencoderTiny
+
+    folder = copy_of(folders, "sd15", tmp_path)
+    torch.manual_seed(0)
+    shutil.rmtree(folder / "vae")
+    sizes = dict(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+    sizes |= dict(num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], scaling_factor=0.7)
+    AutoencoderTiny(**sizes).save_pretrained(folder / "vae")
+    edit(folder / FILES["index"], vae=["diffusers", "AutoencoderTiny"])
+    model = bench.load(folder, configurations.vae("scaling_factor", 0.7), "sd15", monkeypatch)
+    z = noise(0, 1, *model.shape)
+    _, latents, images = their_samples(model, "sd15", folder, z, 3.0)
+    assert (model.decode(latents).float() - images.float()).abs().max() <= 1
+    pixels = torch.randint(0, 256, (1, *model.image_shape), dtype=torch.uint8)
+    encoded = model.vae.encode(pixels.float() / 127.5 - 1).latents
+    assert torch.allclose(model.encode_images(pixels), encoded * 0.7, atol=1e-5)
 
 
 # ---- is the list complete? -----------------------------------------------------------------------

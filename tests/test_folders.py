@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from helpers.files import edit
+from helpers.files import Bomb, edit
 from helpers.teachers import PROMPTS, copy_of, load, quiet
 from safetensors.torch import load_file
 
@@ -247,6 +247,12 @@ def spoil_text(folder):
     (folder / "text_encoder" / "model.safetensors").unlink()
 
 
+def spoil_pickle(folder):
+    spoil_text(folder)
+    bomb = Bomb(folder / "executed")
+    torch.save(dict(x=bomb), folder / "text_encoder" / "pytorch_model.bin")
+
+
 def spoil_variants(folder):
     for part, variant in (("text_encoder", "fp16"), ("text_encoder_2", "bf16")):
         path = folder / part / "model.safetensors"
@@ -262,6 +268,7 @@ def spoil_variants(folder):
         ("sd15", spoil_format, "diffusion_flax_model.msgpack, a format that diffusers does not"),
         ("sd15", spoil_all, "vae: expected weights .* found none"),
         ("sd15", spoil_text, "text_encoder: expected weights .* found none"),
+        ("sd15", spoil_pickle, "expected weights that can be read without running code"),
         ("sdxl", spoil_variants, "expected weights of one variant, found only bf16 and fp16"),
     ],
 )
@@ -269,6 +276,7 @@ def test_weights_that_cannot_be_used(name, spoil, says, folders, tmp_path):
     folder = copy_of(folders, name, tmp_path)
     spoil(folder)
     assert re.search(says, refusal(folder))
+    assert not (folder / "executed").exists()
 
 
 def test_a_single_file(tmp_path):
