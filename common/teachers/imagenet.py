@@ -76,7 +76,7 @@ class ClassDiT(Pipeline, DiT):
     null = DiT.null
 
     def __init__(self, net, vae, scheduler, size=None, prediction=None):
-        prediction = prediction or PREDICTIONS[scheduler["prediction_type"]]
+        prediction = prediction or PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
         super().__init__(net, vae, scheduler, size, prediction)
         self.classes = net.config.num_embeds_ada_norm
 

@@ -33,7 +33,7 @@ class SD15(Pipeline):
     )
 
     def __init__(self, net, vae, scheduler, size=None):
-        prediction = PREDICTIONS[scheduler["prediction_type"]]
+        prediction = PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
         super().__init__(net, vae, scheduler, size, prediction)
 
     def make_schedule(self, scheduler, shape, c):
