@@ -228,7 +228,8 @@ def guided_velocity(teacher, x_t, t, cond, w, t_guided=1.0):
     if not torch.is_tensor(w) and w == 1:
         return c
     u = velocity(teacher, teacher.schedule, x_t, t, cond | teacher.null(len(x_t)))
-    t, w = f64(t).to(x_t.device), f64(w).to(x_t.device)
+    t = f64(t).to(x_t.device, non_blocking=True)
+    w = f64(w).to(x_t.device, non_blocking=True)
     w = torch.where(t <= t_guided, w, 1.0)
     return (u + expand(w, x_t) * (c - u)).to(x_t.dtype)  # (2)
 
