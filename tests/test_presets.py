@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import huggingface_hub.constants
 import pytest
@@ -239,6 +240,25 @@ def test_pipelines_that_are_none(change, message, folder_of):
 def test_a_hub_name_without_network(offline):
     with pytest.raises(UserError, match="--teacher someone/model: not downloaded from the hub"):
         parse("dmd2", "--teacher", "someone/model")
+
+
+def test_only_configurations_of_a_strangers_model_are_fetched(folder_of, monkeypatch):
+    """Before the first weights: from the patterns that the hub's client is given."""
+    folder, patterns = folder_of("sana"), []
+
+    def fetch(repository, allow_patterns, ignore_patterns):
+        assert repository == "someone/model"
+        patterns.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert teacher_kind("someone/model")[0] == "sana"
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in patterns)
+    assert wanted("model_index.json")
+    assert wanted("transformer/config.json")
+    assert wanted("scheduler/scheduler_config.json")
+    assert not wanted("transformer/diffusion_pytorch_model.safetensors")
+    assert not wanted("tokenizer/tokenizer.json")
 
 
 def test_odd_values_in_configurations(folder_of):
