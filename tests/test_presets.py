@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 
 from common.errors import UserError
-from common.files import ROOT, read_json
+from common.files import ROOT, read_json, write_json
 from common.teachers.hub import HUB
 from common.teachers.kind import (
     ASSETS,
@@ -24,7 +24,6 @@ from common.teachers.kind import (
 )
 from common.teachers.load import PIPELINES
 from tools import presets as table
-from tools.memory_table import WAN_1B
 
 # kind -> tiny folder of helpers/pipelines.py, {file: fields to change}
 FOLDERS = {
@@ -209,17 +208,19 @@ def test_all_pipelines_that_load_have_a_kind():
     assert set(PIPELINE_KINDS) == set(PIPELINES)
 
 
-def test_short_names_are_of_the_kind_that_their_files_would_give(folder_of):
-    """The table of short names against sizes of the published networks, where these are kept."""
-    networks = read_json(ROOT / "tools" / "networks.json")
-    networks["wan2.1"] = dict(pipeline="WanPipeline", network=WAN_1B)
-    for short in ("sd15", "sdxl", "sana", "sd3", "wan2.1"):
-        folder = folder_of(short)
-        assert PIPELINE_KINDS[networks[short]["pipeline"]] == short
-        network = networks[short]["network"]
-        if short in ("sana", "wan2.1"):
-            (folder / "transformer" / "config.json").write_text(json.dumps(network))
-        assert teacher_kind(str(folder))[0] == short
+@pytest.mark.parametrize("short", HUB)
+def test_short_names_are_of_the_kind_that_their_files_would_give(short, tmp_path):
+    """The table of short names against the published configurations."""
+    known = read_json(ROOT / "common" / "teachers" / "networks.json")[short]
+    index = dict(_class_name=known["pipeline"], boundary_ratio=known.get("boundary_ratio"))
+    if short == "wan2.2":
+        index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
+    write_json(tmp_path / "model_index.json", index)
+    for part, config in (("transformer", "network"), ("scheduler", "scheduler")):
+        (tmp_path / part).mkdir()
+        name = "config.json" if part == "transformer" else "scheduler_config.json"
+        write_json(tmp_path / part / name, known[config])
+    assert teacher_kind(str(tmp_path))[0] == teacher_kind(short)[0]
 
 
 @pytest.mark.parametrize(
