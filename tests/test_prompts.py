@@ -135,7 +135,10 @@ def test_only_the_rows_that_are_used_are_read(stub):
 
 def test_large_rows_make_small_parts(stub, monkeypatch):
     monkeypatch.setattr(module, "LARGEST_PART", 16 * 4 * (WIDTH + 1))
-    assert [len(part["pooled"]) for part in stub(numbered(40)).parts] == [16, 16, 8]
+    table = stub(numbered(40))
+    assert [len(part["pooled"]) for part in table.parts] == [16, 16, 8]
+    index = torch.tensor([15, 16, 31, 39])
+    assert table.rows(index, "cpu")["pooled"].flatten().tolist() == [15.5, 16.5, 31.5, 39.5]
     monkeypatch.setattr(module, "LARGEST_PART", 1)  # a batch is the least
     assert len(stub(numbered(41)).parts) == 3
 
