@@ -285,28 +285,29 @@ def without_flag(argv, name):
 def largest_that_fits(peak, limit, start):
     """Largest n with peak(n) <= limit, 0 if 1 does not fit. peak: rising, and expensive to call.
 
-    It is nearly a straight line in n, so two values propose the next n, until one fits and the next
-    larger one does not. Beyond 2^20 nobody needs to know.
+    n is doubled until it does not fit. Between the two, by turns: where the line through both
+    reaches `limit`, since the peak is nearly a straight line, and the middle, where it is not.
+    Beyond 2^20 nobody needs to know.
     """
-    fits, too_large = 0, 2**20
+    fits, too_large = 0, None
     n, found = start, {}
-    while too_large - fits > 1:
+    while too_large is None or too_large - fits > 1:
         found[n] = peak(n)
         if found[n] <= limit:
             fits = n
         else:
             too_large = n
-        n = crossing(found, limit) if len(found) > 1 else 2 * n
+        if too_large is None:
+            n = 2 * n
+            if n > 2**20:
+                return fits
+            continue
+        n = (fits + too_large) // 2
+        if fits and len(found) % 2:
+            share = (limit - found[fits]) / (found[too_large] - found[fits])
+            n = math.floor(fits + share * (too_large - fits))
         n = min(max(n, fits + 1), too_large - 1)
     return fits
-
-
-def crossing(points, limit):
-    """Where the line through the two points nearest to `limit` reaches it. points: {n: peak}."""
-    nearest = sorted(points, key=lambda n: abs(points[n] - limit))[:2]
-    low, high = sorted(nearest)
-    slope = (points[high] - points[low]) / (high - low)
-    return math.floor(low + (limit - points[low]) / slope) if slope > 0 else 2 * high
 
 
 class DryRandom(BatchRandom):

@@ -301,7 +301,10 @@ def test_the_largest_batch(slope, base, limit):
     for peak in (lambda n: base + slope * n, lambda n: base + max(slope * n, 20)):
         expected = max((n for n in range(1001) if n == 0 or peak(n) <= limit), default=0)
         for start in (1, 8):
-            assert largest_that_fits(peak, limit, start) == expected
+            tried = []
+            found = largest_that_fits(lambda n: tried.append(n) or peak(n), limit, start)
+            assert found == expected
+            assert len(tried) == len(set(tried)) <= 25  # each is a dry run
 
 
 def test_the_command_line_without_a_flag():
