@@ -133,13 +133,13 @@ def smoked(tmp_path_factory):
         found = []
         resume, finish = Run.resume, Run.finish
 
-        def at_start(run, state):
+        def at_start(run, state, **kwargs):
             found.append(parts(state))
-            return resume(run, state)
+            return resume(run, state, **kwargs)
 
-        def at_end(run, it, state):
+        def at_end(run, it, state, report):
             found.append(parts(state))
-            return finish(run, it, state)
+            return finish(run, it, state, report)
 
         # no decay: a weight that moves has had a gradient
         fixed = [*required_flags(f"{script}.py"), "--teacher", "toy", "--batch", 32, "--eval-n", 0]
@@ -525,6 +525,7 @@ def test_commands_of_the_docstring(script):
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command.split("#")[0])
+        words = [str(ROOT / "assets" / "mnist") if word == "DIR" else word for word in words]
         module.parse_args(words[words.index(f"{script}.py") + 1 :])
 
 

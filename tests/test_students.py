@@ -220,10 +220,10 @@ def state_at_start(monkeypatch, script, *flags):
     copies = {}
     resume = Run.resume
 
-    def recorded(run, state):
+    def recorded(run, state, **kwargs):
         for name, part in state.items():
             copies[name] = copy.deepcopy(part.state_dict())
-        return resume(run, state)
+        return resume(run, state, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "resume", recorded)
