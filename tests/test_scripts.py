@@ -57,6 +57,10 @@ slow = pytest.mark.slow
 # ---- what a run leaves ---------------------------------------------------------------------------
 
 
+STUDENT_LOSS = dict(
+    sid="sid", sana_sprint="scm", twinflow="loss", flowmap="prediction", boot="loss"
+)
+STUDENT_LOSS |= dict(nct="loss", dmd2="dm", decoupled_dmd="dm", phased_dmd="dm", msd="dm")
 STAGES = {"phased_dmd": 2}  # of the toy's presets; --smoke has three iterations for each
 
 
@@ -70,6 +74,9 @@ def test_smoke(script, tmp_path):
     assert p.returncode == 0, p.stderr
     assert "Traceback" not in p.stderr
     assert "Warning" not in without_torchs_own(p.stderr)
+    last_bar = p.stderr.strip().splitlines()[-1]
+    assert f" {STUDENT_LOSS[script]}=" in last_bar  # not only the critic's
+    assert "None" not in last_bar
     for fact in ("trained: student", "passes per iteration", "memory", str(out)):
         assert fact in p.stdout
 
