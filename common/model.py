@@ -62,7 +62,7 @@ class Model(nn.Module):
     part = "transformer"  # prefix in LoRA files: the network's name in a diffusers pipeline
     settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos
-    blank = False  # --dry-run: there are no weights and no images (common/teachers/blank.py)
+    blank = False  # --dry-run: there are no weights and no images (dryrun/teachers.py)
     vae = None  # the autoencoder of a teacher of latents
     prompts = None  # list of str of a text-to-image teacher
 

@@ -84,7 +84,7 @@ class Run:
             set_deterministic()
         self.dry = None
         if args.dry_run:
-            from common.dryrun import DryRun  # takes a second to import
+            from dryrun.run import DryRun  # takes a second to import
 
             self.dry = DryRun(args, self.method)
         init = self.dry.init_processes if self.dry else init_processes

@@ -1,4 +1,4 @@
-"""common/dryrun.py: what --dry-run shows is what real tensors take, and it finds mistakes."""
+"""dryrun/: what --dry-run shows is what real tensors take, and it finds mistakes."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from helpers.tracker import RealMemory
 import boot
 import dmd2
 import twinflow
-from common import ghost
-from common.dryrun import largest_that_fits, without_flag
 from common.errors import UserError
 from common.model import Model
 from common.run import Run
-from common.teachers.blank import TABLE
 from common.teachers.hub import HUB
 from common.teachers.load import load_teacher
+from dryrun import ghost
+from dryrun.run import largest_that_fits, without_flag
+from dryrun.teachers import TABLE
 
 ghost.register()  # before the first backward of this process: while pytest collects
 

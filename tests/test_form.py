@@ -109,9 +109,25 @@ def test_a_circle_is_found():
 
 
 def test_common_imports_only_common():
+    """And dryrun, for the functions of a dry run."""
     for module, imported in import_graph().items():
         if module.startswith("common."):
-            others = [name for name in imported if not name.startswith("common.")]
+            others = [name for name in imported if not name.startswith(("common.", "dryrun."))]
+            assert not others, f"{module} imports {others}"
+
+
+def test_a_dry_run_is_imported_only_where_one_is_made():
+    """Other runs never load it: common/ imports it inside functions."""
+    for module, path in source_files().items():
+        if module.startswith("common."):
+            names = {name.split(".")[0] for name in imported_names(path, inside_functions=False)}
+            assert "dryrun" not in names, f"{module} imports dryrun outside of a function"
+
+
+def test_dryrun_imports_only_common_and_dryrun():
+    for module, imported in import_graph().items():
+        if module.startswith("dryrun."):
+            others = [name for name in imported if not name.startswith(("common.", "dryrun."))]
             assert not others, f"{module} imports {others}"
 
 

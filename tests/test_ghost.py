@@ -1,4 +1,4 @@
-"""common/ghost.py: it behaves as CUDA does, and counts what real tensors take."""
+"""dryrun/ghost.py: it behaves as CUDA does, and counts what real tensors take."""
 
 import contextlib
 import copy
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from common import ghost
 from common.errors import UserError
-from common.ghost import Ghost, GhostDevice
+from dryrun import ghost
+from dryrun.ghost import Ghost, GhostDevice
 
 # Before the first backward of this process, when torch counts its devices: while pytest collects.
 ghost.register()

@@ -211,7 +211,7 @@ def test_all_pipelines_that_load_have_a_kind():
 @pytest.mark.parametrize("short", HUB)
 def test_short_names_are_of_the_kind_that_their_files_would_give(short, tmp_path):
     """The table of short names against the published configurations."""
-    known = read_json(ROOT / "common" / "teachers" / "networks.json")[short]
+    known = read_json(ROOT / "dryrun" / "networks.json")[short]
     index = dict(_class_name=known["pipeline"], boundary_ratio=known.get("boundary_ratio"))
     if short == "wan2.2":
         index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]

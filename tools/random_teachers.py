@@ -1,10 +1,9 @@
 """Text-to-image teachers of full size with random weights and embeddings: for speed and memory.
 
-Nothing is downloaded: networks.json has the public configurations. The parameter counts are those
-of the published networks. `tiny` is the same code at a size for tests.
+Nothing is downloaded: dryrun/networks.json has the public configurations. The parameter counts are
+those of the published networks. `tiny` is the same code at a size for tests.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ from common.data import Images
 from common.errors import UserError, did_you_mean
 from common.teachers.load import PIPELINES, freeze, ignore_sizes
 from common.teachers.prompts import PromptEmbeddings
+from dryrun.teachers import TABLE as networks
 
-NETWORKS = Path(__file__).parent.parent / "common" / "teachers" / "networks.json"
-TABLE = {name: e for name, e in json.loads(NETWORKS.read_text()).items() if "tiny" in e}
+TABLE = {name: entry for name, entry in networks.items() if "tiny" in entry}
 PROMPTS = 8
 
 

@@ -29,14 +29,6 @@ from common.image_folder import read_captions
 from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
-from common.teachers.blank import (
-    TABLE,
-    blank_embeddings,
-    blank_network,
-    is_blank,
-    make_blank,
-    public_configs,
-)
 from common.teachers.configuration import (
     check_configurations,
     full_config,
@@ -136,12 +128,19 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
         teacher.exact = True
         teacher.labelled = name == "toy-cond"
     if is_blank(device) and teacher.vae is not None:
+        from dryrun.teachers import make_blank
+
         make_blank(teacher)
     return freeze(teacher, device, dtype, place)
 
 
 def read_evaluation(folder, info):
     return check_evaluation(folder / "teacher.json", info.get("evaluation", {}))
+
+
+def is_blank(device):
+    """Whether networks on this device have no weights: that of --dry-run (dryrun/ghost.py)."""
+    return torch.device(device).type == "ghost"
 
 
 def freeze(teacher, device, dtype, place):
@@ -186,7 +185,7 @@ def load_pipeline(
     prompts, captions = read_texts(name, cls, folder, prompts, data)
     silence_libraries()
     check_version(name, cls)
-    scheduler = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    scheduler, _, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
     for part in (*cls.networks(index), "vae"):
         weights = find_weights(folder / part, name)
         if weights.variant:
@@ -213,25 +212,33 @@ def load_pipeline(
 
 def load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget):
     """What load_pipeline returns, without values: for --dry-run. Arguments as there."""
+    import diffusers
+
+    from dryrun.teachers import (
+        TABLE,
+        blank_embeddings,
+        blank_network,
+        make_blank,
+        public_configs,
+    )
+
     silence_libraries()
     if name in TABLE:
         folder = ROOT / "assets"  # of the default prompts
         index, config, vae, scheduler = public_configs(name)
         cls = PIPELINES[index["_class_name"]]
-        c = with_defaults(network_kind(cls), config)
+        check_version(name, cls)
+        c = with_defaults(getattr(diffusers, cls.network_class), config)
+        cls.check(name, c, vae, size, frames, guidance)
     else:
         folder = download(name, CONFIGS)
         index = read_index(name, folder, PIPELINES)
         cls = PIPELINES[index["_class_name"]]
         check_version(name, cls)
-        scheduler = check_pipeline(name, cls, folder, index, size, frames, guidance)
-        config = read_json(folder / cls.part / "config.json", "--teacher")
-        c = with_defaults(network_kind(cls), config)
-        vae = vae_config(folder, index)
-    check_version(name, cls)
+        scheduler, c, vae = check_pipeline(name, cls, folder, index, size, frames, guidance)
+        config = vars(c)
     experts = len(cls.networks(index))
     with load_errors(f"--teacher {name}: not loaded"):
-        cls.check(name, c, vae, size, frames, guidance)
         net = blank_network(cls, config, device, dtype)
         budget(
             network=experts * sum(p.numel() for p in net.parameters()),
@@ -249,19 +256,6 @@ def load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, bu
         # of further experts, which have the first one's configuration
         model.load_net = lambda *unused: blank_network(cls, config, device, dtype)
         return model.with_experts(folder, index, dtype)
-
-
-def network_kind(cls):
-    """Class of diffusers of a teacher class's network."""
-    import diffusers
-
-    return getattr(diffusers, cls.network_class)
-
-
-def vae_config(folder, index):
-    import diffusers
-
-    return full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
 
 
 def read_texts(name, cls, folder, prompts, data):
@@ -306,7 +300,7 @@ def check_version(name, cls):
 
 
 def check_pipeline(name, cls, folder, index, size, frames, guidance):
-    """-> configuration of the scheduler. Checks all configurations, and flags against them.
+    """-> configurations of scheduler (dict), network and VAE, checked, and flags against them.
 
     Needs the configuration files only, so that a mistake is found before anything is loaded.
     """
@@ -318,7 +312,7 @@ def check_pipeline(name, cls, folder, index, size, frames, guidance):
         vae = full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
         check_configurations(name, cls, scheduler, net, vae)
         cls.check(name, net, vae, size, frames, guidance)
-    return scheduler
+    return scheduler, net, vae
 
 
 def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget):

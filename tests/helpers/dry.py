@@ -7,7 +7,7 @@ import json
 import pytest
 from helpers.trace import run_main
 
-from common.ghost import GhostDevice
+from dryrun.ghost import GhostDevice
 
 
 def dry_run(monkeypatch, script, out, *flags):

@@ -8,7 +8,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDERS = ["common", "controls", "tools", "recipes"]
+FOLDERS = ["common", "controls", "dryrun", "tools", "recipes"]
 
 
 def module_name(path):
@@ -28,13 +28,14 @@ def parse(path):
     return ast.parse(path.read_text(), str(path))
 
 
-def imported_names(path):
+def imported_names(path, inside_functions=True):
     """Dotted names of all imports in a file, also of those inside functions.
 
     `from common import data` gives both common and common.data.
     """
     names = set()
-    for node in ast.walk(parse(path)):
+    tree = parse(path)
+    for node in ast.walk(tree) if inside_functions else tree.body:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,6 +1,6 @@
 """--dry-run: the script's own loop on a device without memory, and what that shows.
 
-A Run has a DryRun instead of a folder. It enters the device (common/ghost.py), chooses the
+A Run has a DryRun instead of a folder. It enters the device (dryrun/ghost.py), chooses the
 iterations of the loop, and ends the process after them with a report and dryrun.json.
 """
 
@@ -19,9 +19,9 @@ import torch
 
 from common.errors import RunError
 from common.files import write_json
-from common.ghost import NAME, Ghost, GhostDevice
 from common.memory import format_bytes
 from common.rng import BatchRandom
+from dryrun.ghost import NAME, Ghost, GhostDevice
 
 # Dense bf16 with fp32 sums, in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "RTX 4090": 165}

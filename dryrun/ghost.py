@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.errors import UserError
+from common.files import ROOT
 
 aten = torch.ops.aten
 NAME = "ghost"
-ROOT = str(Path(__file__).resolve().parent.parent)
 TORCH = str(Path(torch.__file__).parent)
 BLOCK = 512  # bytes; CUDA's allocator rounds up to a multiple
 SMALL = 4096  # integers of a tensor whose numbers are kept
@@ -236,14 +236,14 @@ def source_line(within=None):
         name = frame.f_code.co_filename
         inside = name.startswith(within) if within else not name.startswith((TORCH, "<"))
         if inside and name != __file__ and "/contextlib.py" not in name:
-            short = name.removeprefix(ROOT + "/").split("site-packages/")[-1]
+            short = name.removeprefix(f"{ROOT}/").split("site-packages/")[-1]
             return f"{short}:{frame.f_lineno}"
         frame = frame.f_back
     return "the backward pass"  # it runs in a thread of its own, without Python code
 
 
 def project_line():
-    return source_line(ROOT)
+    return source_line(str(ROOT))
 
 
 # ---- tensors -------------------------------------------------------------------------------------

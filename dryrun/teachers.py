@@ -1,6 +1,6 @@
 """Teachers without weights, for --dry-run: networks from configurations alone.
 
-They are on the device without memory (common/ghost.py). Nothing is downloaded but, for names that
+They are on the device without memory (dryrun/ghost.py). Nothing is downloaded but, for names that
 are not in HUB, configurations.
 
 networks.json has the public configurations of HUB: sd15, sdxl, sana and sd3 as published, with the
@@ -15,16 +15,10 @@ from types import SimpleNamespace
 import torch
 
 from common.data import Images
-from common.ghost import NAME
 from common.teachers.prompts import SHARD, PromptEmbeddings
 
 TABLE = json.loads((Path(__file__).parent / "networks.json").read_text())
 IMAGES = 64  # of a blank data set
-
-
-def is_blank(device):
-    """Whether networks on this device have no weights."""
-    return torch.device(device).type == NAME
 
 
 def public_configs(name):
