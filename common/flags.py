@@ -184,6 +184,8 @@ class Parser(argparse.ArgumentParser):
         args.cfg_given = "cfg" in given
         if args.smoke:
             shorten(args)
+        if "warmup" not in given and args.warmup >= args.iters:  # the preset's, of a longer run
+            args.warmup = args.iters // 10
         if args.sample_every is None:
             args.sample_every = tenth(args.iters, 10)
         if args.save_every is None:

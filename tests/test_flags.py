@@ -121,3 +121,17 @@ def test_lora_spec():
 def test_near_names_are_suggested():
     assert did_you_mean("toyy", ["toy", "mnist"]) == ", did you mean toy?"
     assert did_you_mean("abc", ["toy", "mnist"]) == ""
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", 20),  # of the preset: 900 iterations
+        ("--iters 21", 20),
+        ("--iters 20", 2),
+        ("--iters 5", 0),
+        ("--iters 20 --warmup 19", 19),
+    ],
+)
+def test_a_presets_warmup_fits_a_shorter_run(flags, expected):
+    assert dmd2.parse_args(["--teacher", "mnist", *flags.split()]).warmup == expected

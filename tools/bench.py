@@ -46,7 +46,6 @@ from common.passes import pass_cost
 from common.run import Run
 from controls.controlled import Controlled
 from tools import random_teachers
-from tools.random_teachers import NETWORKS
 
 WARMUP = 6  # iterations that are not measured: allocation, threads, first-call set-up
 PROFILED = 8  # iterations of --profile after them
@@ -461,7 +460,7 @@ def compare(options, flags):
             if not (tree / "tools").is_dir():
                 sys.exit(f"--vs {options.vs}: expected a revision that has tools/bench.py")
             # both are measured by the bench of this tree
-            for name in ("tools/bench.py", "tools/random_teachers.py", NETWORKS.relative_to(ROOT)):
+            for name in ("tools/bench.py", "tools/random_teachers.py", "dryrun/networks.json"):
                 (tree / name).write_bytes((ROOT / name).read_bytes())
             pairs = []
             for i in range(options.pairs):
