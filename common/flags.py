@@ -305,8 +305,8 @@ def check_flags(args):
     require(ok, f"--cooldown: expected a share from 0 to 1, found {args.cooldown}")
     require(
         args.warmup < args.iters,
-        f"--warmup {args.warmup}: expected less than --iters {args.iters}, "
-        "or the rates never reach --lr; give a shorter one",
+        f"--iters {args.iters}: expected more than --warmup {args.warmup}, or the rates never "
+        f"reach --lr; add --warmup {args.iters // 10}",
     )
     require(args.clip > 0, f"--clip: expected a number > 0, found {args.clip}")
     ok = all(0 <= b < 1 for b in args.betas)

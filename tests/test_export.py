@@ -97,7 +97,7 @@ def test_of_a_running_and_of_a_stopped_run(scripts, tmp_path):
     wait_for(lambda: count_lines(out) > lines + 5)  # it was not disturbed
     p.kill(signal.SIGTERM)
     assert p.wait() == 143
-    with pytest.raises(UserError, match=r"the run has not ended yet .*--it N, or python -m"):
+    with pytest.raises(UserError, match=r"the run has not ended yet .*--it \d+, or python -m"):
         read_student(out)
     _, it = export_temporary(out, "best") if best_checkpoint(out) else export_temporary(out, None)
     assert it > first

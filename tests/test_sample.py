@@ -273,7 +273,8 @@ def test_of_a_checkpoint(scripts, tmp_path):
     whole = pixels(load(run)())
     assert whole.shape[0] == 1  # one picture of all points
     shutil.rmtree(run / "student")
-    with pytest.raises(UserError, match="the run has not ended yet .*--it N"):
+    message = "the run has not ended yet .*--it 4, or python -m tools.export .*/student-4"
+    with pytest.raises(UserError, match=message):
         load(run)
     assert np.array_equal(pixels(load(run, it=4)()), whole)
     sampler = load(run, it="2")
@@ -300,6 +301,14 @@ def test_the_command_line(digits, tmp_path):
     assert np.array_equal(grid[12 : 12 + 112 : 4, 12 : 12 + 112 : 4, 0], first)
     assert (grid[12 + 112 : 12 + 112 + 16, 12 : 12 + 112] < 100).any()  # the caption
     assert "4 images: many" in done.stdout
+
+
+def test_libraries_are_silent(tmp_path):
+    """No line of transformers about torchvision, nor a loading bar: nothing but our own lines."""
+    flags = ["--teacher", "emoji", "red heart", "--nfe", 1, "--cfg", 1]
+    done = command(*flags, "--cache-prompts", tmp_path / "prompts", cwd=tmp_path)
+    assert done.stderr == ""
+    assert "sample.png" in done.stdout
 
 
 def test_file_names():

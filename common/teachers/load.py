@@ -180,10 +180,10 @@ def load_pipeline(
         model = load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget)
         return freeze(model, device, dtype, place)
     folder = download(name)
+    silence_libraries()
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
     prompts, captions = read_texts(name, cls, folder, prompts, data)
-    silence_libraries()
     check_version(name, cls)
     scheduler, _, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
     for part in (*cls.networks(index), "vae"):
@@ -278,7 +278,8 @@ def default_prompts(folder):
 
 
 def silence_libraries():
-    """Truncated prompts are normal, and loading bars of seconds only hide our own lines."""
+    """Truncated prompts are normal, torchvision is not needed, and loading bars of seconds only
+    hide our own lines."""
     import diffusers
     import transformers
 

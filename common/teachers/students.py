@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import list_checkpoints, read_newest
+from common.checkpoint import iterations_of, list_checkpoints, read_newest
 from common.errors import UserError, did_you_mean, first_line, require
 from common.files import ROOT, read_json
 from common.routed import Routed
@@ -38,9 +38,11 @@ def read_student(folder):
     path = home / "distill.json"
     if not path.is_file():
         hint = "no student/distill.json, so the run has not ended yet or is none"
-        if list_checkpoints(folder):
+        if checkpoints := list_checkpoints(folder):
+            newest = iterations_of(checkpoints[-1])
             hint = "no student/distill.json: the run has not ended yet (its checkpoints have "
-            hint += f"students too: --it N, or python -m tools.export {folder})"
+            hint += f"students too: --it {newest}, or python -m tools.export {folder}, which makes "
+            hint += f"{folder / f'student-{newest}'})"
         if (home / "teacher.json").is_file():
             hint = "a teacher (give it as --teacher)"
         raise UserError(f"{folder}: expected a student of this project, found {hint}")

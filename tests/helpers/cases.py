@@ -89,7 +89,7 @@ COMMON_MISTAKES = [
     ("--cooldown 2", "--cooldown"),
     ("--betas 0.9 1", "--betas"),
     ("--warmup -1", "--warmup"),
-    ("--warmup 20 --iters 20", "--warmup 20: expected less than --iters 20"),
+    ("--warmup 20 --iters 20", "--iters 20: expected more than --warmup 20.*add --warmup 2$"),
 ]
 
 MISTAKES = {
