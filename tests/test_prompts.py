@@ -83,7 +83,7 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(Stub, "calls", [])
     monkeypatch.setattr(Stub, "tokens", {})
     monkeypatch.setattr(module, "SHARD", 32)
-    monkeypatch.setattr(module, "VISIBLE_AFTER", 0)
+    monkeypatch.setattr("common.teachers.cache.VISIBLE_AFTER", 0)
 
     def embed(prompts, say=lambda text: None, cache="cache"):
         Stub.calls.clear()
@@ -298,6 +298,7 @@ def test_the_limit_of_a_pipeline(name, limit, folders):
 SLOW_ENCODER = """
 import datetime, os, time
 import torch.distributed as dist
+import common.teachers.cache as cache
 import common.teachers.prompts as prompts
 from common.teachers.unet import SD15
 init = dist.init_process_group
@@ -305,7 +306,7 @@ def init_with_limit(*args, timeout=None, **kwargs):
     init(*args, timeout=datetime.timedelta(seconds={limit}), **kwargs)
 dist.init_process_group = init_with_limit
 prompts.SHARD = prompts.BATCH
-prompts.VISIBLE_AFTER = 0
+cache.VISIBLE_AFTER = 0
 embed = SD15.embed.__func__
 def slow(cls, pipe, texts):
     time.sleep({seconds})

@@ -1,10 +1,6 @@
 """Image folders as latents of a teacher's VAE, encoded once and kept on disk."""
 
-import contextlib
-import hashlib
-import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +16,18 @@ from common.distributed import (
     require_same,
     run_in_step,
 )
-from common.errors import UserError, first_line, require
-from common.files import ROOT, atomic
+from common.errors import UserError, first_line
+from common.files import atomic
 from common.image_file import READER, SUFFIXES, describe_notes, read_images
 from common.memory import format_bytes
-from common.teachers.prompts import SHARD, stamp_files, wait_until_visible
+from common.teachers.cache import (
+    SHARD,
+    cache_errors,
+    cache_folder,
+    require_space,
+    stamp_files,
+    wait_until_visible,
+)
 
 BATCH = 16  # images that are read and encoded together
 
@@ -67,7 +70,7 @@ def load_latents(folder, teacher, files, labels, names, say=print, captions=None
     rank, world = rank_and_world()
     require_same([str(path.relative_to(folder)) for path in files], f"--data {folder}")
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
-    decide = lambda: make_plan(cache_folder(folder, teacher, files), teacher, files)
+    decide = lambda: make_plan(cache_of(folder, teacher, files), teacher, files)
     home, paths, missing, count = on_rank0(decide, rank, world)
     size = format_bytes(count * latent_bytes(teacher))
     done = f"encoding {count} of them, {size}, into" if missing else "read from"
@@ -100,15 +103,9 @@ def make_plan(home, teacher, files):
     missing = [k for k, path in enumerate(paths) if not path.is_file()]
     count = sum(len(files[k * SHARD : (k + 1) * SHARD]) for k in missing)
     if missing:
-        with writing(home):
+        with cache_errors(home, "latents"):
             home.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(home).free
-        require(
-            count * latent_bytes(teacher) <= free,
-            f"--cache-prompts {home}: the latents of {count} images take "
-            f"{format_bytes(count * latent_bytes(teacher))}, found {format_bytes(free)} free; "
-            "choose a folder on a larger disk",
-        )
+            require_space(home, f"the latents of {count} images", count * latent_bytes(teacher))
     return home, paths, missing, count
 
 
@@ -116,18 +113,7 @@ def latent_bytes(teacher):
     return math.prod(teacher.shape) * 4  # float32
 
 
-@contextlib.contextmanager
-def writing(home):
-    """Raises what writing to the cache raises in the block as a UserError."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"--cache-prompts {home}: expected a folder that can be written, found: {e.strerror}"
-        ) from None
-
-
-def cache_folder(folder, teacher, files):
+def cache_of(folder, teacher, files):
     """Folder of these latents. Its name changes when the images, the VAE or the format do."""
     vae_files = sorted(p for p in teacher.vae_folder.glob("*") if p.is_file())
     key = [
@@ -139,15 +125,13 @@ def cache_folder(folder, teacher, files):
         str(Path(folder).resolve()),
         stamp_files(files, Path(folder)),
     ]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    cache = Path(teacher.cache or ROOT / "out" / "prompts")
-    return cache / f"{Path(folder).resolve().name}-latents-{digest}"
+    return cache_folder(teacher.cache, f"{Path(folder).resolve().name}-latents", key)
 
 
 def write_parts(paths, numbers, teacher, files, say):
     """Encodes these cache files. Yields the number of images after each batch."""
     for k in numbers:
-        with writing(paths[k].parent):
+        with cache_errors(paths[k].parent, "latents"):
             yield from write_shard(paths[k], teacher, files, k * SHARD, say)
 
 

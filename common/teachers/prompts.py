@@ -6,18 +6,13 @@ encoding goes on where it was.
 """
 
 import bisect
-import contextlib
 import gc
-import hashlib
-import json
 import math
 import shutil
-import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.distributed import (
@@ -27,16 +22,23 @@ from common.distributed import (
     require_same,
     run_in_step,
 )
-from common.errors import UserError, first_line, require
-from common.files import ROOT, load_errors, read_json, save_weights, write_json
+from common.errors import require
+from common.files import load_errors, read_json, save_weights, write_json
 from common.memory import format_bytes
+from common.teachers.cache import (
+    SHARD,
+    cache_errors,
+    cache_folder,
+    digest_of,
+    require_space,
+    stamp_files,
+    wait_until_visible,
+)
 
 FORMAT = 2  # of the cache; another one is another folder
-SHARD = 1024  # largest number of rows in one file of a cache, of embeddings or of latents
 LARGEST_PART = 2**28  # bytes of such a file
 BATCH = 16  # prompts that are encoded together
 PLAN = "plan.json"  # written when everything but the parts is there
-VISIBLE_AFTER = 90  # seconds; network file systems show a new file up to a minute late
 
 
 class PromptEmbeddings:
@@ -124,7 +126,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
     require_same(digest_of(prompts), "--prompts or captions of --data")
     encoders = TextEncoders(cls, folder, device, dtype)
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
-    decide = lambda: make_plan(cache_folder(cls, folder, prompts, dtype, cache), encoders, prompts)
+    decide = lambda: make_plan(cache_of(cls, folder, prompts, dtype, cache), encoders, prompts)
     home, plan, missing = on_rank0(decide, rank, world)
     on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]), world)
 
@@ -140,7 +142,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
 
     paths = [part_path(home, k) for k in range(count_parts(plan))]
     on_all_ranks(lambda: wait_until_visible(home, paths), world)
-    with cache_errors(home):
+    with cache_errors(home, "embeddings"):
         null = load_file(home / "null.safetensors")
         sizes = [len(rows_of(k, plan, prompts)) for k in range(len(paths))]
         parts = [read_part(path, n, null) for path, n in zip(paths, sizes)]
@@ -200,7 +202,7 @@ def make_plan(home, encoders, prompts):
     plan: rows in a part, bytes of a row, and what is said of the prompts. A new cache gets its plan
     and the null prompt's embedding.
     """
-    with cache_errors(home):
+    with cache_errors(home, "embeddings"):
         if (home / PLAN).is_file():
             plan = read_plan(home, prompts)
         else:
@@ -223,13 +225,8 @@ def make_plan(home, encoders, prompts):
             write_json(home / PLAN, plan)
         missing = [k for k in range(count_parts(plan)) if not part_path(home, k).is_file()]
         count = sum(len(rows_of(k, plan, prompts)) for k in missing)
-        free = shutil.disk_usage(home).free
-        require(
-            count * plan["row_bytes"] <= free,
-            f"--cache-prompts {home}: the embeddings of {count} prompts take "
-            f"{format_bytes(count * plan['row_bytes'])}, found {format_bytes(free)} free; choose a "
-            "folder on a larger disk, or fewer prompts",
-        )
+        what = f"the embeddings of {count} prompts"
+        require_space(home, what, count * plan["row_bytes"], ", or fewer prompts")
     return home, plan, missing
 
 
@@ -280,7 +277,7 @@ def encode_parts(encoders, home, plan, prompts, numbers):
             batch = part[i : i + BATCH]
             batches.append(encoders.embed(batch))
             if i + BATCH >= len(part):
-                with cache_errors(home):
+                with cache_errors(home, "embeddings"):
                     save_weights(part_path(home, k), join(batches))
             yield len(batch)
 
@@ -300,7 +297,7 @@ def join(batches):
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-def cache_folder(cls, folder, prompts, dtype, cache):
+def cache_of(cls, folder, prompts, dtype, cache):
     """Folder of these embeddings. Its name changes when the prompts, the text encoders, the
     libraries or the format do."""
     parts = ("text_encoder", "tokenizer")
@@ -308,40 +305,7 @@ def cache_folder(cls, folder, prompts, dtype, cache):
     files.append(Path(folder) / "model_index.json")  # says what the null prompt is
     libraries = [metadata.version(name) for name in ("diffusers", "transformers")]
     key = [FORMAT, libraries, cls.__name__, str(folder), stamp_files(files, folder), str(dtype)]
-    name = f"{Path(folder).name}-{digest_of([*key, *prompts])}"
-    return Path(cache or ROOT / "out" / "prompts") / name
-
-
-def digest_of(values):
-    """16 letters that change when a value of the list does."""
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def stamp_files(files, base):
-    """What changes when files do: names, sizes and modification times."""
-    stamps = []
-    for path in files:
-        name = str(path.relative_to(base))
-        if path.exists():
-            stamps.append((name, path.stat().st_size, path.stat().st_mtime_ns))
-        else:
-            stamps.append((name,))
-    return stamps
-
-
-@contextlib.contextmanager
-def cache_errors(home):
-    """Raises what files of a cache raise in the block as one UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"--cache-prompts {home}: expected to read and write embeddings there, "
-            f"found: {first_line(e)}; delete it to encode again"
-        ) from None
+    return cache_folder(cache, Path(folder).name, [*key, *prompts])
 
 
 def read_part(path, n, null):
@@ -353,15 +317,3 @@ def read_part(path, n, null):
     )
     require(fits, f"--cache-prompts {path}: expected {n} embeddings; delete it to encode again")
     return part
-
-
-def wait_until_visible(home, paths):
-    """UserError if another process has written these files, and this one does not see them."""
-    end = time.monotonic() + VISIBLE_AFTER
-    while not all(path.is_file() for path in paths):
-        if time.monotonic() > end:
-            raise UserError(
-                f"--cache-prompts {home}: expected a folder on a disk that all machines share; "
-                "process 0 has written there, and this process does not see it"
-            )
-        time.sleep(1)
