@@ -53,11 +53,11 @@ import torch
 from tqdm import tqdm
 
 from common import fid, metrics
-from common.distributed import gather_rows, init_processes, on_rank0
+from common.distributed import bar_interval, gather_rows, init_processes, on_rank0
 from common.errors import UserError, launch, require
 from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
-from common.flags import Help, parse_size
+from common.flags import Help, flag_name, parse_size
 from common.folder import utc_now
 from common.image_file import describe_notes
 from common.report import dumps, hardware, save_grid
@@ -68,7 +68,6 @@ from tools import compare
 from tools.cache import ResultCache, cache_settings, kept_samples
 from tools.inception import InceptionExtractor
 from tools.measure import (
-    bar_interval,
     count_nfe,
     folder_features,
     hash_weights,
@@ -213,8 +212,8 @@ def check_args(args):
     least = dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2)
     for name, low in least.items():
         value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        require(value is None or value >= low, f"{flag}: expected at least {low}, found {value}")
+        ok = value is None or value >= low
+        require(ok, f"{flag_name(name)}: expected at least {low}, found {value}")
 
     require(
         args.runs or args.teacher or args.images,

@@ -50,7 +50,7 @@ import torch.distributed as dist
 from common.ema import EMA
 from common.errors import launch, require
 from common.files import ROOT, write_json
-from common.flags import Parser
+from common.flags import Parser, flag_name
 from common.optim import adamw
 from common.report import Report, dumps, save_grid
 from common.run import Run
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     for name in ("con_weight", "lambda0", "eta", "xi", "lambda_max"):
         value = getattr(args, name)
         ok = value is None or 0 <= value < math.inf
-        require(ok, f"--{name.replace('_', '-')}: expected a number >= 0, found {value}")
+        require(ok, f"{flag_name(name)}: expected a number >= 0, found {value}")
     ok = args.lambda0 <= args.lambda_max
     found = f"found {args.lambda_max}"
     require(ok, f"--lambda0 {args.lambda0}: expected at most --lambda-max, {found}")

@@ -16,6 +16,8 @@ The noise of a picture depends on its seed only: --seed S --n N makes those of S
 the same with any batch and beside any other prompts. Metrics are in eval.py.
 """
 
+import common.interrupt  # noqa: F401  # isort: skip
+
 import argparse
 import functools
 import re
@@ -28,6 +30,7 @@ from common.distributed import init_processes
 from common.errors import UserError, did_you_mean, launch, require
 from common.flags import Help, parse_size
 from common.image_file import read_image
+from common.report import to_image
 from common.rng import PerImageNoise
 from common.sampling import TEACHER_NFE
 from common.teachers.kind import ADAPTER_KINDS, teacher_kind
@@ -37,7 +40,7 @@ from common.teachers.prompts import embed_prompts
 from common.teachers.students import read_student
 from controls.controlled import Controlled
 from tools.export import export_temporary
-from tools.pictures import captioned, to_image
+from tools.pictures import captioned
 from tools.rows import load_student, prompt_kwargs, student_row, teacher_row
 
 POINTS = 4000  # of a toy's picture

@@ -16,6 +16,7 @@ KEPT = 2  # newest checkpoints; the best one is kept as well
 EVALUATED = 1000  # samples of an evaluation by --eval-every: scores of equal numbers are compared
 SCORES = ("fid", "fd", "energy_distance")
 COUNTERS = ("it", "images", "skipped", "log_bytes", "seconds")
+MISFITS = (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 OPTIONS = {"params", "lr", "betas", "eps", "weight_decay"}  # that every group of AdamW has
 
 
@@ -58,9 +59,8 @@ def read_scores(out):
     path = out / "eval.jsonl"
     scores = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError
-        ):  # the last one may be half a line
+        # the last one may be half a line
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             values = [row[name] for name in SCORES if row.get(name) is not None]
             if row["n"] == EVALUATED and values:
@@ -105,13 +105,17 @@ def misfits(path, hint=""):
     """Raises what is wrong with a checkpoint's contents as one UserError. hint: ends its line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-        reason = f"no entry {e}" if isinstance(e, KeyError) else first_line(e)
+    except MISFITS as e:
         raise UserError(
-            f"--resume {path}: does not fit the networks of these flags: {reason}{hint}"
+            f"--resume {path}: does not fit the networks of these flags: {describe_misfit(e)}{hint}"
         ) from None
+
+
+def describe_misfit(e):
+    """One line. Raises an error of full memory, a RuntimeError that says nothing about files."""
+    if isinstance(e, torch.OutOfMemoryError):
+        raise e
+    return f"no entry {e}" if isinstance(e, KeyError) else first_line(e)
 
 
 def load_state(saved, state, own_part=lambda part, saved: saved):
@@ -127,11 +131,8 @@ def load_state(saved, state, own_part=lambda part, saved: saved):
     for name, part in state.items():
         try:
             load_part(part, own_part(part, saved[name]))
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
-            if isinstance(e, torch.OutOfMemoryError):
-                raise
-            reason = f"no entry {e}" if isinstance(e, KeyError) else first_line(e)
-            raise ValueError(f"{name}: {reason}") from None
+        except MISFITS as e:
+            raise ValueError(f"{name}: {describe_misfit(e)}") from None
 
 
 def load_part(part, saved):

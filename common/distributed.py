@@ -185,6 +185,11 @@ def rank_and_world():
     return dist.get_rank(), dist.get_world_size()
 
 
+def bar_interval():
+    """Seconds between updates of a progress bar: in a file each update is a line."""
+    return 0.2 if sys.stderr.isatty() else 10
+
+
 def run_in_step(work, total, unit):
     """Runs an iterator of small pieces of work on every rank, with a progress bar on rank 0.
 
@@ -193,12 +198,11 @@ def run_in_step(work, total, unit):
     and a UserError of one ends all.
     """
     rank, world = rank_and_world()
-    slow = not sys.stderr.isatty()
     bar = tqdm(
         total=total,
         unit=unit,
         delay=5,  # seconds; what is done sooner needs no bar
-        mininterval=30 if slow else 0.2,
+        mininterval=bar_interval(),
         disable=rank > 0,
         leave=False,
     )

@@ -235,7 +235,8 @@ class Parser(argparse.ArgumentParser):
                 value = value.get("rank")
             ok = value is None or is_value_of(action, value)
             require(
-                ok, f"{folder}/run.jsonl: {flag(name)}: expected its value, found {value!r:.80}"
+                ok,
+                f"{folder}/run.jsonl: {flag_name(name)}: expected its value, found {value!r:.80}",
             )
             kept[name] = value
         return kept
@@ -290,13 +291,13 @@ NOT_WITH_SHARD = {
 def check_flags(args):
     """UserError if a common flag is out of range, or if two of them contradict each other."""
     for name, value in vars(args).items():
-        check_number(flag(name), value, largest=2**63 if name == "seed" else 2**31)
+        check_number(flag_name(name), value, largest=2**63 if name == "seed" else 2**31)
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         if value is not None:
             expected = f"at least {least}" if least else "a number >= 0"
             ok = least <= value < math.inf
-            require(ok, f"{flag(name)}: expected {expected}, found {value}")
+            require(ok, f"{flag_name(name)}: expected {expected}, found {value}")
     # precision and recall need 3 neighbours, a covariance needs a few samples
     least = max(8, int(os.environ.get("WORLD_SIZE", 1)))
     ok = args.eval_n == 0 or args.eval_n >= least
@@ -313,7 +314,7 @@ def check_flags(args):
     require(ok, f"--betas: expected two numbers from 0 to below 1, found {args.betas}")
     for name, reason in NOT_WITH_SHARD.items():
         both = args.shard and getattr(args, name)
-        require(not both, f"--shard with {flag(name)}: {reason}; use one of them")
+        require(not both, f"--shard with {flag_name(name)}: {reason}; use one of them")
     alpha = args.lora_alpha
     unused = not (args.lora or args.lora_fake) and (alpha is not None or args.lora_targets)
     require(not unused, "--lora-alpha and --lora-targets need --lora or --lora-fake")
@@ -326,9 +327,9 @@ def check_flags(args):
 
 def check_dry_run(args):
     """UserError if flags of --dry-run are out of range or contradict others."""
-    others = dict(device_memory="--device-memory", processes="--processes", tflops="--tflops")
-    for name, flag in others.items():
+    for name in ("device_memory", "processes", "tflops"):
         value = getattr(args, name)
+        flag = flag_name(name)
         require(args.dry_run or value is None, f"{flag} needs --dry-run")
         require(value is None or value > 0, f"{flag}: expected a number > 0, found {value}")
     if not args.dry_run:
@@ -376,8 +377,8 @@ def default_out(args):
     return default_folder(sys.argv[0], args.teacher)
 
 
-def flag(name):
-    """Name of a flag on the command line."""
+def flag_name(name):
+    """A flag as it stands on the command line."""
     return f"--{name.replace('_', '-')}"
 
 

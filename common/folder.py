@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import delete_oldest, list_checkpoints
+from common.checkpoint import delete_oldest, iterations_of, list_checkpoints
 from common.errors import UserError, require
 from common.files import atomic, git_revision
 from common.teachers.kind import EMBEDDED
@@ -107,7 +107,7 @@ class RunFolder:
         checkpoints = list_checkpoints(out)
         refusal = ""
         if checkpoints and not self.resume_wanted:
-            it = int(checkpoints[-1].stem[3:])
+            it = iterations_of(checkpoints[-1])
             refusal = (
                 f"--out {out}: holds a run at iteration {it}; "
                 "add --resume, --overwrite or another --out"
@@ -245,14 +245,10 @@ def flags_of(start, absolute=True):
         if not isinstance(value, str):
             continue
         path = os.path.join(cwd, value)
-        if name != "teacher" or is_teacher_folder(value, path):
+        is_folder = value not in EMBEDDED and os.path.isdir(path)  # see load_teacher
+        if name != "teacher" or is_folder:
             flags[name] = os.path.normpath(path)
     return flags
-
-
-def is_teacher_folder(name, path):
-    """Whether --teacher `name` was the folder `path`, see load_teacher."""
-    return name not in EMBEDDED and os.path.isdir(path)
 
 
 def changed_flags(old, new):

@@ -100,14 +100,14 @@ def read_captions(folder):
     """
     folder = existing_folder(folder)
     table = folder / "metadata.jsonl"
-    captions = read_table(folder, table) if table.is_file() else read_text_files(folder)
+    captions = read_metadata(folder, table) if table.is_file() else read_text_files(folder)
     if not captions:
         suffixes = ", ".join(SUFFIXES)
         raise UserError(f"--data {folder}: expected images ({suffixes}) with captions, found none")
     return captions
 
 
-def read_table(folder, table):
+def read_metadata(folder, table):
     captions = []
     for i, line in enumerate(read_lines(folder, table, 16 * LONGEST), 1):
         if not line.strip():

@@ -14,10 +14,9 @@ from PIL import Image, ImageDraw
 
 from common.checkpoint import read_scores
 from common.files import atomic, write_folder, write_json
-from common.folder import history, read_starts, utc_now
+from common.folder import flags_of, history, read_starts, utc_now
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
-from common.teachers.kind import lasting_name
 
 
 class Report:
@@ -135,10 +134,7 @@ class Report:
     def record(self, it):
         """distill.json of the student after `it` iterations, without its network."""
         run, args = self.run, self.run.args
-        flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
-        flags["teacher"] = lasting_name(args.teacher)
-        if args.prompts:
-            flags["prompts"] = os.path.abspath(args.prompts)
+        flags = flags_of(dict(flags=vars(args), cwd=os.getcwd()))  # with absolute paths
         training = dict(
             seconds=round(run.seconds),
             iterations=it,
@@ -154,7 +150,7 @@ class Report:
         )
         return dict(
             method=run.method,
-            teacher=lasting_name(args.teacher),
+            teacher=flags["teacher"],
             nfe=args.nfe,
             cfg=args.cfg,
             sampler=self.sampler,
@@ -211,14 +207,19 @@ def save_grid(path, rows, names=None):
         top = padding + r * row_height
         pen.text((padding, top), caption, fill="black")
         for i, picture in enumerate(pictures):
-            pixels = picture.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            image = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            image = to_image(picture).resize((width, height), Image.NEAREST)
             sheet.paste(image, (padding + i * (width + padding), top + caption_height))
     for i, lines in enumerate(names):
         place = (padding + i * (width + padding), len(rows) * row_height)
         pen.multiline_text(place, "\n".join(lines), fill="black", spacing=1)
     with atomic(path) as f:
         sheet.save(f, "PNG")
+
+
+def to_image(pixels):
+    """uint8 tensor [C, H, W], C 1 or 3 -> PIL image."""
+    pixels = pixels.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def split_name(name, width):

@@ -27,7 +27,7 @@ from common.checkpoint import (
     read_values,
     write_checkpoint,
 )
-from common.distributed import init_processes, on_rank0
+from common.distributed import bar_interval, init_processes, on_rank0
 from common.errors import Interrupted, RunError, UserError, first_line, require
 from common.files import sync
 from common.folder import (
@@ -647,7 +647,7 @@ def set_deterministic():
 
 
 def progress_bar(first, last, name, disable):
-    slow = not sys.stderr.isatty()
+    interval = bar_interval()
     return tqdm(
         range(first, last),
         initial=first,
@@ -655,8 +655,8 @@ def progress_bar(first, last, name, disable):
         desc=name,
         unit="it",
         smoothing=0.05,
-        mininterval=10 if slow else 0.2,
-        maxinterval=30 if slow else 10,
+        mininterval=interval,
+        maxinterval=max(10, 3 * interval),
         disable=disable,
     )
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import fid
+from common.distributed import bar_interval
 from common.features import SmallCNN
 from common.rng import derive_seed
-from tools.measure import bar_interval
 
 SPOILT_WEIGHT = 4  # of the second loss; the first one cannot fall below its label smoothing
 

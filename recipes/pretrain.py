@@ -38,14 +38,21 @@ import torch
 from tqdm import tqdm
 
 from common import fid
-from common.checkpoint import list_checkpoints, load_state, misfits, read_newest, write_checkpoint
+from common.checkpoint import (
+    iterations_of,
+    list_checkpoints,
+    load_state,
+    misfits,
+    read_newest,
+    write_checkpoint,
+)
 from common.data import Images, load_folder, load_npz
-from common.distributed import choose_device
+from common.distributed import bar_interval, choose_device
 from common.ema import EMA
 from common.errors import Interrupted, RunError, UserError, launch, require
 from common.features import ClassifierExtractor, load_classifier
 from common.files import ROOT, atomic, read_json, save_weights, write_json
-from common.flags import Help
+from common.flags import Help, flag_name
 from common.metrics import METRICS, evaluate, summary
 from common.report import save_grid
 from common.rng import BatchRandom, PerImageNoise, derive_seed
@@ -56,7 +63,6 @@ from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
 from recipes.classifier import feature_stats, new_classifier, train_classifier
-from tools.measure import bar_interval
 
 LEAST_IMAGES = 10  # a tenth is held out
 CLASSIFIER_STEPS = 200  # for own images; fewer images have more epochs
@@ -175,8 +181,9 @@ def resumed_args(p, args, argv):
     for name, value in flags.items():
         given = getattr(args, name, None)
         if name not in FREE and given != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {given}: expected {value} as in the run of --resume {out}")
+            raise UserError(
+                f"{flag_name(name)} {given}: expected {value} as in the run of --resume {out}"
+            )
     return args
 
 
@@ -185,8 +192,8 @@ def check_numbers(args):
     least |= dict(seed=0, eval_n=0, save_every=0)
     for name, low in least.items():
         value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        require(value is None or value >= low, f"{flag}: expected at least {low}, found {value}")
+        ok = value is None or value >= low
+        require(ok, f"{flag_name(name)}: expected at least {low}, found {value}")
     require(0 < args.lr < math.inf, f"--lr: expected a number > 0, found {args.lr}")
     require(0 <= args.ema < math.inf, f"--ema: expected a number >= 0, found {args.ema}")
     require(math.isfinite(args.cfg), f"--cfg: expected a number, found {args.cfg}")
@@ -222,7 +229,7 @@ def require_unused(args):
     )
     checkpoints = list_checkpoints(out)
     if checkpoints:
-        it = int(checkpoints[-1].stem[3:])
+        it = iterations_of(checkpoints[-1])
         raise UserError(
             f"--out {out}: holds a run at iteration {it}; "
             "add --resume, --overwrite or another --out"

@@ -2,7 +2,6 @@
 
 import hashlib
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.distributed import gather_rows, on_all_ranks
+from common.distributed import bar_interval, gather_rows, on_all_ranks
 from common.errors import UserError
 from common.image_file import SUFFIXES, read_image
 from common.image_folder import existing_folder, image_files
@@ -19,12 +18,6 @@ from common.metrics import hash_images
 from common.passes import PassCounter
 from common.sampling import generate
 from controls.controlled import Controlled
-
-
-def bar_interval():
-    """Seconds between updates of a progress bar: in a file each update is a line."""
-    return 0.2 if sys.stderr.isatty() else 10
-
 
 # ---- image folders -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import atomic
+from common.report import to_image
 
 MARGIN = 12
 GAP = 2  # between images
@@ -39,8 +40,7 @@ def image_rows(path, rows):
         middle = MARGIN + row * pitch + (pitch - GAP) // 2
         pen.text((MARGIN, middle), caption, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
-            pixels = image.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            tile = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            tile = to_image(image).resize((width, height), Image.NEAREST)
             sheet.paste(tile, (left + column * (width + GAP), middle - height // 2))
     save(path, sheet)
 
@@ -85,12 +85,6 @@ def wrapped(text, font, width):
             line = line[:-1]
         lines[i] = line
     return "\n".join(lines)
-
-
-def to_image(pixels):
-    """uint8 tensor [C, H, W], C 1 or 3 -> PIL image."""
-    pixels = pixels.cpu().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def scatter(path, panels, colours, rings=(), extent=1.6):

@@ -75,13 +75,6 @@ def which_is_taken(name):
     return None
 
 
-def lasting_name(name):
-    """--teacher as records keep it: the absolute path of a folder, any other name as it is."""
-    if name in EMBEDDED or not os.path.isdir(name):
-        return name
-    return os.path.abspath(name)
-
-
 def refuse_file(name):
     require(
         not os.path.isfile(name),
