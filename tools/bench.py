@@ -461,6 +461,7 @@ def compare(options, flags):
                 sys.exit(f"--vs {options.vs}: expected a revision that has tools/bench.py")
             # both are measured by the bench of this tree
             for name in ("tools/bench.py", "tools/random_teachers.py", "dryrun/networks.json"):
+                (tree / name).parent.mkdir(exist_ok=True)  # older revisions have no dryrun/
                 (tree / name).write_bytes((ROOT / name).read_bytes())
             pairs = []
             for i in range(options.pairs):
