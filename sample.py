@@ -16,7 +16,8 @@ The noise of a picture depends on its seed only: --seed S --n N makes those of S
 the same with any batch and beside any other prompts. Metrics are in eval.py.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":  # not in a program that imports `load`
+    import common.interrupt  # noqa: F401
 
 import argparse
 import functools

@@ -22,7 +22,7 @@ from common.errors import (
 )
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval", "sample"])
 def test_ctrl_c_while_torch_is_imported(script, tmp_path):
     """A torch.py that stands for the seconds of the import: it interrupts its own process."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
