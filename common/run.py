@@ -376,7 +376,7 @@ class Run:
             peak = peak_memory(self.device) / 2**20
             text = f"{total:.2f}: {each}; a backward counts two"
             if counter.left_out:
-                text += f"; not counted, no copies of the teacher: {', '.join(counter.left_out)}"
+                text += f"; without {', '.join(counter.left_out)}"
             self.print(f"  {'passes per iteration':22s} {text}")
             self.print(f"  {'memory, peak':22s} {peak:.0f} MB so far")
 
