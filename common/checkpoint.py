@@ -154,18 +154,18 @@ def load_part(part, saved):
     check_moments(part)
 
 
-def check_tensors(own, saved):
+def check_tensors(own, saved, where="the checkpoint"):
     """ValueError that names the first tensor which only one of two state_dicts has, or whose shape
-    differs."""
+    differs. where: what `saved` is from."""
     for name in own:
         if name not in saved:
-            raise ValueError(f"{name}: the checkpoint has no such tensor")
+            raise ValueError(f"{name}: {where} has no such tensor")
         expected, found = list(own[name].shape), list(saved[name].shape)
         if expected != found:
-            raise ValueError(f"{name}: expected shape {expected}, found {found} in the checkpoint")
+            raise ValueError(f"{name}: expected shape {expected}, found {found} in {where}")
     for name in saved:
         if name not in own:
-            raise ValueError(f"{name}: the network has no such tensor, the checkpoint has")
+            raise ValueError(f"{name}: the network has no such tensor, {where} has")
 
 
 def read_counters(payload):

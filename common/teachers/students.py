@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import iterations_of, list_checkpoints, read_newest
+from common.checkpoint import check_tensors, iterations_of, list_checkpoints, read_newest
 from common.errors import UserError, did_you_mean, first_line, require
 from common.files import ROOT, read_json
 from common.routed import Routed
@@ -182,14 +182,10 @@ def load_start(folder, role, net, loaded):
 
 
 def load_state(folder, role, net, weights):
-    expected = net.state_dict()
-    for name in dict.fromkeys([*expected, *weights]):
-        shapes = [list(w[name].shape) if name in w else "none" for w in (expected, weights)]
-        require(
-            shapes[0] == shapes[1],
-            f"--start {folder}: does not fit the {role} of these flags: "
-            f"{name}: expected {shapes[0]}, found {shapes[1]}",
-        )
+    try:
+        check_tensors(net.state_dict(), weights, "that run")
+    except ValueError as e:
+        raise UserError(f"--start {folder}: does not fit the {role} of these flags: {e}") from None
     net.load_state_dict(weights)
 
 
