@@ -291,9 +291,6 @@ class Evaluation:
         if self.rank == 0:
             print(text, flush=True)
 
-    def on_rank0(self, fn):
-        return on_rank0(fn, self.rank, self.world)
-
     def extractor(self, teacher):
         """Features and reference for images of a teacher's students; None for points of a toy."""
         if not self.args.inception and teacher.adapter == "toy":
@@ -351,7 +348,7 @@ class Evaluation:
                 f"--teacher {args.teacher}: its samples are points; for images give a teacher of "
                 "images, or --inception FILE"
             )
-        self.on_rank0(lambda: check_outputs(args))
+        on_rank0(lambda: check_outputs(args))
         extractor = self.extractor(teacher)
         lossy = (".jpg", ".jpeg", ".jfif", ".webp", ".avif")
         if any(path.suffix.lower() in lossy for path in files):
@@ -361,7 +358,7 @@ class Evaluation:
             )
         start = time.time()
         features, hashes = self.folder_features("--images", files, notes, extractor)
-        found = self.on_rank0(lambda: metrics.distances(extractor, features))
+        found = on_rank0(lambda: metrics.distances(extractor, features))
         name = Path(args.images).resolve().name
         result = dict(
             name=name,
@@ -383,12 +380,12 @@ class Evaluation:
         rows = make_rows(args, self.dtype)
         for row in rows:
             row.teacher.to(self.device)
-        self.on_rank0(lambda: check_outputs(args))
+        on_rank0(lambda: check_outputs(args))
         for row in rows:  # reads references, so that mistakes show before the first sample
             self.extractor(row.teacher)
         cache = ResultCache(args.cache or Path(args.out).parent / "measured")
         if args.compare:
-            self.on_rank0(cache.make_folder)
+            on_rank0(cache.make_folder)
 
         measured = [row for row in rows if row.measured]
         results, earlier = [], []
@@ -396,7 +393,7 @@ class Evaluation:
             settings = cache_settings(args, self.dtype, self.extractor(row.teacher))
             result = None
             if args.compare and not (args.fresh or args.save_images or args.latency):
-                result = self.on_rank0(lambda: cache.load(row, settings))
+                result = on_rank0(lambda: cache.load(row, settings))
             if result is not None:
                 earlier.append(result["revision"])
             else:
@@ -441,17 +438,13 @@ class Evaluation:
             result["similarity"] = similarity(row.sampler, row.model, extractor, *settings)
         if row.facts["method"] == "nct":
             n = min(args.n, 2000)
-            result["control"] = self.on_rank0(
-                lambda: control_error(row.model, n, args.seed, args.batch)
-            )
+            result["control"] = on_rank0(lambda: control_error(row.model, n, args.seed, args.batch))
             self.say(f"{row.caption}: {control_summary(result['control'])}")
         passes = count_nfe(row.cost_sampler, row.model)
         result = dict(row.facts, passes=passes, seeds=seeds, **result)
         result["weights"] = hash_weights(row.folder)
         if args.latency:  # on one process while the others wait
-            result["latency"] = self.on_rank0(
-                lambda: latency(row.cost_sampler, row.model, args.batch)
-            )
+            result["latency"] = on_rank0(lambda: latency(row.cost_sampler, row.model, args.batch))
             for batch, times in result["latency"].items():
                 self.say(
                     f"{row.caption}: batch {batch}: {times['ms_per_image']} ms per image, "

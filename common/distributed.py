@@ -119,12 +119,20 @@ def init_process_group(device, rank, world):
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
 
 
-def on_rank0(fn, rank, world):
+def rank_and_world():
+    """Of the process group; (0, 1) without one."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def on_rank0(fn):
     """fn() on rank 0 -> its result, on every rank.
 
     Its UserError or RunError is raised on every rank, so that none waits, and has the attribute
     on_all_ranks, so that one rank prints it.
     """
+    rank, world = rank_and_world()
     result, error = None, None
     if rank == 0:
         try:
@@ -141,12 +149,13 @@ def on_rank0(fn, rank, world):
     return result
 
 
-def on_all_ranks(fn, world):
+def on_all_ranks(fn):
     """fn() on every rank -> list of the results by rank.
 
     A UserError on one rank is raised on all, so that none waits for a process that has ended. It
     names the rank if rank 0 has none.
     """
+    _, world = rank_and_world()
     result, error = None, None
     try:
         result = fn()
@@ -166,23 +175,15 @@ def on_all_ranks(fn, world):
 
 def require_same(value, what):
     """UserError on every rank if the ranks have different values."""
-    _, world = rank_and_world()
-    values = on_all_ranks(lambda: value, world)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            error = UserError(
-                f"{what}: expected the same on all machines, "
-                f"process {rank} has others than process 0"
-            )
-            error.on_all_ranks = True
-            raise error
-
-
-def rank_and_world():
-    """Of the process group; (0, 1) without one."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    values = on_all_ranks(lambda: value)
+    others = [rank for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        error = UserError(
+            f"{what}: expected the same on all machines, "
+            f"process {others[0]} has others than process 0"
+        )
+        error.on_all_ranks = True
+        raise error
 
 
 def bar_interval():
@@ -197,7 +198,7 @@ def run_in_step(work, total, unit):
     piece. So none waits longer than a piece takes, which the process group limits to 30 minutes,
     and a UserError of one ends all.
     """
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     bar = tqdm(
         total=total,
         unit=unit,
@@ -208,7 +209,7 @@ def run_in_step(work, total, unit):
     )
     with bar:
         while True:
-            done = on_all_ranks(lambda: next(work, None), world)
+            done = on_all_ranks(lambda: next(work, None))
             if all(n is None for n in done):
                 return
             bar.update(sum(n or 0 for n in done))

@@ -133,7 +133,7 @@ def evaluate(
             ]
         return result
 
-    result = on_rank0(measure, rank, world)
+    result = on_rank0(measure)
     protocol = f"toy exact n={n} seed={seed}" if is_toy else extractor.describe(n, f"seed={seed}")
     result = dict(protocol=protocol, **result)
     if not rows["finite"].all():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.checkpoint import read_scores
+from common.distributed import on_rank0
 from common.files import atomic, write_folder, write_json
 from common.folder import flags_of, history, read_starts, utc_now
 from common.metrics import METRICS, evaluate, summary
@@ -95,7 +96,7 @@ class Report:
         result = facts | dict(train_seconds=round(run.seconds)) | result
         if run.is_main:
             self.print_result(result)
-        return run.on_rank0(lambda: self.write_result(it, result))
+        return on_rank0(lambda: self.write_result(it, result))
 
     def write_result(self, it, result):
         path = self.run.out / "eval.jsonl"

@@ -120,7 +120,7 @@ class Run:
         self.log_file = Log(self.out / "log.jsonl", self.world)
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
         if self.dry is None:
-            self.on_rank0(self.folder.open)
+            on_rank0(self.folder.open)
             self.folder.after_open()
         for signum in stop_signals():
             signal.signal(signum, self._on_signal)
@@ -151,10 +151,6 @@ class Run:
         torch.manual_seed(derive_seed(self.args.seed, it, 4, self.data_shard[0]))
         kind = BatchRandom if self.dry is None else self.dry.random
         return kind(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
-
-    def on_rank0(self, fn):
-        """fn() on rank 0 -> its result, on all ranks, as are its errors."""
-        return on_rank0(fn, self.rank, self.world)
 
     def barrier(self):
         """Waits for all processes."""
@@ -544,9 +540,9 @@ class Run:
         if path is None:
             ckpt = self.out / "ckpt"
             require(not self.args.resume, f"--resume: no readable checkpoint in {ckpt}")
-            self.on_rank0(self.folder.start)
-            self.on_rank0(self.folder.clear)
-            self.on_rank0(lambda: self.note_start(0))
+            on_rank0(self.folder.start)
+            on_rank0(self.folder.clear)
+            on_rank0(lambda: self.note_start(0))
             return 0
 
         changes = self._changes(payload)
@@ -574,8 +570,8 @@ class Run:
         self.skipped = counters["skipped"]
         self.log_file.restore(first - 1, values)
         self.past_seconds = counters["seconds"]
-        self.on_rank0(lambda: self.folder.rewind(counters["log_bytes"], damaged))
-        self.on_rank0(lambda: self.note_start(first, changed=changes))
+        on_rank0(lambda: self.folder.rewind(counters["log_bytes"], damaged))
+        on_rank0(lambda: self.note_start(first, changed=changes))
         changed = f"; changed: {describe_changes(changes)}" if changes else ""
         self.print(f"resumed {path.name}{changed}")
         return first

@@ -63,7 +63,7 @@ def folder_features(files, extractor, batch, rank, world, as_stored=False):
         return notes
 
     local = []
-    notes = sum(on_all_ranks(own_part, world), Counter())  # an unreadable file ends all ranks
+    notes = sum(on_all_ranks(own_part), Counter())  # an unreadable file ends all ranks
     features, hashes = (gather_rows(rows, len(files), rank, world) for rows in local)
     return features, hashes, notes
 

@@ -71,12 +71,12 @@ def load_latents(folder, teacher, files, labels, names, say=print, captions=None
     require_same([str(path.relative_to(folder)) for path in files], f"--data {folder}")
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
     decide = lambda: make_plan(cache_of(folder, teacher, files), teacher, files)
-    home, paths, missing, count = on_rank0(decide, rank, world)
+    home, paths, missing, count = on_rank0(decide)
     size = format_bytes(count * latent_bytes(teacher))
     done = f"encoding {count} of them, {size}, into" if missing else "read from"
     say(f"latents: {len(files)} images, {done} {home}")
     run_in_step(write_parts(paths, missing[rank::world], teacher, files, say), count, "image")
-    on_all_ranks(lambda: wait_until_visible(home, paths), world)
+    on_all_ranks(lambda: wait_until_visible(home, paths))
     latents, kept, found = read_cache(paths) if paths else ([], [], Counter())
     if not len(kept):
         raise UserError(

@@ -127,8 +127,8 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
     encoders = TextEncoders(cls, folder, device, dtype)
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
     decide = lambda: make_plan(cache_of(cls, folder, prompts, dtype, cache), encoders, prompts)
-    home, plan, missing = on_rank0(decide, rank, world)
-    on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]), world)
+    home, plan, missing = on_rank0(decide)
+    on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]))
 
     say(describe_prompts(plan))
     if missing:
@@ -141,7 +141,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
     encoders.free()
 
     paths = [part_path(home, k) for k in range(count_parts(plan))]
-    on_all_ranks(lambda: wait_until_visible(home, paths), world)
+    on_all_ranks(lambda: wait_until_visible(home, paths))
     with cache_errors(home, "embeddings"):
         null = load_file(home / "null.safetensors")
         sizes = [len(rows_of(k, plan, prompts)) for k in range(len(paths))]

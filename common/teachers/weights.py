@@ -17,6 +17,7 @@ STEM = "(?:diffusion_pytorch_model|pytorch_model|model)"  # of networks; of text
 NAME = re.compile(
     rf"{STEM}(?:\.(?P<before>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<after>\w+))?\.(?P<kind>safetensors|bin)"
 )
+OTHER_FORMATS = (".msgpack", ".onnx", ".ckpt", ".pt", ".h5", ".gguf", ".xml")
 LFS = b"version https://git-lfs"  # the first words of a pointer file
 
 
@@ -87,9 +88,6 @@ def files_of_index(path):
     if not all(map(is_local_name, names)):
         raise UserError(f"--teacher {path}: weight_map: expected names of files in this folder")
     return sorted(set(names))
-
-
-OTHER_FORMATS = (".msgpack", ".onnx", ".ckpt", ".pt", ".h5", ".gguf", ".xml")
 
 
 def check_file(path, name):
