@@ -48,6 +48,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from common import fid
+from common.distributed import bar_interval
 from common.ema import EMA
 from common.errors import UserError, launch
 from common.features import SmallCNN
@@ -170,7 +171,7 @@ def fit(name, nets, loss, iters, lr, args):
     )
     last_save = time.time()
     total = 0.0  # of the losses since the last line of the log
-    bar = tqdm(range(first, iters), desc=name, mininterval=10)
+    bar = tqdm(range(first, iters), desc=name, mininterval=bar_interval())
     with open(Path(args.out) / "log.jsonl", "a") as log:
         for it in bar:
             for group in opt.param_groups:

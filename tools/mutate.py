@@ -12,7 +12,8 @@ condition made true or false, a flag replaced by a constant, another network or 
 called, a keyword of a call dropped. Parsing of flags and messages are left alone.
 
 Every change is tried in a copy of the repository, with a time limit. A survivor that computes the
-same as the script is listed with its reason in tests/equivalent_mutants.txt and not counted.
+same as the script may be listed with its reason in tests/equivalent_mutants.txt, which is then not
+counted.
 """
 
 import argparse
