@@ -52,6 +52,11 @@ def with_defaults(kind, config):
     return SimpleNamespace(**defaults | config)
 
 
+def release(version):
+    """Of diffusers: "0.8.1.dev0" -> (0, 8)"""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def read_scheduler(folder, index):
     """Configuration of a pipeline's scheduler: a dict with the keys of its class and no others.
 

@@ -33,6 +33,7 @@ from common.teachers.configuration import (
     check_configurations,
     full_config,
     read_scheduler,
+    release,
     with_defaults,
 )
 from common.teachers.dit import DiT
@@ -291,8 +292,7 @@ def silence_libraries():
 def check_version(name, cls):
     import diffusers
 
-    found = tuple(map(int, diffusers.__version__.split(".")[:2]))
-    if found < cls.since:
+    if release(diffusers.__version__) < cls.since:
         since = ".".join(map(str, cls.since))
         raise UserError(
             f"--teacher {name}: {cls.pipeline}: expected diffusers {since} or newer, "

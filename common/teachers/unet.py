@@ -2,15 +2,10 @@
 
 import torch
 
-from common.teachers.configuration import VP_SCHEDULER, vp_schedule
+from common.teachers.configuration import VP_SCHEDULER, release, vp_schedule
 from common.teachers.pipeline import Pipeline, channel_stats
 
 PREDICTIONS = dict(epsilon="eps", v_prediction="v", sample="x0")  # diffusers' names -> ours
-
-
-def release(version):
-    """ "0.8.1.dev0" -> (0, 8)"""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class SD15(Pipeline):
