@@ -98,7 +98,7 @@ class Run:
 
         self.start_time = time.monotonic()
         self.past_seconds = 0.0  # of the run before it was resumed
-        self.in_loop = False
+        self.outside_loop = "before the first iteration"  # "": in the loop
         self.stopping = 0  # signal that asked the run to stop
         self.stopping_since = 0.0
         self.microstep = 0
@@ -337,7 +337,7 @@ class Run:
                     self.microstep = microstep
                     yield it
             self.dry.end(self.print, self.out)
-        self.in_loop = True
+        self.outside_loop = ""
         self.show = show
         self.counter = PassCounter(self.models) if self._counts_passes() else None
         cycle = getattr(self.args, "ratio", None) or 1
@@ -441,9 +441,9 @@ class Run:
 
     def _on_signal(self, signum, frame):
         name = signal.Signals(signum).name
-        if not self.in_loop:
+        if self.outside_loop:
             todo = "go on with --resume" if self.checkpoints() else "there is nothing to save"
-            raise Interrupted(signum, f"stopped by {name} before the first iteration; {todo}")
+            raise Interrupted(signum, f"stopped by {name} {self.outside_loop}; {todo}")
         now = time.monotonic()
         if not self.stopping:
             self.stopping = signum
@@ -606,6 +606,7 @@ class Run:
             name = signal.Signals(self.stopping).name
             self.warn(f"stopped by {name} after iteration {it + 1}; go on with --resume")
             raise SystemExit(128 + self.stopping)
+        self.outside_loop = "after the last iteration"  # sampling for metrics may take minutes
 
     def close(self):
         """Releases the folder."""

@@ -29,6 +29,14 @@ def load_teacher(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
 common.teachers.load.load_teacher = load_teacher
 """
+# After the last one.
+WHILE_EVALUATING = """
+import os, signal
+import common.report
+def evaluate(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+common.report.evaluate = evaluate
+"""
 
 
 def sent(*names, rank=0):
@@ -106,6 +114,17 @@ def test_before_the_first_iteration_there_is_nothing_to_wait_for(scripts, tmp_pa
     p = scripts.run(*FLAGS, out, "--resume", code=143, BEFORE=WHILE_LOADING)
     assert p.err == f"{expected}go on with --resume\n"
     assert saved(out) == ["it-00000005.pt"]
+
+
+def test_after_the_last_iteration_all_is_saved(scripts, tmp_path):
+    """Sampling for the metrics may take minutes as well; --resume does it again."""
+    out = tmp_path / "run"
+    p = scripts.run(*FLAGS, out, "--eval-n", 64, code=143, BEFORE=WHILE_EVALUATING)
+    last_line = "dmd2.py: stopped by SIGTERM after the last iteration; go on with --resume\n"
+    assert p.err.endswith(last_line)
+    assert saved(out) == ["it-00000012.pt"]
+    scripts.run(*FLAGS, out, "--eval-n", 64, "--resume")
+    assert (out / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -5,7 +5,7 @@
 Parameters are counted on the meta device, without weights. Sources of the configurations:
 sd15, sdxl, sana, sd3: dryrun/networks.json; Wan: its model card; DiT-XL/2: its paper;
 OpenAI's ImageNet-64 network: diffusers' conversion script; the others: diffusers' defaults, which
-are the published networks. Bytes are those of Run.check_memory: bf16 frozen teacher (fp32 for
+are the published networks. Bytes are those of estimate_memory: bf16 frozen teacher (fp32 for
 teachers of pixels), 16 a trained number, 4 for the weight average. No activations, no VAE. Nothing
 is measured.
 """

@@ -82,7 +82,7 @@ def load_teacher(
     """--teacher -> frozen Model. Its `evaluation` is how its samples are measured.
 
     dtype: of the network passes. text: options of load_pipeline, from `prompts` to `data`.
-    budget: called with numbers of parameters before anything big is loaded (Run.check_memory).
+    budget: called with numbers of parameters before anything big is loaded (Run.teacher_kwargs).
     place: moves the model to the device (Run.to_device).
     """
     refuse_file(name)
