@@ -110,9 +110,16 @@ class Report:
         return it in scores and scores[it] <= min(scores.values())
 
     def print_result(self, result):
-        for row in self.teacher.evaluation.get("measured", []):  # of the teacher, as a scale
+        measured = self.teacher.evaluation.get("measured", [])  # of the teacher, as a scale
+        for row in measured:
             self.run.print(summary(dict(row, method=f"teacher w={row['cfg']:g}")))
         self.run.print(summary(result))
+        others = [row["n"] for row in measured if row.get("n", result["n"]) != result["n"]]
+        if others:  # fewer samples estimate a larger distance, whatever the model
+            self.run.print(
+                f"  n differs, and fd falls as n grows; with the n of the teacher's lines: "
+                f"python eval.py {self.run.out} --n {others[0]}"
+            )
         for part in result.get("experts", []):
             name = f"  expert {part['expert']}"
             protocol = f"labels {part['labels']}, n={part['n']}"

@@ -97,6 +97,15 @@ def test_a_student_of_the_teacher(teacher, scripts, tmp_path):
     p = scripts.run("dmd2.py", "--teacher", teacher, *flags, "--out", tmp_path)
     assert read_json(tmp_path / "metrics.json")["fd"] > 0
     assert "teacher w=1.5 nfe=16: fd" in p.out  # the scale for the student's fd
+    assert "n differs, and fd falls as n grows" in p.out
+    assert f"python eval.py {tmp_path} --n 8" in p.out
+
+
+def test_no_remark_where_teacher_and_student_have_the_same_n(teacher, scripts, tmp_path):
+    flags = ["--iters", 1, "--warmup", 0, "--batch", 8, "--eval-n", 8]
+    p = scripts.run("dmd2.py", "--teacher", teacher, *flags, "--out", tmp_path)
+    assert "teacher w=1.5 nfe=16: fd" in p.out
+    assert "n differs" not in p.out
 
 
 def test_an_adapted_teacher_and_its_student(teacher, continued, scripts, tmp_path):
