@@ -155,7 +155,7 @@ class Student:
     info: dict  # distill.json
     teacher: torch.nn.Module
     teacher_name: str
-    it: int | None  # of a checkpoint
+    it: int | None = None  # of a checkpoint
 
 
 def load_student(folder, args, teachers, device="cpu", dtype=torch.float32):
