@@ -334,7 +334,7 @@ def check_dry_run(args):
         require(value is None or value > 0, f"{flag}: expected a number > 0, found {value}")
     if not args.dry_run:
         return
-    for name in ("resume", "compile", "shard"):
+    for name in ("resume", "compile"):
         both = getattr(args, name)
         require(not both, f"--dry-run with --{name}: expected a new run without it; leave it out")
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -176,6 +176,8 @@ class Run:
     def _placement(self):
         """Function that puts a module on the device: with --shard, spread over the processes."""
         if self.args.shard:
+            if self.dry:
+                return self.dry.sharding(self.device)
             from common.shard import Sharding  # takes a second to import
 
             return Sharding(self.device)
@@ -189,9 +191,8 @@ class Run:
         """
 
         def check_memory(**sizes):
-            parts = estimate_memory(
-                self.args, self.world, sizes, students, critics, averages, single
-            )
+            world = self.args.processes or self.world
+            parts = estimate_memory(self.args, world, sizes, students, critics, averages, single)
             if self.dry:
                 self.dry.estimate = parts
                 return
@@ -228,6 +229,8 @@ class Run:
                     model.checkpoint_activations()
         if self.args.shard:
             return module
+        if self.dry:
+            return self.dry.data_parallel(module) if ddp else module
         if self.args.compile:
             module = torch.compile(module)
         if self.world == 1 or not ddp:
@@ -307,7 +310,11 @@ class Run:
         """
         grads = [p.grad for p in params if p.grad is not None]
         # gradients of sharded networks are means already
-        if self.world > 1 and self.is_last_microstep and grads and not self.args.shard:
+        if not self.is_last_microstep or not grads or self.args.shard:
+            return
+        if self.dry:
+            self.dry.average_gradients(grads)
+        elif self.world > 1:
             average_over_processes(grads, self.world)
 
     def step(self, opt, clip):
@@ -317,7 +324,8 @@ class Run:
             return None
         if self.dry:
             self.dry.note_step(opt)
-        norm, bad = clipped_step(opt, clip, self.args.accumulate, self.args.shard)
+        spread = self.args.shard and not self.dry
+        norm, bad = clipped_step(opt, clip, self.args.accumulate, spread)
         # in a row, by network: a healthy critic must not hide a broken student
         self.bad_steps[id(opt)] = (self.bad_steps.get(id(opt), 0) + bad) * bad
         self.skipped = self.skipped + bad
@@ -335,6 +343,7 @@ class Run:
             for it in self.dry.iterations(last):
                 for microstep in range(self.args.accumulate):
                     self.microstep = microstep
+                    self.dry.traffic.is_last_microstep = self.is_last_microstep
                     yield it
             self.dry.end(self.print, self.out)
         self.outside_loop = ""

@@ -47,7 +47,7 @@ class Sharding:
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
     def __call__(self, module):
-        sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        sharded = [m for m in module.modules() if self.is_sharded(m)]
         is_list = type(module).forward is nn.Module.forward
         if sharded or is_list or isinstance(module, Routed):  # its parts one by one
             for child in module.children():
@@ -56,16 +56,23 @@ class Sharding:
             return module
 
         if isinstance(module, Model):
+            module.sharding = self
+        self.spread(module)
+        return module
+
+    def is_sharded(self, module):
+        return isinstance(module, FSDPModule)
+
+    def spread(self, module):
+        if isinstance(module, Model):
             # in __dict__, since the skeleton is no part of the module
             module.__dict__["skeleton"] = make_skeleton(module)
-            module.sharding = self
         for unit in units(module):
             materialise(unit, self.device)
             unit.register_forward_hook(copy_views_hook)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
         module.register_forward_hook(reshard_hook)
         module.register_load_state_dict_pre_hook(load_hook)
-        return module
 
     @torch.no_grad()
     def copy(self, model):

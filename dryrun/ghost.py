@@ -214,27 +214,42 @@ class Memory:
         self.rising = True
 
 
+def round_up(nbytes):
+    return -(-round(nbytes) // BLOCK) * BLOCK
+
+
 class Storage:
     """Bytes that a tensor and its views share."""
 
-    def __init__(self, memory, nbytes, line):
+    def __init__(self, memory, nbytes, line, part=1):
         self.memory = memory
-        self.nbytes = -(-nbytes // BLOCK) * BLOCK
+        self.whole = nbytes
+        self.part = part  # of it that this process holds, see dryrun/wire.py
+        self.nbytes = round_up(nbytes * part)
         self.line = line  # of the source, that made it
         self.written = False  # in place, so numbers that are known of it may be wrong
         memory.add(self.nbytes)
         memory.live.add(self)
 
+    def share(self, part):
+        """Only this part of it counts from now on."""
+        self.part = part
+        self.memory.remove(self.nbytes)
+        self.nbytes = round_up(self.whole * part)
+        self.memory.add(self.nbytes)
+
     def __del__(self):
         self.memory.remove(self.nbytes)
 
 
-def source_line(within=None):
-    """ "file:line" of the innermost Python code outside torch, or below the folder `within`."""
+def source_line(within=None, outside=()):
+    """ "file:line" of the innermost Python code outside torch, or below the folder `within` and
+    not below one of `outside`."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         inside = name.startswith(within) if within else not name.startswith((TORCH, "<"))
+        inside = inside and not name.startswith(outside)
         if inside and name != __file__ and "/contextlib.py" not in name:
             short = name.removeprefix(f"{ROOT}/").split("site-packages/")[-1]
             return f"{short}:{frame.f_lineno}"
@@ -244,6 +259,10 @@ def source_line(within=None):
 
 def project_line():
     return source_line(str(ROOT))
+
+
+def script_line():
+    return source_line(str(ROOT), outside=(f"{ROOT}/common/", f"{ROOT}/dryrun/"))
 
 
 # ---- tensors -------------------------------------------------------------------------------------
@@ -338,6 +357,8 @@ DATA_DEPENDENT = {
         x.new_empty(1 if any((*flags[2:3], named.get("return_counts"))) else 0),
     ),
 }
+# Optimisers and averages make these, of what each process holds a part of.
+LIKE = {aten.zeros_like.default, aten.empty_like.default}
 IGNORED = {aten._assert_async.default, aten._assert_async.msg, aten.record_stream.default}
 
 
@@ -346,7 +367,8 @@ class GhostDevice(TorchDispatchMode):
 
     memory: a Memory. flops: by torch's own formulas (torch.utils.flop_counter). operations: how
     many ran. waits: how often the host waited for the device, by source line. dtypes: FLOPs by
-    dtype of the products that made them.
+    dtype of the products that made them. first: lines of the first product of each dtype, in the
+    script and in the project's innermost code.
     """
 
     current = None
@@ -359,6 +381,7 @@ class GhostDevice(TorchDispatchMode):
         self.operations = 0
         self.waits = Counter()
         self.dtypes = defaultdict(int)
+        self.first = {}
         self.casts = {}  # of weights by autocast, until the end of the pass
 
     def __enter__(self):
@@ -367,6 +390,7 @@ class GhostDevice(TorchDispatchMode):
         GhostDevice.current = self
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=): made on the host
         self.replaced = []
+        self.hooks = []  # handles of hooks that end with the device
         self.replace(torch, "Generator", Generator)
         self.replace(torch, "compile", refuse_compile)
         self.replace(torch, "clear_autocast_cache", self.clear_casts)
@@ -377,6 +401,8 @@ class GhostDevice(TorchDispatchMode):
         result = super().__exit__(*exc)
         for owner, name, original in reversed(self.replaced):
             setattr(owner, name, original)
+        for handle in self.hooks:
+            handle.remove()
         torch._C._set_only_lift_cpu_tensors(False)
         self.casts.clear()
         GhostDevice.current = None
@@ -465,9 +491,9 @@ class GhostDevice(TorchDispatchMode):
         self.count(op, inner_args, inner_kwargs, out)
         if mutable:
             return self.written(op, args, kwargs, inner_args, out)
-        return self.wrap(out, ghosts, lambda: known_numbers(op, leaves, spec, ghosts, out))
+        return self.wrap(op, out, ghosts, lambda: known_numbers(op, leaves, spec, ghosts, out))
 
-    def wrap(self, out, ghosts, numbers):
+    def wrap(self, op, out, ghosts, numbers):
         storages = {t.inner.untyped_storage()._cdata: t.storage for t in ghosts}
         only = isinstance(out, torch.Tensor)
 
@@ -476,7 +502,8 @@ class GhostDevice(TorchDispatchMode):
                 return t
             key = t.untyped_storage()._cdata
             if key not in storages:
-                storages[key] = self.storage(t.untyped_storage().nbytes())
+                part = ghosts[0].storage.part if op in LIKE else 1
+                storages[key] = self.storage(t.untyped_storage().nbytes(), part)
             return Ghost(t, storages[key], numbers() if only else None)
 
         return tree_map(as_ghost, out)
@@ -485,12 +512,12 @@ class GhostDevice(TorchDispatchMode):
         """A tensor of the host, on the device."""
         return Ghost(t.to("meta"), self.storage(t.untyped_storage().nbytes()), t)
 
-    def storage(self, nbytes):
+    def storage(self, nbytes, part=1):
         line = "small tensors"
         if nbytes >= 2**20:
             inner, ours = source_line(), project_line()
             line = inner if inner == ours else f"{inner} from {ours}"
-        return Storage(self.memory, nbytes, line)
+        return Storage(self.memory, nbytes, line, part)
 
     def written(self, op, args, kwargs, inner_args, out):
         """Result of an operation that writes into its inputs."""
@@ -504,16 +531,23 @@ class GhostDevice(TorchDispatchMode):
         if target.shape != target.inner.shape or target.stride() != target.inner.stride():
             raise NotImplementedError(f"{name}: not possible on the ghost device")
         target.storage.written = True
-        return target if isinstance(out, torch.Tensor) else self.wrap(out, [target], lambda: None)
+        return (
+            target if isinstance(out, torch.Tensor) else self.wrap(op, out, [target], lambda: None)
+        )
 
     def count(self, op, args, kwargs, out):
         formula = flop_registry.get(op._overloadpacket)
         if formula is None:
             return
         flops = formula(*args, **kwargs, out_val=out)
-        self.flops += flops
         first = next(t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor))
-        self.dtypes[first.dtype] += flops
+        self.add_flops(flops, first.dtype)
+
+    def add_flops(self, n, dtype):
+        self.flops += n
+        if dtype not in self.dtypes:
+            self.first[dtype] = f"{script_line()}, {project_line()}"
+        self.dtypes[dtype] += n
 
     # -- between host and device
 
@@ -686,9 +720,7 @@ def attention_shapes(q, k, v):
 
 
 def count_attention(q, flops):
-    gpu = GhostDevice.current
-    gpu.flops += flops
-    gpu.dtypes[q.dtype] += flops
+    GhostDevice.current.add_flops(flops, q.dtype)
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):

@@ -20,8 +20,10 @@ import torch
 from common.errors import RunError
 from common.files import write_json
 from common.memory import format_bytes
+from common.optim import average_over_processes
 from common.rng import BatchRandom
 from dryrun.ghost import NAME, Ghost, GhostDevice
+from dryrun.wire import GATHERED, GhostDDP, GhostSharding, Traffic
 
 # Dense bf16 with fp32 sums, in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "RTX 4090": 165}
@@ -39,6 +41,7 @@ class DryRun:
         self.gpu = GhostDevice()
         self.gpu.__enter__()
         self.started = time.monotonic()
+        self.traffic = Traffic(args.processes or 1, self.gpu)
         self.estimate = None  # of the start, bytes by part
         self.state = {}
         self.models = {}
@@ -54,6 +57,19 @@ class DryRun:
         """As common.distributed.init_processes: one process, on the device without memory."""
         dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
         return 0, 1, torch.device(NAME, 0), dtype
+
+    # ---- several processes
+
+    def sharding(self, device):
+        return GhostSharding(self.traffic, device)
+
+    def data_parallel(self, module):
+        return GhostDDP(module, self.traffic) if self.traffic.processes > 1 else module
+
+    def average_gradients(self, grads):
+        if self.traffic.processes > 1:
+            reduce = lambda flat: self.traffic.all_reduce(flat.numel() * flat.element_size())
+            average_over_processes(grads, self.traffic.processes, reduce)
 
     # ---- what Run tells
 
@@ -117,6 +133,7 @@ class DryRun:
         gpu = self.gpu
         self.stepped = []
         self.at_peak, self.sampled = None, 0
+        self.traffic.restart()
         gpu.restart()
         at_rest = gpu.memory.now
         yield it
@@ -132,9 +149,11 @@ class DryRun:
                 parts=parts,
                 largest=self.at_peak["largest"],
                 tflop=gpu.flops / 1e12,
+                first_product={str(k)[6:]: line for k, line in gpu.first.items()},
                 tflop_by_dtype={str(k)[6:]: n / 1e12 for k, n in gpu.dtypes.items()},
                 operations=gpu.operations,
                 waits=dict(gpu.waits),
+                sent=dict(self.traffic.sent),
             )
         )
 
@@ -163,6 +182,7 @@ class DryRun:
         """Bytes of weights, gradients, moments and the average, and the ids of their storages."""
         parts = defaultdict(int)
         seen = set()
+        buckets = self.traffic.buckets()
 
         def add(part, t):
             if isinstance(t, Ghost) and id(t.storage) not in seen:
@@ -173,6 +193,7 @@ class DryRun:
             for t in (*module.parameters(), *module.buffers()):
                 add(f"weights of {name}", t)
                 add(f"gradients of {name}", t.grad)
+                add(f"gradients of {name}", buckets.get(id(t)))
         ema = self.state.get("ema")
         if ema is not None and not ema.on_cpu:
             for t in (*ema.averaged.parameters(), *ema.averaged.buffers()):
@@ -183,6 +204,9 @@ class DryRun:
                 for moments in part.state.values():
                     for t in moments.values():
                         add(name, t)
+        for _, storage in self.traffic.held:
+            seen.add(id(storage))
+            parts[GATHERED] += storage.nbytes
         return dict(parts), seen
 
     # ---- the result
@@ -200,17 +224,18 @@ class DryRun:
             at_rest=self.turns[-1]["at_rest"],
             parts=top["parts"],
             estimate=self.estimate,
-            tflop_per_iteration=self.mean_tflop(),
+            tflop_per_iteration=self.mean(lambda turn: turn["tflop"]),
+            sent_per_iteration=self.mean(lambda turn: sum(turn["sent"].values())),
             iterations=self.args.iters,
             turns=self.turns,
             seconds=round(time.monotonic() - self.started, 1),
         )
 
-    def mean_tflop(self):
+    def mean(self, value):
         """Of an iteration: the rarer kind of turn, which does more, comes once in --ratio."""
         cycle = getattr(self.args, "ratio", None) or 1
         kinds = self.by_kind()
-        means = [sum(t["tflop"] for t in turns) / len(turns) for turns in kinds.values()]
+        means = [sum(map(value, turns)) / len(turns) for turns in kinds.values()]
         if len(means) == 2:
             return (max(means) + (cycle - 1) * min(means)) / cycle
         return sum(means) / len(means)
@@ -339,6 +364,12 @@ def describe(result, args, kinds):
         yield row("memory, peak", f"{format_bytes(top['peak'])}: {parts_text(top['parts'])}")
         yield row("memory, at rest", format_bytes(turns[-1]["at_rest"]))
         yield row("work", f"{tflop:.4g} TFLOP: {shares(top['tflop_by_dtype'])}")
+        expected = "float32" if args.dtype == "fp32" else "bfloat16"
+        for dtype, line in top["first_product"].items():
+            if dtype != expected:
+                yield row(f"first in {dtype}", line)
+        for what, n in turns[-1]["sent"].items():
+            yield row("sent by a process", f"{format_bytes(n)}: {what}")
         waits = turns[-1]["waits"]
         yield row("waits of the host", sum(waits.values()) or "none")
         for line, count in list(waits.items())[:SHOWN]:
@@ -352,6 +383,9 @@ def describe(result, args, kinds):
         total = format_bytes(sum(result["estimate"].values()))
         yield row("estimated at start", f"{total} without activations")
     yield row("work per iteration", f"{result['tflop_per_iteration']:.4g} TFLOP a process")
+    if result["sent_per_iteration"]:
+        sent = format_bytes(result["sent_per_iteration"])
+        yield row("sent per iteration", f"{sent} by each of {result['processes']} processes")
     yield from times(result, args, row)
     if "largest_batch" in result:
         limit = format_bytes(result["device_memory"])

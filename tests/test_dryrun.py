@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def test_step_indices_are_the_lowest_and_the_highest(dry):
 
 
 def test_processes_share_the_batch(dry):
-    whole = dry("dmd2", *TOY)
-    part = dry("dmd2", *TOY, "--processes", 4)
+    flags = ["--teacher", "toy-cond", "--batch", 4096]  # activations are the most
+    whole = dry("dmd2", *flags)
+    part = dry("dmd2", *flags, "--processes", 4)
     assert part["tflop_per_iteration"] == pytest.approx(whole["tflop_per_iteration"] / 4)
     assert part["peak"] < whole["peak"]
 
@@ -258,7 +260,7 @@ def test_a_wait_in_the_loop_is_found(script, loss, dry, monkeypatch):
 
 
 @pytest.mark.parametrize("script, loss", LOSSES)
-def test_a_pass_in_fp32_is_found(script, loss, dry, monkeypatch):
+def test_a_pass_in_fp32_is_found(script, loss, dry, monkeypatch, capsys):
     right = Model.copy
 
     def in_fp32(model, *args):
@@ -267,7 +269,16 @@ def test_a_pass_in_fp32_is_found(script, loss, dry, monkeypatch):
         return copied
 
     monkeypatch.setattr(Model, "copy", in_fp32)
-    assert "float32" in dry(script.__name__, *TOY)["turns"][0]["tflop_by_dtype"]
+    dry(script.__name__, *TOY, "--dtype", "bf16")
+    text = capsys.readouterr().out
+    found = re.search(rf"first in float32 +{script.__name__}\.py:(\d+), common/", text)
+    source = Path(script.__file__).read_text().splitlines()
+    assert re.search(r"student|teacher|critic|net|model", source[int(found[1]) - 1])
+
+
+def test_no_pass_in_fp32_no_line(dry, capsys):
+    dry("dmd2", *TOY, "--dtype", "bf16")
+    assert "first in" not in capsys.readouterr().out
 
 
 # ---- flags ---------------------------------------------------------------------------------------
