@@ -3,6 +3,7 @@ and the shipped folders. recipes/emoji_data.py, emoji_nets.py, emoji_teacher.py,
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from types import SimpleNamespace
@@ -790,6 +791,23 @@ def test_a_student_is_trained_resumed_and_measured(folder, source, scripts, tmp_
     prompts.write_text("red heart\nno such thing\n")
     p = scripts.run("eval.py", run, *best, "--prompts", prompts, code=2)
     assert "found 'no such thing'" in p.err
+
+
+@pytest.mark.slow
+def test_sid_with_the_gan_moves_the_student(folder, source, scripts, tmp_path):
+    """The preset's warm-up of the discriminator once outlasted the run, and the student that was
+    exported was the teacher."""
+    scripts.load(*pipelines.MODULES)
+    run_stage("images", source, tmp_path)
+    run = tmp_path / "run"
+    flags = ["--gan", "--data", tmp_path / "images", "--cache-prompts", tmp_path / "cache"]
+    flags += ["--iters", 2, "--batch", 4, "--eval-n", 0, "--log-every", 1, "--out", run]
+    p = scripts.run("sid.py", "--teacher", folder / "teacher", *flags)
+    assert re.search("preset +emoji", p.out)
+    assert "adv" in (run / "log.jsonl").read_text()
+    student = load_file(next((run / "student").rglob("*.safetensors")))
+    teacher = load_file(folder / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(student[name], v) for name, v in teacher.items())
 
 
 # ---- losses --------------------------------------------------------------------------------------

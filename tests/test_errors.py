@@ -25,7 +25,9 @@ from common.errors import (
 @pytest.mark.parametrize("script", [*SCRIPTS, "eval", "sample"])
 def test_ctrl_c_while_torch_is_imported(script, tmp_path):
     """A torch.py that stands for the seconds of the import: it interrupts its own process."""
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # background jobs of a shell have SIGINT ignored
+    text = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (tmp_path / "torch.py").write_text(text + "os.kill(os.getpid(), signal.SIGINT)\n")
     env = os.environ | dict(PYTHONPATH=str(tmp_path))
     command = [sys.executable, ROOT / f"{script}.py"]
     p = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)

@@ -268,7 +268,7 @@ def test_foreign_folder(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match="expected one of the pipelines"):
         load_teacher(str(tmp_path))
-    with pytest.raises(UserError, match="or a folder"):
+    with pytest.raises(UserError, match="expected a folder, found a file"):
         load_teacher(str(tmp_path / "model_index.json"))  # a file
 
 

@@ -652,9 +652,9 @@ def test_one_phase_is_dmd2(dtype, bound, trace, monkeypatch):
     """One step in one phase: every gradient, weight and log of dmd2 on a flow teacher."""
     randn, randint = BatchRandom.randn, BatchRandom.randint
 
-    def any_level(draw, low, high):
+    def any_level(draw, low, high, **kwargs):
         """dmd2 leaves out the ends of the grid in its student's turn."""
-        return randint(draw, 0, 1000) if low == 20 else randint(draw, low, high)
+        return randint(draw, 0, 1000) if low == 20 else randint(draw, low, high, **kwargs)
 
     def load(*args, **kwargs):
         teacher = flow_toy()

@@ -1016,3 +1016,11 @@ def test_levels_counted_from_the_noisy_end_fail(monkeypatch):
     monkeypatch.setattr(BatchRandom, "rand", lambda draw: (1 - 0.8 * right(draw)) / 0.8)
     with pytest.raises(AssertionError):
         test_eq11_edm_levels_of_the_student()
+
+
+@pytest.mark.parametrize("kind", sid.PRESETS)
+def test_the_gan_joins_within_the_run_of_every_preset(kind):
+    preset = sid.PRESETS[kind]
+    longest = max(form["gan_warmup"] for form in sid.FORMS.values())
+    warmup = preset.get("gan_warmup", longest)
+    assert 2 * warmup < preset["iters"] * preset["batch"] / 2

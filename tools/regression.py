@@ -29,6 +29,7 @@ from common.errors import RunError, first_line, launch, require
 from common.files import ROOT, atomic
 from common.flags import Parser
 from common.optim import adamw
+from common.plan import describe_steps
 from common.report import Report
 from common.rng import PerImageNoise, derive_seed
 from common.run import Run
@@ -138,7 +139,8 @@ def main():
     opt_g = adamw(student, args.lr, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, dmd2.sample, dict(steps=str(indices[0])))
-    run.print_summary(student=student, teacher=teacher, steps=indices, pairs=args.pairs)
+    facts = dict(steps=describe_steps(schedule, t[None]), pairs=args.pairs)
+    run.print_summary(student=student, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema)
     first = run.resume(state)
