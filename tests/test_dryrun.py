@@ -1,6 +1,7 @@
 """dryrun/: what --dry-run shows is what real tensors take, and it finds mistakes."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -170,13 +171,17 @@ KINDS = {  # flags that make their samples small
     "sit": [],
 }
 SCRIPTS = "dmd2 sid decoupled_dmd phased_dmd msd sana_sprint twinflow flowmap boot".split()
-# by default every script on the toy, and dmd2 on some others; the rest is slow
-QUICK = {(script, "toy-cond") for script in SCRIPTS}
-QUICK |= {("dmd2", kind) for kind in ("sd3", "sana", "qwen", "wan22", "dit")}
+# By default every script on the toy, and dmd2 on a UNet and a transformer. Slow: dmd2 on all kinds,
+# every other script on one. All pairs take an hour: DISTIL_DRYRUN=full.
+QUICK = {(script, "toy-cond") for script in SCRIPTS} | {("dmd2", "sd3"), ("dmd2", "sd15")}
+SLOW = {("dmd2", kind) for kind in KINDS}
+SLOW |= {("sid", "sd3"), ("decoupled_dmd", "sdxl"), ("phased_dmd", "wan22"), ("msd", "sd15")}
+SLOW |= {("sana_sprint", "sana"), ("twinflow", "qwen"), ("flowmap", "sit"), ("boot", "flux")}
+if os.environ.get("DISTIL_DRYRUN") == "full":
+    SLOW = {(script, kind) for script in SCRIPTS for kind in KINDS}
 PAIRS = [
-    pytest.param(script, kind, marks=[] if (script, kind) in QUICK else pytest.mark.slow)
-    for script in SCRIPTS
-    for kind in KINDS
+    pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+    for pair in sorted(QUICK | SLOW)
 ]
 # Products in fp32 although passes are bf16: forward-mode derivatives, which are taken in fp32.
 IN_FP32 = ("sana_sprint", "flowmap")
@@ -211,6 +216,7 @@ def test_nct(dry):
     assert not {line for turn in result["turns"] for line in turn["waits"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--gan"], ["--lora", 2, "--lora-fake", 2, "--nfe", 4]])
 def test_images_and_adapters(flags, dry, folders):
     """Neither weights nor images are read."""
