@@ -493,7 +493,7 @@ MISTAKES = [  # what is done to a copy of the folder, further flags, what the li
     (
         write("p.txt", ""),
         ["--prompts", "{folder}/p.txt"],
-        "--prompts .*p.txt: expected one prompt per line, found an empty file",
+        "--prompts .*p.txt: expected prompts, found an empty file",
     ),
     (
         write("p.txt", "ok\n" + "a" * 10_000_000),
@@ -503,7 +503,7 @@ MISTAKES = [  # what is done to a copy of the folder, further flags, what the li
     (
         write("p.txt", " \n\n"),
         ["--prompts", "{folder}/p.txt"],
-        "--prompts .*p.txt: expected one prompt per line, found an empty file",
+        "--prompts .*p.txt: expected prompts, found an empty file",
     ),
     (
         nothing,
