@@ -168,6 +168,7 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         without_help = [a for a in argv if a not in ("-h", "--help")]
         given = self.given(without_help)
+        typed = set(given)
         preset = self.use_preset(presets, given)
         if given.get("resume"):
             known = self.parse_known_args(without_help)[0]
@@ -184,7 +185,7 @@ class Parser(argparse.ArgumentParser):
         args.cfg_given = "cfg" in given
         if args.smoke:
             shorten(args)
-        if "warmup" not in given and args.warmup >= args.iters:  # the preset's, of a longer run
+        if "warmup" not in typed and args.warmup >= args.iters:  # that of a longer run
             args.warmup = args.iters // 10
         if args.sample_every is None:
             args.sample_every = tenth(args.iters, 10)

@@ -513,7 +513,7 @@ class GhostDevice(TorchDispatchMode):
         return Ghost(t.to("meta"), self.storage(t.untyped_storage().nbytes()), t)
 
     def storage(self, nbytes, part=1):
-        line = "small tensors"
+        line = "less than 1 MiB each"
         if nbytes >= 2**20:
             inner, ours = source_line(), project_line()
             line = inner if inner == ours else f"{inner} from {ours}"

@@ -406,13 +406,20 @@ def shares(by_dtype):
     return ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in by_dtype.items())
 
 
+def format_time(seconds):
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def times(result, args, row):
-    """Hours of the whole run: at --tflops, or at the assumed share of what devices are sold for."""
+    """Time of the whole run: at --tflops, or at the assumed share of what devices are sold for."""
     total = result["tflop_per_iteration"] * result["iterations"]
     if args.tflops:
-        hours = total / args.tflops / 3600
-        yield row("time", f"{hours:.4g} h at {args.tflops:g} TFLOP/s (--tflops)")
+        time = format_time(total / args.tflops)
+        yield row("time", f"{time} at {args.tflops:g} TFLOP/s (--tflops)")
         return
     speeds = {name: n * UTILISATION for name, n in PEAK_TFLOPS.items()}
-    each = ", ".join(f"{name} {total / n / 3600:.3g} h" for name, n in speeds.items())
+    each = ", ".join(f"{name} {format_time(total / n)}" for name, n in speeds.items())
     yield row("time", f"{each}, if {UTILISATION:.0%} of their bf16 peak is reached (assumed)")

@@ -21,7 +21,7 @@ from common.run import Run
 from common.teachers.hub import HUB
 from common.teachers.load import load_teacher
 from dryrun import ghost
-from dryrun.run import largest_that_fits, without_flag
+from dryrun.run import format_time, largest_that_fits, without_flag
 from dryrun.teachers import TABLE
 
 ghost.register()  # before the first backward of this process: while pytest collects
@@ -140,6 +140,10 @@ def test_nothing_is_written_but_the_result(dry, tmp_path):
     assert [p.name for p in (tmp_path / "dry").iterdir()] == ["dryrun.json"]
 
 
+def test_times():
+    assert [format_time(s) for s in (0.1234, 90, 7200)] == ["0.123 s", "1.5 min", "2 h"]
+
+
 def test_the_report(dry, capsys):
     dry("dmd2", *TOY, "--tflops", 100)
     text = capsys.readouterr().out
@@ -147,7 +151,7 @@ def test_the_report(dry, capsys):
         r"turn of student \+ critic\n",
         r"memory, peak +[\d.]+ MB: weights of student",
         r"waits of the host +none",
-        r"time +[\d.e-]+ h at 100 TFLOP/s",
+        r"time +[\d.e-]+ s at 100 TFLOP/s",
         r"not shown",
     ):
         assert re.search(line, text), line

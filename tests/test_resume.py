@@ -14,9 +14,8 @@ from common.errors import UserError
 from common.files import ROOT, read_json
 from common.folder import changed_flags, describe_changes, flags_of, history, starts_until
 
-OWN = (
-    "--lr 1e-4 --batch 64 --nfe 2 --ratio 3 --seed 7 --cfg 1.5 --cooldown 0 --save-every 20".split()
-)
+OWN = "--lr 1e-4 --batch 64 --nfe 2 --ratio 3 --seed 7 --cfg 1.5 --save-every 20".split()
+OWN += "--warmup 4 --cooldown 0".split()
 QUIET = "--eval-n 0 --sample-every 0 --log-every 10".split()
 
 
@@ -109,6 +108,9 @@ def test_fewer_iterations_change_nothing(copied, scripts):
     p = scripts.start("dmd2.py", "--resume", "--out", copied, "--iters", 30, "--eval-n", 100)
     one_line(p, "has 40 iterations already, more than --iters 30: nothing is done", "dmd2")
     assert content(copied) == before
+
+    p = scripts.start("dmd2.py", "--resume", "--out", copied, "--iters", 3)  # and --warmup 4
+    one_line(p, "has 40 iterations already, more than --iters 3: nothing is done", "dmd2")
 
 
 @pytest.mark.parametrize(
