@@ -19,10 +19,13 @@ def rate_factor(it, first, end, warmup, cooldown):
     return rising * min(1.0, left / max(cooldown, 1e-9))
 
 
-def average_over_processes(grads, world, all_reduce=dist.all_reduce):
-    """Gradients become their means over the processes, in place, by one all-reduce."""
+def average_over_processes(grads, world, all_reduce=None):
+    """Gradients become their means over the processes, in place, by one all-reduce.
+
+    all_reduce: of a dry run, instead of torch's.
+    """
     flat = torch.cat([g.flatten() for g in grads])
-    all_reduce(flat)
+    (all_reduce or dist.all_reduce)(flat)
     flat /= world
     parts = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.files import ROOT
 from common.rng import PerImageNoise
 from common.sampling import teacher_sample
-from common.teachers import prompts as prompts_module
+from common.teachers import cache
 from common.teachers.load import load_pipeline, load_teacher
 from common.teachers.students import read_student
 from controls.controlled import make_controlled
@@ -75,7 +75,7 @@ def pictures(folders, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cached(folders, monkeypatch):
     """Prompts are cached in a folder of the tests, not in out/."""
-    monkeypatch.setattr(prompts_module, "ROOT", folders.home)
+    monkeypatch.setattr(cache, "ROOT", folders.home)
 
 
 def command(*words, cwd, path=(), code=0):
