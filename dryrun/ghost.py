@@ -162,6 +162,12 @@ def register():
         def get_amp_supported_dtype(self):
             return [torch.bfloat16, torch.float16]
 
+        def get_rng_state(self, device=None):  # for torch.random.fork_rng; there are no numbers
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_rng_state(self, state, device=None):
+            pass
+
     backends._setup_privateuseone_for_python_backend(NAME, Backend())
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

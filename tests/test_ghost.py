@@ -429,3 +429,11 @@ def test_the_peak_is_reported_while_it_is_alive(gpu):
 def test_large_tensors_know_the_line_that_made_them(gpu):
     x = tensor(2**20)
     assert re.match(r"tests/test_ghost.py:\d+$", x.storage.line)
+
+
+def test_random_state_of_all_devices_is_kept():
+    """fork_rng asks every device of the process, also while no dry run is going on."""
+    state = torch.get_rng_state()
+    with torch.random.fork_rng():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
