@@ -4,6 +4,7 @@ A Run has a DryRun instead of a folder. It enters the device (dryrun/ghost.py), 
 iterations of the loop, and ends the process after them with a report and dryrun.json.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -218,7 +219,7 @@ class DryRun:
             method=self.method,
             teacher=self.args.teacher,
             batch=self.args.batch,
-            processes=self.args.processes,
+            processes=self.traffic.processes,
             accumulate=self.args.accumulate,
             peak=top["peak"],
             at_rest=self.turns[-1]["at_rest"],
@@ -264,7 +265,7 @@ class DryRun:
 
     def search(self, limit, result):
         """The largest --batch whose peak fits in `limit` bytes, and what other flags would do."""
-        step = self.args.processes * self.args.accumulate
+        step = self.traffic.processes * self.args.accumulate
         tries = {self.args.batch // step: result["peak"]}
 
         def peak(n):
@@ -275,7 +276,8 @@ class DryRun:
         largest = largest_that_fits(peak, limit, self.args.batch // step)
         advice = {}
         if not self.args.grad_checkpoint:
-            advice["--grad-checkpoint"] = self.attempt("--grad-checkpoint")["peak"]
+            with contextlib.suppress(RunError):  # not every network offers it
+                advice["--grad-checkpoint"] = self.attempt("--grad-checkpoint")["peak"]
         if self.args.ema and not self.args.ema_cpu:
             advice["--ema-cpu"] = result["peak"] - result["parts"].get("average", 0)
         return dict(
