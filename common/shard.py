@@ -55,9 +55,9 @@ class Sharding:
                     self(child)
             return module
 
-        if isinstance(module, Model):
-            module.sharding = self
         self.spread(module)
+        if isinstance(module, Model):  # after the skeleton was made, which is not sharded
+            module.sharding = self
         return module
 
     def is_sharded(self, module):
