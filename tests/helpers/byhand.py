@@ -1,7 +1,6 @@
 """Optimiser steps of a traced run against gradients and updates computed apart from it."""
 
 import torch
-from helpers.trace import weights
 
 
 def set_weights(trace, step):
@@ -68,6 +67,4 @@ def compare_iterations(trace, iterations, optimisers, tolerance=2e-5):
             moved = after - step.before[role].double()
             assert difference(step.after[role].double() - step.before[role], moved) < 1e-3, role
         it += 1
-    for role, net in trace.networks().items():  # nothing that this function did is left behind
-        assert weights(net).isfinite().all(), role
     return it
