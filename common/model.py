@@ -76,6 +76,7 @@ class Model(nn.Module):
         self.classes = classes
         self.sigma_data = sigma_data
         self.dtype = torch.float32  # bf16 runs the network under autocast; weights do not change
+        self.read_weights = None  # () -> fp32 state_dict of a network that was rounded on loading
         self.folder = None
         self.evaluation = {}  # how samples are measured, from teacher.json
         self.extras = nn.ModuleDict()  # scalar conditions, see `extend`
@@ -329,8 +330,18 @@ class Model(nn.Module):
             copied.lora = {name: adapters[name] for name in ("rank", "alpha", "targets")}
         else:
             copied = self.with_network(copy.deepcopy(self.net).float())
+            if self.is_rounded():
+                copied.net.load_state_dict(self.read_weights())
         copied.extras = copy.deepcopy(self.extras).float()
         return copied.requires_grad_(True)
+
+    def is_rounded(self):
+        """Whether its files have more digits than its weights: those of a frozen bf16 teacher.
+
+        What is trained starts from the files, as in the official code of the methods.
+        """
+        rounded = any(p.dtype != torch.float32 for p in self.net.parameters())
+        return rounded and self.read_weights is not None
 
     def with_network(self, net):
         """This model around another network of its class; everything else is shared."""

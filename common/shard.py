@@ -83,7 +83,16 @@ class Sharding:
             copied.extend(*model.extras)
         for new, old in zip(copied.parameters(), model.parameters(), strict=True):
             new.to_local().copy_(old.to_local())
+        if model.is_rounded():
+            self.scatter(model.read_weights, copied.net)
         return copied
+
+    def scatter(self, read_weights, net):
+        """Weights of a sharded network from a state_dict that rank 0 alone reads."""
+        weights = read_weights() if dist.get_rank() == 0 else {}
+        for name, p in net.named_parameters():
+            whole = weights[name] if weights else torch.empty(p.shape)
+            p.to_local().copy_(local_part(whole, p).to_local())
 
     def unsharded(self, model):
         """Model.unsharded: with its weights in CPU memory on rank 0, without weights elsewhere."""

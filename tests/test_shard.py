@@ -10,6 +10,7 @@ import torch
 from helpers import pipelines
 from helpers.cases import SCRIPTS, SECOND_FLAGS
 from helpers.runs import QUICK, close, one_line, run_processes, same
+from safetensors.torch import load_file
 
 from common import shard
 from common.errors import UserError
@@ -181,6 +182,20 @@ def test_pipeline(name, teacher_flags, scripts, tmp_path):
     more = ["--iters", 4, "--resume", "--dtype", "bf16"]
     continued = run_sharded(scripts, "dmd2", [*args, *more], tmp_path / "two")
     assert "resumed it-00000003.pt" in continued.out
+
+
+@slow
+def test_bf16_students_start_from_the_files(teacher_flags, scripts, tmp_path):
+    """Weights that move by less than fp32 can tell end as the file's, not as the rounded ones."""
+    folder, args = teacher_flags("sd15")
+    args += ["--batch", 4, "--cfg", 3, "--ema", 0, "--lr", 1e-30, "--weight-decay", 0]
+    args += ["--dtype", "bf16", "--iters", 1, "--sample-every", 0, "--eval-n", 0]
+    run_sharded(scripts, "dmd2", args, tmp_path / "run")
+    name = "diffusion_pytorch_model.safetensors"
+    expected = load_file(folder / "unet" / name)
+    found = load_file(tmp_path / "run" / "student" / name)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert any((w != w.bfloat16()).any() for w in expected.values())
 
 
 @pytest.mark.parametrize("name", random_teachers.TABLE)

@@ -53,6 +53,23 @@ def load_wide(folders, name):
     return wide(model) if name in NEWER else model
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_students_of_a_bf16_teacher_start_in_fp32(name, folders):
+    """The teacher alone is rounded. A copy of a student that has moved is a copy of the student."""
+    full = load(folders, name)
+    half = load(folders, name, dtype=torch.bfloat16)
+    assert torch.bfloat16 in {p.dtype for p in half.parameters()}
+    student = half.copy()
+    pairs = list(zip(student.parameters(), full.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert any((a != b.bfloat16()).any() for a, b in pairs)  # the file has more digits
+
+    for p in student.parameters():
+        p.data.add_(1.0)
+    again = student.copy()
+    assert all(map(torch.equal, again.parameters(), student.parameters()))
+
+
 # ---- against the pipeline ------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ the embedding table is its transposed weight, and the null label is a row of zer
 import argparse
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -191,7 +192,8 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # width -> attention heads of SiT
 def load_sit(folder, info, dtype=torch.float32, cache=None):
     """Model of a folder whose teacher.json has the adapter "sit". info: its "model"."""
     check(info, f"--teacher {folder / 'teacher.json'}: ", required=SIT)
-    net, has_projectors = sit_network(folder / info["weights"], info.get("heads"))
+    read = partial(sit_network, folder / info["weights"], info.get("heads"))
+    net, has_projectors = read()
     vae = info.get("vae") or "vae"
     is_folder = (folder / vae).is_dir()
     if not is_folder and not is_hub_name(vae):
@@ -207,6 +209,7 @@ def load_sit(folder, info, dtype=torch.float32, cache=None):
         )
         convention = info.get("convention") or ("repa" if has_projectors else "sit")
         model = SiT(net.to(dtype), autoencoder.eval().requires_grad_(False), convention)
+    model.read_weights = lambda: read()[0].state_dict()
     model.folder = folder
     model.cache = cache
     model.vae_folder = folder / vae

@@ -329,6 +329,7 @@ def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, bud
     vae = cls.load_vae(folder, dtype, index["vae"][1])
     options = {} if frames is None else dict(frames=frames)
     model = cls(net, vae, scheduler, size, **options)
+    model.read_weights = cls.weights_of(folder, cls.part)
     model.vae_folder = folder / "vae"
     return model
 

@@ -159,6 +159,11 @@ class Pipeline(Model):
         )
 
     @classmethod
+    def weights_of(cls, folder, part):
+        """Model.read_weights of a network in a pipeline's folder."""
+        return lambda: cls.load_net(folder, torch.float32, part).state_dict()
+
+    @classmethod
     def load_vae(cls, folder, dtype, vae_class):
         import diffusers
 

@@ -57,6 +57,7 @@ class Wan(Pipeline):
         ratio = torch.tensor(s / (1 - s), dtype=torch.float64)
         boundary = torch.nextafter(ratio, torch.zeros_like(ratio))
         second = self.with_network(self.load_net(folder, dtype, parts[1]))
+        second.read_weights = self.weights_of(folder, parts[1])
         model = ByLevel([self, second], [float(boundary)])
         model.folder = self.folder
         return model
