@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.errors import UserError
@@ -38,6 +37,26 @@ NAME = "ghost"
 TORCH = str(Path(torch.__file__).parent)
 BLOCK = 512  # bytes; CUDA's allocator rounds up to a multiple
 SMALL = 4096  # integers of a tensor whose numbers are kept
+
+
+def leaves_of(x):
+    """What stands in nested lists, tuples and dicts, as a list. As tree_leaves of
+    torch.utils._pytree, which knows more containers and takes five times as long."""
+    if isinstance(x, (list, tuple)):
+        return [leaf for part in x for leaf in leaves_of(part)]
+    if isinstance(x, dict):
+        return [leaf for part in x.values() for leaf in leaves_of(part)]
+    return [x]
+
+
+def map_leaves(f, x):
+    """x with f(leaf) in place of each of `leaves_of`."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([map_leaves(f, part) for part in x])
+    if isinstance(x, dict):
+        return {key: map_leaves(f, part) for key, part in x.items()}
+    return f(x)
+
 
 # ---- autocast: CUDA's lists, by their names in torch's autocast_mode.h ---------------------------
 
@@ -92,7 +111,7 @@ def cast_all(dtype):
             kept[id(t)] = t, t.to(dtype)
         return kept[id(t)][1]
 
-    return lambda args, kwargs: (tree_map(cast, args), tree_map(cast, kwargs))
+    return lambda args, kwargs: (map_leaves(cast, args), map_leaves(cast, kwargs))
 
 
 def widen_output(args, kwargs):
@@ -104,7 +123,7 @@ def widen_output(args, kwargs):
 
 def cast_to_widest(args, kwargs):
     """Rule: all inputs to the widest of their dtypes."""
-    found = [t.dtype for t in tree_flatten((args, kwargs))[0] if eligible(t)]
+    found = [t.dtype for t in leaves_of((args, kwargs)) if eligible(t)]
     if not found:
         return args, kwargs
     widest = functools.reduce(torch.promote_types, found)
@@ -439,7 +458,7 @@ class GhostDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         here = device is not None and torch.device(device).type == NAME
-        if here or any(isinstance(t, Ghost) for t in tree_flatten((args, kwargs))[0]):
+        if here or any(isinstance(t, Ghost) for t in leaves_of((args, kwargs))):
             return self.run(op, args, kwargs)
         return op(*args, **kwargs)
 
@@ -448,8 +467,7 @@ class GhostDevice(TorchDispatchMode):
 
     def run(self, op, args, kwargs):
         self.operations += 1
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        tensors = [t for t in leaves_of((args, kwargs)) if isinstance(t, torch.Tensor)]
         ghosts = [t for t in tensors if isinstance(t, Ghost)]
 
         # To the host.
@@ -472,9 +490,7 @@ class GhostDevice(TorchDispatchMode):
         check_devices(op, args, tensors, ghosts, moves)
         if op in INDEXING and any(is_mask(t) for t in args[1]):
             args = self.unmask(op, args)
-            leaves, spec = tree_flatten((args, kwargs))
-        metas = [on_meta(t, moves) for t in leaves]
-        inner_args, inner_kwargs = tree_unflatten(metas, spec)
+        inner_args, inner_kwargs = map_leaves(lambda t: on_meta(t, moves), (args, kwargs))
         if "device" in inner_kwargs or op is aten._to_copy.default:
             inner_kwargs["device"] = "meta"
         inner_kwargs.pop("pin_memory", None)
@@ -488,16 +504,16 @@ class GhostDevice(TorchDispatchMode):
             return None
         if op in DATA_DEPENDENT:
             self.wait("makes a tensor whose size depends on numbers")
-            found = on_host(op, leaves, spec, ghosts)
+            found = on_host(op, args, kwargs, ghosts)
             if found is not None:
-                return tree_map(self.with_numbers, found)
+                return map_leaves(self.with_numbers, found)
             out = DATA_DEPENDENT[op](*inner_args, **inner_kwargs)
         else:
             out = op(*inner_args, **inner_kwargs)
         self.count(op, inner_args, inner_kwargs, out)
         if mutable:
             return self.written(op, args, kwargs, inner_args, out)
-        return self.wrap(op, out, ghosts, lambda: known_numbers(op, leaves, spec, ghosts, out))
+        return self.wrap(op, out, ghosts, lambda: known_numbers(op, args, kwargs, ghosts, out))
 
     def wrap(self, op, out, ghosts, numbers):
         storages = {t.inner.untyped_storage()._cdata: t.storage for t in ghosts}
@@ -512,7 +528,7 @@ class GhostDevice(TorchDispatchMode):
                 storages[key] = self.storage(t.untyped_storage().nbytes(), part)
             return Ghost(t, storages[key], numbers() if only else None)
 
-        return tree_map(as_ghost, out)
+        return map_leaves(as_ghost, out)
 
     def with_numbers(self, t):
         """A tensor of the host, on the device."""
@@ -546,7 +562,7 @@ class GhostDevice(TorchDispatchMode):
         if formula is None:
             return
         flops = formula(*args, **kwargs, out_val=out)
-        first = next(t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor))
+        first = next(t for t in leaves_of(args) if isinstance(t, torch.Tensor))
         self.add_flops(flops, first.dtype)
 
     def add_flops(self, n, dtype):
@@ -659,21 +675,22 @@ def item(t):
     return 1.0 if t.dtype.is_floating_point else t.dtype != torch.bool and 1
 
 
-def known_numbers(op, leaves, spec, ghosts, out):
+def known_numbers(op, args, kwargs, ghosts, out):
     """Numbers of a small integer result, if those of its inputs are known; else None."""
     integers = not (out.dtype.is_floating_point or out.dtype.is_complex)
     if not integers or out.numel() > SMALL or "empty" in op._schema.name:
         return None
     if torch.Tag.nondeterministic_seeded in op.tags:
         return None
-    return on_host(op, leaves, spec, ghosts)
+    return on_host(op, args, kwargs, ghosts)
 
 
-def on_host(op, leaves, spec, ghosts):
+def on_host(op, args, kwargs, ghosts):
     """Result of an operation on the CPU; None if a number of an input is not known."""
     if any(numbers_of(t) is None for t in ghosts):
         return None
-    args, kwargs = tree_unflatten([t.numbers if isinstance(t, Ghost) else t for t in leaves], spec)
+    to_numbers = lambda t: t.numbers if isinstance(t, Ghost) else t
+    args, kwargs = map_leaves(to_numbers, (args, kwargs))
     if "device" in kwargs:
         kwargs["device"] = "cpu"
     with torch._C._DisableTorchDispatch():

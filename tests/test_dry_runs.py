@@ -1,0 +1,44 @@
+"""tools/dry_runs.py: the table of dry runs in docs/scale.md."""
+
+import json
+
+import pytest
+
+from common.errors import RunError
+from tools import dry_runs
+
+
+def test_the_page_has_the_table_of_the_results():
+    results = json.loads(dry_runs.RESULTS.read_text())
+    assert set(results) <= set(dry_runs.commands()), "rows that the tool does not run"
+    section = dry_runs.PAGE.read_text().split(dry_runs.FIRST)[1].split(dry_runs.LAST)[0]
+    assert section.strip() == dry_runs.table(results).strip()
+
+
+def test_a_row_of_the_table():
+    row = dict(
+        peak=3 * 2**29,
+        at_rest=2**30,
+        tflop_per_iteration=12.345,
+        sent_per_iteration=0,
+        host_cpu_seconds=60,
+        host_bytes=2**29,
+    )
+    command = "dmd2.py --teacher sd15 --grad-checkpoint --batch 8 --dry-run"
+    *_, line = dry_runs.table({command: row}).splitlines()
+    assert line == "| dmd2 | sd15 | whole | 8 | 1.5 | 1.0 | 12.35 |  | 60 s | 0.5 |"
+    sharded = [c for c, row in dry_runs.commands().items() if row[2].startswith("`--shard`")]
+    assert all("--batch 8 " in c and "--processes 8" in c for c in sharded)  # one a process
+
+
+def test_a_command_is_run_and_its_own_memory_counted():
+    row = dry_runs.run("dmd2.py --teacher toy --batch 8 --dry-run")
+    assert row["peak"] > row["at_rest"] > 0
+    assert sum(row["parts"].values()) == row["peak"]
+    assert 2**27 < row["host_bytes"] < 2**32
+    assert 0 < row["host_cpu_seconds"]
+
+
+def test_a_command_that_fails():
+    with pytest.raises(RunError, match="toyy"):
+        dry_runs.run("dmd2.py --teacher toyy --dry-run")

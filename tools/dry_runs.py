@@ -1,0 +1,144 @@
+"""Dry runs of full-size teachers: memory, work and what it takes to find them out.
+
+    python -m tools.dry_runs                  # the rows that docs/dry_runs.json does not have yet
+    python -m tools.dry_runs --match sdxl     # these rows, again
+    python -m tools.dry_runs --table          # writes the table of docs/scale.md, runs nothing
+
+Each row is a command, which runs in a process of its own, one after the other, and is kept as soon
+as it ends. Nothing is downloaded and no GPU is used.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common.errors import RunError, UserError, launch
+from common.files import ROOT, atomic, git_revision, read_json, write_json
+
+RESULTS = ROOT / "docs" / "dry_runs.json"
+PAGE = ROOT / "docs" / "scale.md"
+FIRST, LAST = "<!-- dry runs: python -m tools.dry_runs --table -->\n", "<!-- end of dry runs -->\n"
+
+LORA = "--lora 64 --lora-fake 64"
+SHARD = "--shard --processes 8"
+NETWORKS = {"": "whole", LORA: "`--lora 64`", SHARD: "`--shard`, 8 processes", "--gan": "`--gan`"}
+# script, teacher, flags of NETWORKS, sizes of a process's batch
+ROWS = [
+    ("dmd2", "sd15", "", (1, 8)),
+    ("dmd2", "sd15", LORA, (1, 8)),
+    ("dmd2", "sdxl", "", (1, 8)),
+    ("dmd2", "sdxl", LORA, (1, 8)),
+    ("dmd2", "sdxl", SHARD, (1,)),
+    ("dmd2", "sdxl", "--gan", (1,)),
+    ("dmd2", "sd3", "", (1,)),
+    ("dmd2", "sd3", LORA, (1, 8)),
+    ("dmd2", "sana", "", (1,)),
+    ("dmd2", "sana", LORA, (1,)),
+    ("dmd2", "flux", LORA, (1,)),
+    ("dmd2", "qwen-image", LORA, (1,)),
+    ("dmd2", "z-image", LORA, (1,)),
+    ("dmd2", "wan2.1", LORA, (1,)),
+    ("sid", "sdxl", LORA, (1,)),
+    ("sana_sprint", "sana", "", (1,)),
+    ("twinflow", "sana", "", (1,)),
+    ("twinflow", "sdxl", LORA, (1,)),
+]
+
+
+def commands():
+    """{command: (script, teacher, networks, batch of a process)} of all rows."""
+    found = {}
+    for script, teacher, flags, batches in ROWS:
+        processes = 8 if flags == SHARD else 1
+        for batch in batches:
+            words = f"{script}.py --teacher {teacher} {flags} --grad-checkpoint"
+            words = f"{words} --batch {batch * processes} --dry-run"
+            found[" ".join(words.split())] = script, teacher, NETWORKS[flags], batch
+    return found
+
+
+def run(command):
+    """One dry run -> what is kept of it. RunError with its last line if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        start = time.monotonic()
+        with open(log, "w") as f:
+            argv = [sys.executable, *command.split(), "--out", folder]
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RunError(f"{command}: {log.read_text().strip()[-300:]}")
+        result = json.loads((Path(folder) / "dryrun.json").read_text())
+    waits = {line for turn in result["turns"] for line in turn["waits"]}
+    return dict(
+        date=time.strftime("%Y-%m-%d"),
+        peak=result["peak"],
+        at_rest=result["at_rest"],
+        parts=result["parts"],
+        tflop_per_iteration=round(result["tflop_per_iteration"], 2),
+        sent_per_iteration=round(result["sent_per_iteration"]),
+        waits=sorted(waits),
+        host_seconds=round(time.monotonic() - start),
+        host_cpu_seconds=round(used.ru_utime + used.ru_stime),
+        host_bytes=used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def gigabytes(n):
+    return f"{n / 2**30:.1f}"
+
+
+def table(results):
+    """Markdown, in the order of ROWS; rows that have not run yet are left out."""
+    head = ["script", "`--teacher`", "networks", "batch", "peak, GB", "at rest, GB"]
+    head += ["TFLOP per iteration", "GB sent", "host: CPU time", "host: memory, GB"]
+    lines = [head, ["---"] * len(head)]
+    for command, row in commands().items():
+        if command not in results:
+            continue
+        found = results[command]
+        sent = found["sent_per_iteration"]
+        cells = [*map(str, row), gigabytes(found["peak"]), gigabytes(found["at_rest"])]
+        cells += [f"{found['tflop_per_iteration']:.4g}", gigabytes(sent) if sent else ""]
+        cells += [f"{found['host_cpu_seconds']} s", gigabytes(found["host_bytes"])]
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write_table(results):
+    before, rest = PAGE.read_text().split(FIRST)
+    after = rest.split(LAST)[1]
+    with atomic(PAGE) as f:
+        f.write(f"{before}{FIRST}\n{table(results)}\n{LAST}{after}".encode())
+
+
+def main():
+    p = argparse.ArgumentParser(prog="python -m tools.dry_runs", description=__doc__)
+    p.add_argument("--match", metavar="TEXT", help="rows whose command contains this")
+    p.add_argument("--table", action="store_true", help="only write the table")
+    p.add_argument("--results", type=Path, default=RESULTS, help="JSON file of all rows")
+    options = p.parse_args()
+
+    revision = git_revision()  # before results are written into the tree
+    kept = read_json(options.results) if options.results.is_file() else {}
+    chosen = [c for c in commands() if (options.match in c if options.match else c not in kept)]
+    if options.match and not chosen:
+        raise UserError(f"--match {options.match}: expected a part of a row's command, found none")
+    for command in [] if options.table else chosen:
+        print(command, flush=True)
+        kept[command] = dict(revision=revision, **run(command))
+        write_json(options.results, kept)
+        found = kept[command]
+        print(f"  {gigabytes(found['peak'])} GB, {found['host_seconds']} s", flush=True)
+    if options.results == RESULTS:
+        write_table(kept)
+
+
+if __name__ == "__main__":
+    launch(main)
