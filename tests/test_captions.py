@@ -370,7 +370,7 @@ def test_changed_captions_are_encoded_anew(folders, tmp_path):
     assert what_is_encoded(lines) == [False, True, False]
 
 
-def test_changed_images_are_encoded_anew(folders, tmp_path):
+def test_changed_images_are_encoded_anew(folders, tmp_path, monkeypatch):
     home, cache, lines = write_captioned(tmp_path / "set"), tmp_path / "cache", []
     load_images(str(home), load(folders, "sd15", home, cache), quiet)
     draw(home / "5.png")
@@ -383,6 +383,15 @@ def test_changed_images_are_encoded_anew(folders, tmp_path):
     os.utime(home / "2.jpg", ns=(1, 1))
     load_images(str(home), load(folders, "sd15", home, cache), quiet)
     assert len(list(cache.glob("set-latents-*"))) == 3
+
+    monkeypatch.setattr("common.teachers.cache.metadata.version", lambda name: "9.9")
+    lines.clear()
+    model = load(folders, "sd15", home, cache, lines.append)
+    load_images(str(home), model, lines.append)
+    assert what_is_encoded(lines) == [True, True, True]
+    model.vae.__class__ = type("OtherVAE", (type(model.vae),), {})  # of another model_index.json
+    load_images(str(home), model, lines.append)
+    assert what_is_encoded(lines)[3:] == [True]
 
 
 def test_a_folder_of_bombs(folders, tmp_path, monkeypatch):

@@ -450,6 +450,25 @@ def test_flags_that_change_a_number(counted, flags, count):
     assert counted(*flags)[1] == count
 
 
+def test_what_a_kept_result_depends_on(tmp_path, monkeypatch):
+    """All files of both models, and the versions of the libraries; not the names of folders."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "teacher").mkdir()
+    facts = dict(name="a", teacher="b", nfe=1)
+    teacher = SimpleNamespace(folder=tmp_path / "teacher")
+    row = SimpleNamespace(facts=facts, folder=tmp_path / "student", teacher=teacher)
+    kept = cache.ResultCache(tmp_path)
+    found = {kept.path(row, {})}
+    for n, name in enumerate(["w.bin", "merges.txt", "spiece.model", "c.json"], 2):
+        (tmp_path / "teacher" / name).write_bytes(b"1")
+        found.add(kept.path(row, {}))
+        assert len(found) == n, name
+    row.facts = facts | dict(name="c", teacher="d")
+    assert kept.path(row, {}) in found
+    monkeypatch.setattr("common.teachers.cache.metadata.version", lambda name: "9.9")
+    assert kept.path(row, {}) not in found
+
+
 def cached_samples(folder):
     return [load_file(path)["samples"] for path in sorted(folder.iterdir())]
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from helpers import pipelines
 from helpers.runs import one_line, processes, run_processes
+from helpers.teachers import copy_of
 
 from common.errors import UserError
+from common.files import read_json, write_json
 from common.teachers import prompts as module
-from common.teachers.flow import Flux, Sana
+from common.teachers.flow import SD3, Flux, Sana
 from common.teachers.prompts import BATCH, TextEncoders, embed_prompts
 from common.teachers.unet import SD15
 from common.teachers.wan import Wan
@@ -36,6 +38,8 @@ def pipelines_by_name(name):
 class Stub:
     """A pipeline that embeds a prompt as its number. Lengths differ from batch to batch."""
 
+    part = "transformer"
+    text_needs_network = False
     most_tokens = {}
     calls = []  # numbers of prompts of each call
     tokens = {}  # limit of each tokenizer
@@ -188,24 +192,56 @@ def test_a_lost_part_is_encoded_again(stub):
 def test_what_is_another_cache(stub, monkeypatch, tmp_path):
     """Other prompts, their order, another text encoder, another version of library or format."""
     stub(["1 a", "2 b"])
+
+    def write(name, text):
+        path = tmp_path / "t" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        stub(["1 a", "2 b"])
+
+    def other_version(patch, library):
+        version = lambda name: "9.9" if name == library else "1"
+        patch.setattr("common.teachers.cache.metadata.version", version)
+        stub(["1 a", "2 b"])
+
+    def with_network(patch):
+        patch.setattr(Stub, "text_needs_network", True)
+        write("transformer/config.json", "{}")
+
     changes = [
         lambda patch: stub(["2 b", "1 a"]),
         lambda patch: stub(["1 a\n", "2 b"]),
         lambda patch: stub(["1 a", "2 b", "3"]),
         lambda patch: (patch.setattr(module, "FORMAT", 3), stub(["1 a", "2 b"])),
-        lambda patch: (
-            patch.setattr(module.metadata, "version", lambda name: "9.9"),
-            stub(["1 a", "2 b"]),
-        ),
-        lambda patch: (
-            (tmp_path / "t" / "model_index.json").write_text('{"a": 1}'),
-            stub(["1 a", "2 b"]),
-        ),
+        lambda patch: other_version(patch, "diffusers"),
+        lambda patch: other_version(patch, "transformers"),
+        lambda patch: write("model_index.json", '{"a": 1}'),
+        lambda patch: write("tokenizer_2/chat_template.jinja", "{{ prompt }}"),
+        lambda patch: write("text_encoder/config.json", "{}"),
+        lambda patch: write("tokenizer/additional_chat_templates/x.jinja", "{{ prompt }}"),
+        with_network,
     ]
     for k, change in enumerate(changes, 2):
         with monkeypatch.context() as patch:
             change(patch)
         assert len(list(stub.cache.iterdir())) == k
+    write("vae/config.json", "{}")  # no embedding depends on it
+    write("transformer/config.json", "{ }")  # nor this one's on it
+    assert len(list(stub.cache.iterdir())) == k
+
+
+@pytest.mark.parametrize("name, cls", [("sd3", SD3), ("sana", Sana)])
+def test_embeddings_that_depend_on_the_network(name, cls, folders, tmp_path):
+    """Without T5, SD3's pipeline takes zeros of a width that the network's config.json has. The
+    other pipelines read nothing of the network."""
+    folder = copy_of(folders, name, tmp_path)
+    cache = lambda: module.cache_of(cls, folder, ["1 a"], torch.float32, tmp_path)
+    before = cache()
+    config = read_json(folder / "transformer" / "config.json")
+    write_json(folder / "transformer" / "config.json", config | dict(joint_attention_dim=1))
+    assert (cache() != before) == (name == "sd3")
+    width = cls.embed(cls.text_pipeline(folder, torch.float32), ["dog"])["text"].shape[-1]
+    assert (width == 1) == (name == "sd3")
 
 
 def test_a_cache_that_cannot_be_written_but_read(stub, monkeypatch):

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import atomic
 from common.image_file import READER
 from common.report import dumps
+from common.teachers.cache import library_versions
 from tools.measure import hash_files
 
 KEPT_SAMPLES = 2000  # of a row
@@ -38,7 +39,8 @@ class ResultCache:
         The code that measures is not part of it.
         """
         facts = {k: v for k, v in row.facts.items() if k not in ("name", "teacher")}
-        key = [facts, settings, content(row.folder), content(row.teacher.folder)]
+        models = [content(row.folder), content(row.teacher.folder)]
+        key = [facts, settings, library_versions(), *models]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.folder / f"{digest[:24]}.safetensors"
 
@@ -67,8 +69,9 @@ def cache_settings(args, dtype, extractor):
 
 
 def content(folder):
-    """Names and hash of all files that a model consists of."""
-    suffixes = (".safetensors", ".json", ".npz")
+    """Names and hash of all files that a model consists of: weights, configurations, reference
+    statistics, the words of tokenizers."""
+    suffixes = (".safetensors", ".bin", ".json", ".npz", ".txt", ".model", ".jinja")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in suffixes)
     return [path.name for path in paths], hash_files(paths)
 

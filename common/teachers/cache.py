@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +33,11 @@ def digest_of(values):
     for value in values:
         digest.update(json.dumps(value).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def library_versions():
+    """Versions of what turns files into embeddings and latents."""
+    return [metadata.version(name) for name in ("diffusers", "transformers")]
 
 
 def stamp_files(files, base):

@@ -28,6 +28,7 @@ class SD3(Pipeline):
 
     adapter = "sd3"
     pipeline = "StableDiffusion3Pipeline"
+    text_needs_network = True  # the width of the zeros
     most_tokens = dict(tokenizer_3=256)
     network_class = "SD3Transformer2DModel"
     expected = dict(scheduler=FLOW_SCHEDULER)

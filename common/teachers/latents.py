@@ -24,6 +24,7 @@ from common.teachers.cache import (
     SHARD,
     cache_errors,
     cache_folder,
+    library_versions,
     require_space,
     stamp_files,
     wait_until_visible,
@@ -114,10 +115,13 @@ def latent_bytes(teacher):
 
 
 def cache_of(folder, teacher, files):
-    """Folder of these latents. Its name changes when the images, the VAE or the format do."""
-    vae_files = sorted(p for p in teacher.vae_folder.glob("*") if p.is_file())
+    """Folder of these latents. Its name changes when the images, the VAE, the libraries or the
+    format do."""
+    vae_files = sorted(p for p in teacher.vae_folder.rglob("*") if p.is_file())
     key = [
         READER,
+        library_versions(),
+        type(teacher.vae).__name__,
         str(teacher.folder),
         stamp_files(vae_files, teacher.vae_folder),
         str(teacher.vae.dtype),

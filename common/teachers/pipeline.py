@@ -33,6 +33,7 @@ class Pipeline(Model):
     without = ()  # further components that are not needed for embedding prompts
     since = (0, 35)  # version of diffusers
     takes_prompts = True
+    text_needs_network = False  # `embed` depends on the network's config.json
     most_tokens = {}  # that `embed` reads, where the tokenizer of this name allows more
     built_for = None  # (height, width) in pixels, where the network's configuration has no size
     square = False  # the network takes square images only

@@ -9,7 +9,6 @@ import bisect
 import gc
 import math
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from common.teachers.cache import (
     cache_errors,
     cache_folder,
     digest_of,
+    library_versions,
     require_space,
     stamp_files,
     wait_until_visible,
@@ -300,12 +300,14 @@ def join(batches):
 def cache_of(cls, folder, prompts, dtype, cache):
     """Folder of these embeddings. Its name changes when the prompts, the text encoders, the
     libraries or the format do."""
-    parts = ("text_encoder", "tokenizer")
-    files = sorted(p for p in Path(folder).glob("t*/*") if p.parent.name.startswith(parts))
-    files.append(Path(folder) / "model_index.json")  # says what the null prompt is
-    libraries = [metadata.version(name) for name in ("diffusers", "transformers")]
-    key = [FORMAT, libraries, cls.__name__, str(folder), stamp_files(files, folder), str(dtype)]
-    return cache_folder(cache, Path(folder).name, [*key, *prompts])
+    folder = Path(folder)
+    parts = [p for p in folder.glob("t*/") if p.name.startswith(("text_encoder", "tokenizer"))]
+    files = sorted(p for part in parts for p in part.rglob("*") if p.is_file())
+    files.append(folder / "model_index.json")  # says what the null prompt is
+    if cls.text_needs_network:
+        files.append(folder / cls.part / "config.json")
+    key = [FORMAT, library_versions(), cls.__name__, str(folder), stamp_files(files, folder)]
+    return cache_folder(cache, folder.name, [*key, str(dtype), *prompts])
 
 
 def read_part(path, n, null):
