@@ -21,7 +21,7 @@ target network; D = 0.01; sg[] stops gradients. F(x_t, t, r, c) is the mean velo
     target = sg[F - clamp(R, -1, 1)]         R = ((t - r) F - I) / D - v,                       (5)
                                              R = F - v where t - r < D
     L_base = w(t, r) d(F, target)            w = tan((1 - |t| + |r|) pi / 2.5) + 1              (6)
-    d(p, q) = m / sg[sqrt(m + 0.001^2)]      m: mean square of p - q over one sample            (7)
+    d(p, q) = m / sg[sqrt(m / 1.01 + 0.001^2)] m: mean square of p - q over one sample           (7)
     L_adv = d(F(y, -s, -s, c), z' - x')      y = s z' + (1 - s) x', x' one-step samples         (8)
     L_rect = d(F1, sg[F1 - clamp(F(y, -s, -s, c) - F(y, s, s, c), -1, 1)])
                                              F1 = F(x_T, T, 0, c), y as in (8) from x_T - T F1  (9)

@@ -4,10 +4,12 @@ iteration of a run against the formulas written out.
 Expected numbers were derived apart from the code.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from helpers import byhand
 from helpers.gaussian import GaussFlow, f64, full, normal
 from helpers.runs import QUICK, log, run_processes
 from helpers.trace import Trace
@@ -15,6 +17,7 @@ from helpers.trace import Trace
 import twinflow
 from common.data import load_images
 from common.errors import UserError
+from common.model import Model
 from common.rng import BatchRandom
 from common.sampling import generate
 from common.schedules import VP, Flow, expand
@@ -673,136 +676,9 @@ def first_step(monkeypatch, tmp_path):
     return run
 
 
-def mean_square(p, q):
-    return ((p - q) ** 2).mean()
-
-
-def barron(p, q):
-    m = mean_square(p, q)
-    return m / (1e-3 * (m.detach() / (1e-6 + 1e-8) + 1).sqrt())
-
-
-def gradient_by_hand(
-    order=2,
-    k=0.0,
-    mu=0.5,
-    d=mean_square,
-    clamp=math.inf,
-    frozen=False,
-    image_free=False,
-    groups="emav",
-    batch=16,
-):
-    """Gradient of the first iteration, written from the paper's formulas with a loop over the rows.
-
-    groups: e, m, a, v for e2e, mul, any, adv.
-    """
-    teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, batch)
-    torch.manual_seed(0)
-    net = teacher.copy().extend("r", "fake")
-    T = 20 / 21
-
-    def F(x, t, r, c, model=net):
-        s = abs(t)
-        second_time = torch.tensor([[r, t - r]])
-        fake = torch.tensor([[s, float(t < 0)]])
-        cond = dict(c, r=second_time, fake=fake)
-        levels = f64([1 - s]), f64([s])
-        return (x - model(x[None], *levels, cond)[0]) / s
-
-    u, w, z0 = draw.rand(), draw.rand(), draw.randn(2)
-    if image_free:
-        labels = draw.randint(0, 8)
-    else:
-        points, labels = load_images(None, teacher).batch(0, batch)
-    z, z_rect, s_rect = draw.randn(2), draw.randn(2), draw.rand()
-
-    base, rect = [], []
-    for i in range(batch):
-        group = groups[i % len(groups)]
-        c, e = teacher.encode(labels[i : i + 1]), teacher.null(1)
-        t = T * u[i].item()
-        r = t * w[i].item()
-        if group == "e":
-            t, r = T, 0.0
-        if group == "m":
-            r = t * (1 - 0.05 * w[i].item())
-        if group == "v" or image_free:
-            x = (T * z0[i] - T * F(T * z0[i], T, 0.0, c)).detach()
-        else:
-            x = points[i]
-        x_t = t * z[i] + (1 - t) * x
-        v = z[i] - x
-        if group == "v":  # (8)
-            base.append(d(F(x_t, -t, -t, c), v))
-            continue
-
-        pred = F(x_t, t, r, c)
-        with torch.no_grad():
-            if group != "e" and (k or image_free):  # (3)
-                guide = teacher if frozen else net
-                v_c, v_e = F(x_t, t, t, c, guide), F(x_t, t, t, e, guide)
-                v = (v_e if image_free else v) + k * (v_c - v_e)
-            error = pred - v
-            if order and t - r >= 0.01:  # (4), (5)
-                times = [(t - 0.01) * (1 - j / order) + r * j / order for j in range(order + 1)]
-                y, integral = x_t - 0.01 * v, 0
-                for a, b in zip(times, times[1:]):
-                    mean = F(y, a, b, c)
-                    integral = integral + (a - b) * mean
-                    y = y + (b - a) * mean
-                error = ((t - r) * pred - integral) / 0.01 - v
-            target = pred - error.clamp(-clamp, clamp) if order else v
-        if order or group == "m":  # (6)
-            weight = math.tan((1 - (t - r)) * math.pi / 2.5) + 1
-            base.append(weight * d(pred, target))
-        if group == "e" and mu:  # (9)
-            with torch.no_grad():
-                x1, s = x_t - T * pred, T * s_rect[i].item()
-                y = s * z_rect[i] + (1 - s) * x1
-                g = (F(y, -s, -s, c) - F(y, s, s, c)).clamp(-clamp, clamp)
-            rect.append(d(pred, pred - g))
-
-    loss = sum(base) / len(base)
-    if rect:
-        loss = loss + mu * sum(rect) / len(rect)  # (10)
-    loss.backward()
-    return flat_gradient(net)
-
-
 def flat_gradient(net):
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
     return torch.cat([g.flatten() for g in grads]).double()
-
-
-CASES = [
-    ("--distance l2", dict()),
-    ("--distance barron --clamp 1 --cfg 2", dict(d=barron, clamp=1.0, k=0.5)),
-    ("--order 1 --cfg 3 --guide frozen", dict(order=1, k=2.0, frozen=True)),
-    (
-        "--order 3 --image-free --cfg 3 --guide frozen --target-decay 0",
-        dict(order=3, k=3.0, frozen=True, image_free=True),
-    ),
-    ("--groups 0 1 1 0 --rect-weight 0", dict(groups="ma", mu=0)),
-    ("--order 0 --clamp 1", dict(order=0)),
-]
-
-
-@pytest.mark.parametrize("flags, case", CASES, ids=[flags for flags, _ in CASES])
-def test_eq10_first_gradient_by_hand(first_step, flags, case):
-    steps = first_step(*flags.split())
-    expected = gradient_by_hand(**case)
-    assert len(steps) == 1
-    assert all(g is not None for g in steps[0].grads["student"])
-    assert steps[0].moved("student")
-    assert (steps[0].flat_grad() - expected).norm() < 2e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("batch", [4, 7])
-def test_eq10_first_gradient_of_other_batches(first_step, batch):
-    expected = gradient_by_hand(batch=batch)
-    found = first_step(batch=batch)[0].flat_grad()
-    assert (found - expected).norm() < 2e-5 * expected.norm()
 
 
 def test_order_zero_on_the_diagonal_is_flow_matching(first_step, monkeypatch):
@@ -891,3 +767,265 @@ def test_processes_without_a_row_of_every_group(scripts, tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+@pytest.fixture
+def awake(monkeypatch):
+    """Students whose new inputs, and adapters, have an effect from the first iteration on."""
+    extend = Model.extend
+
+    def extend_awake(model, *names):
+        return byhand.wake(extend(model, *names))
+
+    monkeypatch.setattr(Model, "extend", extend_awake)
+
+
+@dataclasses.dataclass
+class Method:
+    """What the flags of a run say, for the equations. letters: e2e, mul, any, adv of each turn."""
+
+    order: int = 2
+    w: float = 1.0
+    frozen: bool = False
+    image_free: bool = False
+    mu: float = 0.5
+    barron: bool = False
+    clamp: float = math.inf
+    letters: str = "emav"
+    decay: float = 0.99
+    T: float = 20 / 21
+    batch: int = 16
+
+    @property
+    def k(self):
+        """The factor of (3) whose fixed point is the scale w."""
+        if self.image_free:
+            return self.w  # Fg(e) + k (Fg(c) - Fg(e))
+        return self.w - 1 if self.frozen else 1 - 1 / self.w
+
+    def distance(self, p, q):
+        """(7), [B]"""
+        m = (p - q).square().mean(1)
+        return m / (m.detach() / 1.01 + 1e-6).sqrt() if self.barron else m
+
+
+def mean_velocity(net, x, t, r, cond):
+    """F(x, t, r, c) by (1) and (2), float64."""
+    s = t.abs()
+    second = torch.stack([r, t - r], 1)  # E2 of r, with the factor t - r
+    fake = torch.stack([s, (t < 0).double()], 1)
+    xhat = net(x.float(), 1 - s, s, cond | dict(r=second, fake=fake))
+    return (x - xhat) / s[:, None]
+
+
+def iteration_by_hand(trace, it, images, method):
+    """(1) to (10) for one iteration. -> loss, numbers of the log."""
+    student, teacher, B, T = trace.student, trace.teacher, method.batch, method.T
+    F_minus = trace.networks().get("target", student)
+    col = lambda a: a[:, None]
+    draw = BatchRandom(0, it, B)
+    letter = [method.letters[i % len(method.letters)] for i in range(B)]
+    e, m, a, v = (torch.tensor([x == group for x in letter]) for group in "emav")
+
+    u, w, z0 = draw.rand(), draw.rand(), draw.randn(2)
+    t = torch.where(e, T, T * u)
+    r = torch.where(e, 0.0, torch.where(m, t * (1 - 0.05 * w), t * w))
+    if method.image_free:
+        x, labels = torch.zeros(B, 2), draw.randint(0, 8)
+    else:
+        x, labels = images.batch(it, B, 0)
+    c, null = dict(labels=labels), dict(labels=torch.full((B,), 8))
+    end, zero = torch.full((B,), T).double(), torch.zeros(B).double()
+    with torch.no_grad():
+        own = T * z0 - T * mean_velocity(student, T * z0, end, zero, c)
+    x = torch.where(col(v | method.image_free), own, x.double())
+    z = draw.randn(2)
+    x_t = (col(t) * z + col(1 - t) * x).float()  # (1)
+    pred_t, pred_r = torch.where(v, -t, t), torch.where(v, -t, r)
+    pred = mean_velocity(student, x_t, pred_t, pred_r, c)
+
+    with torch.no_grad():
+        drawn = z - x
+        if method.k or method.image_free:  # (3)
+            guide = teacher if method.frozen else F_minus
+            v_c, v_e = (mean_velocity(guide, x_t, t, t, y) for y in (c, null))
+            guided = (v_e if method.image_free else drawn) + method.k * (v_c - v_e)
+            velocity = torch.where(col(e | v), drawn, guided)
+        else:
+            velocity = drawn
+        target = velocity
+        if method.order:
+            start = torch.maximum(t - 0.01, r)
+            y, integral = x_t - 0.01 * velocity, 0.0
+            for i in range(method.order):  # (4)
+                here = start + (r - start) * i / method.order
+                there = start + (r - start) * (i + 1) / method.order
+                move = col(here - there) * mean_velocity(F_minus, y, here, there, c)
+                y, integral = y - move, integral + move
+            R = (col(t - r) * pred - integral) / 0.01 - velocity  # (5)
+            R = torch.where(col(t - r < 0.01), pred - velocity, R)
+            target = pred - R.clamp(-method.clamp, method.clamp)
+        target = torch.where(col(v), drawn, target)  # (8)
+
+    weight = torch.where(v, 1.0, torch.tan((1 - t + r) * math.pi / 2.5) + 1)
+    each = weight * method.distance(pred, target)  # (6)
+    trained = e | m | a | v if method.order else m | v
+    loss = each[trained].mean()
+
+    logs = dict(fm=(pred - drawn)[m].square().mean())
+    logs |= {name: each[rows & trained].mean() for name, rows in zip(twinflow.GROUPS, (e, m, a, v))}
+    x1 = (x_t - T * pred).detach()
+    logs |= dict(mean=x1[e].mean(), square=x1[e].square().mean())
+    if method.mu:  # (9)
+        z1, s = draw.randn(2), T * draw.rand()
+        with torch.no_grad():
+            y = col(s) * z1 + col(1 - s) * x1
+            g = mean_velocity(student, y, -s, -s, c) - mean_velocity(student, y, s, s, c)
+            g = g.clamp(-method.clamp, method.clamp)
+        rect = method.distance(pred, pred.detach() - g)[e].mean()
+        loss = loss + method.mu * rect  # (10)
+        logs |= dict(rect=rect, twin_gap=g[e].square().mean())
+    logs = {name: value for name, value in logs.items() if not value.isnan()}  # groups with rows
+    return loss, logs | dict(loss=loss)
+
+
+def sample_by_hand(student, noise, cond, T, mode, times):
+    """times: of the steps, in units of T."""
+    x = T * noise().double()
+    times = [T * t for t in [*times, 0.0]]
+    for t, s in zip(times, times[1:]):
+        at = lambda time: torch.full((len(x),), time).double()
+        r = dict(few=0.0, any=s, mul=t)[mode]
+        with torch.no_grad():
+            v = mean_velocity(student, x, at(t), at(r), cond)
+        if mode == "few" and s > 0:
+            x = (1 - s) * (x - t * v) + s * noise()
+        else:
+            x = x + (s - t) * v
+    return x
+
+
+FLOW, VP_END = dict(T=1.0), dict(T=14.6146 / 15.6146)  # sigma / alpha at the end of SD's table
+BARRON = dict(barron=True, clamp=1.0)
+# flags, teacher, what they mean, mode and times of the sampler
+BY_HAND = [
+    ("", "edm", {}, "few", [0.999]),
+    (
+        "--distance barron --clamp 1 --cfg 5 --rect-weight 0.7 --nfe 2",
+        "flow",
+        dict(w=5.0, mu=0.7) | BARRON | FLOW,
+        "few",
+        [0.999, 0.7],
+    ),
+    (
+        "--distance barron --clamp 0.5 --cfg 3 --guide frozen --order 1 --target-decay 0 --nfe 3",
+        "vp",
+        dict(w=3.0, frozen=True, order=1, decay=0, barron=True, clamp=0.5) | VP_END,
+        "any",
+        [0.999, 0.7495, 0.5],
+    ),
+    (
+        "--image-free --cfg 3 --guide frozen --order 3 --target-decay 0.5 --nfe 2 --mode mul",
+        "trigflow",
+        dict(w=3.0, frozen=True, image_free=True, order=3, decay=0.5) | FLOW,
+        "mul",
+        None,
+    ),
+    (
+        "--order 0 --groups 1 2 0 1 --cfg 2 --clamp 1 --nfe 2 --steps 0.9,0.4 --mode any",
+        "edm",
+        dict(order=0, w=2.0, letters="emmv", clamp=1.0),
+        "any",
+        [0.9, 0.4],
+    ),
+    (
+        "--batch 7 --distance barron --clamp 0.3 --ema 2 --nfe 3 --mode few --steps 1,0.8,0.1",
+        "edm",
+        dict(barron=True, clamp=0.3, batch=7),
+        "few",
+        [1.0, 0.8, 0.1],
+    ),
+    (
+        "--groups 2 1 1 1 --accumulate 2 --cfg 2",
+        "edm",
+        dict(letters="eemav", w=2.0),
+        "few",
+        [0.999],
+    ),
+    (
+        "--groups 0 1 2 0 --rect-weight 0 --cfg 0.8 --lora 4 --target-decay 0.9",
+        "edm",
+        dict(mu=0, letters="maa", w=0.8, decay=0.9),
+        "few",
+        [0.999],
+    ),
+]
+
+
+def kumaraswamy(n):
+    """The official times of n steps of mode mul."""
+    u = [0.001 + 0.999 * i / n for i in range(n)]
+    return [1 - (1 - (1 - a**1.17) ** 0.8) ** 1.1 for a in u]
+
+
+@pytest.mark.parametrize(
+    "flags, schedule, method, mode, times", BY_HAND, ids=[case[0] for case in BY_HAND]
+)
+def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, method, mode, times):
+    """Six iterations, (1) to (10): gradients, AdamW's updates, F^-, the average, the log; then the
+    sampler of distill.json."""
+    monkeypatch.setattr(twinflow, "load_teacher", lambda *args, **kwargs: byhand.any_toy(schedule))
+    record = [(twinflow, "Target"), (twinflow, "Report")]
+
+    def target(steps):
+        model = steps.calls["Target"][0].result.model
+        return {} if model is steps.student else dict(target=model)
+
+    common = "--iters 6 --lr 3e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
+    common += " --warmup 3 --cooldown 0.5"
+    flags = [*common.split(), *flags.split()]
+    steps = trace(twinflow, *flags, record=record, watch=target)
+    images = load_images(None, steps.teacher)
+    method = Method(**method)
+    logs = []
+    if "--accumulate" in flags:  # gradients are sums over the parts of a batch
+        del steps[::2]
+        for step in steps:
+            step.grads["student"] = [g / 2 for g in step.grads["student"]]
+
+    # F^-: the first update copies, then its decay grows
+    if method.decay:
+        average, decay = 0.0, 0.0
+        for step in steps:
+            average = decay * average + (1 - decay) * step.before["student"].double()
+            decay += 0.5 * (1 - decay) * (method.decay - decay)
+            assert byhand.difference(step.before["target"].double(), average) < 1e-6
+
+    def losses(it):
+        loss, numbers = iteration_by_hand(steps, it, images, method)
+        logs.append(numbers)
+        return dict(student=loss)
+
+    lr = byhand.rates(3e-3, 6, warmup=3, cooldown=0.5)
+    optimisers = dict(student=byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5))
+    assert byhand.compare_iterations(steps, losses, optimisers) == 6
+
+    # the exported student, its average if it has one
+    report = steps.calls["Report"][0].result
+    byhand.compare_logs(log(report.run.out), logs)
+    byhand.set_weights(steps, dataclasses.replace(steps[-1], before=steps[-1].after))
+    halflife = report.run.args.ema
+    last = (
+        byhand.average(steps, halflife, method.batch)
+        if halflife
+        else steps[-1].after["student"].double()
+    )
+    exported = torch.cat([p.detach().flatten() for p in report.ema.model.parameters()])
+    assert byhand.difference(exported.double(), last) < 1e-6
+    found, noise, cond = byhand.samples_of_record(report)
+    times = times or kumaraswamy(2)
+    expected = sample_by_hand(report.ema.model, noise, cond, method.T, mode, times)
+    assert byhand.difference(found.double(), expected) < 1e-5

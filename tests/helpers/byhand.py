@@ -1,6 +1,14 @@
 """Optimiser steps of a traced run against gradients and updates computed apart from it."""
 
+import json
+
+import pytest
 import torch
+
+from common.rng import PerImageNoise
+from common.schedules import EDM, VP, Flow, TrigFlow
+from common.teachers.students import sampler_of
+from common.teachers.toy import MLP, Toy
 
 
 def set_weights(trace, step):
@@ -28,7 +36,10 @@ def difference(a, b):
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov and Hutter, 2019) in float64, after clipping to a norm."""
+    """Decoupled weight decay (Loshchilov and Hutter, 2019) in float64, after clipping to a norm.
+
+    lr: a number, or a list with one for each step.
+    """
 
     def __init__(self, lr, betas, weight_decay, clip):
         self.lr, self.betas, self.decay, self.clip = lr, betas, weight_decay, clip
@@ -43,14 +54,33 @@ class AdamW:
         self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * g**2
         m, v = self.m / (1 - b1**self.n), self.v / (1 - b2**self.n)
-        return w.double() * (1 - self.lr * self.decay) - self.lr * m / (v.sqrt() + 1e-8)
+        lr = self.lr[self.n - 1] if isinstance(self.lr, list) else self.lr
+        return w.double() * (1 - lr * self.decay) - lr * m / (v.sqrt() + 1e-8)
 
 
-def compare_iterations(trace, iterations, optimisers, tolerance=2e-5):
+def rates(lr, iters, warmup, cooldown):
+    """lr in each iteration: up from lr / warmup, and down to 0 in the last share `cooldown`."""
+    up = [min(1.0, (it + 1) / max(warmup, 1)) for it in range(iters)]
+    down = [min(1.0, (1 - it / iters) / max(cooldown, 1e-9)) for it in range(iters)]
+    return [lr * a * b for a, b in zip(up, down)]
+
+
+def average(trace, halflife, batch):
+    """The student's average after a run whose every step is the student's, float64."""
+    mean = trace[0].before["student"].double()
+    for n, step in enumerate(trace, 1):
+        share = 0.5 ** (batch / min(halflife, 0.05 * n * batch))  # EDM's ramp-up of 5 %
+        mean = share * mean + (1 - share) * step.after["student"].double()
+    return mean
+
+
+def compare_iterations(trace, iterations, optimisers, tolerance=2e-5, together=None):
     """Every optimiser step of a trace: gradients to `tolerance` (relative), weights after it.
 
     iterations(it) -> {role: loss}, in the order of the steps, from networks that stand as they did
-    at the start of iteration `it`. optimisers: {role: AdamW}.
+    at the start of iteration `it`. A loss may be a function without arguments, which is called with
+    the networks as they stand before its step. optimisers: {role: AdamW}. together: {role: names}
+    of networks that one optimiser steps, and clips to one norm.
     """
     rest = list(trace)
     it = 0
@@ -59,12 +89,83 @@ def compare_iterations(trace, iterations, optimisers, tolerance=2e-5):
         for role, loss in iterations(it).items():
             step = rest.pop(0)
             assert step.role == role
-            expected = gradient(loss, trace.networks()[role])
-            found = torch.cat([g.flatten() for g in step.grads[role]]).double()
+            if callable(loss):
+                set_weights(trace, step)
+                loss = loss()
+            names = (together or {}).get(role, [role])
+            parts = [gradient(loss, trace.networks()[name]) for name in names]
+            found = [g.flatten() for name in names for g in step.grads[name]]
+            expected, found = torch.cat(parts), torch.cat(found).double()
+            before = torch.cat([step.before[name] for name in names])
+            after = torch.cat([step.after[name] for name in names])
             assert expected.norm() > 0
             assert difference(found, expected) < tolerance, (it, role)
-            after = optimisers[role].step(step.before[role], found)
-            moved = after - step.before[role].double()
-            assert difference(step.after[role].double() - step.before[role], moved) < 1e-3, role
+            moved = optimisers[role].step(before, found) - before.double()
+            assert difference(after.double() - before, moved) < 1e-3, role
         it += 1
     return it
+
+
+def compare_logs(lines, logs):
+    """Numbers in the lines of log.jsonl of a run. logs: [{name: 0-d tensor or number}, ...]."""
+    for line, expected in zip(lines, logs, strict=True):
+        numbers = {name: torch.as_tensor(value).item() for name, value in expected.items()}
+        assert {n: line.get(n) for n in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-6)
+
+
+# ---- teachers of any schedule --------------------------------------------------------------------
+
+
+class AnySchedule(Toy):
+    """A toy whose network takes the times of any schedule. Its own estimate is the exact one."""
+
+    def predict(self, x, t, cond):
+        return self.net(
+            x.to(self.net.inp.weight.dtype), 1 + t / self.schedule.t_max, cond["labels"]
+        )
+
+
+SCHEDULES = dict(
+    edm=(lambda: EDM(0.01, 20.0, 0.714), "edm", 0.714),
+    vp=(VP, "eps", 0.5),
+    flow=(Flow, "flow", 0.5),
+    trigflow=(lambda: TrigFlow(0.7), "trigflow", 0.7),
+)
+
+
+def any_toy(kind):
+    """toy-cond with a small untrained network and a schedule of this kind. Frozen."""
+    schedule, prediction, sigma_data = SCHEDULES[kind]
+    torch.manual_seed(3)
+    net = MLP(width=32)
+    toy = AnySchedule(
+        net, schedule(), prediction, (2,), 8, sigma_data=sigma_data, exact=True, labelled=True
+    )
+    return toy.requires_grad_(False)
+
+
+def wake(net, seed=5):
+    """Moves all weights: inputs and adapters that start at zero then have an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+# ---- the sampler of distill.json -----------------------------------------------------------------
+
+
+def samples_of_record(report, n=6):
+    """Samples of a finished run as others make them: by the script and the values in distill.json.
+
+    report: Report of the run. -> samples [n, *shape], noise as its sampler drew it, cond.
+    """
+    record = json.loads(json.dumps(report.record(1)))
+    student = report.ema.model
+    cond = student.encode(torch.arange(n) % student.classes)
+    noise = PerImageNoise(0, range(n))
+    sample = sampler_of(report.run.out, record)
+    draw = lambda: noise(*student.shape)
+    x = sample(student, draw(), cond, record["nfe"], draw, **record["sampler"])
+    again = PerImageNoise(0, range(n))
+    return x, lambda: again(*student.shape), cond
