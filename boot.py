@@ -34,7 +34,7 @@ Usage:
 Differences from the paper, variants and results: docs/boot.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -43,14 +43,14 @@ import torch
 from common.ema import EMA
 from common.errors import launch, require
 from common.files import write_json
-from common.flags import Parser
-from common.optim import adamw
-from common.report import Report, save_grid
-from common.run import Run
 from common.sampling import generate
 from common.schedules import add_noise, expand, f64, initial_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.flags import Parser
+from training.optim import adamw
+from training.report import Report, save_grid
+from training.run import Run
 
 N = 1000  # nodes of the schedule's grid that times are interpolated in
 K_MIN = 0.02  # least k in the weight of (7); the target has the true k

@@ -40,7 +40,7 @@ compare equal n only. Differences below 1-2 % are noise. With --seeds, metrics a
 `all` have the rest. The columns of --compare are explained in tools/compare.py.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import argparse
 import contextlib
@@ -57,13 +57,10 @@ from common.distributed import bar_interval, gather_rows, init_processes, on_ran
 from common.errors import UserError, launch, require
 from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
-from common.flags import Help, flag_name, parse_size
-from common.folder import utc_now
-from common.image_file import describe_notes
-from common.report import dumps, hardware, save_grid
 from common.sampling import TEACHER_NFE, generate
 from common.teachers.load import load_teacher
 from controls.measure import control_error, control_summary
+from data.image_file import describe_notes
 from tools import compare
 from tools.cache import ResultCache, cache_settings, kept_samples
 from tools.inception import InceptionExtractor
@@ -77,6 +74,9 @@ from tools.measure import (
 )
 from tools.pictures import save_numbered
 from tools.rows import make_rows
+from training.flags import Help, flag_name, parse_size
+from training.folder import utc_now
+from training.report import dumps, hardware, save_grid
 
 HEADINGS = {  # of the table without --compare
     "name": "name",

@@ -36,7 +36,7 @@ Usage:
 Differences from the paper, variants and results: docs/flowmap.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -47,14 +47,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.ema import EMA
 from common.errors import launch, require
 from common.files import write_json
-from common.flags import Parser
-from common.optim import adamw
-from common.report import Report
-from common.run import Run
 from common.sampling import generate
 from common.schedules import expand, f64
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.flags import Parser
+from training.optim import adamw
+from training.report import Report
+from training.run import Run
 
 AT_END = 0.1  # share of the durations in (5) that are exactly 1, the others are uniform [O]
 T_LEAST = 1e-3  # no network is evaluated at smaller t: (1) is 0 / 0 at t = 0

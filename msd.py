@@ -34,7 +34,7 @@ Usage:
 Differences from the paper, variants and results: docs/msd.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -42,18 +42,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.data import load_images
 from common.ema import EMA
 from common.errors import launch, require
-from common.flags import Parser
-from common.optim import adamw
-from common.plan import describe_steps
-from common.report import Report
 from common.routed import ByLabel
-from common.run import Run
 from common.schedules import add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from data.images import load_images
+from training.flags import Parser
+from training.optim import adamw
+from training.plan import describe_steps
+from training.report import Report
+from training.run import Run
 
 N = 1000  # noise levels of the grid
 STAGES = ("tsm", "dm", "adm")

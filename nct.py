@@ -37,7 +37,7 @@ Usage:
 Differences from the paper, variants and results: docs/nct.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import hashlib
 import json
@@ -50,16 +50,16 @@ import torch.distributed as dist
 from common.ema import EMA
 from common.errors import launch, require
 from common.files import ROOT, write_json
-from common.flags import Parser, flag_name
-from common.optim import adamw
-from common.report import Report, dumps, save_grid
-from common.run import Run
 from common.schedules import add_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import teacher_of
 from controls.controlled import hash_model, load_controlled, load_generator, make_controlled
 from controls.maps import Control
 from controls.measure import control_error, control_rows, control_summary
+from training.flags import Parser, flag_name
+from training.optim import adamw
+from training.report import Report, dumps, save_grid
+from training.run import Run
 
 # Presets: the flags for a kind of teacher, unless the command line gives others.
 # [P] paper, [O] ours: the paper gives no N, k, d, w, lambda or length of training. `source` is

@@ -33,7 +33,7 @@ Usage:
 Differences from the paper, variants and results: docs/phased_dmd.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -42,15 +42,15 @@ import torch.nn.functional as F
 
 from common.ema import EMA
 from common.errors import launch, require
-from common.flags import Parser
-from common.optim import adamw
-from common.plan import describe_steps
-from common.report import Report
 from common.routed import ByLevel, Routed
-from common.run import Run
 from common.schedules import Flow, add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.flags import Parser
+from training.optim import adamw
+from training.plan import describe_steps
+from training.report import Report
+from training.run import Run
 
 N = 1000  # noise levels of the grid
 

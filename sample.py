@@ -17,7 +17,7 @@ the same with any batch and beside any other prompts. Metrics are in eval.py.
 """
 
 if __name__ == "__main__":  # not in a program that imports `load`
-    import common.interrupt  # noqa: F401
+    import training.interrupt  # noqa: F401
 
 import argparse
 import functools
@@ -29,9 +29,6 @@ import torch
 
 from common.distributed import init_processes
 from common.errors import UserError, did_you_mean, launch, require
-from common.flags import Help, parse_size
-from common.image_file import read_image
-from common.report import to_image
 from common.rng import PerImageNoise
 from common.sampling import TEACHER_NFE
 from common.teachers.kind import ADAPTER_KINDS, teacher_kind
@@ -40,9 +37,12 @@ from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
 from common.teachers.students import read_student
 from controls.controlled import Controlled
+from data.image_file import read_image
 from tools.export import export_temporary
 from tools.pictures import captioned
 from tools.rows import load_student, prompt_kwargs, student_row, teacher_row
+from training.flags import Help, parse_size
+from training.report import to_image
 
 POINTS = 4000  # of a toy's picture
 LABELLED = ("toy-cond", "mnist", "dit", "edm-cifar10", "default")  # kinds of teachers, with others

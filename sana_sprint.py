@@ -36,7 +36,7 @@ Usage:
 Differences from the paper, variants and results: docs/sana_sprint.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -46,17 +46,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common.data import load_images
 from common.ema import EMA
 from common.errors import launch, require
-from common.flags import Parser
 from common.model import ScalarEmbedding
-from common.optim import adamw
-from common.report import Report
-from common.run import Run
 from common.schedules import TrigFlow, add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from data.images import load_images
+from training.flags import Parser
+from training.optim import adamw
+from training.report import Report
+from training.run import Run
 
 SD = 0.5  # only its ratio to the 0.1 of (7) matters
 TRIG = TrigFlow(1.0)

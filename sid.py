@@ -44,7 +44,7 @@ Usage:
 Differences from the paper, variants and results: docs/sid.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
@@ -53,17 +53,17 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.data import load_images
 from common.ema import EMA
 from common.errors import launch, require
-from common.flags import Parser
-from common.optim import adamw
-from common.plan import describe_steps
-from common.report import Report
-from common.run import Run
 from common.schedules import Flow, add_noise, native_weight
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from data.images import load_images
+from training.flags import Parser
+from training.optim import adamw
+from training.plan import describe_steps
+from training.report import Report
+from training.run import Run
 
 # Presets: the flags for a kind of teacher, unless the command line gives others.
 # [P] paper, [C] official code, [O] ours, measured in docs/RESULTS.md. `source` is printed at the

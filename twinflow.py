@@ -40,22 +40,22 @@ Usage:
 Differences from the paper, variants and results: docs/twinflow.md.
 """
 
-import common.interrupt  # noqa: F401  # isort: skip
+import training.interrupt  # noqa: F401  # isort: skip
 
 import math
 
 import torch
 
-from common.data import load_images
 from common.ema import EMA
 from common.errors import launch, require
-from common.flags import Parser
-from common.optim import adamw
-from common.report import Report
-from common.run import Run
 from common.schedules import add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from data.images import load_images
+from training.flags import Parser
+from training.optim import adamw
+from training.report import Report
+from training.run import Run
 
 GROUPS = ("e2e", "mul", "any", "adv")
 DELTA = 0.01  # D of (4) and (5)

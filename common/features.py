@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from common import fid
-from common.data import load_images
 from common.errors import UserError
 from common.files import read_json
+from data.images import load_images
 
 
 class Extractor:

@@ -189,3 +189,10 @@ def git_revision():
     except OSError:  # no git on this machine
         return "unknown"
     return head.stdout.strip() + ("+" if changed else "")
+
+
+def format_bytes(n):
+    """Bytes in GB or MB, as text."""
+    if n >= 2**30:
+        return f"{n / 2**30:.1f} GB"
+    return f"{n / 2**20:.1f} MB"

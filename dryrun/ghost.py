@@ -287,7 +287,9 @@ def project_line():
 
 
 def script_line():
-    return source_line(str(ROOT), outside=(f"{ROOT}/common/", f"{ROOT}/dryrun/"))
+    """Outside of the packages that all scripts share."""
+    shared = ("common", "data", "dryrun", "training")
+    return source_line(str(ROOT), outside=tuple(f"{ROOT}/{name}/" for name in shared))
 
 
 # ---- tensors -------------------------------------------------------------------------------------

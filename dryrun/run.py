@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 
 from common.errors import RunError
-from common.files import write_json
-from common.memory import format_bytes
-from common.optim import average_over_processes
+from common.files import format_bytes, write_json
 from common.rng import BatchRandom
 from dryrun.ghost import NAME, Ghost, GhostDevice
 from dryrun.wire import GATHERED, GhostDDP, GhostSharding, Traffic
+from training.optim import average_over_processes
 
 # Dense bf16 with fp32 sums, in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "RTX 4090": 165}

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
-from common.data import Images
 from common.teachers.cache import SHARD
 from common.teachers.prompts import PromptEmbeddings
+from data.images import Images
 
 TABLE = json.loads((Path(__file__).parent / "networks.json").read_text())
 IMAGES = 64  # of a blank data set

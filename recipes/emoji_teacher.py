@@ -53,7 +53,6 @@ from common.ema import EMA
 from common.errors import UserError, launch
 from common.features import SmallCNN
 from common.files import ROOT, atomic, read_json, save_weights, write_json
-from common.report import save_grid
 from common.rng import BatchRandom, derive_seed
 from recipes.classifier import random_affine
 from recipes.emoji_data import SIDE, load_emoji, make_caption
@@ -70,6 +69,7 @@ from recipes.emoji_nets import (
     tokenize,
 )
 from recipes.pretrain import learning_rate
+from training.report import save_grid
 
 CLASSIFIER_STAGES = 3  # of SmallCNN: 64 pixels to 8
 SAMPLE_PROMPTS = (

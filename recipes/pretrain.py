@@ -46,23 +46,23 @@ from common.checkpoint import (
     read_newest,
     write_checkpoint,
 )
-from common.data import Images, load_folder, load_npz
 from common.distributed import bar_interval, choose_device
 from common.ema import EMA
 from common.errors import Interrupted, RunError, UserError, launch, require
 from common.features import ClassifierExtractor, load_classifier
 from common.files import ROOT, atomic, read_json, save_weights, write_json
-from common.flags import Help, flag_name
 from common.metrics import METRICS, evaluate, summary
-from common.report import save_grid
 from common.rng import BatchRandom, PerImageNoise, derive_seed
-from common.run import progress_bar, stop_signals
 from common.sampling import TEACHER_NFE, teacher_sample
 from common.schedules import EDM, Flow
 from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
+from data.images import Images, load_folder, load_npz
 from recipes.classifier import feature_stats, new_classifier, train_classifier
+from training.flags import Help, flag_name
+from training.report import save_grid
+from training.run import progress_bar, stop_signals
 
 LEAST_IMAGES = 10  # a tenth is held out
 CLASSIFIER_STEPS = 200  # for own images; fewer images have more epochs

@@ -59,7 +59,7 @@ def make_run(tmp_path):
     from helpers.trace import signal_handlers_restored
 
     import dmd2
-    from common.run import Run
+    from training.run import Run
 
     runs = []
 

@@ -12,15 +12,15 @@ from helpers.runs import log, run_processes
 from helpers.teachers import draw, quiet, write_captioned
 from PIL import Image
 
-from common.data import Images, load_images
 from common.errors import UserError
-from common.image_file import read_image
-from common.image_folder import LONGEST, read_captions
 from common.teachers import latents, prompts
 from common.teachers.latents import Shards
 from common.teachers.load import load_model, load_pipeline
 from common.teachers.prompts import PromptEmbeddings
 from common.teachers.unet import SD15
+from data.image_file import read_image
+from data.image_folder import LONGEST, read_captions
+from data.images import Images, load_images
 
 PROMPTS = ["a red heart", "dog", "pizza 7"]
 

@@ -1,4 +1,4 @@
-"""common/class_folders.py: labels of class folders, matched by name with the teacher's classes."""
+"""data/class_folders.py: labels of class folders, matched by name with the teacher's classes."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.class_folders import SPLITS, class_folders, index_synsets, simplify
-from common.data import load_images
 from common.errors import UserError
-from common.image_folder import read_captions
 from common.teachers.load import load_teacher
+from data.class_folders import SPLITS, class_folders, index_synsets, simplify
+from data.image_folder import read_captions
+from data.images import load_images
 from tools.measure import list_images
 
 DIGITS = "zero one two three four five six seven eight nine".split()

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from helpers import shapes
 
 from common import fid
-from common.data import Images, load_folder
 from common.rng import derive_seed
+from data.images import Images, load_folder
 from recipes.classifier import (
     feature_stats,
     gaussian_blur,

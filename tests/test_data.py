@@ -1,4 +1,4 @@
-"""common/data.py and common/image_folder.py: order of the images, folders of images, .npz files."""
+"""data/images.py and data/image_folder.py: order of the images, folders of images, .npz files."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Images, load_folder, load_images, load_npz
 from common.errors import UserError
 from common.teachers.load import load_teacher
+from data.images import Images, load_folder, load_images, load_npz
 
 
 def quiet(line):

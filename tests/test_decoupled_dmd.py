@@ -17,10 +17,10 @@ from torch.nn.utils import vector_to_parameters
 
 import decoupled_dmd as dd
 import dmd2
-from common.data import load_images
 from common.rng import BatchRandom
 from common.schedules import EDM, VP, Flow, add_noise, expand
 from common.teachers.load import load_teacher
+from data.images import load_images
 
 INDICES = [999, 749, 499, 249]  # of four steps
 SCHEDULES = dict(vp=VP(), edm=EDM())

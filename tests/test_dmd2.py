@@ -13,13 +13,13 @@ from helpers.gaussian import Gauss, f64, normal
 from helpers.trace import Trace
 
 import dmd2
-from common.data import load_images
 from common.errors import UserError
 from common.model import Model
 from common.rng import BatchRandom, PerImageNoise
 from common.sampling import generate
 from common.schedules import EDM, VP, add_noise, eps_from_x0, native_weight
 from common.teachers.load import load_teacher
+from data.images import load_images
 
 ONE = f64(1.0)
 

@@ -17,12 +17,12 @@ import dmd2
 import twinflow
 from common.errors import UserError
 from common.model import Model
-from common.run import Run
 from common.teachers.hub import HUB
 from common.teachers.load import load_teacher
 from dryrun import ghost
 from dryrun.run import format_time, largest_that_fits, without_flag
 from dryrun.teachers import TABLE
+from training.run import Run
 
 ghost.register()  # before the first backward of this process: while pytest collects
 
@@ -192,7 +192,7 @@ IN_FP32 = ("sana_sprint", "flowmap")
 # Inside diffusers, or for it: lengths of prompts; which expert a sample needs.
 WAITS_OF = {"zimage": "common/teachers/flow.py", "qwen": "common/teachers/flow.py"}
 WAITS_OF["wan22"] = "common/routed.py"
-WAITS_OF["msd"] = "common/run.py"  # a new stage moves its head to the device
+WAITS_OF["msd"] = "training/run.py"  # a new stage moves its head to the device
 
 
 @pytest.mark.parametrize("script, kind", PAIRS)

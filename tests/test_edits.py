@@ -14,8 +14,8 @@ import torch
 from helpers.cases import SCRIPTS, required_flags
 from helpers.runs import QUICK, ROOT
 
-from common.data import Images
 from common.teachers.students import import_script
+from data.images import Images
 
 BLOCK = re.compile(r"(?:<!-- flags: (?P<flags>.*?) -->\n)?```diff\n(?P<lines>.*?)```", re.S)
 

@@ -20,10 +20,10 @@ from common import fid, metrics
 from common.errors import UserError
 from common.features import ClassifierExtractor, read_prompt_classes
 from common.files import ROOT, read_json, write_json
-from common.image_folder import read_captions
 from common.rng import BatchRandom
 from common.sampling import teacher_sample
 from common.teachers.load import load_teacher
+from data.image_folder import read_captions
 from recipes import emoji_data, emoji_teacher
 from recipes.emoji_data import (
     SKIN_TONES,

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import eval as script
-from common import data, fid, metrics, schedules
+from common import fid, metrics, schedules
 from common.distributed import gather_rows
 from common.errors import UserError
 from common.features import ClassifierExtractor, SmallCNN
@@ -28,6 +28,7 @@ from common.rng import PerImageNoise
 from common.sampling import generate, teacher_sample
 from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
+from data import images as data
 from tools import inception as inception_module
 from tools import rows as rows_module
 from tools.inception import INCEPTION_SHA256, InceptionExtractor, resize_tf1

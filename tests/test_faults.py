@@ -84,19 +84,19 @@ threading.Thread(target=wait, daemon=True).start()
 """
 # After the log's line of an iteration.
 LINE = """
-import os, common.run
-log = common.run.Run.log
+import os, training.run
+log = training.run.Run.log
 def log_and_act(run, it, values):
     log(run, it, values)
     if it == {n} and run.rank == {rank}:
         {do}
-common.run.Run.log = log_and_act
+training.run.Run.log = log_and_act
 """
 DIE = "os.kill(os.getpid(), 9)"
 # nan in the batch, the frozen network or the loss, in a span of iterations.
 NAN = """
 import torch
-import common.data, common.rng, common.run, common.teachers.toy
+import data.images, common.rng, training.run, common.teachers.toy
 toy = common.teachers.toy
 now, nan = [-1], float("nan")
 def is_bad():
@@ -115,10 +115,10 @@ def note_iteration(draw):
         now[0] = it
         return draw(run, it)
     return noted
-wrap(common.run.Run, "draw", note_iteration)
+wrap(training.run.Run, "draw", note_iteration)
 if {kind!r} == "batch":
     wrap(common.rng.BatchRandom, "randn", lambda f: lambda *a: spoil(f(*a)))
-    wrap(common.data.Images, "batch", lambda f: lambda *a: tuple(map(spoil, f(*a))))
+    wrap(data.images.Images, "batch", lambda f: lambda *a: tuple(map(spoil, f(*a))))
 if {kind!r} == "teacher":  # nct has none in its loop but the frozen generator
     def frozen_only(forward):
         def wrapped(net, *args, **kwargs):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from common import fid
-from common.data import load_images
 from common.errors import UserError
 from common.features import ClassifierExtractor, SmallCNN, read_prompt_classes
 from common.files import ROOT
 from common.teachers.load import load_teacher
+from data.images import load_images
 
 MNIST = ROOT / "assets" / "mnist"
 

@@ -1,4 +1,4 @@
-"""common/flags.py: presets, --help, and flags that a script does not have."""
+"""training/flags.py: presets, --help, and flags that a script does not have."""
 
 import argparse
 
@@ -7,7 +7,7 @@ import pytest
 import boot
 import dmd2
 from common.errors import UserError, did_you_mean
-from common.flags import Parser, parse_size
+from training.flags import Parser, parse_size
 
 PRESETS = {
     "default": dict(cfg=1.0, lr=1.0, lr_fake=1.0, batch=4, iters=4, ema=0),

@@ -1,4 +1,4 @@
-"""common/folder.py: what a run finds, removes and leaves in its folder."""
+"""training/folder.py: what a run finds, removes and leaves in its folder."""
 
 import errno
 import fcntl
@@ -74,7 +74,7 @@ def test_two_runs_do_not_share_a_folder(make_run):
 def new_run(tmp_path):
     """new_run(out, *flags): a Run of dmd2.py that has not come to `resume` yet."""
     import dmd2
-    from common.run import Run
+    from training.run import Run
 
     def make(out, *flags):
         args = dmd2.parse_args(["--teacher", "toy", "--out", str(out), *flags])

@@ -89,8 +89,9 @@ def test_every_equation_has_a_test(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports_of_a_script(script):
-    """torch, the standard library and common/; nct also controls/. Never another script."""
-    allowed = {"torch", "common"} | set(sys.stdlib_module_names)
+    """torch, the standard library, common/, data/ and training/; nct also controls/. Never another
+    script."""
+    allowed = {"torch", "common", "data", "training"} | set(sys.stdlib_module_names)
     if script == "nct":
         allowed.add("controls")
     found = {name.split(".")[0] for name in imported_names(script_path(script))}
@@ -108,40 +109,47 @@ def test_a_circle_is_found():
     assert find_circle(graph) == ["b", "c", "b"]
 
 
-def test_common_imports_only_common():
-    """And dryrun, for the functions of a dry run."""
+# Packages that the scripts use, and what each may import. dryrun/ is imported inside functions, when
+# a dry run is made.
+LAYERS = {
+    "common": {"common", "data", "dryrun"},
+    "controls": {"common", "controls"},
+    "data": {"common", "data"},
+    "dryrun": {"common", "data", "dryrun", "training"},
+    "training": {"common", "data", "dryrun", "training"},
+}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_of_a_package(package):
     for module, imported in import_graph().items():
-        if module.startswith("common."):
-            others = [name for name in imported if not name.startswith(("common.", "dryrun."))]
-            assert not others, f"{module} imports {others}"
+        if module.startswith(f"{package}."):
+            others = {name.split(".")[0] for name in imported} - LAYERS[package]
+            assert not others, f"{module} imports {sorted(others)}"
+
+
+def test_data_imports_no_networks():
+    """Images are read without them: of common/ only errors, files and random numbers."""
+    for module, imported in import_graph().items():
+        if module.startswith("data."):
+            used = {name for name in imported if name.startswith("common.")}
+            assert used <= {"common.errors", "common.files", "common.rng"}, module
 
 
 def test_a_dry_run_is_imported_only_where_one_is_made():
-    """Other runs never load it: common/ imports it inside functions."""
+    """Other runs never load it: its imports stand inside functions."""
     for module, path in source_files().items():
-        if module.startswith("common."):
+        if module.startswith(("common.", "training.")):
             names = {name.split(".")[0] for name in imported_names(path, inside_functions=False)}
             assert "dryrun" not in names, f"{module} imports dryrun outside of a function"
 
 
-def test_dryrun_imports_only_common_and_dryrun():
-    for module, imported in import_graph().items():
-        if module.startswith("dryrun."):
-            others = [name for name in imported if not name.startswith(("common.", "dryrun."))]
-            assert not others, f"{module} imports {others}"
-
-
-def test_controls_import_only_common_and_controls():
-    for module, imported in import_graph().items():
-        if module.startswith("controls."):
-            others = [name for name in imported if not name.startswith(("common.", "controls."))]
-            assert not others, f"{module} imports {others}"
-
-
-def test_common_has_only_what_training_imports():
+@pytest.mark.parametrize("package", ["common", "data", "training"])
+def test_packages_have_only_what_training_imports(package):
     """What only eval.py, tools/ or recipes/ need stands there."""
     needed = closure(import_graph(), SCRIPTS)
-    unused = [name for name in source_files() if name.startswith("common.") and name not in needed]
+    files = [name for name in source_files() if name.startswith(f"{package}.")]
+    unused = [name for name in files if name not in needed]
     assert not unused, f"no training script imports {unused}"
 
 

@@ -24,12 +24,12 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import ROOT, WEIGHTS, write_json
-from common.flags import Parser
 from common.routed import ByLevel
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
 from controls.controlled import load_generator, make_controlled
 from controls.maps import Control
+from training.flags import Parser
 
 TOY = ROOT / "assets" / "toy"
 

@@ -1,4 +1,4 @@
-"""common/image_file.py: the pixels of a file are those that an image viewer shows.
+"""data/image_file.py: the pixels of a file are those that an image viewer shows.
 
 Each expectation is computed from the pixels that were written, not by the reader.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
 
-from common.image_file import SUFFIXES, describe_notes, fit, read_image, read_images
+from data.image_file import SUFFIXES, describe_notes, fit, read_image, read_images
 
 RAMP = np.linspace(0, 65535, 8).astype(np.uint16)[None].repeat(3, 0)  # 16 bits, 3 x 8
 ROW = [0, 36, 73, 109, 146, 182, 219, 255]  # the same in 8 bits

@@ -1,4 +1,4 @@
-"""common/log.py: means over microsteps, strict JSON, rates."""
+"""training/log.py: means over microsteps, strict JSON, rates."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from common.log import Log
+from training.log import Log
 
 
 @pytest.fixture

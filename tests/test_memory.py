@@ -12,11 +12,12 @@ from helpers.runs import QUICK, checkpoint, log
 
 from common.ema import EMA
 from common.errors import UserError
-from common.memory import estimate_memory, format_bytes, refuse_if_too_large
+from common.files import format_bytes
 from common.teachers.flow import Sana
 from common.teachers.load import load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.unet import SDXL
+from training.memory import estimate_memory, refuse_if_too_large
 
 # ---- the estimate --------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def test_both_experts_are_counted(tmp_path):
 
 def test_a_run_that_does_not_fit(scripts, tmp_path):
     """From the command line, on a machine with a kilobyte."""
-    small = "import common.run; common.run.free_memory = lambda device, world: 1024"
+    small = "import training.run; training.run.free_memory = lambda device, world: 1024"
     p = scripts.start("dmd2.py", *QUICK, "--out", tmp_path / "run", BEFORE=small)
     assert p.wait() == 2
     assert re.fullmatch(r"dmd2\.py: --teacher toy: its networks need [^\n]*\n", p.err)

@@ -8,7 +8,6 @@ from helpers.trace import Trace, weights
 
 import dmd2
 import msd
-from common.data import load_images
 from common.errors import UserError
 from common.features import ClassifierExtractor
 from common.files import read_json
@@ -19,6 +18,7 @@ from common.schedules import EDM, VP, Flow, add_noise
 from common.teachers.dit import DiT
 from common.teachers.load import load_model, load_teacher
 from common.teachers.toy import Toy
+from data.images import load_images
 
 ONE = f64(1.0)
 

@@ -1,9 +1,9 @@
-"""common/optim.py: clipping, and steps whose gradient is not finite."""
+"""training/optim.py: clipping, and steps whose gradient is not finite."""
 
 import pytest
 import torch
 
-from common.optim import clipped_step, rate_factor
+from training.optim import clipped_step, rate_factor
 
 
 def linear():

@@ -1,10 +1,10 @@
-"""common/passes.py: network passes, counted by hooks."""
+"""training/passes.py: network passes, counted by hooks."""
 
 import pytest
 import torch
 
-from common.passes import PassCounter
 from common.teachers.load import load_teacher
+from training.passes import PassCounter
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""common/plan.py: what a run says before its first step, in the terminal and in run.jsonl."""
+"""training/plan.py: what a run says before its first step, in the terminal and in run.jsonl."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 from helpers.runs import QUICK, ROOT
 
 from common import schedules
-from common.plan import describe_steps, is_unguided_by_mistake
+from training.plan import describe_steps, is_unguided_by_mistake
 
 LINES = 12  # of a new run, in a terminal of 100 columns, and those of the method
 EXTRA = {"sid": 1, "phased_dmd": 1, "msd": 2, "sana_sprint": 1, "twinflow": 1, "flowmap": 1}

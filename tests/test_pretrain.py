@@ -10,10 +10,10 @@ from helpers.runs import log, wait_for
 from PIL import Image
 
 from common.checkpoint import list_checkpoints, write_checkpoint
-from common.data import Images, load_images, load_npz
 from common.errors import UserError
 from common.files import ROOT, WEIGHTS, read_json
 from common.teachers.load import load_teacher
+from data.images import Images, load_images, load_npz
 from recipes import pretrain
 
 PRETRAIN = "recipes/pretrain.py"

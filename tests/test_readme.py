@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import readme
+from helpers.source import FOLDERS
 
 import dmd2
 from common.files import ROOT
@@ -69,8 +70,9 @@ def test_links_exist(page):
 def test_paths_exist(page):
     """Paths of this repository in backticks, and modules of `python -m`."""
     text = (ROOT / page).read_text()
-    paths = re.findall(r"`((?:common|controls|tools|recipes|tests|docs|assets)/[\w/.-]+)`", text)
-    for module in re.findall(r"python -m ((?:common|controls|tools|recipes)\.[a-z_.]+)", text):
+    packages = "|".join(FOLDERS)
+    paths = re.findall(rf"`((?:{packages}|tests|docs|assets)/[\w/.-]+)`", text)
+    for module in re.findall(rf"python -m ((?:{packages})\.[a-z_.]+)", text):
         paths.append(module.replace(".", "/") + ".py")
     missing = [path for path in paths if not (ROOT / path).exists() and path not in EXAMPLES]
     assert not missing

@@ -1,4 +1,4 @@
-"""common/report.py: grids, results and the exported student."""
+"""training/report.py: grids, results and the exported student."""
 
 import json
 from types import SimpleNamespace
@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import report as report_module
-from common.report import Report, dumps, save_grid, split_name
 from common.teachers.load import load_teacher
+from training import report as report_module
+from training.report import Report, dumps, save_grid, split_name
 
 
 def toy_teacher():

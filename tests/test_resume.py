@@ -12,7 +12,7 @@ from helpers.runs import QUICK, log, one_line, same
 
 from common.errors import UserError
 from common.files import ROOT, read_json
-from common.folder import changed_flags, describe_changes, flags_of, history, starts_until
+from training.folder import changed_flags, describe_changes, flags_of, history, starts_until
 
 OWN = "--lr 1e-4 --batch 64 --nfe 2 --ratio 3 --seed 7 --cfg 1.5 --save-every 20".split()
 OWN += "--warmup 4 --cooldown 0".split()

@@ -1,4 +1,4 @@
-"""common/run.py: shares of the batch, steps, log, checkpoints and resume, without a script."""
+"""training/run.py: shares of the batch, steps, log, checkpoints and resume, without a script."""
 
 import gc
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import RunError, UserError
-from common.run import Run
+from training.run import Run
 
 
 def linear(n=2):

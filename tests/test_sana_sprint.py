@@ -19,16 +19,16 @@ from helpers.runs import log
 from helpers.trace import Trace
 
 import sana_sprint
-from common.data import load_images
 from common.errors import UserError
 from common.model import Model, ScalarEmbedding
 from common.rng import BatchRandom
-from common.run import Run
 from common.sampling import generate, teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr, expand
 from common.teachers.dit import DiT
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
+from data.images import load_images
+from training.run import Run
 
 SD = 0.5
 HALF_PI = math.pi / 2

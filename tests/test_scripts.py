@@ -41,10 +41,10 @@ from helpers.trace import run_main
 import nct
 from common.ema import EMA
 from common.files import read_json
-from common.flags import Parser
-from common.run import Run
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student
+from training.flags import Parser
+from training.run import Run
 
 VARIANTS = [(script, []) for script in SCRIPTS]
 VARIANTS += [(script, flags) for script, flags in SECOND_FLAGS.items()]
@@ -361,7 +361,7 @@ def test_two_processes_equal_one(script, flags, scripts, tmp_path):
 CRASH = """
 import os, sys, runpy
 sys.path.insert(0, {root!r})
-from common.run import Run
+from training.run import Run
 log = Run.log
 def log_and_die(run, it, values):
     log(run, it, values)

@@ -15,12 +15,12 @@ from helpers.trace import Trace
 
 import dmd2
 import sid
-from common.data import load_images
 from common.errors import UserError
 from common.rng import BatchRandom
 from common.sampling import generate
 from common.schedules import EDM, VP, Flow, TrigFlow, add_noise, eps_from_x0
 from common.teachers.load import load_teacher
+from data.images import load_images
 
 ONE = f64(1.0)
 SCHEDULES = dict(edm=EDM, vp=VP, flow=Flow)

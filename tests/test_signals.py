@@ -12,14 +12,14 @@ FLAGS = ["dmd2.py", *QUICK, "--iters", 12, "--log-every", 1, "--save-every", 0, 
 # Signals to the process itself, one after the other, after the log's line of iteration 4.
 AFTER_LINE_4 = """
 import os, signal, time
-import common.run
-log = common.run.Run.log
+import training.run
+log = training.run.Run.log
 def log_and_send(run, it, values):
     log(run, it, values)
     if it == 4 and run.rank == {rank}:
         for name in {names!r}:
             os.kill(os.getpid(), getattr(signal, name))
-common.run.Run.log = log_and_send
+training.run.Run.log = log_and_send
 """
 # Before the first iteration, in the place where prompts are encoded and networks are loaded.
 WHILE_LOADING = """
@@ -32,10 +32,10 @@ common.teachers.load.load_teacher = load_teacher
 # After the last one.
 WHILE_EVALUATING = """
 import os, signal
-import common.report
+import training.report
 def evaluate(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
-common.report.evaluate = evaluate
+training.report.evaluate = evaluate
 """
 
 

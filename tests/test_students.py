@@ -18,7 +18,6 @@ import dmd2
 import msd
 from common.errors import UserError
 from common.files import read_json
-from common.run import Run
 from common.teachers.load import load_teacher
 from common.teachers.students import (
     network_of,
@@ -28,6 +27,7 @@ from common.teachers.students import (
     start_from,
     teacher_of,
 )
+from training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_the_script_of_a_student(student):
     assert script_of(home, info) is dmd2
 
 
-@pytest.mark.parametrize("name", ["nowhere", "common.run", "../dmd2", "os", "/tmp/x", "", "a b"])
+@pytest.mark.parametrize("name", ["nowhere", "training.run", "../dmd2", "os", "/tmp/x", "", "a b"])
 def test_other_names_are_no_scripts(name, student, tmp_path):
     home, info = read_student(with_record(student, tmp_path, method=name))
     with pytest.raises(UserError, match="expected its script"):

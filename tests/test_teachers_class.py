@@ -22,13 +22,13 @@ from helpers.teachers import (
 from safetensors.torch import load_file, save_file
 
 import dmd2
-from common.data import load_images
 from common.errors import UserError
 from common.sampling import teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from common.teachers.hub import HUB
 from common.teachers.imagenet import sit_network, sit_time_waves
 from common.teachers.load import load_model, load_teacher
+from data.images import load_images
 
 NAMES = ["dit", "sit", "edm"]
 

@@ -15,7 +15,6 @@ from helpers.runs import QUICK, log, run_processes
 from helpers.trace import Trace
 
 import twinflow
-from common.data import load_images
 from common.errors import UserError
 from common.model import Model
 from common.rng import BatchRandom
@@ -23,6 +22,7 @@ from common.sampling import generate
 from common.schedules import VP, Flow, expand
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
+from data.images import load_images
 
 GAUSS = GaussFlow(0.3, 0.5)
 

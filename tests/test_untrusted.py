@@ -21,11 +21,10 @@ from helpers.teachers import quiet
 from PIL import EpsImagePlugin, Image
 
 import eval as evaluation_script
-from common import data, fid
+from common import fid
 from common.errors import RunError, UserError, explain_fault
 from common.features import ClassifierExtractor
 from common.files import ROOT, WEIGHTS
-from common.image_file import read_image
 from common.model import EXTRAS
 from common.teachers.formats import check_evaluation
 from common.teachers.imagenet import read_checkpoint
@@ -33,6 +32,8 @@ from common.teachers.latents import load_latents
 from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.prompts import embed_prompts
 from controls.maps import Control
+from data import images as data
+from data.image_file import read_image
 from tools.inception import load_inception
 from tools.regression import Pairs
 from tools.rows import prompt_kwargs

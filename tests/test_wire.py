@@ -57,7 +57,7 @@ def with_hook(self, *args, **kwargs):
     self.register_comm_hook(None, count_ddp)
 DDP.__init__ = with_hook
 
-from common import optim, run
+from training import optim, run
 after = run.Run.after
 def note(self, *args, **kwargs):
     if self.is_last_microstep:

@@ -14,7 +14,7 @@ heads. After each iteration, one pass of each kind is run bare, that is, the net
 tensors of that size, so that both are measured on the same machine at the same time.
 
     overhead = time of an iteration / time of its bare passes
-    passes: in forwards of one batch; a backward counts two (common/passes.py). The toy's exact
+    passes: in forwards of one batch; a backward counts two (training/passes.py). The toy's exact
             teacher has no network and does not count
 
 On a machine that others use too, OMP_NUM_THREADS=1 and --processor-time measure seconds of the
@@ -40,12 +40,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import ROOT
-from common.memory import peak_memory
 from common.model import Model
-from common.passes import pass_cost
-from common.run import Run
 from controls.controlled import Controlled
 from tools import random_teachers
+from training.memory import peak_memory
+from training.passes import pass_cost
+from training.run import Run
 
 WARMUP = 6  # iterations that are not measured: allocation, threads, first-call set-up
 PROFILED = 8  # iterations of --profile after them

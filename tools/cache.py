@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.files import atomic
-from common.image_file import READER
-from common.report import dumps
 from common.teachers.cache import library_versions
+from data.image_file import READER
 from tools.measure import hash_files
+from training.report import dumps
 
 KEPT_SAMPLES = 2000  # of a row
 KEPT_BYTES = 2**26

@@ -19,11 +19,11 @@ import torch
 from common.errors import UserError, did_you_mean, require
 from common.files import git_revision, write_json
 from common.metrics import METRICS
-from common.report import dumps
 from common.rng import PerImageNoise
 from tools.pictures import by_angle, image_rows, scatter
 from tools.plot_log import plot, read_log
 from tools.rows import steps_text
+from training.report import dumps
 
 HEADINGS = {  # of a row's keys, in the order of the table
     "name": "name",

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from common.distributed import bar_interval, gather_rows, on_all_ranks
 from common.errors import UserError
-from common.image_file import SUFFIXES, read_image
-from common.image_folder import existing_folder, image_files
 from common.metrics import hash_images
-from common.passes import PassCounter
 from common.sampling import generate
 from controls.controlled import Controlled
+from data.image_file import SUFFIXES, read_image
+from data.image_folder import existing_folder, image_files
+from training.passes import PassCounter
 
 # ---- image folders -------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def list_images(flag, folder, n=None, notes=None):
 def folder_features(files, extractor, batch, rank, world, as_stored=False):
     """Features float32 [n, D], hashes int64 [n] and notes (Counter) of image files, on every rank.
 
-    as_stored, notes: as in common/image_file.py.
+    as_stored, notes: as in data/image_file.py.
     """
     if len(files) < world:
         raise UserError(f"{len(files)} images: expected at least one for each of {world} processes")

@@ -40,6 +40,7 @@ import transformers  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 
+PACKAGES = ("common", "controls", "data", "dryrun", "tools", "training")
 LEFT_ALONE = {"parse_args", "check_args"}  # functions about flags: messages, not the method
 NOT_METHOD = {"require", "print", "warn", "print_summary", "load_teacher", "Report", "Parser"}
 # names that are easily taken for each other: one is put in the place of the other in calls
@@ -338,7 +339,7 @@ def tests_pass(copy, script, source, tests, limit):
             signal.alarm(limit)  # whose default action ends the process
             os.chdir(folder)
             sys.path[:0] = [str(folder), str(folder / "tests")]
-            for name in [n for n in sys.modules if n.split(".")[0] in ("common", "tools")]:
+            for name in [n for n in sys.modules if n.split(".")[0] in PACKAGES]:
                 del sys.modules[name]
             null = os.open(os.devnull, os.O_RDWR)
             for descriptor in range(3):

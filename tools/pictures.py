@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import atomic
-from common.report import to_image
+from training.report import to_image
 
 MARGIN = 12
 GAP = 2  # between images

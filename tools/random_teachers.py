@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import torch
 
-from common.data import Images
 from common.errors import UserError, did_you_mean
 from common.teachers.load import PIPELINES, freeze, ignore_sizes
 from common.teachers.prompts import PromptEmbeddings
+from data.images import Images
 
 NETWORKS = Path(__file__).parent.parent / "dryrun" / "networks.json"
 TABLE = {name: e for name, e in json.loads(NETWORKS.read_text()).items() if "tiny" in e}

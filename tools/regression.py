@@ -27,15 +27,15 @@ import dmd2
 from common.ema import EMA
 from common.errors import RunError, first_line, launch, require
 from common.files import ROOT, atomic
-from common.flags import Parser
-from common.optim import adamw
-from common.plan import describe_steps
-from common.report import Report
 from common.rng import PerImageNoise, derive_seed
-from common.run import Run
 from common.sampling import generate, teacher_sample
 from common.schedules import initial_noise
 from common.teachers.load import load_teacher
+from training.flags import Parser
+from training.optim import adamw
+from training.plan import describe_steps
+from training.report import Report
+from training.run import Run
 
 STEPS = 50  # of the teacher
 PART = 64  # pairs in one file

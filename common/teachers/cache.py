@@ -15,8 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from common.errors import UserError, first_line, require
-from common.files import ROOT
-from common.memory import format_bytes
+from common.files import ROOT, format_bytes
 
 SHARD = 1024  # largest number of rows in one file
 VISIBLE_AFTER = 90  # seconds; network file systems show a new file up to a minute late

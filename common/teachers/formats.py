@@ -57,7 +57,7 @@ SIT = dict(
 
 
 def is_result(value):
-    """Is this a row of measured results that common/report.py can print?"""
+    """Is this a row of measured results that training/report.py can print?"""
     return (
         isinstance(value, dict)
         and isinstance(value.get("protocol"), str)

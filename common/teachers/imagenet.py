@@ -46,7 +46,6 @@ import torch
 from safetensors.torch import load_file
 
 from common import schedules
-from common.class_folders import class_folders, read_synonyms
 from common.errors import UserError, describe
 from common.files import load_errors, read_json
 from common.model import Model
@@ -58,6 +57,7 @@ from common.teachers.hub import is_hub_name
 from common.teachers.latents import load_latents
 from common.teachers.pipeline import Pipeline
 from common.teachers.unet import PREDICTIONS
+from data.class_folders import class_folders, read_synonyms
 
 
 class ClassDiT(Pipeline, DiT):

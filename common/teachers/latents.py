@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from common.data import Images
 from common.distributed import (
     on_all_ranks,
     on_rank0,
@@ -17,9 +16,7 @@ from common.distributed import (
     run_in_step,
 )
 from common.errors import UserError, first_line
-from common.files import atomic
-from common.image_file import READER, SUFFIXES, describe_notes, read_images
-from common.memory import format_bytes
+from common.files import atomic, format_bytes
 from common.teachers.cache import (
     SHARD,
     cache_errors,
@@ -29,6 +26,8 @@ from common.teachers.cache import (
     stamp_files,
     wait_until_visible,
 )
+from data.image_file import READER, SUFFIXES, describe_notes, read_images
+from data.images import Images
 
 BATCH = 16  # images that are read and encoded together
 

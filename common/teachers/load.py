@@ -25,7 +25,6 @@ from common.files import (
     load_weights,
     read_json,
 )
-from common.image_folder import read_captions
 from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
@@ -61,6 +60,7 @@ from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
 from common.teachers.wan import Wan
 from common.teachers.weights import find_weights
+from data.image_folder import read_captions
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.

@@ -10,10 +10,10 @@ import torch
 
 from common.errors import UserError
 from common.files import load_errors, read_json
-from common.image_folder import image_files
 from common.model import Model, layers_at, load_extras
 from common.teachers.latents import load_latents
 from common.teachers.weights import find_weights, text_options
+from data.image_folder import image_files
 
 # diffusers 0.42 calls this argument dtype; 0.35, which is supported as well, has only the old name.
 warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean, require
-from common.image_folder import LONGEST
+from data.image_folder import LONGEST
 
 COLUMNS = ("prompt", "prompts", "text", "texts", "caption", "captions")  # in capitals as well
 LISTS = ("prompts", "captions", "texts", "annotations", "data")  # in a JSON object

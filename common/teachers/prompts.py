@@ -22,8 +22,7 @@ from common.distributed import (
     run_in_step,
 )
 from common.errors import require
-from common.files import load_errors, read_json, save_weights, write_json
-from common.memory import format_bytes
+from common.files import format_bytes, load_errors, read_json, save_weights, write_json
 from common.teachers.cache import (
     SHARD,
     cache_errors,

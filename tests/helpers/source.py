@@ -8,7 +8,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDERS = ["common", "controls", "dryrun", "tools", "recipes"]
+FOLDERS = ["common", "controls", "data", "dryrun", "recipes", "tools", "training"]
 
 
 def module_name(path):
@@ -31,7 +31,7 @@ def parse(path):
 def imported_names(path, inside_functions=True):
     """Dotted names of all imports in a file, also of those inside functions.
 
-    `from common import data` gives both common and common.data.
+    `from common import schedules` gives both common and common.schedules.
     """
     names = set()
     tree = parse(path)

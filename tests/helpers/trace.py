@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from common.report import Report
 from common.routed import Routed
-from common.run import Run, stop_signals
+from training.report import Report
+from training.run import Run, stop_signals
 
 
 @contextlib.contextmanager

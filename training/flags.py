@@ -7,8 +7,8 @@ import re
 import sys
 
 from common.errors import require
-from common.folder import NOT_KEPT, default_folder, flags_of, read_starts
 from common.teachers.kind import teacher_kind
+from training.folder import NOT_KEPT, default_folder, flags_of, read_starts
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -29,8 +29,11 @@ from common.checkpoint import (
 )
 from common.distributed import bar_interval, init_processes, on_rank0
 from common.errors import Interrupted, RunError, UserError, first_line, require
-from common.files import sync
-from common.folder import (
+from common.files import format_bytes, sync
+from common.model import Model
+from common.rng import BatchRandom, derive_seed
+from common.routed import Routed
+from training.folder import (
     RunFolder,
     changed_flags,
     default_folder,
@@ -38,23 +41,19 @@ from common.folder import (
     read_starts,
     starts_until,
 )
-from common.log import Log
-from common.memory import (
+from training.log import Log
+from training.memory import (
     describe_bytes,
     estimate_memory,
-    format_bytes,
     free_memory,
     keep_heap,
     parameter_bytes,
     peak_memory,
     refuse_if_too_large,
 )
-from common.model import Model
-from common.optim import average_over_processes, clipped_step, rate_factor
-from common.passes import PassCounter
-from common.plan import describe_run, is_unguided_by_mistake
-from common.rng import BatchRandom, derive_seed
-from common.routed import Routed
+from training.optim import average_over_processes, clipped_step, rate_factor
+from training.passes import PassCounter
+from training.plan import describe_run, is_unguided_by_mistake
 
 # What Ctrl-C, a closed terminal, Slurm, Kubernetes, systemd and other schedulers send. Not every
 # system has all of them.

@@ -12,7 +12,7 @@ import torch
 
 from common.errors import UserError, did_you_mean
 from common.files import ROOT
-from common.image_folder import existing_folder, image_files, is_image, is_junk, trusted_root
+from data.image_folder import existing_folder, image_files, is_image, is_junk, trusted_root
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 SYNSET = re.compile(r"n\d{8}(?!\d)")  # of WordNet: n01440764, also at the start of a longer name

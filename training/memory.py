@@ -8,18 +8,12 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.files import format_bytes
 
 try:
     import resource
 except ModuleNotFoundError:  # Windows
     resource = None
-
-
-def format_bytes(n):
-    """Bytes in GB or MB, as text."""
-    if n >= 2**30:
-        return f"{n / 2**30:.1f} GB"
-    return f"{n / 2**20:.1f} MB"
 
 
 def keep_heap():

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from common.checkpoint import read_scores
 from common.distributed import on_rank0
 from common.files import atomic, write_folder, write_json
-from common.folder import flags_of, history, read_starts, utc_now
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
+from training.folder import flags_of, history, read_starts, utc_now
 
 
 class Report:

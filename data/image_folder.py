@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.errors import UserError
-from common.image_file import NOT_READ, SUFFIXES
+from data.image_file import NOT_READ, SUFFIXES
 
 LONGEST = 4000  # characters of a prompt or caption; text encoders read a few hundred tokens
 

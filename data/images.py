@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import torch
 
-from common.class_folders import class_folders
 from common.errors import UserError
 from common.files import check_npz_size
-from common.image_file import SUFFIXES, describe_notes, read_images
 from common.rng import derive_seed
+from data.class_folders import class_folders
+from data.image_file import SUFFIXES, describe_notes, read_images
 
 TOY_SAMPLES = 20_000  # points that stand for the data set of the toy teachers
 
