@@ -109,8 +109,8 @@ def test_a_circle_is_found():
     assert find_circle(graph) == ["b", "c", "b"]
 
 
-# Packages that the scripts use, and what each may import. dryrun/ is imported inside functions, when
-# a dry run is made.
+# Packages that the scripts use, and what each may import. dryrun/ only inside functions, when a dry
+# run is made.
 LAYERS = {
     "common": {"common", "data", "dryrun"},
     "controls": {"common", "controls"},
