@@ -6,10 +6,12 @@ Numbers in tables were derived apart from the code.
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers.gaussian import Gauss, f64, full, normal, relative_error
+from helpers import byhand
+from helpers.gaussian import Gauss, f64, full, normal
 
 import boot
 from common.errors import UserError
@@ -772,63 +774,116 @@ def test_rates_and_average(trace):
     assert not torch.equal(averaged, steps[-1].after["student"])
 
 
-class ByHand:
-    """Gradient of an iteration of the EDM toy, from the equations: alpha = 1, x_T = 20 eps."""
+# ---- whole iterations by hand --------------------------------------------------------------------
 
-    FLAGS = ["--iters", 2, "--cfg", 2, "--beta", 0.5, "--lr", 1e-2, "--clip", 1e9]
 
-    def __init__(self):
-        self.teacher = load_teacher("toy-cond")
-        self.student = self.teacher.copy().extend("time")
-        self.nodes = self.teacher.schedule.grid(1000)
+class Hand:
+    """(1) to (9) from the docstring, on 2-D points with labels 0 to 7 and 8 for none."""
 
-    def sigma(self, u):
-        """[B], by linear interpolation of the nodes; 0 at the image."""
-        found = []
-        for place in (u * 999).tolist():
-            low, high = self.nodes[int(place)], self.nodes[min(int(place) + 1, 999)]
-            found.append(torch.lerp(low, high, place - int(place)))
-        return torch.where(u == 0, 0.0, torch.stack(found))
+    def __init__(self, trace, **case):
+        fixed = dict(w=1.0, delta=1 / 32, beta=1.0, share=0.25, horizon=0)
+        self.trace, self.schedule = trace, trace.teacher.schedule
+        vars(self).update(fixed | case)
+        ends = [int(i * self.share) for i in range(17)]
+        self.at_T = torch.tensor([b > a for a, b in zip(ends, ends[1:])])
+        self.logs = []
 
-    def gradient(self, it, weights):
-        nn.utils.vector_to_parameters(weights, self.student.parameters())
-        teacher, draw = self.teacher, BatchRandom(0, it, 16)
-        cond, eps = teacher.encode(draw.randint(0, 8)), draw.randn(2)
-        t = 33 / 32 * (1 - draw.rand())
-        u_t, u_s = t.clamp(max=1), (t - 1 / 32).clamp(min=0)
-        is_boundary = torch.arange(16) % 4 == 3
-        u_t[is_boundary] = u_s[is_boundary] = 1.0
+    def levels(self, u):
+        """alpha, sigma [B] at shares of the path, clean at 0 and the schedule's last at 1."""
+        if isinstance(self.schedule, EDM):
+            nodes = torch.linspace(0.01 ** (1 / 7), 20 ** (1 / 7), 1000, dtype=torch.float64) ** 7
+        elif isinstance(self.schedule, VP):
+            nodes = torch.arange(1000.0)
+        elif isinstance(self.schedule, Flow):
+            v = torch.arange(1001) / 1000
+            nodes = self.schedule.shift * v / (1 + (self.schedule.shift - 1) * v)
+        else:
+            nodes = torch.linspace(0, math.pi / 2, 1001, dtype=torch.float64)
+        places = u.numpy() * (len(nodes) - 1)
+        t = torch.from_numpy(np.interp(places, np.arange(len(nodes)), nodes.double().numpy()))
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if isinstance(self.schedule, TrigFlow):
+            alpha = torch.where(u == 1, 0.0, alpha)
+        return torch.where(u == 0, 1.0, alpha), torch.where(u == 0, 0.0, sigma)
+
+    def losses(self, it):
+        draw, B = BatchRandom(3, it, 16), self.at_T
+        labels, eps = draw.randint(0, 8), draw.randn(2)
+        low = max(1 - it / self.horizon, 0) if self.horizon else 0
+        t = 1 + self.delta - (1 + self.delta - low) * draw.rand()
+        t, s = t.clamp(max=1), (t - self.delta).clamp(min=0)
+        one = torch.ones(16, dtype=torch.float64)
+        t, s = torch.where(B, one, t), torch.where(B, one, s)
+        (a_T, s_T), (a_t, s_t), (a_s, s_s) = map(self.levels, (one, t, s))
+        x_T = eps if isinstance(self.schedule, VP) else (s_T[:, None] * eps).float()
 
         def y(u):
-            return self.student(20 * eps, 1.0, 20.0, cond | dict(time=u))  # (3)
+            return self.trace.student(x_T, a_T, s_T, dict(labels=labels, time=u))  # (3)
 
-        with torch.no_grad():
-            y_t = y(u_t)
-            x_t = y_t + self.sigma(u_t)[:, None] * eps  # (1)
-            x = torch.where(is_boundary[:, None], 20 * eps, x_t).float()
-            levels = torch.ones(16), self.sigma(u_t)
-            c, n = teacher(x, *levels, cond), teacher(x, *levels, teacher.null(16))
-            f = n + 2 * (c - n)  # (4)
-            k = torch.where(is_boundary, 1.0, 1 - self.sigma(u_s) / self.sigma(u_t))  # (5)
-            target = y_t + k[:, None] * (f - y_t)  # (6)
-        error = (y(u_s) - target).square().mean(1)
-        loss_bs = (error / k.clamp(min=0.02) ** 2)[~is_boundary].mean()  # (7)
-        loss_bc = error[is_boundary].mean()  # (8)
-        grads = torch.autograd.grad(loss_bs + 0.5 * loss_bc, self.student.parameters())  # (9)
-        return torch.cat([g.flatten() for g in grads]).double()
+        y_t, y_s = y(t).detach(), y(s)
+        x_t = (a_t[:, None] * y_t + s_t[:, None] * eps).float()  # (1)
+        x_t = torch.where(B[:, None], x_T, x_t)
+        c = self.trace.teacher(x_t, a_t, s_t, dict(labels=labels))
+        null = self.trace.teacher(x_t, a_t, s_t, dict(labels=torch.full_like(labels, 8)))
+        f = null + self.w * (c - null)  # (4)
+        k = 1 - ((s_s / a_s).log() - (s_t / a_t).log()).exp()  # (5)
+        target = torch.where(B[:, None], f, y_t + k[:, None] * (f - y_t))  # (6), (8)
+        error = ((y_s - target) ** 2).mean(1)
+        residual = error[~B] / k[~B].clamp(min=0.02) ** 2
+        loss_bc = error[B].mean() if B.any() else torch.zeros(())  # (8)
+        loss = residual.mean() + self.beta * loss_bc  # (7), (9)
+
+        gap = (f - y_t)[~B].abs().mean()
+        logs = dict(loss=loss, boundary=loss_bc, increment=gap)
+        for q in range(4):
+            mine = (s[~B] >= q / 4) & ((s[~B] < (q + 1) / 4) | (q == 3))
+            logs[f"bootstrap_{q}"] = (residual * mine).mean()
+        self.logs.append(logs)
+        return dict(student=loss)
 
 
-def check_by_hand(steps):
-    hand = ByHand()
-    for it, step in enumerate(steps):
-        expected = hand.gradient(it, step.before["student"])
-        assert relative_error(step.flat_grad(), expected) < 1e-4, f"iteration {it}"
+BY_HAND = {
+    "--cfg 2.5 --beta 0.4 --delta 0.1 --boundary-frac 0.5 --horizon-warmup 3": dict(
+        kind="vp", w=2.5, beta=0.4, delta=0.1, share=0.5, horizon=3
+    ),
+    "--beta 0 --boundary-frac 0 --cfg 3": dict(kind="flow", w=3, beta=0, share=0),
+    "--delta 0.003 --cfg 0 --lora 4": dict(kind="trigflow", w=0, delta=0.003),
+    "": {},
+}
 
 
-def test_eq01_to_eq09_by_hand(trace):
-    """(1), (3) to (9): the gradients of the first two iterations. At the start the time embedding
-    is zero, and the boundary loss of an unguided teacher too."""
-    check_by_hand(trace(boot, *ByHand.FLAGS))
+@pytest.mark.parametrize("flags", BY_HAND)
+def test_whole_iterations_by_hand(trace, monkeypatch, flags):
+    """(1) to (9): gradients, AdamW's updates, their average, and what the log says."""
+    common = "--iters 4 --seed 3 --lr 3e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.1"
+    common += " --warmup 2 --cooldown 0.6 --ema 3 --distance-every 0"
+    case = dict(BY_HAND[flags])
+    kind = case.pop("kind", "edm")
+    teacher = byhand.any_toy(kind)
+    if kind == "flow":
+        teacher.schedule = Flow(shift=3.0)
+    monkeypatch.setattr(boot, "load_teacher", lambda *args, **kwargs: teacher)
+    byhand.start_awake(monkeypatch)
+    wrapped = byhand.wrap_trained(monkeypatch)
+    flags = [*common.split(), *flags.split()]
+    steps = trace(boot, *flags, record=[(boot, "Report")])
+    hand = Hand(steps, **case)
+    rates = byhand.rates(3e-3, 4, warmup=2, cooldown=0.6)
+    optimisers = dict(student=byhand.AdamW(rates, (0.3, 0.8), 0.1, 0.1))
+    assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
+    byhand.compare_logs(steps.logs, hand.logs)
+    # gradients flow through what run.train returns, other passes do not
+    assert [net.calls for net in wrapped] == [{True: 4, False: 0}]
+
+    # the student is the average, its sample the signal at the image
+    average = steps.ema.model
+    found = torch.cat([p.detach().flatten() for p in average.parameters()]).double()
+    assert byhand.difference(found, byhand.average(steps, 3, 16)) < 1e-6
+    x, noise, cond = byhand.samples_of_record(steps.calls["Report"][0].result)
+    (alpha,), (sigma,) = hand.levels(torch.ones(1, dtype=torch.float64))
+    x_T = noise() if kind == "vp" else sigma.float() * noise()
+    expected = average(x_T, alpha, sigma, cond | dict(time=torch.zeros(6)))  # (10)
+    assert byhand.difference(x, expected) < 1e-5
 
 
 def unguided(bootstrap):
@@ -859,10 +914,8 @@ BROKEN = {
 def test_by_hand_notices(trace, monkeypatch, name):
     """The comparison fails when the run uses a wrong function."""
     monkeypatch.setattr(boot, name, BROKEN[name](getattr(boot, name)))
-    steps = trace(boot, *ByHand.FLAGS)
-    monkeypatch.undo()
-    with pytest.raises(AssertionError, match="iteration"):
-        check_by_hand(steps)
+    with pytest.raises(AssertionError, match="student"):
+        test_whole_iterations_by_hand(trace, monkeypatch, next(iter(BY_HAND)))
 
 
 def test_no_images_are_loaded():

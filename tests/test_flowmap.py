@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn as nn
+from helpers import byhand
 from helpers.gaussian import Gauss, GaussFlow, f64, full, labels, normal, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -625,128 +626,6 @@ def test_every_step_moves_its_network(trace, flags):
         assert step.moved(step.role)
 
 
-def column(a):
-    """[B] -> [B, 1], float32."""
-    return a.view(-1, 1).float()
-
-
-class ByHand:
-    """Gradients of iteration 1, from the equations, with the networks that the run had then.
-
-    At iteration 0 many terms are zero. Estimates of the clean x are the toy's own, derivatives are
-    those of reverse mode.
-    """
-
-    FLAGS = ["--iters", 2, "--cfg", 2, "--clip", 1e9, "--eps", 0.01, "--lr", 1e-2]
-
-    def __init__(self, steps):
-        self.teacher = load_teacher("toy-cond")
-        self.student = self.teacher.copy().extend("duration")
-        self.aux = self.teacher.copy()
-        self.draw = BatchRandom(0, 1, 16)
-        self.steps = steps
-
-    def load(self, step):
-        nets = dict(student=self.student, critic=self.aux)
-        for name, net in nets.items():
-            nn.utils.vector_to_parameters(self.steps[step].before[name], net.parameters())
-
-    def u_avg(self, z, d, cond):
-        return self.student(z, 0.0, 1.0, cond | dict(duration=0.375 * d)) - z  # (3)
-
-    def u(self, net, x, t, cond, w=1.0):
-        t = t.clamp(min=0.01 / 1.01)  # the least noise of the toy is 0.01 of its data
-
-        def plain(cond):
-            return (net(x, 1 - t, t, cond) - x) / column(t)  # (1)
-
-        null = plain(self.teacher.null(len(x)))
-        return null + w * (plain(cond) - null)  # (2)
-
-    def student_gradient(self):
-        draw, teacher = self.draw, self.teacher
-        z, cond = draw.randn(2), teacher.encode(draw.randint(0, 8))
-        is_corrected = torch.arange(16) % 4 == 3
-        d = torch.where(is_corrected, 1.0, (draw.rand() / 0.9).clamp(max=1))
-        r, n = torch.sigmoid(0.8 + draw.randn().double()), draw.randn(2)
-        u_avg = self.u_avg(z, d, cond)
-        of_d = lambda d: self.u_avg(z, d, cond)
-        slope = torch.autograd.functional.jvp(of_d, d, torch.ones_like(d))[1].float()
-        x = (z + u_avg).detach()
-        g = torch.zeros_like(z)
-        for i in range(16):
-            one = slice(i, i + 1)
-            cond_i = {name: value[one] for name, value in cond.items()}
-            if is_corrected[i]:
-                x_r = (1 - column(r[one])) * x[one] + column(r[one]) * n[one]
-                w = 2.0 if r[i] <= 0.7 else 1.0
-                fake = self.u(self.aux, x_r, r[one], cond_i)
-                g[one] = (fake - self.u(teacher, x_r, r[one], cond_i, w)).detach()  # (8)
-            else:
-                state = z[one] + column(d[one]) * u_avg[one]  # (4)
-                e = u_avg[one] + column(d[one]) * slope[one]
-                e = e - self.u(teacher, state, 1 - d[one], cond_i, 2.0)  # (5)
-                g[one] = (e / (e.square().mean() + 0.01)).detach()  # (7)
-        g[is_corrected] *= mean_norm(g[~is_corrected]) / mean_norm(g[is_corrected])  # (9)
-        return torch.autograd.grad((u_avg * g).sum() / 32, self.student.parameters())  # (10)
-
-    def aux_gradient(self):
-        draw, teacher = self.draw, self.teacher
-        cond, z = teacher.encode(draw.randint(0, 8)), draw.randn(2)
-        n, r = draw.randn(2), draw.rand()
-        x = (z + self.u_avg(z, full(1.0, 16), cond)).detach()
-        x_r = (1 - column(r)) * x + column(r) * n
-        loss = (self.u(self.aux, x_r, r, cond) - (x - n)).square().mean()  # (11)
-        return torch.autograd.grad(loss, self.aux.parameters())
-
-
-def check_by_hand(steps):
-    hand = ByHand(steps)
-    for i, gradient in ((2, hand.student_gradient), (3, hand.aux_gradient)):
-        hand.load(i)
-        expected = torch.cat([part.flatten() for part in gradient()]).double()
-        assert relative_error(steps[i].flat_grad(), expected) < 1e-4, steps[i].role
-
-
-def test_eq01_to_eq11_by_hand(trace):
-    """(1) to (5) and (7) to (11): both gradients of a whole iteration."""
-    check_by_hand(trace(flowmap, *ByHand.FLAGS))
-
-
-def at_the_image(average_velocity):
-    return lambda student, z, d, cond, w: average_velocity(student, z, d * 0 + 1, cond, w)
-
-
-def guided_at_all_r(correction_error):
-    return lambda *args: correction_error(*args[:-1], 1.0)
-
-
-def of_the_noise(sample):
-    return lambda student, z, cond, **kwargs: z
-
-
-def not_weighted(weighted):
-    return lambda e, k, eps: e
-
-
-BROKEN = {
-    "average_velocity": at_the_image,
-    "correction_error": guided_at_all_r,
-    "sample": of_the_noise,
-    "weighted": not_weighted,
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_by_hand_notices(trace, monkeypatch, name):
-    """The comparison fails when the run uses a wrong function."""
-    monkeypatch.setattr(flowmap, name, BROKEN[name](getattr(flowmap, name)))
-    steps = trace(flowmap, *ByHand.FLAGS)
-    monkeypatch.undo()
-    with pytest.raises(AssertionError, match="student|critic"):
-        check_by_hand(steps)
-
-
 def test_eq09_the_two_parts_add(trace, monkeypatch):
     """lambda = 0 is prediction alone, and the correction's gradient is linear in lambda."""
 
@@ -789,6 +668,207 @@ def test_without_a_range_guidance_is_no_input(trace):
 def test_both_parts_must_have_samples_in_each_process(trace):
     with pytest.raises(UserError, match="expected at least 10 samples per process.*found 8"):
         trace(flowmap, "--correction", 0.1, "--batch", 8)
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+class Hand:
+    """(1) to (11) from the docstring, on 2-D points with labels 0 to 7 and 8 for none.
+
+    least: of t, from the least noise of the teacher's schedule, or 1e-3.
+    """
+
+    def __init__(self, trace, least=0.01 / 1.01, **case):
+        fixed = dict(w=1.0, low=None, high=None, correction=0.25, euler=None, k=1.0, eps=1.0)
+        case = fixed | dict(mean=0.8, guided=0.7, ratio=1) | case
+        self.trace, self.least = trace, least
+        self.low, self.high = case.pop("low") or case["w"], case.pop("high") or case["w"]
+        self.is_range = self.low < self.high
+        vars(self).update(case)
+        ends = [int(i * self.correction) for i in range(17)]
+        self.corrected = torch.tensor([b > a for a, b in zip(ends, ends[1:])])
+        self.logs = []
+
+    def scale(self, draw):
+        """w of a batch."""
+        if not self.is_range:
+            return torch.full((16,), self.w, dtype=torch.float64)
+        return self.low + (self.high - self.low) * draw.rand()
+
+    def inputs(self, labels, w):
+        cond = dict(labels=labels)
+        return cond | dict(guidance=(w - 1) / 4) if self.is_range else cond
+
+    def u_avg(self, z, d, labels, w):
+        cond = self.inputs(labels, w) | dict(duration=0.375 * d)
+        return self.trace.student(z, 0.0, 1.0, cond) - z  # (3)
+
+    def u(self, net, x, t, cond):
+        t = t.clamp(min=self.least)
+        return ((net(x, 1 - t, t, cond).double() - x) / t[:, None]).float()  # (1)
+
+    def u_w(self, x, t, labels, w):
+        c = self.u(self.trace.teacher, x, t, dict(labels=labels))
+        null = self.u(self.trace.teacher, x, t, dict(labels=torch.full_like(labels, 8)))
+        return (null + w[:, None] * (c - null)).float()  # (2)
+
+    def state(self, z, d, u_avg):
+        return (z + d[:, None] * u_avg).float()  # (4)
+
+    def prediction(self, z, d, labels, w):
+        def of_d(d):
+            return self.u_avg(z, d, labels, w)
+
+        if self.euler is None:
+            u_avg, slope = torch.autograd.functional.jvp(of_d, d, torch.ones_like(d))
+            u = self.u_w(self.state(z, d, u_avg), 1 - d, labels, w)
+            e = u_avg + d[:, None] * slope - u  # (5)
+        else:
+            before = (d - 1 / self.euler).clamp(min=0)
+            u_before = of_d(before)
+            u = self.u_w(self.state(z, before, u_before), 1 - before, labels, w)
+            way = before[:, None] * u_before + (d - before)[:, None] * u
+            e = of_d(d) - way / d[:, None]  # (6)
+        return e
+
+    def correction_of(self, x, r, n, labels, w):
+        x_r = (x + r[:, None] * (n - x)).float()
+        fake = self.u(self.trace.networks()["critic"], x_r, r, self.inputs(labels, w))
+        return fake - self.u_w(x_r, r, labels, torch.where(r > self.guided, 1.0, w))  # (8)
+
+    def losses(self, it):
+        draw, C = BatchRandom(3, it, 16), self.corrected
+        one = torch.ones(16, dtype=torch.float64)
+        norm = lambda e: (e**2).mean(1).sqrt().mean()
+        self.logs.append({})
+
+        def student():
+            z, labels, w = draw.randn(2), draw.randint(0, 8), self.scale(draw)
+            d = (draw.rand() / 0.9).clamp(max=1)  # a tenth of the durations is 1
+            if self.euler is not None:
+                d = (d * self.euler).ceil().clamp(min=1) / self.euler
+            r, n = (self.mean + draw.randn().double()).sigmoid(), draw.randn(2)
+            d = torch.where(C, one, d)
+            u_avg, g = self.u_avg(z, d, labels, w), torch.zeros(16, 2, dtype=torch.float64)
+            x = self.state(z, one, self.u_avg(z, one, labels, w)).detach()
+            if not C.all():
+                e = self.prediction(z[~C], d[~C], labels[~C], w[~C]).detach().double()
+                g[~C] = e / ((e**2).mean(1, keepdim=True) + self.eps) ** self.k  # (7)
+                self.logs[-1]["prediction"] = (e**2).mean()
+            if C.any():
+                e = self.correction_of(x[C], r[C], n[C], labels[C], w[C]).detach().double()
+                lam = 1.0 if C.all() else norm(g[~C]) / norm(e)
+                g[C] = lam * e  # (9)
+                self.logs[-1] |= {"correction": (e**2).mean(), "lambda": lam}
+            return (u_avg * g).mean()  # (10)
+
+        def aux():
+            labels, w = draw.randint(0, 8), self.scale(draw)
+            z, n, r = draw.randn(2), draw.randn(2), draw.rand()
+            x = self.state(z, one, self.u_avg(z, one, labels, w)).detach()
+            x_r = (x + r[:, None] * (n - x)).float()
+            prediction = self.u(self.trace.networks()["critic"], x_r, r, self.inputs(labels, w))
+            loss = ((prediction - (x - n)) ** 2).mean()  # (11)
+            self.logs[-1] |= dict(aux=loss, std=x.std())
+            return loss
+
+        return [("student", student)] + [("critic", aux)] * (self.ratio if C.any() else 0)
+
+
+# flags -> what they say, and the schedule of the teacher (default: EDM's, that of the toy)
+BY_HAND = {
+    "--cfg 2.5 --euler-steps 4 --k 0.5 --correction 0.5": dict(
+        w=2.5, euler=4, k=0.5, correction=0.5
+    ),
+    "--euler-steps 3 --cfg-range 1 3 --eps 0.01": dict(
+        low=1.0, high=3.0, euler=3, eps=0.01, kind="flow"
+    ),
+    "--correction 1 --cfg 2 --ratio 2": dict(w=2.0, correction=1, ratio=2, trigkind="flow"),
+    "--cfg 2 --r-mean -0.3 --r-guided 0.4 --eps 0.05 --ratio 2 --lora 4 --lora-fake 2": dict(
+        w=2.0, mean=-0.3, guided=0.4, eps=0.05, ratio=2
+    ),
+    "--cfg 2 --cfg-range 0.5 3": dict(w=2.0, low=0.5, high=3.0, kind="vp"),
+    "--correction 0 --cfg 2 --k 2": dict(w=2.0, correction=0, k=2.0, kind="flow"),
+    "": {},
+}
+# sigma / alpha of the cleanest level; of this VP schedule it is a third
+LEAST = dict(edm=0.01, vp=(0.1 / 0.9) ** 0.5, flow=0.0, trigflow=0.0)
+
+
+@pytest.mark.parametrize("flags", BY_HAND)
+def test_whole_iterations_by_hand(trace, monkeypatch, flags):
+    """(1) to (11): gradients of student and aux, AdamW's updates and the average of it."""
+    common = "--iters 4 --seed 3 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1"
+    common += " --clip 0.1 --warmup 2 --cooldown 0.6 --ema 3"
+    case = dict(BY_HAND[flags])
+    kind = case.pop("kind", "edm")
+    teacher = byhand.any_toy(kind)
+    if kind == "vp":
+        teacher.schedule = VP(20, 0.1, 0.3, "linear")
+    monkeypatch.setattr(flowmap, "load_teacher", lambda *args, **kwargs: teacher)
+    byhand.start_awake(monkeypatch)
+    wrapped = byhand.wrap_trained(monkeypatch)
+    flags = [*common.split(), *flags.split()]
+    steps = trace(flowmap, *flags, record=[(flowmap, "Report")])
+
+    ratio = LEAST[kind]
+    hand = Hand(steps, max(ratio / (1 + ratio), 1e-3), **case)
+    factors = byhand.rates(1.0, 4, warmup=2, cooldown=0.6)
+    rates = dict(
+        student=[3e-3 * f for f in factors],
+        critic=[2e-3 * f for f in factors for _ in range(hand.ratio)],
+    )
+    optimisers = {role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.1) for role, lr in rates.items()}
+    assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
+    byhand.compare_logs(steps.logs, hand.logs)
+
+    # gradients flow through what run.train returns, other passes do not
+    turns = 4 * hand.ratio * (hand.correction > 0)
+    assert [net.calls for net in wrapped] == [{True: 4, False: 0}, {True: turns, False: 0}]
+
+    # the student is the average, sampled with the guidance of --cfg
+    last = byhand.average([step for step in steps if step.role == "student"], 3, 16)
+    average = steps.ema.model
+    found = torch.cat([p.detach().flatten() for p in average.parameters()]).double()
+    assert byhand.difference(found, last) < 1e-6
+    x, noise, cond = byhand.samples_of_record(steps.calls["Report"][0].result)
+    steps.ema.live, z, one = average, noise(), torch.ones(6, dtype=torch.float64)
+    w = torch.full((6,), hand.w, dtype=torch.float64)
+    expected = hand.state(z, one, hand.u_avg(z, one, cond["labels"], w))  # (4)
+    assert byhand.difference(x, expected) < 1e-5
+
+
+def at_the_image(average_velocity):
+    return lambda student, z, d, cond, w: average_velocity(student, z, d * 0 + 1, cond, w)
+
+
+def guided_at_all_r(correction_error):
+    return lambda *args: correction_error(*args[:-1], 1.0)
+
+
+def of_the_noise(sample):
+    return lambda student, z, cond, **kwargs: z
+
+
+def not_weighted(weighted):
+    return lambda e, k, eps: e
+
+
+BROKEN = {
+    "average_velocity": at_the_image,
+    "correction_error": guided_at_all_r,
+    "sample": of_the_noise,
+    "weighted": not_weighted,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_by_hand_notices(trace, monkeypatch, name):
+    """The comparison fails when the run uses a wrong function."""
+    monkeypatch.setattr(flowmap, name, BROKEN[name](getattr(flowmap, name)))
+    with pytest.raises(AssertionError, match="student|critic"):
+        test_whole_iterations_by_hand(trace, monkeypatch, "--cfg 2 --cfg-range 0.5 3")
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ matching, who is trained when and on whose labels."""
 
 import pytest
 import torch
+from helpers import byhand
 from helpers.gaussian import Gauss, f64, normal
 from helpers.trace import Trace, weights
 
@@ -18,7 +19,7 @@ from common.schedules import EDM, VP, Flow, add_noise
 from common.teachers.dit import DiT
 from common.teachers.load import load_model, load_teacher
 from common.teachers.toy import Toy
-from data.images import load_images
+from data.images import Images, load_images
 
 ONE = f64(1.0)
 
@@ -401,6 +402,171 @@ def test_students_do_not_meet(trace, monkeypatch):
     spoiled = trace(*flags)
     assert not torch.equal(good[-1].after["student0"], spoiled[-1].after["student0"])
     assert torch.equal(good[-1].after["student1"], spoiled[-1].after["student1"])
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+class Hand:
+    """(1) to (11) from the docstring, on 2-D points with labels 0 to 7 and 8 for none.
+
+    pieces: (first, end, student, stage) of the run's plan.
+    """
+
+    def __init__(self, trace, pieces, **case):
+        fixed = dict(w=1.0, shift=1.0, ratio=2, gan=(0.7, 0.4), table=[0, 0, 0, 1, 1, 1, 2, 2])
+        self.trace, self.pieces = trace, pieces
+        vars(self).update(fixed | case)
+        self.table = torch.tensor(self.table)  # (1)
+        self.schedule = trace.teacher.schedule
+        self.last = self.schedule.t_max  # time 999 of the grid
+        self.images = load_images(None, trace.teacher)
+        self.optimisers, self.logs = {}, []
+
+    def level(self, i):
+        """alpha, sigma and lambda at grid indices i, with the ratio of the two times `shift`."""
+        alpha, sigma = torch.ones(len(i), dtype=torch.float64), None
+        if isinstance(self.schedule, EDM):
+            ramp = torch.linspace(0.01 ** (1 / 7), 20 ** (1 / 7), 1000, dtype=torch.float64)
+            sigma = (self.shift * ramp[i] ** 7).clamp(0.01, 20)
+            weight = (sigma**2 + 0.714**2) / (sigma * 0.714) ** 2
+        elif isinstance(self.schedule, VP):
+            beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+            ratio = (1 / (1 - beta).cumprod(0) - 1).sqrt()
+            ratio = (self.shift * ratio[i]).clamp(ratio[0], ratio[-1])
+            alpha = (1 + ratio**2) ** -0.5
+            sigma, weight = ratio * alpha, ratio**-2
+        else:
+            u = (i + 1).double() / 1000
+            ratio = self.shift * u / (1 - u)
+            sigma = torch.where(u == 1, 1.0, ratio / (1 + ratio))
+            alpha, weight = 1 - sigma, sigma**-2
+        return alpha, sigma, weight
+
+    def noised(self, x, i, eps):
+        alpha, sigma, weight = self.level(i)
+        return (alpha[:, None] * x + sigma[:, None] * eps).float(), alpha, sigma, weight
+
+    def real(self, it, rows):
+        own = Images(self.images.images[rows], self.images.labels[rows], self.images.names)
+        return own.batch(it, 16, 3)
+
+    def losses(self, it):
+        first, end, k, stage = next(piece for piece in self.pieces if it < piece[1])
+        role = f"student{k}"
+        rates = dict(tsm=(5e-3, 0.0), dm=(3e-3, 2e-3), adm=(1.2e-3, 0.8e-3))[stage]
+        if it == first:  # a stage has its own optimisers
+            for name, lr in zip((role, "critic"), rates):
+                lr = byhand.rates(lr, end - first, warmup=1, cooldown=0.9)
+                if name == role and stage != "tsm":
+                    lr = lr[-first % self.ratio :: self.ratio]
+                self.optimisers[name] = byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.1)
+        draw, logs = BatchRandom(3, it, 16), dict(student=k)
+        teacher, critic = self.trace.teacher, self.trace.critic
+        student = self.trace.networks()[role]
+
+        if stage == "tsm":
+            x, labels = self.real(it, torch.arange(len(self.images)))
+            x_t, *level, weight = self.noised(x, draw.randint(0, 1000), draw.randn(2))
+            cond = dict(labels=labels)
+            error = student(x_t, *level, cond) - teacher(x_t, *level, cond)
+            loss = (weight[:, None] * error**2).mean()  # (3)
+            self.logs.append(dict(student=k, tsm=loss))
+            return {role: loss}
+
+        own = (self.table == k).nonzero()[:, 0]
+        cond = dict(labels=own[draw.randint(0, len(own))])
+        z, one = draw.randn(2), torch.ones(16, dtype=torch.float64)
+        alpha, sigma = self.schedule.alpha(self.last), self.schedule.sigma(self.last)
+        x_in = z if isinstance(self.schedule, VP) else sigma.float() * z
+        x = student(x_in, alpha * one, sigma * one, cond)  # (2)
+        losses = {}
+        if it % self.ratio == 0:
+            x_t, *level, _ = self.noised(x.detach(), draw.randint(20, 981), draw.randn(2))
+            c = teacher(x_t, *level, cond)
+            null = teacher(x_t, *level, dict(labels=torch.full((16,), 8)))
+            r, f = null + self.w * (c - null), critic.fake(x_t, *level, cond)  # (4)
+            norm = (x - r).abs().mean(1, keepdim=True)
+            g = ((f - r) / norm).detach()  # (5)
+            losses[role] = (x * g).mean()  # the gradient of (6)
+            gaps = [(x - a).square().mean() for a in (r, f)]
+            logs |= dict(dm=(g**2).mean() / 2, dm_norm=norm.mean())
+            logs |= dict(real_gap=gaps[0], fake_gap=gaps[1])
+            if stage == "adm":
+                x_t, *level, _ = self.noised(x, draw.randint(0, 1000), draw.randn(2))
+                logit = critic.head(critic.fake(x_t, *level, cond, features=True)[-1])  # (8)
+                logs["gen"] = (1 + (-logit).exp()).log().mean()  # (9)
+                losses[role] = losses[role] + self.gan[0] * logs["gen"]  # (11)
+
+        x = x.detach()
+        x_t, *level, weight = self.noised(x, draw.randint(0, 1000), draw.randn(2))
+        error = critic.fake(x_t, *level, cond) - x
+        losses["critic"] = logs["fake"] = (weight[:, None] * error**2).mean()  # (7)
+        logs |= dict(mean=x.mean(), std=x.std())
+        if stage == "adm":
+            x_real, labels = self.real(it, torch.isin(self.images.labels, own))
+            i, i_real = draw.randint(0, 1000), draw.randint(0, 1000)
+            x_t, *level, _ = self.noised(x, i, draw.randn(2))
+            fake = critic.head(critic.fake(x_t, *level, cond, features=True)[-1])  # (8)
+            x_t, *level, _ = self.noised(x_real, i_real, draw.randn(2))
+            real = dict(labels=labels)
+            real = critic.head(critic.fake(x_t, *level, real, features=True)[-1])
+            logs["cls"] = (1 + fake.exp()).log().mean() + (1 + (-real).exp()).log().mean()  # (10)
+            logs |= dict(logit_fake=fake.mean(), logit_real=real.mean())
+            losses["critic"] = losses["critic"] + self.gan[1] * logs["cls"]  # (11)
+        self.logs.append(logs)
+        return losses
+
+
+def in_turn(first, lengths):
+    """Pieces of a plan from iteration `first` on. lengths: {stage: iterations} of each student."""
+    pieces = []
+    for k in range(3):
+        for stage, n in lengths.items():
+            pieces.append((first, first + n, k, stage))
+            first += n
+    return pieces
+
+
+BY_HAND = {
+    "--iters 6 --cfg 2.5 --shift 0.3": dict(pieces=in_turn(0, dict(dm=2)), w=2.5, shift=0.3),
+    "--iters 14 --adm 0.5 --tsm 0.15 --small width=8 depth=2 --cfg 2 --shift 1.5": dict(
+        pieces=[(0, 2, 0, "tsm"), *in_turn(2, dict(dm=2, adm=2))],
+        w=2.0,
+        shift=1.5,
+        kind="vp",
+    ),
+    "--iters 9 --ratio 3 --adm 1 --cfg 0 --lora 4 --lora-fake 2": dict(
+        pieces=in_turn(0, dict(adm=3)), w=0.0, ratio=3, kind="flow"
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", BY_HAND)
+def test_whole_iterations_by_hand(trace, monkeypatch, flags):
+    """(1) to (11): gradients of students, critic and head in all stages, AdamW's updates, the
+    average of the last student, and what the log says."""
+    common = "--students 3 --ratio 2 --seed 3 --lr 3e-3 --lr-fake 2e-3 --tsm-lr 5e-3 --adm-lr 0.4 "
+    common += " --betas 0.3 0.8 --weight-decay 0.1 --clip 0.1 --warmup 1 --cooldown 0.9 --ema 1"
+    common += " --gan-weight 0.7 --cls-weight 0.4"
+    case = dict(BY_HAND[flags])
+    teacher = byhand.any_toy(case.pop("kind", "edm"))
+    monkeypatch.setattr(msd, "load_teacher", lambda *args, **kwargs: teacher)
+    byhand.start_awake(monkeypatch)
+    wrapped = byhand.wrap_trained(monkeypatch)
+    flags = [*common.split(), *flags.split()]
+    steps = trace(*flags, record=[(msd, "Report")])
+    hand = Hand(steps, **case)
+    iters = hand.pieces[-1][1]
+    assert byhand.compare_iterations(steps, hand.losses, hand.optimisers, 1e-4) == iters
+    byhand.compare_logs(steps.logs, hand.logs)
+
+    # gradients flow through what run.train returns, other passes do not
+    calls = []
+    for first, end, _, stage in hand.pieces:
+        turns = sum(stage == "tsm" or it % hand.ratio == 0 for it in range(first, end))
+        calls += [turns, dict(tsm=0, dm=end - first, adm=2 * (end - first))[stage]]
+    assert [net.calls for net in wrapped] == [{True: n, False: 0} for n in calls]
 
 
 # ---- the students as one model -------------------------------------------------------------------

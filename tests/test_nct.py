@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import pipelines
+from helpers import byhand, pipelines
 from helpers.cases import toy_generator
 from helpers.gaussian import normal
 from PIL import Image
@@ -27,6 +27,8 @@ from common.errors import UserError
 from common.files import WEIGHTS, read_json
 from common.rng import BatchRandom
 from common.routed import ByLabel
+from common.schedules import EDM, VP, Flow
+from common.teachers.dit import DiT
 from common.teachers.load import load_model, load_teacher
 from controls.controlled import load_generator, make_branch, make_controlled
 from controls.maps import MAPS, Control
@@ -1329,6 +1331,125 @@ def test_two_iterations_by_hand(scripts, tmp_path):
     assert found["multiplier"]["value"].item() == pytest.approx(lam, abs=1e-6)
     for name, p in student.named_parameters():
         assert torch.allclose(found["student"][name], p, atol=2e-5), name
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+def pixel_generator(folder, schedule, prediction):
+    """A one-step generator of 12 x 12 pixels with labels 0 to 4, in `folder`: a random DiT."""
+    torch.manual_seed(0)
+    config = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1)
+    config |= dict(num_layers=2, sample_size=12, patch_size=4, num_embeds_ada_norm=5)
+    generator = DiT(DiT.network(config), schedule, prediction, (1, 12, 12), 5)
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.normal_(0, 0.1)
+    info = dict(method="dmd2", teacher="toy-cond", nfe=1, cfg=1.0, sampler=dict(steps="999"))
+    generator.save(folder / "student", info)
+    return generator
+
+
+class Hand:
+    """(1) to (7) from the docstring."""
+
+    def __init__(self, trace, **case):
+        fixed = dict(N=16, weight=None, lam=1.0, eta=0.1, xi=0.015, most=1e3, huber=False, drop=0)
+        vars(self).update(fixed | case)
+        self.trace, self.logs = trace, []
+        self.weight = self.N if self.weight is None else self.weight
+
+    def g(self, z, cond, c=None):
+        """The generator's one pass from pure noise, with the branch if there is a condition."""
+        f, branch = self.trace.student.generator, self.trace.student.branch
+        T = f.schedule.t_max
+        alpha, sigma = f.schedule.alpha(T), f.schedule.sigma(T)
+        x_T = z if isinstance(f.schedule, VP) else sigma.float() * z
+        with contextlib.nullcontext() if c is None else branch.attached(f.net, c):
+            return f(x_T, alpha, sigma, cond)
+
+    def d(self, a, b):
+        square = ((a - b) ** 2).flatten(1)
+        if not self.huber:
+            return square.mean()  # (3)
+        D = square.shape[1]
+        h = 0.00054 * math.sqrt(D)
+        return (((square.sum(1) + h**2).sqrt() - h) / math.sqrt(D)).mean()  # (3)
+
+    def losses(self, it):
+        draw, teacher = BatchRandom(3, it, 16), self.trace.teacher
+        cond = teacher.encode(draw.randint(0, teacher.classes))
+        if self.drop:
+            empty = draw.rand() < self.drop
+            cond["labels"] = torch.where(empty, teacher.classes, cond["labels"])
+        z, eps = draw.randn(*teacher.shape), draw.randn(*teacher.shape)
+        r = 0.5 * (1 + torch.erf(draw.randn(4) / math.sqrt(2)))  # uniform
+        k = draw.randint(0, self.N)
+        x = self.g(z, cond).detach()
+        c = self.trace.student.control(x, r)  # (2)
+
+        def at(k):
+            t = (k / self.N).double().view(-1, *[1] * (z.ndim - 1)) * math.pi / 2
+            return (t.cos() * z + t.sin() * eps).float()  # (1)
+
+        con = self.d(self.g(at(k + 1), cond, c), self.g(at(k), cond, c).detach())  # (4)
+        bound = self.d(self.g(z, cond, c), x)  # (5)
+        loss = self.weight * con + self.lam * bound  # (6)
+        self.lam = min(max(self.lam + self.eta * (float(bound) - self.xi), 0), self.most)  # (7)
+        logs = dict(con=con, bound=bound, loss=loss, multiplier=self.lam)
+        self.logs.append(logs)
+        return dict(student=loss)
+
+
+BY_HAND = {
+    "--teacher toy --N 8": dict(N=8),
+    "--control sr --distance huber --drop 0.5 --eta 5 --xi 0": dict(
+        schedule=(Flow(), "flow"), huber=True, drop=0.5, eta=5, xi=0
+    ),
+    "--control inpaint --N 3 --con-weight 2 --lambda0 0.5 --lambda-max 0.51 --eta 9": dict(
+        schedule=(VP(), "eps"), N=3, weight=2.0, lam=0.5, most=0.51, eta=9
+    ),
+    "--control edges --N 1 --lambda0 0.2 --xi 9": dict(
+        schedule=(EDM(0.01, 20.0, 0.7), "edm"), N=1, lam=0.2, xi=9
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", BY_HAND)
+def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
+    """(1) to (7): gradients of a branch that has an effect already, AdamW's updates, the average,
+    lambda and what the log says."""
+    common = "--iters 4 --seed 3 --lr 3e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.01"
+    common += " --warmup 2 --cooldown 0.6 --ema 3"
+    case = dict(BY_HAND[flags])
+    make = nct.make_controlled
+
+    def made(*args):
+        student = make(*args)
+        fill_zero_layers(student.branch)
+        return student
+
+    monkeypatch.setattr(nct, "make_controlled", made)
+    wrapped = byhand.wrap_trained(monkeypatch)
+    folder = toy_generator()
+    if "schedule" in case:
+        folder = tmp_path
+        teacher = pixel_generator(folder, *case.pop("schedule"))
+        monkeypatch.setattr(nct, "load_teacher", lambda *args, **kwargs: teacher)
+    flags = ["--generator", folder, *common.split(), *flags.split()]
+    steps = trace(nct, *flags)
+    hand = Hand(steps, **case)
+    rates = byhand.rates(3e-3, 4, warmup=2, cooldown=0.6)
+    optimisers = dict(student=byhand.AdamW(rates, (0.3, 0.8), 0.1, 0.01))
+    assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
+    byhand.compare_logs(steps.logs, hand.logs)
+    # gradients flow through what run.train returns, other passes do not
+    assert [net.calls for net in wrapped] == [{True: 4, False: 0}]
+    average = torch.cat([p.detach().flatten() for p in steps.ema.model.parameters()]).double()
+    assert byhand.difference(average, byhand.average(steps, 3, 16)) < 1e-6
+
+
+# ---- runs and folders ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

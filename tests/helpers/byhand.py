@@ -1,14 +1,19 @@
 """Optimiser steps of a traced run against gradients and updates computed apart from it."""
 
+import itertools
 import json
 
 import pytest
 import torch
+import torch.nn as nn
 
+from common import lora
+from common.model import Model
 from common.rng import PerImageNoise
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.teachers.students import sampler_of
 from common.teachers.toy import MLP, Toy
+from training.run import Run
 
 
 def set_weights(trace, step):
@@ -77,16 +82,17 @@ def average(trace, halflife, batch):
 def compare_iterations(trace, iterations, optimisers, tolerance=2e-5, together=None):
     """Every optimiser step of a trace: gradients to `tolerance` (relative), weights after it.
 
-    iterations(it) -> {role: loss}, in the order of the steps, from networks that stand as they did
-    at the start of iteration `it`. A loss may be a function without arguments, which is called with
-    the networks as they stand before its step. optimisers: {role: AdamW}. together: {role: names}
-    of networks that one optimiser steps, and clips to one norm.
+    iterations(it) -> {role: loss}, or pairs of them, in the order of the steps, from networks that
+    stand as they did at the start of iteration `it`. A loss may be a function without arguments,
+    which is called with the networks as they stand before its step. optimisers: {role: AdamW}.
+    together: {role: names} of networks that one optimiser steps, and clips to one norm.
     """
     rest = list(trace)
     it = 0
     while rest:
         set_weights(trace, rest[0])
-        for role, loss in iterations(it).items():
+        turns = iterations(it)
+        for role, loss in turns.items() if isinstance(turns, dict) else turns:
             step = rest.pop(0)
             assert step.role == role
             if callable(loss):
@@ -94,13 +100,18 @@ def compare_iterations(trace, iterations, optimisers, tolerance=2e-5, together=N
                 loss = loss()
             names = (together or {}).get(role, [role])
             parts = [gradient(loss, trace.networks()[name]) for name in names]
-            found = [g.flatten() for name in names for g in step.grads[name]]
-            expected, found = torch.cat(parts), torch.cat(found).double()
+            grads = [g for name in names for g in step.grads[name]]
+            weights = [p for name in names for p in trace.networks()[name].parameters()]
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads)]
+            expected, found = torch.cat(parts), torch.cat([g.flatten() for g in found]).double()
             before = torch.cat([step.before[name] for name in names])
             after = torch.cat([step.after[name] for name in names])
             assert expected.norm() > 0
             assert difference(found, expected) < tolerance, (it, role)
             moved = optimisers[role].step(before, found) - before.double()
+            # a weight without gradient stays, without decay
+            used = [torch.full((p.numel(),), g is not None) for p, g in zip(weights, grads)]
+            moved = torch.where(torch.cat(used), moved, 0.0)
             assert difference(after.double() - before, moved) < 1e-3, role
         it += 1
     return it
@@ -150,6 +161,50 @@ def wake(net, seed=5):
     for p in net.parameters():
         p.data += 0.2 * torch.randn(p.shape, generator=generator)
     return net
+
+
+def start_awake(monkeypatch):
+    """New inputs, with the network around them, and adapters are moved as soon as they are made."""
+    extend, add_adapters = Model.extend, lora.add_adapters
+    seeds = itertools.count()
+
+    def extend_awake(model, *names):
+        return wake(extend(model, *names), next(seeds))
+
+    def add_awake(net, spec):
+        net, weights = add_adapters(net, spec)
+        return wake(net, next(seeds)), weights
+
+    monkeypatch.setattr(Model, "extend", extend_awake)
+    monkeypatch.setattr(lora, "add_adapters", add_awake)
+
+
+# ---- which passes are the trained ones -----------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """As DDP is: without the attributes of the module in it. Counts its calls."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.calls = {True: 0, False: 0}  # with and without gradient
+
+    def forward(self, *args, **kwargs):
+        self.calls[torch.is_grad_enabled()] += 1
+        return self.module(*args, **kwargs)
+
+
+def wrap_trained(monkeypatch):
+    """run.train returns `Wrapped`. -> list that grows by one with each."""
+    wrapped = []
+
+    def train(run, module, **kwargs):
+        wrapped.append(Wrapped(module))
+        return wrapped[-1]
+
+    monkeypatch.setattr(Run, "train", train)
+    return wrapped
 
 
 # ---- the sampler of distill.json -----------------------------------------------------------------
