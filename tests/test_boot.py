@@ -15,7 +15,8 @@ from helpers.gaussian import Gauss, f64, full, normal
 
 import boot
 from common.errors import UserError
-from common.rng import BatchRandom
+from common.files import read_json
+from common.rng import BatchRandom, PerImageNoise
 from common.sampling import generate, teacher_sample
 from common.schedules import EDM, VP, Flow, TrigFlow, add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
@@ -863,7 +864,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     if kind == "flow":
         teacher.schedule = Flow(shift=3.0)
     monkeypatch.setattr(boot, "load_teacher", lambda *args, **kwargs: teacher)
-    byhand.start_awake(monkeypatch)
+    seeds = byhand.start_awake(monkeypatch)
     wrapped = byhand.wrap_trained(monkeypatch)
     flags = [*common.split(), *flags.split()]
     steps = trace(boot, *flags, record=[(boot, "Report")])
@@ -872,6 +873,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     optimisers = dict(student=byhand.AdamW(rates, (0.3, 0.8), 0.1, 0.1))
     assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
     byhand.compare_logs(steps.logs, hand.logs)
+    assert seeds == [3]  # the embedding is equal on all processes
     # gradients flow through what run.train returns, other passes do not
     assert [net.calls for net in wrapped] == [{True: 4, False: 0}]
 
@@ -884,6 +886,53 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     x_T = noise() if kind == "vp" else sigma.float() * noise()
     expected = average(x_T, alpha, sigma, cond | dict(time=torch.zeros(6)))  # (10)
     assert byhand.difference(x, expected) < 1e-5
+
+
+def test_distance_to_the_teachers_path_by_hand(trace, tmp_path):
+    """path.json and the log: the average against the teacher's DDIM path, from the same noise; and
+    its signals in readout.png."""
+    flags = "--iters 3 --seed 3 --cfg 2 --ema 3 --lr 1e-2 --eval-n 64 --distance-every 2"
+    record = [(boot, "save_grid"), (boot, "Report")]
+    steps = trace(boot, *flags.split(), record=record)
+    teacher, student, hand = steps.teacher, steps.ema.model, Hand(steps)
+    z, cond = PerImageNoise(3, range(64))(2), dict(labels=torch.arange(64) % 8)
+    null = dict(labels=torch.full((64,), 8))
+    (*_, last) = levels = hand.levels(full(0.0, 1) + torch.arange(33).flip(0) / 32)[1]
+    assert last == 0
+    path = [20 * z]
+    for a, b in zip(levels, levels[1:]):
+        c, u = (teacher(path[-1], 1.0, a, given) for given in (cond, null))
+        path.append((b / a * path[-1] + (1 - b / a) * (2 * c - u)).float())
+
+    def y(z, cond, t):
+        return student(20 * z, 1.0, 20.0, cond | dict(time=full(t, len(z))))
+
+    expected = {}
+    for t in (0.75, 0.5, 0.25, 0.0):
+        state = y(z, cond, t) + hand.levels(full(t, 64))[1][:, None] * z
+        expected[str(t)] = (state - path[int(32 * (1 - t))]).square().mean().item()
+    facts = dict(spread=path[-1].var(0).mean().item(), steps=32, n=64, cfg=2.0)
+    found = read_json(tmp_path / "out" / "path.json")
+    assert found == pytest.approx(expected | facts, rel=1e-4)
+
+    lines = [{k for k in line if k.startswith("distance")} for line in steps.logs]
+    assert lines == [
+        {f"distance_{t}" for t in expected},
+        set(),
+        {f"distance_{t}" for t in expected},
+    ]
+    for t, value in expected.items():  # nothing moves after iteration 2
+        assert steps.logs[2][f"distance_{t}"] == pytest.approx(value, rel=1e-4)
+
+    report = steps.calls["Report"][0].result
+    path, rows = steps.calls["save_grid"][0].args
+    assert path == tmp_path / "out" / "samples" / "readout.png"
+    assert [name for name, _ in rows] == [
+        f"signal at {t}" for t in ("1", "0.75", "0.5", "0.25", "0")
+    ]
+    for t, (_, pictures) in zip((1.0, 0.75, 0.5, 0.25, 0.0), rows, strict=True):
+        expected = report.draw(student, lambda student, z, cond, noise, t=t: y(z, cond, t))
+        assert torch.equal(pictures, expected)
 
 
 def unguided(bootstrap):

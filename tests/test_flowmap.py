@@ -11,12 +11,14 @@ import torch
 import torch.nn as nn
 from helpers import byhand
 from helpers.gaussian import Gauss, GaussFlow, f64, full, labels, normal, relative_error
+from helpers.runs import log
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flowmap
 from common.errors import UserError
+from common.files import read_json
 from common.model import Model
-from common.rng import BatchRandom
+from common.rng import BatchRandom, PerImageNoise
 from common.sampling import teacher_sample
 from common.schedules import EDM, VP, Flow, add_noise, expand
 from common.teachers.dit import DiT
@@ -797,7 +799,7 @@ LEAST = dict(edm=0.01, vp=(0.1 / 0.9) ** 0.5, flow=0.0, trigflow=0.0)
 
 
 @pytest.mark.parametrize("flags", BY_HAND)
-def test_whole_iterations_by_hand(trace, monkeypatch, flags):
+def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     """(1) to (11): gradients of student and aux, AdamW's updates and the average of it."""
     common = "--iters 4 --seed 3 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1"
     common += " --clip 0.1 --warmup 2 --cooldown 0.6 --ema 3"
@@ -807,7 +809,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     if kind == "vp":
         teacher.schedule = VP(20, 0.1, 0.3, "linear")
     monkeypatch.setattr(flowmap, "load_teacher", lambda *args, **kwargs: teacher)
-    byhand.start_awake(monkeypatch)
+    seeds = byhand.start_awake(monkeypatch)
     wrapped = byhand.wrap_trained(monkeypatch)
     flags = [*common.split(), *flags.split()]
     steps = trace(flowmap, *flags, record=[(flowmap, "Report")])
@@ -821,7 +823,16 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     )
     optimisers = {role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.1) for role, lr in rates.items()}
     assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
-    byhand.compare_logs(steps.logs, hand.logs)
+    lines = log(tmp_path / "out")
+    byhand.compare_logs(lines, hand.logs)
+    for i, line in enumerate(lines):
+        lr, lr_fake = rates["student"][i], rates["critic"][i * hand.ratio]
+        assert (line["lr"], line["lr_fake"]) == pytest.approx((lr, lr_fake), rel=1e-5)
+        assert ("prediction" in line, "correction" in line) == (
+            hand.correction < 1,
+            hand.correction > 0,
+        )
+    assert set(seeds) == {3}  # embeddings are equal on all processes
 
     # gradients flow through what run.train returns, other passes do not
     turns = 4 * hand.ratio * (hand.correction > 0)
@@ -837,6 +848,24 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     w = torch.full((6,), hand.w, dtype=torch.float64)
     expected = hand.state(z, one, hand.u_avg(z, one, cond["labels"], w))  # (4)
     assert byhand.difference(x, expected) < 1e-5
+
+
+def test_distance_to_the_teachers_path_by_hand(trace, tmp_path):
+    """path.json: the average against Euler's path of the teacher, from the same noise."""
+    flags = "--iters 2 --seed 3 --cfg 2 --cfg-range 1 3 --ema 3 --lr 1e-2 --eval-n 40"
+    steps = trace(flowmap, *flags.split())
+    steps.ema.live = steps.ema.model
+    hand = Hand(steps, w=2.0, low=1.0, high=3.0)
+    z, labels, two = PerImageNoise(3, range(40))(2), torch.arange(40) % 8, full(2.0, 40)
+    path = [z]
+    for i in range(32):
+        u = hand.u_w(path[-1], full(1 - i / 32, 40), labels, two)
+        path.append(path[-1] + u / 32)
+    expected = dict(spread=path[-1].var(0).mean().item(), steps=32, n=40, cfg=2.0)
+    for d in (0.25, 0.5, 0.75, 1.0):
+        x = hand.state(z, full(d, 40), hand.u_avg(z, full(d, 40), labels, two))
+        expected[str(d)] = (x - path[int(32 * d)]).square().mean().item()
+    assert read_json(tmp_path / "out" / "path.json") == pytest.approx(expected, rel=1e-4)
 
 
 def at_the_image(average_velocity):
@@ -864,11 +893,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_by_hand_notices(trace, monkeypatch, name):
+def test_by_hand_notices(trace, monkeypatch, tmp_path, name):
     """The comparison fails when the run uses a wrong function."""
     monkeypatch.setattr(flowmap, name, BROKEN[name](getattr(flowmap, name)))
     with pytest.raises(AssertionError, match="student|critic"):
-        test_whole_iterations_by_hand(trace, monkeypatch, "--cfg 2 --cfg-range 0.5 3")
+        test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, "--cfg 2 --cfg-range 0.5 3")
 
 
 # ---- flags ---------------------------------------------------------------------------------------

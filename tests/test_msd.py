@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import byhand
 from helpers.gaussian import Gauss, f64, normal
+from helpers.runs import log
 from helpers.trace import Trace, weights
 
 import dmd2
@@ -543,7 +544,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("flags", BY_HAND)
-def test_whole_iterations_by_hand(trace, monkeypatch, flags):
+def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     """(1) to (11): gradients of students, critic and head in all stages, AdamW's updates, the
     average of the last student, and what the log says."""
     common = "--students 3 --ratio 2 --seed 3 --lr 3e-3 --lr-fake 2e-3 --tsm-lr 5e-3 --adm-lr 0.4 "
@@ -559,7 +560,13 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags):
     hand = Hand(steps, **case)
     iters = hand.pieces[-1][1]
     assert byhand.compare_iterations(steps, hand.losses, hand.optimisers, 1e-4) == iters
-    byhand.compare_logs(steps.logs, hand.logs)
+    lines = log(tmp_path / "msd")
+    byhand.compare_logs(lines, hand.logs)
+    rates = dict(tsm=(5e-3, 0.0), dm=(3e-3, 2e-3), adm=(1.2e-3, 0.8e-3))
+    for first, end, _, stage in hand.pieces:
+        for name, lr in zip(("lr", "lr_fake"), rates[stage]):
+            lr = byhand.rates(lr, end - first, warmup=1, cooldown=0.9)
+            assert [line[name] for line in lines[first:end]] == pytest.approx(lr, rel=1e-5)
 
     # gradients flow through what run.train returns, other passes do not
     calls = []

@@ -1403,7 +1403,7 @@ class Hand:
 
 BY_HAND = {
     "--teacher toy --N 8": dict(N=8),
-    "--control sr --distance huber --drop 0.5 --eta 5 --xi 0": dict(
+    "--control sr --factor 3 --distance huber --drop 0.5 --eta 5 --xi 0": dict(
         schedule=(Flow(), "flow"), huber=True, drop=0.5, eta=5, xi=0
     ),
     "--control inpaint --N 3 --con-weight 2 --lambda0 0.5 --lambda-max 0.51 --eta 9": dict(
@@ -1425,6 +1425,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     make = nct.make_controlled
 
     def made(*args):
+        assert torch.initial_seed() == 3  # the branch starts equal on all processes
         student = make(*args)
         fill_zero_layers(student.branch)
         return student

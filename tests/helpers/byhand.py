@@ -164,19 +164,25 @@ def wake(net, seed=5):
 
 
 def start_awake(monkeypatch):
-    """New inputs, with the network around them, and adapters are moved as soon as they are made."""
+    """New inputs, with the network around them, and adapters are moved as soon as they are made.
+
+    -> list that grows by the seed of torch's generator with which an input was made.
+    """
     extend, add_adapters = Model.extend, lora.add_adapters
-    seeds = itertools.count()
+    count = itertools.count()
+    seeds = []
 
     def extend_awake(model, *names):
-        return wake(extend(model, *names), next(seeds))
+        seeds.append(torch.initial_seed())
+        return wake(extend(model, *names), next(count))
 
     def add_awake(net, spec):
         net, weights = add_adapters(net, spec)
-        return wake(net, next(seeds)), weights
+        return wake(net, next(count)), weights
 
     monkeypatch.setattr(Model, "extend", extend_awake)
     monkeypatch.setattr(lora, "add_adapters", add_awake)
+    return seeds
 
 
 # ---- which passes are the trained ones -----------------------------------------------------------
