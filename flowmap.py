@@ -369,7 +369,7 @@ def spread_rows(count, batch):
 
 def check_share(share, batch, local_batch):
     """UserError if a process (and part of --accumulate) has not both kinds of samples."""
-    least = max(math.ceil(1 / part) for part in (share, 1 - share) if part > 0)
+    least = max(math.ceil(1 / part - 1e-9) for part in (share, 1 - share) if part > 0)
     require(
         local_batch >= least,
         f"--batch {batch}: expected at least {least} samples per process (and part of "

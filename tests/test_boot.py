@@ -601,6 +601,13 @@ def test_eq06_has_the_true_k():
     assert (boot.carry(y, f, f64([1e-6])) - (y + 1e-6 * (f - y))).abs().max() < 1e-15
 
 
+def test_eq07_reaches_the_prediction_only():
+    y, target = normal(4, 3).requires_grad_(), normal(4, 3, seed=1).requires_grad_()
+    boot.squared_errors(y, target, f64(1.0, 0.5, 0.1, 0.1)).sum().backward()
+    assert y.grad.abs().min() > 0
+    assert target.grad is None
+
+
 def total(each, is_boundary, beta, share):
     loss_bs, loss_bc = boot.split(each, is_boundary, share)
     return (loss_bs + beta * loss_bc).mean()

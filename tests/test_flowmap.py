@@ -473,6 +473,25 @@ def test_eq09_the_size_of_e_does_not_matter():
     assert torch.allclose(found, flowmap.balance(g, e, 1) * e)
 
 
+def test_eq09_lambda_of_several_processes_is_that_of_one(monkeypatch):
+    """Means over the samples of all processes, which need not have equally many."""
+    g, e = normal(12, 3), normal(4, 3, seed=1)
+    parts = [(g[:5], e[:3]), (g[5:], e[3:])]
+    sums = []
+    monkeypatch.setattr(flowmap, "all_reduce", lambda a: sums.append(a.clone()))
+    for part in parts:
+        flowmap.balance(*part, 2)
+    monkeypatch.setattr(flowmap, "all_reduce", lambda a: a.copy_(sums[0] + sums[1]))
+    for part in parts:
+        assert torch.allclose(flowmap.balance(*part, 2), flowmap.balance(g, e, 1))
+
+
+def test_eq09_lambda_of_a_correction_of_zero():
+    g = normal(6, 3)
+    lam = flowmap.balance(g, 0 * g, 1)
+    assert lam.item() == pytest.approx(1e8 * g.square().mean(1).sqrt().mean().item())
+
+
 # ---- (10), (11): losses --------------------------------------------------------------------------
 
 
@@ -668,8 +687,9 @@ def test_without_a_range_guidance_is_no_input(trace):
 
 
 def test_both_parts_must_have_samples_in_each_process(trace):
-    with pytest.raises(UserError, match="expected at least 10 samples per process.*found 8"):
-        trace(flowmap, "--correction", 0.1, "--batch", 8)
+    for share in (0.1, 0.9):
+        with pytest.raises(UserError, match="expected at least 10 samples per process.*found 8"):
+            trace(flowmap, "--correction", share, "--batch", 8)
 
 
 # ---- whole iterations by hand --------------------------------------------------------------------
@@ -812,7 +832,11 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     seeds = byhand.start_awake(monkeypatch)
     wrapped = byhand.wrap_trained(monkeypatch)
     flags = [*common.split(), *flags.split()]
-    steps = trace(flowmap, *flags, record=[(flowmap, "Report")])
+    errors = ["prediction_error", "euler_error", "correction_error"]
+    record = [(flowmap, name) for name in ("Report", *errors)]
+    steps = trace(flowmap, *flags, record=record)
+    found = [call.result for name in errors for call in steps.calls[name]]
+    assert not any(e.requires_grad for e in found)  # no graph is kept for a g that has none
 
     ratio = LEAST[kind]
     hand = Hand(steps, max(ratio / (1 + ratio), 1e-3), **case)

@@ -128,7 +128,7 @@ def test_eq04_to_eq10_are_dmd2s_in_float64():
     assert msd.cls_loss(logit, x) == dmd2.cls_loss(logit, x)
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 8), (24,)])
+@pytest.mark.parametrize("shape", [(16, 8, 8), (16, 15, 26), (24,)])
 def test_eq08_head_is_dmd2s(shape):
     feature = torch.randn(2, *shape)
     heads = []
@@ -556,7 +556,15 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     byhand.start_awake(monkeypatch)
     wrapped = byhand.wrap_trained(monkeypatch)
     flags = [*common.split(), *flags.split()]
-    steps = trace(*flags, record=[(msd, "Report")])
+    make_head, seeds = msd.Head, []
+
+    def noted(feature):
+        seeds.append(torch.initial_seed())
+        return make_head(feature)
+
+    monkeypatch.setattr(msd, "Head", noted)
+    steps = trace(*flags, record=[(Toy, "resized")])
+    assert all(call.args[2] == 3 for call in steps.calls["resized"])
     hand = Hand(steps, **case)
     iters = hand.pieces[-1][1]
     assert byhand.compare_iterations(steps, hand.losses, hand.optimisers, 1e-4) == iters
@@ -567,6 +575,10 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
         for name, lr in zip(("lr", "lr_fake"), rates[stage]):
             lr = byhand.rates(lr, end - first, warmup=1, cooldown=0.9)
             assert [line[name] for line in lines[first:end]] == pytest.approx(lr, rel=1e-5)
+
+    # a head is made at first, and for every stage after the first: equal on all processes
+    if steps.critic.head is not None:
+        assert seeds == [3] + [3 + k for _, _, k, _ in hand.pieces[1:]]
 
     # gradients flow through what run.train returns, other passes do not
     calls = []
@@ -593,6 +605,7 @@ def test_eq01_a_mixed_batch_keeps_its_order():
     labels = torch.randperm(64, generator=torch.Generator().manual_seed(0)) % 8
     z = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
     x = msd.sample(student, z, teacher.encode(labels), 1, None)
+    assert not x.requires_grad
     for label in range(8):
         rows = labels == label
         k = student.table[label]

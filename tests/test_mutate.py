@@ -1,12 +1,13 @@
 """tools/mutate.py: the changes it makes, what it leaves alone, and that it tells survivors."""
 
+import ast
 import subprocess
 import sys
 
 import pytest
 from helpers.runs import ROOT
 
-from tools.mutate import chosen, mutants
+from tools.mutate import EQUIVALENT, Finder, chosen, flag_defaults, mutants
 
 
 def changes(body, **constants):
@@ -76,6 +77,23 @@ def test_every_change_is_python_and_none_is_made_twice():
 def test_numbers_of_changes():
     assert chosen(["1", "3-5"], 9) == {1, 3, 4, 5}
     assert chosen(None, 3) == {0, 1, 2}
+
+
+def test_listed_changes_exist_and_have_a_reason():
+    """A line of equivalent_mutants.txt that names no change any more hides nothing, and goes."""
+    lines = EQUIVALENT.read_text().splitlines()
+    assert len(set(lines)) == len(lines)
+    for name in sorted({line.split(": ")[0] for line in lines}):
+        listed = [line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")]
+        flags = any("ignored flag" in line for line in listed)
+        source = (ROOT / name).read_text()
+        finder = Finder(source, flag_defaults(ROOT / name) if flags else {})
+        finder.visit(ast.parse(source))
+        known = {mutant.describe(source) for mutant in finder.found}
+        for line in listed:
+            description, reason = line.split(" # ")
+            assert description in known, f"{name}: {description}"
+            assert reason
 
 
 @pytest.mark.slow

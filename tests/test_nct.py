@@ -397,6 +397,19 @@ def test_eq07_dual_ascent():
     assert not lam.value.requires_grad
 
 
+def test_eq07_parts_and_processes_are_averaged(monkeypatch):
+    """lambda moves once, by the mean of L_bound over microsteps and processes."""
+    lam = multiplier()
+    lam.update(torch.tensor(0.02), parts=2)
+    assert lam.value == 1
+    lam.update(torch.tensor(0.04), parts=2)
+    assert lam.value.item() == pytest.approx(1.02)
+
+    monkeypatch.setattr(nct.dist, "all_reduce", lambda a: a.add_(0.09))  # of two others
+    lam.update(torch.tensor(0.03), world=3)
+    assert lam.value.item() == pytest.approx(1.02 + 0.03)
+
+
 @pytest.mark.parametrize(
     "start, bound, expected",
     [(0.005, 0.0, 0), (1.0, 0.05, 1.02), (1.0, math.nan, 1.0), (1.0, math.inf, 1.0)],
@@ -1440,6 +1453,8 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
     flags = ["--generator", folder, *common.split(), *flags.split()]
     steps = trace(nct, *flags)
     hand = Hand(steps, **case)
+    args = nct.parse_args([str(flag) for flag in flags])
+    assert steps.student.control.config() == dict(name=args.control, factor=args.factor)
     rates = byhand.rates(3e-3, 4, warmup=2, cooldown=0.6)
     optimisers = dict(student=byhand.AdamW(rates, (0.3, 0.8), 0.1, 0.01))
     assert byhand.compare_iterations(steps, hand.losses, optimisers, 1e-4) == 4
