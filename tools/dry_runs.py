@@ -45,8 +45,7 @@ ROWS = [
     ("dmd2", "wan2.1", LORA, (1,)),
     ("sid", "sdxl", LORA, (1,)),
     ("sana_sprint", "sana", "", (1,)),
-    ("twinflow", "sana", "", (1,)),
-    ("twinflow", "sdxl", LORA, (1,)),
+    ("twinflow", "sana", "", (4,)),  # one sample for each of its groups
 ]
 
 
