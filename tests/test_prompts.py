@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,8 +201,9 @@ def test_what_is_another_cache(stub, monkeypatch, tmp_path):
         stub(["1 a", "2 b"])
 
     def other_version(patch, library):
-        version = lambda name: "9.9" if name == library else "1"
-        patch.setattr("common.teachers.cache.metadata.version", version)
+        version = metadata.version  # of the other library: as it is
+        changed = lambda name: "9.9" if name == library else version(name)
+        patch.setattr("common.teachers.cache.metadata.version", changed)
         stub(["1 a", "2 b"])
 
     def with_network(patch):
