@@ -5,11 +5,13 @@ import shutil
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import pipelines
 from helpers.cases import SCRIPTS, SECOND_FLAGS
 from helpers.runs import QUICK, close, one_line, run_processes, same
+from PIL import Image
 from safetensors.torch import load_file
 
 from common import shard
@@ -59,6 +61,10 @@ def average(out, it):
     """Weights of the EMA in a checkpoint; without an EMA there are none."""
     payload = torch.load(out / "ckpt" / f"it-{it:08d}.pt", weights_only=True)
     return payload["state"]["ema"]["model"]
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path), dtype=np.int16)).float()
 
 
 def read_student(out):
@@ -169,8 +175,9 @@ def test_pipeline(name, teacher_flags, scripts, tmp_path):
     args += ["--batch", 4, "--cfg", 3, "--nfe", 2, "--ratio", 2, "--ema", 20, "--cooldown", 0]
     args += ["--log-every", 1, "--sample-every", 0, "--eval-n", 0, "--grad-checkpoint"]
     compare(scripts, tmp_path, "dmd2", [*args, "--iters", 3], 3)
-    one, two = (tmp_path / run / "samples" / "00000003.png" for run in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
+    one, two = (pixels(tmp_path / run / "samples" / "00000003.png") for run in ("one", "two"))
+    assert (one - two).abs().max() <= 1  # one grey level: sums in another order
+    assert one.std() > 10  # not an empty picture
 
     ema = average(tmp_path / "two", 3)
     prompts = ["dog", "a red heart"]
