@@ -3,12 +3,14 @@
 Expected numbers were derived apart from the code.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import byhand
 from helpers.conversions import from_x0
 from helpers.gaussian import Gauss, f64, normal, relative_error
 from helpers.trace import Trace
@@ -966,6 +968,222 @@ def test_dropped_conditions_by_hand(trace, monkeypatch, flags, case):
     monkeypatch.setitem(sid.FORMS, "edm", dict(sid.FORMS["edm"], drop=0.5))
     steps = trace("--iters", 1, *flags.split())
     assert relative_error(steps[0].flat_grad(), critic_by_hand(**case)) < 1e-5
+
+
+# ---- whole iterations by hand --------------------------------------------------------------------
+
+
+def level_by_hand(kind, ratio):
+    """alpha and sigma of a schedule at this sigma / alpha, within its range."""
+    if kind == "edm":
+        ratio = ratio.clamp(0.002, 80)
+        return torch.ones_like(ratio), ratio
+    if kind == "vp":
+        return 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+    return 1 / (1 + ratio), ratio / (1 + ratio)
+
+
+def vp_ratios():
+    """sigma / alpha of Stable Diffusion's 1000 times."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - beta).cumprod(0)
+    return ((1 - abar) / abar).sqrt()
+
+
+def drawn_by_hand(kind, draw, shift, student_turn):
+    """Levels of (11) for the critic or the student, sigma / alpha times `shift`."""
+    if kind == "vp":
+        ratio = vp_ratios()[draw.randint(20, 980)]
+    elif kind == "flow":
+        ratio = (math.log(2) + 1.6 * draw.randn().double()).exp()  # t / (1 - t) of a logit t
+    elif student_turn:
+        low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+        ratio = (low + 0.8 * draw.rand() * (high - low)) ** 7
+    else:
+        ratio = (1.2 * draw.randn().double() - 1.2).exp()
+    return level_by_hand(kind, shift * ratio)
+
+
+def steps_by_hand(kind, n, times=None):
+    """alpha, sigma of the student's n steps (11). times: of --steps."""
+    if kind == "edm":
+        return level_by_hand(kind, f64(times or [2.5 * (n - k) / n for k in range(n)]))
+    if kind == "vp":
+        return level_by_hand(kind, vp_ratios()[times or [625 * (n - k) // n for k in range(n)]])
+    t = f64(times or [(n - k) / n for k in range(n)])
+    return 1 - t, t
+
+
+@dataclasses.dataclass
+class ByHand:
+    """(1) to (11) for a network of points with 8 labels."""
+
+    trace: Trace
+    kind: str  # edm, vp or flow
+    kappa: tuple = (1.0, 1.0)  # of teacher and critic
+    alpha: float = 1.0
+    weight: str = "sid_legacy"
+    scale: float = 100.0
+    nfe: int = 1
+    times: list = None  # of --steps
+    ratio: int = 1
+    shift: float = 1.0
+    drop: float = 0.0  # share of empty labels
+    gan: tuple = None  # w_G, w_D, images of the warm-up
+    dropped: int = 0  # labels emptied so far
+
+    def __post_init__(self):
+        self.steps = steps_by_hand(self.kind, self.nfe, self.times)
+
+    def noised(self, x, level, eps):
+        return (level[0][:, None] * x + level[1][:, None] * eps).to(x.dtype)
+
+    def sample(self, net, k, cond, noise):
+        """(1) at step k, from (2)."""
+        alpha, sigma = self.steps
+        x_in = sigma[0].float() * noise()
+        for j in range(k):
+            xhat = net(x_in, alpha[j], sigma[j], cond).detach()
+            x_in = (alpha[j + 1] * xhat + sigma[j + 1] * noise()).float()
+        return net(x_in, alpha[k], sigma[k], cond)
+
+    def guided(self, net, x_t, level, cond, kappa):
+        c = net(x_t, *level, cond)
+        u = net(x_t, *level, dict(labels=torch.full((len(x_t),), 8)))
+        return u + kappa * (c - u)  # (3)
+
+    def iteration(self, it, images):
+        """Generator of ("critic", its loss) and, in a student's turn, ("student", its loss)."""
+        trace, fake, draw = self.trace, self.trace.critic.fake, BatchRandom(0, it, 16)
+        k = draw.shared_randint(0, self.nfe)
+        if self.gan:
+            x_real, labels = images.batch(it, 16, 0)
+        else:
+            labels = draw.randint(0, 8)
+        if self.drop:
+            empty = draw.rand() < self.drop
+            self.dropped += int(empty.sum())
+            labels = torch.where(empty, 8, labels)
+        cond = dict(labels=labels)
+        x = self.sample(trace.student, k, cond, lambda: draw.randn(2)).detach()
+        level = drawn_by_hand(self.kind, draw, self.shift, student_turn=False)
+        eps = draw.randn(2)
+        f = self.guided(fake, self.noised(x, level, eps), level, cond, self.kappa[1])
+        lam = self.native_weight(*level)
+        loss = (lam * (f - x).square().sum(1)).mean()  # (4)
+        if self.gan:
+            logits = [
+                fake(self.noised(y, level, eps), *level, cond, features=True)[-1].mean(1)  # (7)
+                for y in (x, x_real)
+            ]
+            bce = (1 + logits[0].exp()).log() + (1 + (-logits[1]).exp()).log()
+            omega = lam.mean() if self.kind == "edm" else 2
+            loss = loss + self.gan[1] * omega * bce.mean() / 2  # (8), (10)
+        yield "critic", loss
+
+        seen, warmup = 16 * it, self.gan[2] if self.gan else 0
+        if it % self.ratio or seen < warmup:
+            return
+        cond = dict(labels=draw.randint(0, 8))
+        x = self.sample(trace.student, k, cond, lambda: draw.randn(2))
+        level = drawn_by_hand(self.kind, draw, self.shift, student_turn=True)
+        x_t = self.noised(x, level, draw.randn(2))
+        r = self.guided(trace.teacher, x_t, level, cond, self.kappa[0])
+        f = self.guided(fake, x_t, level, cond, self.kappa[1])
+        t = level[1] / (level[0] + level[1])
+        w = dict(
+            sid_legacy=1 / (x - r).abs().mean(1).detach(),
+            one_minus=1 - t,
+            one_over=1 / t,
+        )[self.weight]  # (6)
+        inner = ((r - f) * ((r - x) - self.alpha * (r - f))).sum(1)
+        loss = self.scale * (w * inner).mean()  # (5)
+        if self.gan and seen >= 2 * warmup:
+            logit = fake(x_t, *level, cond, features=True)[-1].mean(1)
+            assert logit.abs().max() < 10
+            adv = w.mean() * 2 * (1 + (-logit).exp()).log().mean()  # (9)
+            loss = (loss + self.gan[0] * adv) / 2  # (10)
+        yield "student", loss
+
+    def native_weight(self, alpha, sigma):
+        if self.kind == "edm":
+            return (sigma**2 + 0.49) / (0.7 * sigma) ** 2
+        return (alpha / sigma) ** 2 if self.kind == "vp" else sigma**-2
+
+
+# name: (schedule, prediction, flags, case of ByHand)
+BY_HAND = {
+    "edm": (EDM(), "edm", "--alpha 1.2 --ema 3 --ratio 1", dict(alpha=1.2)),
+    "edm, 3 steps, long": (
+        EDM(),
+        "edm",
+        "--nfe 3 --cfg 2.5 --guidance long --shift 0.3 --weight 1_minus_sigma --ratio 2",
+        dict(nfe=3, kappa=(2.5, 1.0), shift=0.3, weight="one_minus", ratio=2),
+    ),
+    "edm, GAN": (
+        EDM(),
+        "edm",
+        "--gan --gan-warmup 16 --gan-weight 30 --cls-weight 0.3 --cfg 1.5 --alpha 0.5",
+        dict(kappa=(1.5, 1.5), alpha=0.5, gan=(30, 0.3, 16)),
+    ),
+    "eps, 4 steps": (
+        VP(),
+        "eps",
+        "--nfe 4 --cfg 2 --weight 1_over_sigma --ema 3",
+        dict(nfe=4, kappa=(2, 2), weight="one_over", scale=1, drop=0.1),
+    ),
+    "v, zero, GAN": (
+        VP(),
+        "v",
+        "--guidance zero --gan --gan-warmup 0 --gan-weight 0.2 --nfe 2 --shift 0.5",
+        dict(nfe=2, kappa=(1, 0), scale=1, drop=0.1, gan=(0.2, 1, 0), shift=0.5),
+    ),
+    "flow, LoRA": (
+        Flow(3),
+        "flow",
+        "--cfg 1.5 --nfe 2 --lora 4 --lora-fake 4 --lora-alpha 8",
+        dict(nfe=2, kappa=(1.5, 1.5), weight="one_minus"),
+    ),
+    "flow, GAN": (
+        Flow(),
+        "flow",
+        "--gan --gan-warmup 16 --cls-weight 2 --shift 2",
+        dict(weight="one_minus", gan=(1, 2, 16), shift=2),
+    ),
+    "trigflow": (
+        TrigFlow(0.5),
+        "trigflow",
+        "--nfe 2 --steps 0.9,0.4 --cfg 2",
+        dict(nfe=2, times=[0.9, 0.4], kappa=(2, 2), weight="one_minus"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_whole_iterations_by_hand(trace, name):
+    """Student and critic: gradients and AdamW's updates; the average; sampling by the record."""
+    schedule, prediction, flags, case = BY_HAND[name]
+    common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 5"
+    rates = "--warmup 3 --cooldown 0.5"
+    steps = trace(
+        *common.split(), *rates.split(), *flags.split(), teacher=byhand.Tiny(schedule, prediction)
+    )
+    images = load_images(None, steps.teacher, lambda line: None)
+    kind = dict(edm="edm", vp="vp").get(schedule.config["name"], "flow")
+    by_hand = ByHand(steps, kind, **case)
+    optimisers = {
+        role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 5)
+        for role, lr in (("student", 3e-3), ("critic", 2e-3))
+    }
+    factor = lambda it: min(1, (it + 1) / 3) * min(1, (6 - it) / 3)
+    iteration = lambda it: by_hand.iteration(it, images)
+    assert byhand.compare_iterations(steps, iteration, optimisers, factor=factor) == 6
+    assert bool(by_hand.dropped) == bool(by_hand.drop)
+    if "--ema" in flags:
+        byhand.compare_average(steps, 3)
+    x, noises, cond = byhand.sample_by_record(steps, sid)
+    expected = by_hand.sample(steps.ema.model, by_hand.nfe - 1, cond, iter(noises).__next__)
+    assert torch.allclose(x, expected, atol=1e-5)
 
 
 # ---- deliberate mistakes -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn as nn
 from common import lora
 from common.model import Model
 from common.rng import PerImageNoise
-from common.schedules import EDM, VP, Flow, TrigFlow
+from common.schedules import EDM, VP, Flow, TrigFlow, expand
 from common.teachers.students import sampler_of
 from common.teachers.toy import MLP, Toy
 from training.run import Run
@@ -51,15 +52,15 @@ class AdamW:
         self.m = self.v = 0.0
         self.n = 0
 
-    def step(self, w, g):
-        """Weights after a step from w with gradient g."""
+    def step(self, w, g, factor=1.0):
+        """Weights after a step from w with gradient g. factor: on the learning rate."""
         g = g / max(1.0, g.norm().item() / self.clip)
         b1, b2 = self.betas
         self.n += 1
         self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * g**2
         m, v = self.m / (1 - b1**self.n), self.v / (1 - b2**self.n)
-        lr = self.lr[self.n - 1] if isinstance(self.lr, list) else self.lr
+        lr = factor * (self.lr[self.n - 1] if isinstance(self.lr, list) else self.lr)
         return w.double() * (1 - lr * self.decay) - lr * m / (v.sqrt() + 1e-8)
 
 
@@ -79,12 +80,15 @@ def average(trace, halflife, batch):
     return mean
 
 
-def compare_iterations(trace, iterations, optimisers, tolerance=2e-5, together=None):
+def compare_iterations(
+    trace, iterations, optimisers, tolerance=2e-5, together=None, factor=lambda it: 1.0
+):
     """Every optimiser step of a trace: gradients to `tolerance` (relative), weights after it.
 
     iterations(it) -> {role: loss}, or pairs of them, in the order of the steps, from networks that
     stand as they did at the start of iteration `it`. A loss may be a function without arguments,
-    which is called with the networks as they stand before its step. optimisers: {role: AdamW}.
+    which is called with the networks as they stand before its step; so is a generator of pairs.
+    optimisers: {role: AdamW}. factor(it): on their rates.
     together: {role: names} of networks that one optimiser steps, and clips to one norm.
     """
     rest = list(trace)
@@ -108,11 +112,13 @@ def compare_iterations(trace, iterations, optimisers, tolerance=2e-5, together=N
             after = torch.cat([step.after[name] for name in names])
             assert expected.norm() > 0
             assert difference(found, expected) < tolerance, (it, role)
-            moved = optimisers[role].step(before, found) - before.double()
+            moved = optimisers[role].step(before, found, factor(it)) - before.double()
             # a weight without gradient stays, without decay
             used = [torch.full((p.numel(),), g is not None) for p, g in zip(weights, grads)]
             moved = torch.where(torch.cat(used), moved, 0.0)
             assert difference(after.double() - before, moved) < 1e-3, role
+            if rest and isinstance(turns, Generator):
+                set_weights(trace, rest[0])
         it += 1
     return it
 
@@ -185,6 +191,38 @@ def start_awake(monkeypatch):
     return seeds
 
 
+class Tiny(Toy):
+    """A small labelled network of points in place of a teacher, of any schedule and prediction.
+
+    Its copies, the students and critics, begin with other weights than its own, adapters too: a
+    first gradient of equal networks, or of layers that start at zero, hides most mistakes.
+    """
+
+    def __init__(self, schedule, prediction):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = MLP(width=16)
+        super().__init__(net, schedule, prediction, (2,), 8, sigma_data=0.7, labelled=True)
+        self.requires_grad_(False)
+        self.copies = 0
+        self.is_teacher = True
+
+    def predict(self, x, t, cond):
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        x = x * expand((alpha**2 + sigma**2).rsqrt(), x).to(x.dtype)
+        return self.net(x, t / self.schedule.t_max + 0.05, cond["labels"])
+
+    def copy(self, adapters=None):
+        twin = super().copy(adapters)
+        if self.is_teacher:
+            self.copies += 1
+            generator = torch.Generator().manual_seed(self.copies)
+            for p in twin.parameters():
+                p.data += 0.1 * torch.randn(p.shape, generator=generator)
+        twin.is_teacher = False
+        return twin
+
+
 # ---- which passes are the trained ones -----------------------------------------------------------
 
 
@@ -213,7 +251,7 @@ def wrap_trained(monkeypatch):
     return wrapped
 
 
-# ---- the sampler of distill.json -----------------------------------------------------------------
+# ---- the average, and the sampler of distill.json ------------------------------------------------
 
 
 def samples_of_record(report, n=6):
@@ -230,3 +268,31 @@ def samples_of_record(report, n=6):
     x = sample(student, draw(), cond, record["nfe"], draw, **record["sampler"])
     again = PerImageNoise(0, range(n))
     return x, lambda: again(*student.shape), cond
+
+
+def compare_average(trace, halflife, role="student", batch=16):
+    """Average of a student's weights after a run: its half-life grows to 5 % of the images."""
+    steps = [step for step in trace if step.role == role]
+    mean = steps[0].before[role].double()
+    for n, step in enumerate(steps, 1):
+        beta = 0.5 ** (batch / min(halflife, 0.05 * n * batch))
+        mean = beta * mean + (1 - beta) * step.after[role]
+    live = steps[-1].after[role].double()
+    found = torch.cat([p.detach().flatten() for p in trace.ema.model.parameters()]).double()
+    assert difference(mean, live) > 1e-5  # the average is not the student itself
+    assert difference(found - live, mean - live) < 1e-2
+
+
+def sample_by_record(trace, script, seed=1):
+    """What the student's record (distill.json) says of sampling, done with its average.
+
+    -> samples of all 9 labels, their noises [5 tensors of 9 points] and labels.
+    """
+    record = json.loads(json.dumps(trace.distill))
+    generator = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(9, 2, generator=generator) for _ in range(5)]
+    later = iter(noises[1:])
+    cond = dict(labels=torch.arange(9))
+    student, nfe, sampler = trace.ema.model, record["nfe"], record["sampler"]
+    x = script.sample(student, noises[0], cond, nfe, later.__next__, **sampler)
+    return x, noises, cond

@@ -89,18 +89,22 @@ class Trace(list):
 
     flags: more flags. record: (owner, name) pairs; trace.calls[name] lists their calls.
     watch(trace) -> {name: module}: more networks to follow, such as dict(head=trace.critic.head).
-    After the run, trace.teacher, trace.student, trace.ema, and trace.critic (the module that the
-    script's class Critic made, or None) are the networks; trace.logs are the lines of Run.log.
+    teacher: a Model in place of toy-cond, whose preset stays. After the run, trace.teacher,
+    trace.student, trace.ema, and trace.critic (the module that the script's class Critic made, or
+    None) are the networks; trace.logs are the lines of Run.log, trace.distill is the student's
+    distill.json.
     """
 
-    def __init__(self, monkeypatch, script, out, *flags, record=(), watch=None):
+    def __init__(self, monkeypatch, script, out, *flags, record=(), watch=None, teacher=None):
         super().__init__()
         self.watch = watch
-        self.teacher = self.ema = self.critic = None
+        self.teacher = self.ema = self.critic = self.distill = None
         self.calls = {}
         self.logs = []
         self.trained = []
         with monkeypatch.context() as patch:
+            if teacher is not None:
+                patch.setattr(script, "load_teacher", lambda *args, **kwargs: teacher)
             self.patch_script(patch, script)
             self.patch_run(patch)
             for owner, name in record:
@@ -128,7 +132,7 @@ class Trace(list):
         for name, attribute in (("load_teacher", "teacher"), ("EMA", "ema"), ("Critic", "critic")):
             if hasattr(script, name):
                 patch.setattr(script, name, keep_first(attribute, getattr(script, name)))
-        patch.setattr(Report, "end", lambda report, it: None)
+        patch.setattr(Report, "end", lambda report, it: setattr(self, "distill", report.record(it)))
 
     def patch_run(self, patch):
         train, step, log = Run.train, Run.step, Run.log
