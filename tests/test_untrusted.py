@@ -136,6 +136,7 @@ class FakePipeline:
     """Embeds a prompt as three ones."""
 
     most_tokens = {}
+    text_needs_network = False
 
     @classmethod
     def text_pipeline(cls, folder, dtype):
