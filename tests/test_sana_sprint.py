@@ -755,6 +755,40 @@ def test_eq10_head(shape):
     assert h.grad[1:].norm() == 0
 
 
+@pytest.mark.parametrize("shape", [(16, 3, 5), (24,)])
+def test_eq10_head_by_hand(shape):
+    """Layer, norm and LeakyReLU; the same with a wider layer as a residual of deviation 1; a logit
+    for each place."""
+    torch.manual_seed(0)
+    head = sana_sprint.Head(torch.zeros(1, *shape)).eval()
+    for p in head.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    first, norm_1, _, second, norm_2, _ = [*head.first, *head.second]
+    for layer in (first, second, head.last):  # each matrix has norm 1 after enough iterations
+        layer.train()
+        for _ in range(300):
+            weight = layer.weight
+        layer.eval()
+        assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+
+    def apply(layer, h):
+        if len(shape) == 1:
+            return F.linear(h, layer.weight, layer.bias)
+        return F.conv2d(h, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+    def activate(layer, norm, h):
+        h = F.group_norm(apply(layer, h), 4 if len(shape) > 1 else 2, norm.weight, norm.bias)
+        return torch.where(h > 0, h, 0.2 * h)
+
+    x = torch.randn(3, *shape)
+    h = activate(first, norm_1, x)
+    h = (h + activate(second, norm_2, h)) / math.sqrt(2)
+    assert torch.allclose(head(x), apply(head.last, h).flatten(1), atol=1e-5)
+    if len(shape) > 1:
+        widths = [layer.weight.shape[-1] for layer in (first, second, head.last)]
+        assert widths == [1, 3, 1]
+
+
 def test_eq10_spectral_norm_of_a_head_is_updated_in_train_mode_only():
     head = sana_sprint.Head(torch.zeros(1, 32, 4, 4))
     before = {name: buffer.clone() for name, buffer in head.named_buffers()}

@@ -824,7 +824,7 @@ def mean_velocity(net, x, t, r, cond):
 def iteration_by_hand(trace, it, images, method):
     """(1) to (10) for one iteration. -> loss, numbers of the log."""
     student, teacher, B, T = trace.student, trace.teacher, method.batch, method.T
-    F_minus = trace.networks().get("target", student)
+    F_minus = trace.networks()["target"] if method.decay else student
     col = lambda a: a[:, None]
     draw = BatchRandom(0, it, B)
     letter = [method.letters[i % len(method.letters)] for i in range(B)]
