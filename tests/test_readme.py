@@ -57,6 +57,11 @@ def test_there_is_no_other_block():
     assert len(CODE_BLOCKS) == 5  # the first is run by test_sample.py
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_no_half_of_a_merge_is_left(page):
+    assert not re.search(r"^(<{7}|={7}|>{7})( |$)", (ROOT / page).read_text(), re.M)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_exist(page):
     folder = (ROOT / page).parent
