@@ -103,30 +103,52 @@ def load_errors(what):
         raise UserError(f"{what}: {describe(e)}") from None
 
 
-def save_weights(path, tensors):
+def save_weights(path, tensors, metadata=None):
     """Dict of tensors -> safetensors file. Above LARGEST_FILE several files and their index, as
-    diffusers has it."""
+    diffusers has it. metadata: of the file's header, {text: text}."""
+    metadata = dict(metadata or {}, format="pt")
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     if sum(v.nbytes for v in tensors.values()) > LARGEST_FILE:
         pattern = path.name.replace(".safetensors", "{suffix}.safetensors")
         save_torch_state_dict(
-            tensors, path.parent, filename_pattern=pattern, max_shard_size=LARGEST_FILE
+            tensors,
+            path.parent,
+            filename_pattern=pattern,
+            max_shard_size=LARGEST_FILE,
+            metadata=metadata,
         )
         return
     with atomic(path) as f:
-        save_file(tensors, f.name, metadata={"format": "pt"})
+        save_file(tensors, f.name, metadata=metadata)
+        sort_metadata(f.name)
 
 
-def write_folder(folder, files):
-    """Writes {path in the folder: contents}, in this order. contents: tensors {name: tensor}, or an
-    object for JSON (a path that ends in .json)."""
+def sort_metadata(path):
+    """Puts the metadata of a safetensors file in order: safetensors writes it in any, and equal
+    students are to be equal files."""
+    with open(path, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the same text in another order, unless it was written otherwise
+            f.seek(8)
+            f.write(text.ljust(length))  # spaces are padding
+
+
+def write_folder(folder, files, metadata=None):
+    """Writes {path in the folder: contents}, in this order. contents: tensors {name: tensor}, text,
+    or an object for JSON (a path that ends in .json). metadata: of the files of tensors."""
     for name, contents in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
             write_json(path, contents)
+        elif isinstance(contents, str):
+            with atomic(path) as f:
+                f.write(contents.encode())
         else:
-            save_weights(path, contents)
+            save_weights(path, contents, metadata)
 
 
 def load_weights(path, module, key=lambda name: name):

@@ -402,13 +402,16 @@ class Model(nn.Module):
     def files(self):
         """What the folder of `save` holds besides its JSON file, {path: contents}: config.json and
         the weights, or a LoRA file. Contents: tensors {name: tensor}, or an object for JSON."""
-        if self.lora:
-            files = {lora.FILE: lora.file_tensors(self)}
-        else:
-            files = {"config.json": self.config_file(), WEIGHTS: self.net.state_dict()}
+        files = self.network_files()
         if self.extras:
             files[EXTRAS] = self.extras.state_dict()
         return files
+
+    def network_files(self):
+        """`files` without the conditions that `extend` added."""
+        if self.lora:
+            return {lora.FILE: lora.file_tensors(self)}
+        return {"config.json": self.config_file(), WEIGHTS: self.net.state_dict()}
 
     def config_file(self):
         """Contents of config.json."""

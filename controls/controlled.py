@@ -12,7 +12,7 @@ from common.files import write_folder
 from common.routed import Routed
 from common.schema import COUNT, OBJECT, TEXT, check, is_integer
 from common.teachers.load import load_model
-from common.teachers.students import network_of, read_student, sampler_of
+from common.teachers.students import is_pipeline, network_of, read_student, sampler_of
 from controls.branches import (
     ControlNet,
     MLPBranch,
@@ -148,7 +148,7 @@ def load_generator(folder, teacher, name):
     name: --teacher. The folder of a one-step pipeline is accepted too: its network is evaluated
     once, at the last of 1,000 noise levels.
     """
-    if (Path(folder) / "model_index.json").is_file():
+    if is_pipeline(folder):
         info = dict(method="dmd2", teacher=name, nfe=1, sampler=dict(steps="999"), cfg=1.0)
         return teacher, info, sampler_of(Path(folder), info)
     home, info = read_student(folder)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -805,8 +806,9 @@ def test_sid_with_the_gan_moves_the_student(folder, source, scripts, tmp_path):
     p = scripts.run("sid.py", "--teacher", folder / "teacher", *flags)
     assert re.search("preset +emoji", p.out)
     assert "adv" in (run / "log.jsonl").read_text()
-    student = load_file(next((run / "student").rglob("*.safetensors")))
-    teacher = load_file(folder / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+    network = Path("unet", "diffusion_pytorch_model.safetensors")
+    student = load_file(run / "student" / network)
+    teacher = load_file(folder / "teacher" / network)
     assert any(not torch.equal(student[name], v) for name, v in teacher.items())
 
 

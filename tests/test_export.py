@@ -205,7 +205,8 @@ def test_a_damaged_checkpoint(tmp_path):
 
 
 def test_other_folders_are_not_overwritten(tmp_path, monkeypatch):
-    files = {"distill.json": dict(method="dmd2")}
+    record = dict(method="dmd2", teacher="toy", nfe=1, sampler={})
+    files = {"distill.json": record}
     monkeypatch.setattr(export_module, "read_student_files", lambda path: files)
     make_checkpoints(tmp_path / "run", {10: None})
     (tmp_path / "mine").mkdir()

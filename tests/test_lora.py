@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from helpers import pipelines
+from helpers.cards import write_as_run
 from helpers.cases import SCRIPTS
 from helpers.readme import PROMPTS, same_picture
 from helpers.runs import QUICK, close, run_processes, same
@@ -216,8 +217,8 @@ def test_readme(name, as_lora, folders, tmp_path):
     teacher = load(folders, name, PROMPTS)
     spec = dict(ATTENTION, alpha=3.0) if as_lora else None
     student = scramble(teacher.copy(spec), scale=0.2 if as_lora else 0.02)
-    student.save(tmp_path, {})
-    same_picture(name, 4, teacher, student, tmp_path, folders(name), as_lora)
+    write_as_run(tmp_path, student, teacher, "dmd2", dmd2, 4, {})
+    same_picture(name, 4, teacher, student, tmp_path, as_lora)
 
 
 def test_a_lora_of_mnist_in_diffusers_and_peft(tmp_path):
@@ -395,7 +396,7 @@ def test_dmd2_to_diffusers(name, nfe, flags, folders, forks, tmp_path):
     loaded = load_student(out, args, {})
     student, info, teacher = loaded.model, loaded.info, loaded.teacher
     home, sampler = out / "student", info["sampler"]
-    same_picture(name, nfe, teacher, student, home, teacher_folder, bool(flags), sampler)
+    same_picture(name, nfe, teacher, student, home, bool(flags), sampler)
 
     state = torch.load(out / "ckpt" / "it-00000003.pt", weights_only=True)["state"]
     if flags:

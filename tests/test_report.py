@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.teachers import whole
 from common.teachers.load import load_teacher
 from training import report as report_module
 from training.report import Report, dumps, save_grid, split_name
@@ -52,7 +53,7 @@ def test_a_student_that_is_half_written_does_not_look_finished(make_run, monkeyp
     def write_folder(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_module, "write_folder", write_folder)
+    monkeypatch.setattr(whole, "write_folder", write_folder)
     with pytest.raises(OSError):
         make_report(run, load_teacher("toy")).export(1)
     assert not (run.out / "student" / "distill.json").exists()

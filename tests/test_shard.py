@@ -183,7 +183,9 @@ def test_pipeline(name, teacher_flags, scripts, tmp_path):
     prompts = ["dog", "a red heart"]
     teacher = load_pipeline(str(folder), prompts=prompts, cache=cache, say=lambda *line: None)
     network_class = getattr(diffusers, teacher.network_class)
-    student = network_class.from_pretrained(tmp_path / "two" / "student").state_dict()
+    home = tmp_path / "two" / "student" / teacher.part
+    student = network_class.from_pretrained(home).state_dict()
+    student.pop("time_embedding.cond_proj.weight", None)  # so that pipelines do not guide it
     assert [key for key in student if not torch.equal(student[key], ema[f"net.{key}"])] == []
 
     more = ["--iters", 4, "--resume", "--dtype", "bf16"]
@@ -200,7 +202,7 @@ def test_bf16_students_start_from_the_files(teacher_flags, scripts, tmp_path):
     run_sharded(scripts, "dmd2", args, tmp_path / "run")
     name = "diffusion_pytorch_model.safetensors"
     expected = load_file(folder / "unet" / name)
-    found = load_file(tmp_path / "run" / "student" / name)
+    found = load_file(tmp_path / "run" / "student" / "unet" / name)
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
     assert any((w != w.bfloat16()).any() for w in expected.values())
 

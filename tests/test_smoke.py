@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 from helpers import pipelines, readme
-from helpers.teachers import NEWER, PROMPTS, SIZE, same_latents, write_captioned
+from helpers.cards import same_as_card
+from helpers.teachers import NEWER, PROMPTS, SIZE, write_captioned
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -120,9 +121,9 @@ def test_dmd2(case, folders, pictures, inputs, scripts, tmp_path):
     if case.name in CLASS_CONDITIONAL:
         check_in_diffusers(case, teacher, student, home, folder, info)
     elif case.name in NEWER:
-        same_latents(case.name, nfe, teacher, student, home, folders, sampler, case.lora)
+        same_as_card(home, teacher, student, dmd2.sample, nfe, PROMPTS[0], 0, **sampler)
     else:
-        readme.same_picture(case.name, nfe, teacher, student, home, folder, case.lora, sampler)
+        readme.same_picture(case.name, nfe, teacher, student, home, case.lora, sampler)
 
 
 def text_options(case, inputs):

@@ -239,7 +239,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
     info = json.loads((out / "student" / "distill.json").read_text())
     teacher = load_pipeline(str(folders(name)), prompts=str(prompts), cache=cache, say=quiet)
     student = load_model(out / "student", info["model"], teacher)
-    net = getattr(diffusers, teacher.network_class).from_pretrained(out / "student")
+    net = getattr(diffusers, teacher.network_class).from_pretrained(out / "student" / teacher.part)
     z, cond = noise(0, 2, *teacher.shape), teacher.encode([0, 1])
 
     def sample(model):

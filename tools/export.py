@@ -1,12 +1,15 @@
 """Writes a student's folder from a checkpoint of a run, also of one that was stopped or is running.
 
-A checkpoint holds the files of its student (the average, where the run has one), so neither the
-teacher nor a GPU is needed, and the run is not disturbed.
+A checkpoint holds the files of its student (the average, where the run has one), so no GPU is
+needed, and the run is not disturbed. The student of a pipeline becomes a pipeline that plain
+diffusers loads (common/teachers/whole.py). The parts that it has in common with its teacher are
+links to the teacher's files; --copy copies them, for a folder that is moved to another machine.
 
 Usage:
     python -m tools.export out/dmd2-mnist                     # the newest checkpoint
     python -m tools.export out/dmd2-mnist --it 500            # -> out/dmd2-mnist/student-500/
     python -m tools.export out/dmd2-mnist --it best --to mine # the best of --eval-every's
+    python -m tools.export out/dmd2-emoji --copy --to mine    # without links, to be uploaded
 """
 
 import argparse
@@ -24,7 +27,15 @@ from common.checkpoint import (
     read_checkpoint,
 )
 from common.errors import UserError, describe, launch, require
-from common.files import is_local_name, write_folder
+from common.files import is_local_name, read_json
+from common.teachers.whole import (
+    INDEX,
+    RECORD,
+    describe_plain,
+    pipeline_folder,
+    read_metrics,
+    write_student,
+)
 
 
 def parse_args(argv=None):
@@ -37,6 +48,7 @@ def parse_args(argv=None):
     p.add_argument("run", help="folder of a run")
     p.add_argument("--it", help="iterations of the checkpoint, or best [the newest]")
     p.add_argument("--to", help="folder of the student [RUN/student-<iterations>]")
+    p.add_argument("--copy", action="store_true", help="copies of the teacher's files, not links")
     return p.parse_args(argv)
 
 
@@ -78,15 +90,18 @@ def read_student_files(path):
     return files
 
 
-def export(run, it=None, to=None):
-    """Writes the student of a run's checkpoint. Arguments as on the command line -> its folder."""
+def export(run, it=None, to=None, copy=False, components=True):
+    """Writes the student of a run's checkpoint. Arguments as on the command line -> its folder.
+
+    components: with those of its teacher's pipeline, where the teacher is on this machine."""
     path = find_checkpoint(run, it)
     files = read_student_files(path)
     home = Path(to or Path(run) / f"student-{iterations_of(path)}")
     ours = (home / "distill.json").is_file() or not home.exists() or not any(home.iterdir())
     require(ours, f"--to {home}: expected a new or empty folder, or that of a student")
-    (home / "distill.json").unlink(missing_ok=True)  # written last, see Report.export
-    write_folder(home, files)
+    record = files["distill.json"]
+    teacher = pipeline_folder(record["teacher"]) if components and record.get("plain") else None
+    write_student(home, files, teacher, read_metrics(run), copy)
     return home
 
 
@@ -97,12 +112,16 @@ def export_temporary(run, it):
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = find_checkpoint(run, it)
     iterations = iterations_of(path)
-    return export(run, iterations, folder), iterations
+    return export(run, iterations, folder, components=False), iterations
 
 
 def main():
     args = parse_args()
-    print(f"student: {export(args.run, args.it, args.to)}")
+    home = export(args.run, args.it, args.to, args.copy)
+    print(f"student: {home}")
+    note = describe_plain(read_json(home / RECORD), (home / INDEX).is_file())
+    if note:
+        print(f"  {note}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,16 @@ from PIL import Image, ImageDraw
 
 from common.checkpoint import read_scores
 from common.distributed import on_rank0
-from common.files import atomic, write_folder, write_json
+from common.files import atomic, write_json
 from common.metrics import METRICS, evaluate, summary
 from common.sampling import TEACHER_NFE, generate, teacher_sample
+from common.teachers.whole import (
+    describe_plain,
+    read_metrics,
+    student_files,
+    write_card,
+    write_student,
+)
 from training.folder import flags_of, history, read_starts, utc_now
 
 
@@ -136,8 +143,11 @@ class Report:
         student = self.ema.model.unsharded()
         if not run.is_main:
             return {}
-        record = dict(self.record(it), model=student.config())
-        return student.files() | {"distill.json": json.loads(json.dumps(record))}
+        files, entries = student_files(
+            student, self.teacher, self.sample, self.sampler, run.args.nfe
+        )
+        record = dict(self.record(it), **entries)
+        return files | {"distill.json": json.loads(json.dumps(record))}
 
     def record(self, it):
         """distill.json of the student after `it` iterations, without its network."""
@@ -175,16 +185,24 @@ class Report:
         if not self.run.is_main:
             return
         home = self.run.out / "student"
-        # written last: a student that is half written does not look finished
-        (home / "distill.json").unlink(missing_ok=True)
-        write_folder(home, files)
+        write_student(home, files, self.teacher_folder)
         self.run.print(f"student: {home}")
+        note = describe_plain(files["distill.json"])
+        if note:
+            self.run.print(f"  {note}")
+
+    @property
+    def teacher_folder(self):
+        """Of the teacher's pipeline; None where it is none."""
+        return self.teacher.folder if getattr(self.teacher, "takes_prompts", False) else None
 
     def end(self, it):
         """After `it` iterations, the last: the student, a picture, metrics of --eval-n samples."""
         self.export(it)
         self.pictures(it)
         self.evaluate(it, self.run.args.eval_n)
+        if self.run.is_main:  # now with the metrics
+            write_card(self.run.out / "student", self.teacher_folder, read_metrics(self.run.out))
 
 
 def iteration_of(line):

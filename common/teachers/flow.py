@@ -33,6 +33,7 @@ class SD3(Pipeline):
     network_class = "SD3Transformer2DModel"
     expected = dict(scheduler=FLOW_SCHEDULER)
     without = ("feature_extractor", "image_encoder")
+    unguided = dict(guidance_scale=1.0)
 
     def make_schedule(self, scheduler, shape, c):
         return flow_schedule(scheduler, tokens=shape[-1] * shape[-2] // c.patch_size**2)
@@ -70,6 +71,9 @@ class SD3(Pipeline):
     def time_embedders(self):
         return [self.net.time_text_embed], self.net.inner_dim
 
+    def time_layer(self):
+        return self.net.time_text_embed.timestep_embedder.linear_2
+
 
 class Sana(Pipeline):
     """SANA: linear attention on latents of a 32x autoencoder, Gemma embeddings with a mask."""
@@ -81,6 +85,11 @@ class Sana(Pipeline):
     expected = dict(
         scheduler=dict(FLOW_SCHEDULER, use_dynamic_shifting=[False]),
         network=dict(guidance_embeds=[False]),  # SANA-Sprint's input
+    )
+    unguided = dict(
+        guidance_scale=1.0,
+        complex_human_instruction=None,  # it would be put before the prompt
+        use_resolution_binning=False,
     )
 
     @classmethod
@@ -117,6 +126,9 @@ class Sana(Pipeline):
         embedder = self.net.time_embed.emb.timestep_embedder
         return [embedder], c.num_attention_heads * c.attention_head_dim
 
+    def time_layer(self):
+        return self.net.time_embed.emb.timestep_embedder.linear_2
+
 
 def pack(x):
     """[B, C, H, W] -> tokens [B, H W / 4, 4 C], each a square of 2 x 2 latents."""
@@ -150,6 +162,7 @@ class Flux(Pipeline):
     without = ("feature_extractor", "image_encoder")
     settings = ("guidance",)
     guidance = 3.5
+    passes_sigmas = True
 
     def latent_shape(self, c, size):
         channels = c.in_channels // 4
@@ -197,12 +210,21 @@ class Flux(Pipeline):
     def time_embedders(self):
         return [self.net.time_text_embed], self.net.inner_dim
 
+    def time_layer(self):
+        return self.net.time_text_embed.timestep_embedder.linear_2
+
     def feature_layers(self, depths=(0.5,)):
         blocks = [*self.net.transformer_blocks, *self.net.single_transformer_blocks]
         return layers_at(blocks, depths)
 
     def config(self):
         return super().config() | dict(guidance=self.guidance)
+
+    def call_options(self):
+        options = super().call_options()
+        if self.net.config.guidance_embeds:
+            options["guidance_scale"] = self.guidance
+        return options
 
 
 class QwenImage(Pipeline):
@@ -226,9 +248,11 @@ class QwenImage(Pipeline):
         ),
     )
     since = (0, 37)  # older versions attend to the padding of prompts
+    passes_sigmas = True
     latent_shape = Flux.latent_shape
     make_schedule = Flux.make_schedule
     time_embedders = Flux.time_embedders
+    time_layer = Flux.time_layer
 
     @classmethod
     def output_channels(cls, c):
@@ -306,6 +330,8 @@ class ZImage(Pipeline):
     )
     since = (0, 36)
     built_for = (1024, 1024)
+    passes_sigmas = True  # diffusers 0.36 to 0.38 do not
+    unguided = dict(guidance_scale=0.0)
     make_schedule = Flux.make_schedule
 
     @classmethod
@@ -331,6 +357,9 @@ class ZImage(Pipeline):
     def time_embedders(self):
         embedder = self.net.t_embedder
         return [embedder], embedder.mlp[-1].out_features
+
+    def time_layer(self):
+        return self.net.t_embedder.mlp[-1]
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.layers, depths)

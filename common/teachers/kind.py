@@ -92,6 +92,8 @@ def no_such_teacher(name):
 
 
 def kind_of_folder(name, folder):
+    if (folder / "distill.json").is_file():
+        raise no_teacher_in(name, folder)
     if (folder / "model_index.json").is_file():
         kind, found = kind_of_pipeline(name, folder)
     else:

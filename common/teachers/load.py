@@ -17,10 +17,11 @@ from types import SimpleNamespace
 import torch
 
 from common import lora, schedules
-from common.errors import UserError, describe
+from common.errors import UserError, describe, require
 from common.files import (
     ROOT,
     WEIGHTS,
+    is_local_name,
     load_errors,
     load_weights,
     read_json,
@@ -28,6 +29,7 @@ from common.files import (
 from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
+from common.teachers.bake import UNBAKED_LORA
 from common.teachers.configuration import (
     check_configurations,
     full_config,
@@ -92,6 +94,8 @@ def load_teacher(
     if taken:
         options.get("say", print)(taken)
     if os.path.isdir(folder):  # unlike Path.is_dir, False also for a name that no file can have
+        if (folder / "distill.json").is_file():
+            raise no_teacher_in(name, folder)
         if not (folder / "model_index.json").is_file():
             return load_own_teacher(name, folder, device, dtype, options, budget, place)
         teacher = load_pipeline(str(folder), device, dtype, **options, budget=budget, place=place)
@@ -345,6 +349,12 @@ def load_model(folder, info, teacher=None):
     class than expected, or its tensors do not fit the configuration.
     """
     folder = Path(folder)
+    if "folder" in info:  # of the network in a whole pipeline
+        part = info["folder"]
+        require(
+            is_local_name(part), f"{folder}: folder: expected a folder in this one, found {part!r}"
+        )
+        folder = folder / part
     adapter = info.get("adapter")
     if adapter == "routed":
         return load_routed(folder, info, teacher)
@@ -442,7 +452,9 @@ def load_lora(folder, info, teacher):
         flag=f"{folder}: lora: rank",
     )
     student = teacher.copy(adapters)
-    load_weights(folder / lora.FILE, student.net, lora.file_key(student.part))
+    unbaked = folder / UNBAKED_LORA  # where the other file holds the new inputs as adapters
+    path = unbaked if unbaked.is_file() else folder / lora.FILE
+    load_weights(path, student.net, lora.file_key(student.part))
     load_extras(folder, info, student)
     student.folder = folder
     return student
@@ -461,7 +473,7 @@ def load_routed(folder, info, teacher=None, nested=False):
     by, table = info["by"], info["table"]
     models = []
     for i, expert in enumerate(info["experts"]):
-        home = folder / f"expert-{i}"
+        home = folder if "folder" in expert else folder / f"expert-{i}"
         if expert.get("adapter") == "routed":
             models.append(load_routed(home, expert, teacher, nested=True))
         else:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import load_errors, read_json
+from common.files import load_errors, load_weights, read_json
 from common.model import Model, layers_at, load_extras
+from common.teachers.bake import UNBAKED, name_of
 from common.teachers.latents import load_latents
 from common.teachers.weights import find_weights, text_options
 from data.image_folder import image_files
@@ -40,6 +41,10 @@ class Pipeline(Model):
     packed = 1  # a token of the network's input is a square of packed x packed latents
     expected = {}  # supported values of configuration keys (common/teachers/configuration.py)
     at_once = 4  # samples that the VAE decodes or encodes at a time
+    takes_sigmas = True  # pipe(...) accepts times of the steps: sigmas, or timesteps
+    passes_sigmas = False  # pipe(...) gives its scheduler 1, (n - 1) / n, ..., 1 / n
+    unguided = {}  # arguments of pipe(...) for the conditional estimate alone
+    second_network = None  # name of the pipeline's network for low noise, where it may have one
 
     table = None  # PromptEmbeddings
     cache = None  # folder of cached embeddings and latents; None: out/prompts
@@ -180,6 +185,11 @@ class Pipeline(Model):
         """A student of this teacher from the folder that `save` wrote. info: its saved `config`."""
         with load_errors(f"{folder}: expected a {self.network_class} as diffusers saves it"):
             student = self.with_network(self.load_net(folder, torch.float32))
+        unbaked = Path(folder) / UNBAKED
+        if unbaked.is_file():  # the layer that was changed for plain diffusers, as it was
+            layer = student.time_layer()
+            name = name_of(student.net, layer)
+            load_weights(unbaked, layer, lambda end: f"{name}.{end}")
         load_extras(folder, info, student)
         student.folder = Path(folder)
         return student
@@ -187,6 +197,20 @@ class Pipeline(Model):
     def with_experts(self, folder, index, dtype):
         """This model, or a Routed of all networks of the pipeline where it has several."""
         return self
+
+    # -- a student in plain diffusers (whole.py)
+
+    def call_options(self):
+        """Arguments of pipe(...), besides prompt and steps, that give the student's samples."""
+        options = dict(self.unguided)
+        if self.shape != self.latent_shape(self.net.config, None):
+            options |= dict(zip(("height", "width"), self.image_shape[-2:]))
+        return options
+
+    def without_guidance(self, files):
+        """`files` of a student with whole weights, such that the pipeline never guides it, where
+        its network can say so."""
+        return files
 
     # -- conditions
 
@@ -290,6 +314,10 @@ class Pipeline(Model):
         return load_latents(folder, self, files, labels, [], say, counts, notes)
 
     # -- the network
+
+    def time_layer(self):
+        """The last linear layer of the time embedding: its output is what `extend` adds to."""
+        raise NotImplementedError
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.transformer_blocks, depths)

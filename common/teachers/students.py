@@ -227,10 +227,16 @@ def describe_kind(adapter, shape, classes):
     return f"{adapter} {list(shape)} with {classes} classes"
 
 
+def is_pipeline(folder):
+    """Is this the folder of a pipeline, and not of a student, which may be one as well?"""
+    folder = Path(folder)
+    return (folder / "model_index.json").is_file() and not (folder / "distill.json").is_file()
+
+
 def teacher_of(folder):
     """Name of the teacher of a finished student; of a pipeline's folder: itself; else None."""
     folder = Path(folder)
-    if (folder / "model_index.json").is_file():
+    if is_pipeline(folder):
         return str(folder)
     if not any((home / "distill.json").is_file() for home in (folder / "student", folder)):
         return None

@@ -2,6 +2,7 @@
 
 import torch
 
+from common.files import WEIGHTS
 from common.teachers.configuration import VP_SCHEDULER, release, vp_schedule
 from common.teachers.pipeline import Pipeline, channel_stats
 
@@ -16,6 +17,7 @@ class SD15(Pipeline):
     network_class = "UNet2DConditionModel"
     part = "unet"
     without = ("safety_checker", "feature_extractor", "image_encoder")
+    unguided = dict(guidance_scale=1.0)
     expected = dict(
         scheduler=dict(VP_SCHEDULER, clip_sample=[False, True]),  # its pipeline sets it to false
         network=dict(
@@ -33,6 +35,29 @@ class SD15(Pipeline):
 
     def make_schedule(self, scheduler, shape, c):
         return vp_schedule(scheduler)
+
+    @classmethod
+    def load_net(cls, folder, dtype, part=""):
+        net = super().load_net(folder, dtype, part)
+        if not part and net.config.time_cond_proj_dim is not None:  # see without_guidance
+            net.time_embedding.cond_proj = None
+            net.register_to_config(time_cond_proj_dim=None)
+        return net
+
+    def call_options(self):
+        options = super().call_options()
+        if not self.lora:
+            del options["guidance_scale"]  # see without_guidance
+        return options
+
+    def without_guidance(self, files):
+        # Pipelines do not guide UNets that take the guidance scale as an input. This one has such
+        # an input, of the least size that diffusers can make, and ignores it: its weights are 0.
+        size = 4
+        config = dict(files["config.json"], time_cond_proj_dim=size)
+        zeros = torch.zeros(self.net.time_embedding.linear_1.in_features, size)
+        tensors = files[WEIGHTS] | {"time_embedding.cond_proj.weight": zeros}
+        return files | {"config.json": config, WEIGHTS: tensors}
 
     @classmethod
     def embed(cls, pipe, prompts):
@@ -57,6 +82,9 @@ class SD15(Pipeline):
     def time_embedders(self):
         embedder = self.net.time_embedding
         return [embedder], embedder.linear_2.out_features
+
+    def time_layer(self):
+        return self.net.time_embedding.linear_2
 
     def feature_layers(self, depths=(0.5,)):
         # the bottleneck, whatever the depths; small UNets end in a block of the way down

@@ -29,6 +29,9 @@ class Wan(Pipeline):
     video = True
     at_once = 1
     built_for = (480, 832)
+    takes_sigmas = False
+    unguided = dict(guidance_scale=1.0)
+    second_network = "transformer_2"
 
     def __init__(self, net, vae, scheduler, size=None, frames=81):
         object.__setattr__(self, "frames", frames)  # latent_shape needs it before Module.__init__
@@ -47,6 +50,12 @@ class Wan(Pipeline):
         if index.get("boundary_ratio") is None or index.get("transformer_2", absent) == absent:
             return [cls.part]
         return [cls.part, "transformer_2"]
+
+    def call_options(self):
+        options = super().call_options()
+        if self.frames != 81:  # the pipeline's default
+            options["num_frames"] = self.frames
+        return options
 
     def with_experts(self, folder, index, dtype):
         parts = self.networks(index)
@@ -83,6 +92,9 @@ class Wan(Pipeline):
     def time_embedders(self):
         embedder = self.net.condition_embedder.time_embedder
         return [embedder], embedder.linear_2.out_features
+
+    def time_layer(self):
+        return self.net.condition_embedder.time_embedder.linear_2
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.blocks, depths)

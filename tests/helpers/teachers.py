@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import dmd2
 from common.schedules import EDM, VP, Flow, TrigFlow
 from common.teachers.flow import pack, unpack
 from common.teachers.load import load_pipeline
@@ -191,62 +190,6 @@ def check_other_views(model, theirs, scheduler, z, cond, steps, w):
 
 
 # ---- students in plain diffusers -----------------------------------------------------------------
-
-
-def same_latents(name, nfe, teacher, student, home, folders, sampler, adapters=False):
-    """The plain pipeline with the network, or the LoRA, in `home` makes our sampler's latents.
-
-    The pipeline gets diffusers' Euler scheduler in its stochastic form: dmd2's sampler.
-    """
-    pipe = plain_pipeline(teacher, folders(name))
-    z = torch.randn(2, *teacher.shape)
-    if adapters:
-        pipe.load_lora_weights(home)
-    elif name == "wan22":
-        set_network(pipe, "transformer", teacher, home / "expert-0")
-        set_network(pipe, "transformer_2", teacher, home / "expert-1")
-    else:
-        set_network(pipe, "transformer", teacher, home)
-    steps = dmd2.step_indices(nfe, sampler.get("steps"))  # Wan's and Qwen's presets have their own
-    options = set_stochastic_scheduler(teacher, pipe, steps)
-    torch.manual_seed(5)
-    prompts = [PROMPTS[0], PROMPTS[2]]
-    theirs = run_pipeline(student, pipe, prompts, z, nfe, 1.0, **options)
-
-    def fresh_noise():
-        if teacher.adapter in PACKED:  # drawn in the order of the packed latents
-            return unpack(torch.randn_like(pack(z)), *z.shape[-2:])
-        return torch.randn_like(z)
-
-    cond = teacher.encode([0, 2])
-    torch.manual_seed(5)
-    ours = dmd2.sample(student, z, cond, nfe, fresh_noise, **sampler)
-    assert relative(theirs, ours) < 1e-4
-    torch.manual_seed(5)
-    untrained = dmd2.sample(teacher, z, cond, nfe, fresh_noise)
-    assert relative(untrained, ours) > 1e-3
-
-
-def set_network(pipe, part, teacher, folder):
-    setattr(pipe, part, getattr(diffusers, teacher.network_class).from_pretrained(folder))
-
-
-def set_stochastic_scheduler(model, pipe, steps):
-    """steps: grid indices of the student -> options of the pipeline's call."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=model.schedule.shift, use_dynamic_shifting=False, stochastic_sampling=True
-    )
-    sigmas = [(i + 1) / 1000 for i in steps]
-    if not model.video:
-        return dict(sigmas=sigmas)
-    # WanPipeline passes only a number of steps.
-    set_timesteps = pipe.scheduler.set_timesteps
-    pipe.scheduler.set_timesteps = lambda n, device=None: set_timesteps(
-        sigmas=sigmas, device=device
-    )
-    return {}
 
 
 # ---- images --------------------------------------------------------------------------------------

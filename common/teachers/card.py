@@ -1,0 +1,351 @@
+"""README.md of a student's folder, a model card as the Hugging Face hub reads it, and the metadata
+in the header of its safetensors files (ModelSpec, and entries `distill.*` of our own).
+
+Both are made from distill.json, the teacher's folder and metrics.json, and hold no paths.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from common.files import ROOT
+from common.metrics import METRICS
+from common.teachers.hub import HUB, is_hub_name
+from common.teachers.kind import EMBEDDED
+
+PROMPT = "red heart"  # in the lines that load a student
+ABSENT = [None, None]
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+# Names of architectures that ModelSpec's users agree on, by the kind of the teacher.
+ARCHITECTURES = dict(
+    sd15="stable-diffusion-v1", sdxl="stable-diffusion-xl-v1-base", flux="flux-1-dev"
+)
+PREDICTIONS = dict(eps="epsilon", v="v")
+
+
+def make_card(record, index, teacher, metrics):
+    """-> text. record: distill.json. index: model_index.json of the folder, or None for a folder
+    that is no pipeline. teacher: folder of the teacher's pipeline, or None. metrics: dict or None.
+    """
+    method, nfe = record["method"], record["nfe"]
+    plain = record.get("plain") or {}
+    name = teacher_name(record)
+    steps = "1 step" if nfe == 1 else f"{nfe} steps"
+    call = plain.get("call") if index else None
+    parts = [
+        f"---\n{front_matter(record, call, teacher)}\n---",
+        f"# {name} in {steps}, by {method}",
+        f"A student of `{name}`, distilled by {paper_of(method)} to {steps}.",
+        "## Use",
+    ]
+    if call is None:
+        parts += use_of_a_network(record, plain)
+    else:
+        parts += use_of_a_pipeline(record, plain, index)
+    parts += ["## Training", training_of(record)]
+    if metrics and metrics.get("it") == record.get("training", {}).get("iterations"):
+        parts += ["## Measured", measured(metrics)]
+    parts += ["## Licence", licence_text(teacher)]
+    return "\n\n".join(parts) + "\n"
+
+
+def teacher_name(record):
+    """The teacher's name on the hub, or the last part of its path."""
+    name = record["teacher"]
+    if name in HUB:
+        return HUB[name]
+    return name if is_hub_name(name) else Path(name).name
+
+
+def paper_of(method):
+    """The method's name, with a link to its paper if its script names one."""
+    path = ROOT / f"{method}.py"
+    found = re.search(r"arXiv[ :](\d{4}\.\d{5})", path.read_text()) if path.is_file() else None
+    return f"[{method}](https://arxiv.org/abs/{found[1]})" if found else f"`{method}`"
+
+
+# ---- front matter --------------------------------------------------------------------------------
+
+
+def front_matter(record, call, teacher):
+    """YAML between the two lines of dashes. call: arguments of pipe(...), None without pipeline."""
+    lora = is_lora(record)
+    name = record["teacher"]
+    on_hub = name not in EMBEDDED and (name in HUB or is_hub_name(name))
+    model = record.get("model", {})
+    text = call is not None or bool(record.get("plain"))
+    video = (record.get("plain") or {}).get("pipeline", "").startswith("Wan")
+    task = "unconditional-image-generation"
+    if text:
+        task = "text-to-video" if video else "text-to-image"
+    tags = ["diffusion-distillation", record["method"]] + (["lora"] if lora else [])
+    data = dict(tags=tags, pipeline_tag=task, **licence_of(teacher))
+    if model.get("adapter") != "toy":
+        data["library_name"] = "diffusers"
+    if on_hub:
+        data |= dict(base_model=teacher_name(record))
+        data |= dict(base_model_relation="adapter" if lora else "finetune")
+    if call is not None:
+        names = ("num_inference_steps", "guidance_scale")
+        parameters = dict(num_inference_steps=record["nfe"])
+        parameters |= {key: call[key] for key in names if key in call}
+        data["inference"] = dict(parameters=parameters)
+    return ModelCardData(**data).to_yaml().strip()
+
+
+def is_lora(record):
+    model = record.get("model", {})
+    return "lora" in model or any("lora" in expert for expert in model.get("experts", []))
+
+
+def licence_of(teacher):
+    """The entries on the licence in the card of the teacher's folder; `other` without one."""
+    path = Path(teacher) / "README.md" if teacher is not None else None
+    if path is not None and path.is_file():
+        found = re.match(r"---\n(.*?)\n---\n", path.read_text(errors="replace"), re.S)
+        try:
+            entries = yaml.safe_load(found[1]) if found else None
+        except yaml.YAMLError:
+            entries = None
+        if isinstance(entries, dict) and isinstance(entries.get("license"), str):
+            return {k: entries[k] for k in LICENCE_KEYS if isinstance(entries.get(k), str)}
+    return dict(license="other")
+
+
+def licence_text(teacher):
+    licence = licence_of(teacher)
+    if licence == dict(license="other"):
+        return (
+            "That of the teacher, whose folder does not name it: name it in the lines at the top "
+            "before you publish this folder."
+        )
+    return f"That of the teacher: {licence.get('license_name', licence['license'])}."
+
+
+# ---- use -----------------------------------------------------------------------------------------
+
+
+def use_of_a_pipeline(record, plain, index):
+    """Paragraphs on a folder that DiffusionPipeline loads. The first one has the lines."""
+    call = dict(plain["call"])
+    lines = loading_lines(record, plain, index)
+    notes = [
+        'With `torch_dtype=torch.bfloat16` it takes half of the memory; `pipe.to("cuda")` moves '
+        "it to a GPU."
+    ]
+    times = ", ".join(f"{t:.4g}" for t in plain["times"])
+    how = "with fresh noise between them" if is_stochastic(plain) else "along the ODE"
+    if record["nfe"] == 1:
+        how = "from pure noise"
+    if "num_inference_steps" in call:
+        text = (
+            f"The scheduler's configuration holds its {record['nfe']} steps, at the network's "
+            f"times {times}, {how}. Other numbers of steps give a grid that it was not trained for."
+        )
+    else:
+        text = (
+            f"Its {record['nfe']} steps are at the network's times {times}, {how}. No scheduler's "
+            "configuration holds this grid, so the call has it."
+        )
+    notes.append(text)
+    if "nearly" in plain:
+        notes.append(
+            "In training they were rounded to thousandths; those of the scheduler are not, which "
+            f"changes samples by about {plain['nearly']:.0e}, relative."
+        )
+    if "noise" in call:
+        notes.append("The first noise is scaled as in training, so the call has `latents`.")
+    notes.append(guidance_text(record, call))
+    if plain["pipeline"] == "ZImagePipeline":
+        notes.append("The grid is for diffusers 0.39 or newer: older pipelines make another one.")
+    if any("extras" in part for part in models_of(record)):
+        notes.append(
+            "The student has further inputs (a guidance scale, a second time). For these steps "
+            "they are folded into its weights; `extras.safetensors` and `unbaked*.safetensors` "
+            "hold them for the sampler of the repository."
+        )
+    return ["```python\n" + lines + "\n```", *notes]
+
+
+def models_of(record):
+    model = record.get("model", {})
+    return model.get("experts", [model])
+
+
+def is_stochastic(plain):
+    return plain["scheduler"] == "LCMScheduler" or plain.get("stochastic", False)
+
+
+def guidance_text(record, call):
+    if "guidance_scale" in call:
+        return (
+            f"Guidance is trained in (w = {record.get('cfg')}): leave `guidance_scale` at "
+            f"{call['guidance_scale']:g}."
+        )
+    if is_lora(record) or record["model"].get("adapter") == "qwen-image":
+        return f"Guidance is trained in (w = {record.get('cfg')}): give no negative prompt."
+    return (
+        f"Guidance is trained in (w = {record.get('cfg')}); the pipeline does not guide it, "
+        "whatever `guidance_scale` is."
+    )
+
+
+def loading_lines(record, plain, index):
+    """Python code that loads the folder and makes a picture."""
+    absent = absent_arguments(index)
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'folder = "."  # this folder, or its name on the hub',
+        f"pipe = DiffusionPipeline.from_pretrained(folder, {absent}torch_dtype=torch.float32)",
+    ]
+    if is_lora(record):
+        lines += lora_lines(len(plain["networks"]))
+    call = dict(plain["call"])
+    noise = call.pop("noise", None)
+    arguments = [f"{name}={value!r}" for name, value in call.items()]
+    if noise is not None:
+        arguments.append("latents=latents")
+        shape = ", ".join(map(str, latents_shape(record["model"])))
+        lines.append(f"latents = {noise!r} * torch.randn({shape})")
+    output = "frames" if plain["pipeline"] == "WanPipeline" else "images"
+    call = ", ".join([f'"{PROMPT}"', *arguments])
+    lines.append(f"image = pipe({call}).{output}[0]")
+    return "\n".join(lines)
+
+
+def lora_lines(networks):
+    if networks == 1:
+        return ["pipe.load_lora_weights(folder)"]
+    file = "pytorch_lora_weights.safetensors"
+    return [
+        f'pipe.load_lora_weights(folder, weight_name="expert-0/{file}", adapter_name="first")',
+        "pipe.load_lora_weights(",
+        f'    folder, weight_name="expert-1/{file}", adapter_name="second",',
+        "    load_into_transformer_2=True,",
+        ")",
+    ]
+
+
+def latents_shape(model):
+    """Of one sample, as the pipeline takes it: FLUX and Qwen-Image take tokens of 2 x 2 latents."""
+    first = model.get("experts", [model])[0]
+    shape = first["shape"]
+    if first["adapter"] in ("flux", "qwen-image"):
+        channels, height, width = shape
+        return 1, height * width // 4, 4 * channels
+    return 1, *shape
+
+
+def absent_arguments(index):
+    """Arguments for components that the pipeline has not, but does not count as optional."""
+    import diffusers
+
+    optional = getattr(diffusers, index["_class_name"])._optional_components
+    names = [name for name, value in index.items() if value == ABSENT and name not in optional]
+    return "".join(f"{name}=None, " for name in names)
+
+
+def use_of_a_network(record, plain):
+    """Paragraphs on a folder that is a network only, or several of them."""
+    model = record.get("model", {})
+    where = "python sample.py RUN"
+    notes = []
+    if plain.get("reason"):
+        notes.append(f"No pipeline of diffusers samples it ({plain['reason']}); `{where}` does.")
+    folder, kind = network_of_card(model)
+    if kind is not None:
+        lines = [
+            f"from diffusers import {kind}",
+            "",
+            f'net = {kind}.from_pretrained("{folder}").eval()',
+        ]
+        notes.append("```python\n" + "\n".join(lines) + "\n```")
+        first = model.get("experts", [model])[0]
+        notes.append(
+            f"The network's output is `{first.get('prediction')}` (common/schedules.py), its "
+            f"samples are {first.get('shape')}."
+        )
+    if not plain.get("reason"):
+        notes.append(f"`{where}` makes pictures of it; distill.json has the steps.")
+    return notes
+
+
+NETWORKS = dict(  # diffusers classes of the networks in folders of our own format
+    dit="DiTTransformer2DModel", edm="UNet2DModel"
+)
+
+
+def network_of_card(model):
+    """-> folder and diffusers class of the (first) network; None: no class of diffusers."""
+    folder = "."
+    if "experts" in model:
+        folder = "expert-0"
+        model = model["experts"][0]
+    return folder, None if "lora" in model else NETWORKS.get(model.get("adapter"))
+
+
+# ---- training, measured values -------------------------------------------------------------------
+
+
+def training_of(record):
+    t = record.get("training", {})
+    lines = [f"    {without_paths(t['command'])}"] if "command" in t else []
+    facts = dict(iterations=t.get("iterations"), images=t.get("images_seen"))
+    facts |= dict(batch=t.get("batch"), processes=t.get("world"), passes=t.get("dtype"))
+    facts |= dict(hardware=t.get("hardware"), revision=record.get("revision"))
+    found = [f"{name} {value}" for name, value in facts.items() if value is not None]
+    return "\n".join([*lines, *([""] if lines else []), ", ".join(found) + "."])
+
+
+def without_paths(command):
+    """A command in which paths have lost their folders."""
+    words = [Path(word).name if "/" in word else word for word in command.split(" ")]
+    return " ".join(words)
+
+
+def measured(metrics):
+    rows = ["| metric | value |", "|---|---|"]
+    for name in METRICS:
+        if metrics.get(name) is not None:
+            rows.append(f"| {name} | {metrics[name]:.4g} |")
+    return "\n".join([*rows, "", f"Protocol: {metrics.get('protocol')}; n = {metrics.get('n')}."])
+
+
+# ---- safetensors ---------------------------------------------------------------------------------
+
+
+def make_metadata(record):
+    """{text: text} for the header of a student's safetensors files."""
+    training = record.get("training", {})
+    found = {
+        "distill.method": record["method"],
+        "distill.teacher": teacher_name(record),
+        "distill.nfe": str(record["nfe"]),
+        "distill.sampler": json.dumps(record["sampler"], sort_keys=True),
+    }
+    if "revision" in record:
+        found["distill.revision"] = record["revision"]
+    first = models_of(record)[0]
+    architecture = ARCHITECTURES.get(first.get("adapter"))
+    if architecture and first.get("prediction") != "v":  # ModelSpec has names for these only
+        lora = is_lora(record)
+        height, width = first["image"][-2:]
+        found |= {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": architecture + ("/lora" if lora else ""),
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"{teacher_name(record)}, {record['nfe']} steps, {record['method']}",
+            "modelspec.resolution": f"{width}x{height}",
+            "modelspec.usage_hint": f"{record['nfe']} steps, cfg 1",
+        }
+        if "date" in training:
+            found["modelspec.date"] = training["date"][:10]
+        if first["prediction"] in PREDICTIONS:
+            found["modelspec.prediction_type"] = PREDICTIONS[first["prediction"]]
+    return found
