@@ -254,6 +254,15 @@ def test_eq07_head(shape, halvings):
     assert h.grad[1:].norm() == 0
 
 
+def test_eq07_head_of_points_by_hand():
+    head = dmd2.Head(torch.zeros(1, 6))
+    first, _, last = head.layers
+    h = torch.randn(3, 6)
+    hidden = h @ first.weight.T + first.bias
+    expected = (hidden * hidden.sigmoid()) @ last.weight.T + last.bias
+    assert torch.allclose(head(h), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("c, groups", [(1, 1), (9, 1), (18, 2), (64, 16), (320, 16), (1280, 32)])
 def test_eq07_groups_of_the_norm(c, groups):
     norm = dmd2.group_norm(c)
@@ -261,13 +270,13 @@ def test_eq07_groups_of_the_norm(c, groups):
     assert norm(torch.randn(2, c, 1, 1)).shape == (2, c, 1, 1)
 
 
-@pytest.mark.parametrize("shape", [(16, 15, 26), (16, 26, 15), (16, 4, 30)])
-def test_eq07_head_of_pictures_that_are_not_square(shape):
-    """Landscape, portrait, and frames one below the other: a sample has several logits."""
+@pytest.mark.parametrize("shape, n", [((16, 15, 26), 2), ((16, 26, 15), 2), ((16, 4, 30), 7)])
+def test_eq07_head_of_pictures_that_are_not_square(shape, n):
+    """Landscape, portrait, and frames one below the other: a sample has several logits, one for
+    each square of the halved map that fits beside the last one."""
     h = torch.randn(2, *shape, requires_grad=True)
     logits = dmd2.Head(h)(h)
-    assert logits.ndim == 2
-    assert logits.shape[0] == 2
+    assert logits.shape == (2, n)
     (grad,) = torch.autograd.grad(logits[0].sum(), h)
     assert grad[0].norm() > 1e-3
     assert grad[1].norm() == 0

@@ -85,13 +85,18 @@ def test_edit_trains(edit, scripts, tmp_path):
     scripts.run(copy, *args, *edit.flags)
 
 
+def edited(script, text, tmp_path):
+    """The script with its only edit that has this text, as a module."""
+    (edit,) = [e for e in edits(script) if text in "\n".join(e.lines)]
+    path = tmp_path / "edited.py"
+    path.write_text(changed_script(edit))
+    return import_script("edited", path)
+
+
 def test_the_head_sees_clean_inputs(trace, tmp_path):
     """The first edit of dmd2: official compute_cls_logits with diffusion_gan off has the images as
     they are, at index 0 of the grid."""
-    (edit,) = [e for e in edits("dmd2") if "--gan" in e.flags and "x_real" in "".join(e.lines)]
-    path = tmp_path / "clean.py"
-    path.write_text(changed_script(edit))
-    clean = import_script("clean", path)
+    clean = edited("dmd2", "alpha(grid[0])", tmp_path)
     record = [(clean.Critic, "forward"), (clean, "dm_loss"), (Images, "samples")]
     steps = trace(clean, "--gan", "--ratio", 1, "--iters", 2, record=record)
     of_head = [c for c in steps.calls["forward"] if c.kwargs.get("logit")]
@@ -106,3 +111,27 @@ def test_the_head_sees_clean_inputs(trace, tmp_path):
     for call in (student_turn, critic_turn):
         assert call.args[2].unique().tolist() == [schedule.alpha(least)]
         assert call.args[3].unique().tolist() == [schedule.sigma(least)]
+
+
+def test_conditions_of_the_losses_are_those_of_other_images(trace, tmp_path):
+    """An edit of dmd2: the official four-step recipe takes them from a second draw of images."""
+    module = edited("dmd2", "cond = images.samples", tmp_path)
+    record = [(module, "dm_gradient"), (Images, "samples")]
+    steps = trace(module, "--gan", "--ratio", 1, "--iters", 2, record=record)
+    of_gan = [c.result[1]["labels"] for c in steps.calls["samples"][0::2]]
+    of_losses = [c.result[1]["labels"] for c in steps.calls["samples"][1::2]]
+    found = [c.args[4]["labels"] for c in steps.calls["dm_gradient"]]
+    assert len(found) == 2
+    assert all(map(torch.equal, found, of_losses))
+    assert not any(map(torch.equal, of_gan, of_losses))
+
+
+def test_groups_of_the_official_recipe_of_order_one(trace, tmp_path):
+    """An edit of twinflow: rows of `any` have any t, and jump to r = 0."""
+    module = edited("twinflow", "# one", tmp_path)
+    steps = trace(module, "--order", 1, "--iters", 1, record=[(module, "times")])
+    (call,) = steps.calls["times"]
+    rows = call.args[2]["any"]
+    t, r = call.result
+    assert (r[rows] == 0).all()
+    assert len(t[rows].unique()) == len(rows) > 1

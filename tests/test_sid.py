@@ -418,7 +418,7 @@ def test_wrong_steps_are_refused(form, n, text):
 
 
 def test_more_steps_than_vp_has_times_are_refused():
-    with pytest.raises(UserError, match="--nfe 700"):
+    with pytest.raises(UserError, match="^--nfe 700: expected"):
         sid.step_times("vp", VP(), 700)
 
 
@@ -687,6 +687,21 @@ def test_flags_override_the_form():
     assert args.weight == "1_over_sigma"
     assert args.gan_warmup == 0
     assert args.gan_weight == 0
+
+
+@pytest.mark.parametrize("iters, ratio, last", [(10, 3, 9), (9, 3, 6), (4, 1, 3)])
+def test_eq09_joins_before_the_last_student_step(iters, ratio, last):
+    """That is, after twice --gan-warmup images; the last student step is in iteration `last`."""
+    flags = ["--gan", "--batch", 16, "--iters", iters, "--ratio", ratio]
+    assert filled("edm", *flags, "--gan-warmup", 8 * last).gan_warmup == 8 * last
+    with pytest.raises(UserError, match=f"at most {16 * last}, those"):
+        filled("edm", *flags, "--gan-warmup", 8 * last + 1)
+
+
+def test_the_warmup_of_a_smoke_run_is_one_iteration():
+    args = filled("edm", "--gan", "--smoke", "--batch", 16)
+    assert args.gan_warmup == 16
+    assert filled("edm", "--gan", "--smoke", "--gan-warmup", 0).gan_warmup == 0
 
 
 # ---- (10) and the loop: who is trained when, by which gradient -----------------------------------
