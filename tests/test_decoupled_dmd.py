@@ -5,21 +5,19 @@ Expected numbers were derived apart from the code. What it copies from dmd2.py i
 tests/test_form.py compares the copies.
 """
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import byhand
 from helpers.gaussian import Gauss, f64, full, labels, normal, relative_error
-from helpers.trace import Trace
-from torch.nn.utils import vector_to_parameters
+from helpers.trace import Trace, weights
 
 import decoupled_dmd as dd
 import dmd2
 from common.rng import BatchRandom
-from common.schedules import EDM, VP, Flow, add_noise, expand
-from common.teachers.load import load_teacher
+from common.schedules import EDM, VP, Flow, TrigFlow, add_noise, expand
 from data.images import load_images
 
 INDICES = [999, 749, 499, 249]  # of four steps
@@ -443,134 +441,304 @@ def trace(monkeypatch, tmp_path):
     return run
 
 
-def with_weights(net, vector):
-    twin = copy.deepcopy(net).requires_grad_(True)
-    vector_to_parameters(vector, twin.parameters())
-    return twin
+def level_by_hand(alpha, sigma, schedule, factor=1.0):
+    """alpha and sigma of a schedule at `factor` times this sigma / alpha, within its range."""
+    sigma = factor * sigma
+    if isinstance(schedule, EDM):
+        sigma = (sigma / alpha).clamp(0.002, 80)
+        return torch.ones_like(sigma), sigma
+    if isinstance(schedule, VP):
+        ratio = vp_ratios()
+        ratio = (sigma / alpha).clamp(ratio[0], ratio[-1])
+        return 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+    if isinstance(schedule, Flow):
+        return alpha / (alpha + sigma), sigma / (alpha + sigma)
+    sine = sigma / 0.5  # sigma_data
+    norm = (alpha**2 + sine**2).sqrt()
+    return alpha / norm, sigma / norm
 
 
-def gradient_of(loss, net):
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in net.parameters()]).double()
+def vp_ratios():
+    """sigma / alpha of Stable Diffusion's 1000 times."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - beta).cumprod(0)
+    return ((1 - abar) / abar).sqrt()
 
 
-class Iteration:
-    """One iteration of main() on toy-cond, written out from the docstring for its EDM schedule.
+def levels_by_hand(schedule):
+    """alpha and sigma [1000] of the grid, from data to noise."""
+    i = torch.arange(1000, dtype=torch.float64)
+    if isinstance(schedule, EDM):
+        sigma = (0.002 ** (1 / 7) + i / 999 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+        return torch.ones_like(sigma), sigma
+    if isinstance(schedule, VP):
+        return level_by_hand(torch.ones_like(i), vp_ratios(), schedule)
+    u = (i + 1) / 1000
+    if isinstance(schedule, Flow):
+        return level_by_hand(1 - u, u, schedule, schedule.shift)
+    alpha = (u * math.pi / 2).cos()
+    alpha[-1] = 0
+    return alpha, 0.5 * (u * math.pi / 2).sin()
 
-    steps: the Trace. it: with --ratio 1 its optimiser steps are number 2 it and 2 it + 1.
+
+class ByHand:
+    """(1) to (14) for a network of points with 8 labels.
+
+    w, nfe, ...: the flags of this name; the values that a case leaves out are those of `trace`.
+    gan: (w_G, w_D). indices: of --step-indices.
     """
 
-    floor, w_gen, w_cls, w = 0.05, 0.5, 0.6, 2.0
-    flags = ["--nfe", 4, "--gan", "--gan-weight", w_gen, "--cls-weight", w_cls, "--cfg", w]
-    flags += ["--ratio", 1, "--lr", 2e-3, "--lr-fake", 2e-3]
+    def __init__(self, trace, schedule, images, **case):
+        same = dict(w=2.0, nfe=1, ratio=2, levels="hybrid", shift=1.0, floor=0.05, indices=None)
+        same |= dict(regulariser="dm", moments=None, gan=None)
+        vars(self).update(same | case)
+        self.trace, self.images = trace, images
+        indices = self.indices or [999 - k * (1000 // self.nfe) for k in range(self.nfe)]
+        grid = levels_by_hand(schedule)
+        self.steps = [a[indices] for a in grid]
+        self.grid = level_by_hand(*grid, schedule, self.shift)
+        self.weight_of = dict(EDM=self.edm_weight, VP=self.eps_weight).get(
+            type(schedule).__name__, self.flow_weight
+        )
+        self.terms, self.low, self.high = self.grid, 20, 981
+        if isinstance(schedule, Flow):
+            t = self.grid[1].clamp(0.02, 0.98)
+            self.terms, self.low, self.high = (1 - t, t), 0, 1000
+        less_noise = [self.grid[1] * a < s * self.grid[0] for a, s in zip(*self.steps)]
+        self.cleaner = [int(less.sum()) for less in less_noise]
+        if indices[0] == 999:
+            self.cleaner[0] = 1000
+        self.seen = set()  # steps k
+        self.floored = set()  # whether (6) was its floor
+        self.logs = []
 
-    def __init__(self, steps, it):
-        self.teacher = load_teacher("toy-cond")
-        self.student = with_weights(steps.student, steps[2 * it].before["student"])
-        self.critic = with_weights(steps.critic, steps[2 * it].before["critic"])
-        self.grid = self.teacher.schedule.grid(1000)
-        self.it = it
-        self.draw = BatchRandom(0, it, 16)
-        self.ones = torch.ones(16)
-        self.cond = self.teacher.encode(self.draw.randint(0, 8))
-        self.k = self.draw.shared_randint(0, 4)
-        self.x = self.sample()
+    edm_weight = staticmethod(lambda a, s: (s**2 + 0.49) / (0.7 * s) ** 2)
+    eps_weight = staticmethod(lambda a, s: (a / s) ** 2)
+    flow_weight = staticmethod(lambda a, s: s**-2)
 
-    def sample(self):
+    def sample(self, net, k, cond, noise):
         """(1) at step k, from (2)."""
-        sigma = self.grid[INDICES]
-        x_in = sigma[0] * self.draw.randn(2)
-        for j in range(self.k):
-            xhat = self.student(x_in.float(), 1.0, sigma[j], self.cond).detach()
-            x_in = xhat + sigma[j + 1] * self.draw.randn(2)
-        return self.student(x_in.float(), 1.0, sigma[self.k], self.cond)
+        alpha, sigma = self.steps
+        z = noise()
+        x_in = z if isinstance(net.schedule, VP) else sigma[0].float() * z
+        for j in range(k):
+            xhat = net(x_in, alpha[j], sigma[j], cond).detach()
+            x_in = (alpha[j + 1] * xhat + sigma[j + 1] * noise()).float()
+        return net(x_in, alpha[k], sigma[k], cond)
 
-    def noised(self, x, sigma):
-        x_t = (x + sigma[:, None] * self.draw.randn(2)).float()
-        return x_t, self.ones, sigma
+    def copy_of(self, x, levels, i, eps):
+        """x_t, alpha, sigma at the indices i of `levels`."""
+        alpha, sigma = levels[0][i], levels[1][i]
+        return (alpha[:, None] * x + sigma[:, None] * eps).float(), alpha, sigma
 
-    def random_levels(self, low=0, high=1000):
-        return self.grid[self.draw.randint(low, high)]
+    def logit(self, x_t, alpha, sigma, cond):
+        """(11)"""
+        critic = self.trace.critic
+        return critic.head(critic.fake(x_t, alpha, sigma, cond, features=True)[-1])
 
-    def normaliser(self, c):
-        """(6), of the conditional estimate c."""
-        return (self.x - c).abs().mean(1, keepdim=True).clamp(min=self.floor)
+    def normaliser(self, x, c):
+        """(6) [16, 1]"""
+        size = (x - c).abs().mean(1, keepdim=True)
+        self.floored.update((size < self.floor).flatten().tolist())
+        return size.clamp(min=self.floor)
 
-    def student_gradient(self, levels="hybrid", use_dm=True, moments=None):
-        """Gradient of the student's loss (14). levels: any but shared."""
-        x = self.x
-        below = min(INDICES[self.k], 981)
-        sigma_dm = self.random_levels(20, below if levels == "constrained" else 981)
-        sigma_ca = self.random_levels(20, 981 if levels == "full" else below)
-        g = torch.zeros(16, 2)
-        if use_dm:
-            dm = self.noised(x.detach(), sigma_dm)
-            c = self.teacher(*dm, self.cond)
-            f = self.critic.fake(*dm, self.cond)
-            g = (f - c) / self.normaliser(c)  # (5)
-        ca = self.noised(x.detach(), sigma_ca)
-        c = self.teacher(*ca, self.cond)  # (3)
-        u = self.teacher(*ca, self.teacher.null(16))
-        g = g + (self.w - 1) * (u - c) / self.normaliser(c)  # (4)
-        loss = (g.detach() * x).sum() / x.numel()  # has the gradient of (8)
-        if moments:
-            loss = loss + self.moments_loss(*moments)
-        logit = self.critic(*self.noised(x, self.random_levels()), self.cond, logit=True)  # (11)
-        loss = loss + self.w_gen * torch.log(1 + torch.exp(-logit)).mean()  # (12)
-        gradient = gradient_of(loss, self.student)
-        self.critic.zero_grad()
-        return gradient
+    def terms_of(self, x, k, cond, draw):
+        """g_ca, g_dm [16, 2] and n_ca, n_dm [16, 1]; 0 and the floor of a term left out."""
+        teacher, null = self.trace.teacher, dict(labels=torch.full((16,), 8))
+        below = max(min(self.cleaner[k], self.high), self.low + 1)
+        i_dm = draw.randint(self.low, below if self.levels == "constrained" else self.high)
+        i_ca = i_dm
+        if self.levels != "shared":
+            i_ca = draw.randint(self.low, self.high if self.levels == "full" else below)
+        left_out = torch.zeros(16, 2), torch.full((16, 1), self.floor)
+        (g_ca, n_ca), (g_dm, n_dm) = left_out, left_out
+        if self.regulariser == "dm":
+            dm = self.copy_of(x, self.terms, i_dm, draw.randn(2))
+            c, f = teacher(*dm, cond), self.trace.critic.fake(*dm, cond)  # (3)
+            n_dm = self.normaliser(x, c)
+            g_dm = (f - c) / n_dm  # (5)
+        if self.w != 1 and self.levels == "shared":
+            r = (1 - self.w) * teacher(*dm, null) + self.w * c
+            n_ca = n_dm = (x - r).abs().mean(1, keepdim=True)
+            return (r - c) / -n_ca, (f - c) / n_dm, n_ca, n_dm
+        if self.w != 1:
+            ca = self.copy_of(x, self.terms, i_ca, draw.randn(2))
+            c, u = teacher(*ca, cond), teacher(*ca, null)  # (3)
+            n_ca = self.normaliser(x, c)
+            g_ca = (self.w - 1) * (u - c) / n_ca  # (4)
+        return g_ca, g_dm, n_ca, n_dm
 
-    def moments_loss(self, mean, var):
+    def moments_loss(self, x):
         """(10), for samples of two numbers."""
-        a, b = self.x[:, 0], self.x[:, 1]
+        a, b = x.double().T
+        mean, var = self.moments
         m = (a + b) / 2
         s2 = ((a - m) ** 2 + (b - m) ** 2) / 2
-        return 0.5 * ((s2 + (m - mean) ** 2) / var - 1 - torch.log(s2 / var)).mean()
+        q = (s2 + (m - mean) ** 2) / var
+        return (0.5 * (q - 1 - torch.log(s2 / var))).mean()
 
-    def critic_gradient(self):
-        """Gradient of the critic's loss (14), after `student_gradient`."""
-        x = self.x.detach()
-        x_t, ones, sigma = self.noised(x, self.random_levels())
-        sigma_data = self.teacher.sigma_data
-        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-        error = (self.critic.fake(x_t, ones, sigma, self.cond) - x).double()
-        loss = (weight[:, None] * error.square()).mean()  # (9)
-        images, image_labels = load_images(None, self.teacher).batch(self.it, 16)
-        x_real = self.teacher.encode_images(images)
-        sigma_fake, sigma_real = self.random_levels(), self.random_levels()
-        fake, real = self.noised(x, sigma_fake), self.noised(x_real, sigma_real)
-        logit_fake = self.critic(*fake, self.cond, logit=True)
-        logit_real = self.critic(*real, self.teacher.encode(image_labels), logit=True)
-        loss_cls = F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()  # (13)
-        return gradient_of(loss + self.w_cls * loss_cls, self.critic)
+    def cosine_of(self, x, g_ca, g_dm, n_ca, n_dm):
+        """{cos: mean of those samples whose terms are no rounding}; {} if there is none."""
+        least = 1e-3 * x.abs().mean(1)
+        exact = ((g_ca * n_ca).abs().mean(1) > least) & ((g_dm * n_dm).abs().mean(1) > least)
+        cos = (g_ca * g_dm).sum(1) / (g_ca.norm(dim=1) * g_dm.norm(dim=1))
+        return dict(cos=cos[exact].mean()) if exact.any() else {}
+
+    def iteration(self, it):
+        """Generator of ("student", its loss) in a student's turn, and ("critic", its loss)."""
+        trace, draw, logs = self.trace, BatchRandom(2, it, 16), {}
+        self.logs.append(logs)
+        x_real, labels_real = self.images.batch(it, 16, 2)
+        cond, cond_real = dict(labels=draw.randint(0, 8)), dict(labels=labels_real)
+        k = draw.shared_randint(0, self.nfe)
+        x = self.sample(trace.student, k, cond, lambda: draw.randn(2))
+        any_level = lambda: draw.randint(0, 1000)
+        if it % self.ratio == 0:
+            self.seen.add(k)
+            terms = self.terms_of(x.detach(), k, cond, draw)
+            g_ca, g_dm, n_ca, n_dm = terms = [term.detach() for term in terms]
+            loss = ((g_ca + g_dm) * x).sum() / x.numel()  # has the gradient of (8)
+            logs |= dict(ca=0.5 * (g_ca**2).mean(), dm=0.5 * (g_dm**2).mean())
+            logs |= dict(norm_ca=n_ca.mean(), norm_dm=n_dm.mean(), **self.cosine_of(x, *terms))
+            if self.regulariser == "moments":
+                logs |= dict(moments=self.moments_loss(x))
+                loss = loss + logs["moments"]
+            if self.gan:
+                logit = self.logit(*self.copy_of(x, self.grid, any_level(), draw.randn(2)), cond)
+                logs |= dict(gen=(1 + (-logit).exp()).log().mean())  # (12)
+                loss = loss + self.gan[0] * logs["gen"]  # (14)
+            yield "student", loss
+
+        x = x.detach()
+        logs |= dict(mean=x.mean(), std=x.std())
+        if self.regulariser != "dm" and not self.gan:
+            return
+        x_t, *level = self.copy_of(x, self.grid, any_level(), draw.randn(2))
+        error = trace.critic.fake(x_t, *level, cond) - x
+        loss = logs["fake"] = (self.weight_of(*level)[:, None] * error**2).mean()  # (9)
+        if self.gan:
+            i_fake, i_real, eps_fake, eps_real = (
+                any_level(),
+                any_level(),
+                draw.randn(2),
+                draw.randn(2),
+            )
+            fake = self.logit(*self.copy_of(x, self.grid, i_fake, eps_fake), cond)
+            real = self.logit(*self.copy_of(x_real, self.grid, i_real, eps_real), cond_real)
+            cls = (1 + fake.exp()).log().mean() + (1 + (-real).exp()).log().mean()  # (13)
+            loss = loss + self.gan[1] * cls  # (14)
+            logs |= dict(cls=cls, logit_fake=fake.mean(), logit_real=real.mean())
+        yield "critic", loss
 
 
-@pytest.mark.parametrize("levels", ["hybrid", "full", "constrained"])
-def test_eq14_first_iterations_by_hand(trace, levels):
-    """(1), (2), (3) to (9), (11), (12), (13), (14), until every step k had its turn."""
-    steps = trace(dd, "--iters", 12, *Iteration.flags, "--levels", levels)
-    seen = set()
-    for it in range(12):
-        by_hand = Iteration(steps, it)
-        seen.add(by_hand.k)
-        expected = by_hand.student_gradient(levels)
-        assert relative_error(steps[2 * it].flat_grad(), expected) < 1e-4
-        expected = by_hand.critic_gradient()
-        assert relative_error(steps[2 * it + 1].flat_grad(), expected) < 1e-4
-    assert seen == {0, 1, 2, 3}
+# name: (schedule, prediction, flags, case of ByHand)
+BY_HAND = {
+    "edm": (EDM(), "edm", "--nfe 1 --ratio 3 --floor 0.1", dict(ratio=3, floor=0.1)),
+    "edm, 4 steps, GAN": (
+        EDM(),
+        "edm",
+        "--nfe 4 --cfg 2.5 --shift 0.3 --gan --gan-weight 0.7 --cls-weight 0.4 --ratio 1",
+        dict(nfe=4, w=2.5, shift=0.3, gan=(0.7, 0.4), ratio=1),
+    ),
+    "eps, full, GAN": (
+        VP(),
+        "eps",
+        "--nfe 3 --levels full --gan --gan-weight 0.3 --cls-weight 0.2 --floor 0.5",
+        dict(nfe=3, levels="full", gan=(0.3, 0.2), floor=0.5),
+    ),
+    "eps, constrained": (
+        VP(),
+        "eps",
+        "--step-indices 700,300,5 --nfe 3 --levels constrained --shift 2 --ratio 1 --ema 3",
+        dict(nfe=3, indices=[700, 300, 5], levels="constrained", shift=2, ratio=1),
+    ),
+    "flow, LoRA": (
+        Flow(3),
+        "flow",
+        "--nfe 2 --shift 0.5 --cfg 4 --lora 4 --lora-fake 4 --lora-alpha 8 --ratio 1",
+        dict(nfe=2, shift=0.5, w=4, ratio=1),
+    ),
+    "flow, shared, GAN": (
+        Flow(),
+        "flow",
+        "--nfe 2 --levels shared --cfg 3 --gan --gan-weight 0.5 --cls-weight 2 --ratio 1",
+        dict(nfe=2, levels="shared", w=3, gan=(0.5, 2), floor=0.0, ratio=1),
+    ),
+    "trigflow, shared without guidance": (
+        TrigFlow(0.5),
+        "trigflow",
+        "--nfe 3 --levels shared --cfg 1 --shift 2 --ratio 1",
+        dict(nfe=3, levels="shared", w=1, shift=2, floor=0.0, ratio=1),
+    ),
+    "trigflow, moments": (
+        TrigFlow(0.5),
+        "trigflow",
+        "--regulariser moments --moments 0.1 0.7 --nfe 2 --ratio 4",
+        dict(regulariser="moments", moments=(0.1, 0.7), nfe=2, ratio=1),
+    ),
+    "edm, moments, GAN": (
+        EDM(),
+        "edm",
+        "--regulariser moments --moments -0.2 0.4 --levels full --nfe 1 --gan --gan-weight 0.5",
+        dict(regulariser="moments", moments=(-0.2, 0.4), levels="full", gan=(0.5, 0.01)),
+    ),
+    "flow, nothing but CA": (
+        Flow(),
+        "flow",
+        "--regulariser none --nfe 2 --step-indices 800,100 --floor 0.3",
+        dict(regulariser="none", nfe=2, indices=[800, 100], floor=0.3, ratio=1),
+    ),
+    "flow, no guidance": (Flow(), "flow", "--nfe 1 --cfg 1 --floor 0.7", dict(w=1, floor=0.7)),
+}
 
 
-def test_eq14_first_iterations_with_moments_by_hand(trace):
-    """--regulariser moments: (10) instead of (5). The critic is trained for the GAN's sake."""
-    moments = (0.1, 0.7)
-    flags = ["--regulariser", "moments", "--moments", *moments]
-    steps = trace(dd, "--iters", 3, *Iteration.flags, *flags)
-    for it in range(3):
-        by_hand = Iteration(steps, it)
-        expected = by_hand.student_gradient(use_dm=False, moments=moments)
-        assert relative_error(steps[2 * it].flat_grad(), expected) < 1e-4
-        assert relative_error(steps[2 * it + 1].flat_grad(), by_hand.critic_gradient()) < 1e-4
+@pytest.mark.parametrize("name", BY_HAND)
+def test_whole_iterations_by_hand(trace, monkeypatch, name):
+    """(1), (2), the rest until (11), (12), (13) and (14): gradients of student and critic with its
+    head, AdamW's updates, the average, numbers of log.jsonl, and sampling by the record."""
+    schedule, prediction, flags, case = BY_HAND[name]
+    common = "--iters 6 --seed 2 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1"
+    rates = "--clip 0.5 --warmup 3 --cooldown 0.5"
+    wrapped = byhand.wrap_trained(monkeypatch)
+    steps = trace(
+        dd,
+        *[*common.split(), *rates.split(), *flags.split()],
+        teacher=byhand.Tiny(schedule, prediction),
+    )
+    images = load_images(None, steps.teacher, lambda line: None)
+    by_hand = ByHand(steps, schedule, images, **case)
+    if by_hand.gan:
+        torch.manual_seed(2)  # the head starts equal on all processes
+        width = steps.teacher.net.config["width"]
+        head = weights(dd.Head(torch.zeros(1, width)))
+        assert torch.equal(steps[0].before["critic"][-len(head) :], head)
+
+    optimisers = {
+        role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5)
+        for role, lr in (("student", 3e-3), ("critic", 2e-3))
+    }
+    factor = lambda it: min(1, (it + 1) / 3) * min(1, (6 - it) / 3)
+    assert byhand.compare_iterations(steps, by_hand.iteration, optimisers, factor=factor) == 6
+    assert by_hand.seen == set(range(by_hand.nfe))
+    assert "--floor" not in flags or by_hand.floored == {True, False}
+
+    byhand.compare_logs(steps.logs, by_hand.logs)
+    for role in ("student", "critic"):
+        norms = [step.flat_grad().norm().item() for step in steps if step.role == role]
+        name = f"grad_{role}"
+        assert [line[name] for line in steps.logs if name in line] == pytest.approx(norms, rel=1e-5)
+    roles = [step.role for step in steps]
+    assert [net.calls[True] for net in wrapped] == [
+        roles.count("student"),
+        roles.count("critic") * (2 if by_hand.gan else 1),
+    ]
+    assert not any(net.calls[False] for net in wrapped)
+
+    if "--ema" in flags:
+        byhand.compare_average(steps, 3)
+    x, noises, cond = byhand.sample_by_record(steps, dd)
+    expected = by_hand.sample(steps.ema.model, by_hand.nfe - 1, cond, iter(noises).__next__)
+    assert torch.allclose(x, expected, atol=1e-5)
 
 
 # ---- main(): levels, who is trained, what CA does ------------------------------------------------
