@@ -441,30 +441,6 @@ def trace(monkeypatch, tmp_path):
     return run
 
 
-def level_by_hand(alpha, sigma, schedule, factor=1.0):
-    """alpha and sigma of a schedule at `factor` times this sigma / alpha, within its range."""
-    sigma = factor * sigma
-    if isinstance(schedule, EDM):
-        sigma = (sigma / alpha).clamp(0.002, 80)
-        return torch.ones_like(sigma), sigma
-    if isinstance(schedule, VP):
-        ratio = vp_ratios()
-        ratio = (sigma / alpha).clamp(ratio[0], ratio[-1])
-        return 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
-    if isinstance(schedule, Flow):
-        return alpha / (alpha + sigma), sigma / (alpha + sigma)
-    sine = sigma / 0.5  # sigma_data
-    norm = (alpha**2 + sine**2).sqrt()
-    return alpha / norm, sigma / norm
-
-
-def vp_ratios():
-    """sigma / alpha of Stable Diffusion's 1000 times."""
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    abar = (1 - beta).cumprod(0)
-    return ((1 - abar) / abar).sqrt()
-
-
 def levels_by_hand(schedule):
     """alpha and sigma [1000] of the grid, from data to noise."""
     i = torch.arange(1000, dtype=torch.float64)
@@ -472,10 +448,10 @@ def levels_by_hand(schedule):
         sigma = (0.002 ** (1 / 7) + i / 999 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
         return torch.ones_like(sigma), sigma
     if isinstance(schedule, VP):
-        return level_by_hand(torch.ones_like(i), vp_ratios(), schedule)
+        return byhand.level_of(schedule, torch.ones_like(i), byhand.vp_ratios())
     u = (i + 1) / 1000
     if isinstance(schedule, Flow):
-        return level_by_hand(1 - u, u, schedule, schedule.shift)
+        return byhand.level_of(schedule, 1 - u, schedule.shift * u)
     alpha = (u * math.pi / 2).cos()
     alpha[-1] = 0
     return alpha, 0.5 * (u * math.pi / 2).sin()
@@ -496,10 +472,7 @@ class ByHand:
         indices = self.indices or [999 - k * (1000 // self.nfe) for k in range(self.nfe)]
         grid = levels_by_hand(schedule)
         self.steps = [a[indices] for a in grid]
-        self.grid = level_by_hand(*grid, schedule, self.shift)
-        self.weight_of = dict(EDM=self.edm_weight, VP=self.eps_weight).get(
-            type(schedule).__name__, self.flow_weight
-        )
+        self.grid = byhand.level_of(schedule, grid[0], self.shift * grid[1])
         self.terms, self.low, self.high = self.grid, 20, 981
         if isinstance(schedule, Flow):
             t = self.grid[1].clamp(0.02, 0.98)
@@ -511,10 +484,6 @@ class ByHand:
         self.seen = set()  # steps k
         self.floored = set()  # whether (6) was its floor
         self.logs = []
-
-    edm_weight = staticmethod(lambda a, s: (s**2 + 0.49) / (0.7 * s) ** 2)
-    eps_weight = staticmethod(lambda a, s: (a / s) ** 2)
-    flow_weight = staticmethod(lambda a, s: s**-2)
 
     def sample(self, net, k, cond, noise):
         """(1) at step k, from (2)."""
@@ -615,7 +584,8 @@ class ByHand:
             return
         x_t, *level = self.copy_of(x, self.grid, any_level(), draw.randn(2))
         error = trace.critic.fake(x_t, *level, cond) - x
-        loss = logs["fake"] = (self.weight_of(*level)[:, None] * error**2).mean()  # (9)
+        weight = byhand.weight_of(trace.teacher.prediction, *level, sigma_data=0.7)
+        loss = logs["fake"] = (weight[:, None] * error**2).mean()  # (9)
         if self.gan:
             i_fake, i_real, eps_fake, eps_real = (
                 any_level(),

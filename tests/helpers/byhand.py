@@ -191,6 +191,35 @@ def start_awake(monkeypatch):
     return seeds
 
 
+def vp_ratios():
+    """sigma / alpha of Stable Diffusion's 1000 times, rising."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - beta).cumprod(0)
+    return ((1 - abar) / abar).sqrt()
+
+
+def level_of(schedule, alpha, sigma):
+    """alpha and sigma of a schedule at this sigma / alpha, within its range."""
+    if isinstance(schedule, EDM):
+        sigma = (sigma / alpha).clamp(schedule.t_min, schedule.t_max)
+        return torch.ones_like(sigma), sigma
+    if isinstance(schedule, VP):
+        ratios = vp_ratios()
+        ratio = (sigma / alpha).clamp(ratios[0], ratios[-1])
+        return 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+    if isinstance(schedule, Flow):
+        return alpha / (alpha + sigma), sigma / (alpha + sigma)
+    norm = (alpha**2 + (sigma / schedule.sigma_data) ** 2).sqrt()
+    return alpha / norm, sigma / norm
+
+
+def weight_of(prediction, alpha, sigma, sigma_data):
+    """That makes the squared error of x0 a network's own loss. alpha, sigma: on its schedule."""
+    if prediction == "edm":
+        return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (alpha / sigma) ** 2 if prediction == "eps" else sigma**-2
+
+
 class Tiny(Toy):
     """A small labelled network of points in place of a teacher, of any schedule and prediction.
 
