@@ -14,6 +14,8 @@ import numpy as np
 
 from common.errors import UserError, launch
 
+NO_CURVE = ("it", "images", "time", "alarms")
+
 
 def read_log(folder):
     """The log.jsonl of a run -> {name: (iterations, values)}, without the clock."""
@@ -27,7 +29,7 @@ def read_log(folder):
     points = {}
     for line in lines:
         for name, value in line.items():
-            if name not in ("it", "images", "time") and (name, value) != ("skipped", 0):
+            if name not in NO_CURVE and (name, value) != ("skipped", 0):
                 value = math.nan if value is None else float(value)  # JSON has no nan
                 points.setdefault(name, []).append((line["it"], value))
     if not points:

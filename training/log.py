@@ -50,11 +50,12 @@ class Log:
         """The newest values as a checkpoint has kept them: what `means` returned in `it`."""
         self.newest = {name: (it, [value]) for name, value in means.items()}
 
-    def write(self, it, images, skipped, rates, means, seconds, peak_mb):
+    def write(self, it, images, skipped, rates, means, seconds, peak_mb, alarms=None):
         """One line.
 
         rates: learning rates {name: float}. Wall-clock numbers stand under "time", apart from what
-        is reproducible. Returns the images per second since the last line, None for the first one.
+        is reproducible. alarms: function of the line -> names of the alarms that are on. Returns
+        the images per second since the last line, None for the first one.
         """
         rate = None
         if self.last is not None:
@@ -64,6 +65,8 @@ class Log:
         line = dict(it=it, images=images, skipped=skipped)
         for name, v in (rates | means).items():
             line[name] = float(f"{v:.6g}") if math.isfinite(v) else None  # JSON has no nan
+        if alarms is not None:
+            line["alarms"] = alarms(line)
         line["time"] = dict(seconds=round(seconds, 2), images_per_s=rate, peak_mb=peak_mb)
         with open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")

@@ -24,6 +24,7 @@ from common.teachers.whole import (
     write_card,
     write_student,
 )
+from training.alarm import compare, figures
 from training.folder import flags_of, history, read_starts, utc_now
 
 
@@ -41,6 +42,7 @@ class Report:
         self.sample = sample
         self.sampler = sampler
         self.teacher_row = None
+        self.teacher_figures = None
 
     def student_sampler(self, student, z, cond, noise):
         return self.sample(student, z, cond, self.run.args.nfe, noise, **self.sampler)
@@ -54,9 +56,10 @@ class Report:
         if not (run.is_main or run.args.shard):  # sharded networks need all processes
             return
         if self.teacher_row is None:
-            self.teacher_row = self.draw(teacher, self.teacher_sampler)
-        student_row = self.draw(self.ema.model, self.student_sampler)
+            self.teacher_row, self.teacher_figures = self.measure(teacher, self.teacher_sampler)
+        student_row, student_figures = self.measure(self.ema.model, self.student_sampler)
         if run.is_main:
+            run.note_pictures(compare(student_figures, self.teacher_figures))
             nfe = run.args.nfe
             steps = "1 step" if nfe == 1 else f"{nfe} steps"
             rows = [
@@ -70,17 +73,31 @@ class Report:
         names = self.teacher.evaluation.get("names", [])
         if not names or self.teacher.prompts is not None or len(names) != self.teacher.classes:
             return None  # of a text-to-image teacher they are the categories of its classifier
-        return [names[i % len(names)] for i in range(len(rows[0][1]))]
+        n = len(rows[0][1])
+        return [names[i % self.conditions(n)] for i in range(n)]
+
+    def conditions(self, n):
+        """Labels or prompts of n pictures: at least two pictures of each, whose distance tells
+        whether the student still has variety."""
+        return max(1, min(self.teacher.classes, n // 2))
 
     def draw(self, model, sampler):
         """Samples of a model as uint8 pictures [n, C, H, W]; points as one picture of them all."""
+        return self.measure(model, sampler)[0]
+
+    def measure(self, model, sampler):
+        """The same, and the figures of these samples (training/alarm.py)."""
         n, batch = 20, 4000
-        if self.teacher.adapter == "toy":
+        is_toy = self.teacher.adapter == "toy"
+        if is_toy:
             n = 4000
         elif self.teacher.shape[-1] > 64 or self.teacher.prompts is not None:
             n, batch = 8, 2
-        parts = [x for _, _, x in generate(sampler, model, n, self.run.args.seed, batch)]
-        return model.to_pictures(torch.cat(parts))
+        conditions, seed = self.conditions(n), self.run.args.seed
+        parts = [x for _, _, x in generate(sampler, model, n, seed, batch, classes=conditions)]
+        samples = torch.cat(parts)
+        pictures = model.to_pictures(samples)
+        return pictures, figures(samples if is_toy else pictures / 255, conditions)
 
     def evaluate(self, it, n):
         """Metrics of n samples, after `it` iterations: metrics.json and a line of eval.jsonl.
@@ -200,6 +217,7 @@ class Report:
         """After `it` iterations, the last: the student, a picture, metrics of --eval-n samples."""
         self.export(it)
         self.pictures(it)
+        self.run.repeat_alarms()
         self.evaluate(it, self.run.args.eval_n)
         if self.run.is_main:  # now with the metrics
             write_card(self.run.out / "student", self.teacher_folder, read_metrics(self.run.out))

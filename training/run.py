@@ -33,6 +33,7 @@ from common.files import format_bytes, sync
 from common.model import Model
 from common.rng import BatchRandom, derive_seed
 from common.routed import Routed
+from training.alarm import FIGURES, Alarms
 from training.folder import (
     RunFolder,
     changed_flags,
@@ -117,6 +118,8 @@ class Run:
 
         self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
+        self.alarms = Alarms(args.clip)
+        self.figures = {}  # of the newest pictures, for the next line of the log
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
         if self.dry is None:
             on_rank0(self.folder.open)
@@ -428,13 +431,33 @@ class Run:
         images = self.images_before(it + 1)
         peak_mb = round(peak_memory(self.device) / 2**20)
         counts = (it, images, int(self.skipped))
-        rate = self.log_file.write(*counts, self.rates, means, self.seconds, peak_mb)
+        values = means | self.figures
+        self.figures = {}
+        rate = self.log_file.write(
+            *counts, self.rates, values, self.seconds, peak_mb, self._read_for_alarms
+        )
         # values of an earlier line stay until there are newer ones
         self.shown |= {name: f"{means[name]:.3g}" for name in self.show if name in means}
         if rate is not None:
             self.shown["img/s"] = rate
         in_order = {name: self.shown[name] for name in [*self.show, "img/s"] if name in self.shown}
         self.bar.set_postfix(in_order, refresh=False)
+
+    def note_pictures(self, figures):
+        """Figures of the newest pictures, which the next line of the log has."""
+        self.figures = figures
+
+    def _read_for_alarms(self, line):
+        """Alarms that are on after a line of the log; what turns one on is said once."""
+        for name, text in self.alarms.update(line):
+            self.warn(f"alarm {name!r}: {text} (docs/alarms.md)")
+        return list(self.alarms.on)
+
+    def repeat_alarms(self):
+        """At the end: the alarms that are still on."""
+        if self.alarms.on:
+            on = ", ".join(f"{name} since {it}" for name, it in self.alarms.on.items())
+            self.warn(f"alarms still on at the end: {on} (docs/alarms.md)")
 
     def _give_up_if_broken(self, it):
         bad = max((int(n) for n in self.bad_steps.values()), default=0)
@@ -497,7 +520,7 @@ class Run:
         """
         student = report.student_files(it + 1) if report else {}
         saved = {}
-        values = self.log_file.means()  # that the next line of the log will show
+        values = self.log_file.means() | self.figures  # that the next line of the log will show
         if self.is_main or self.args.shard:
             saved = {name: part.state_dict() for name, part in state.items()}
         if self.args.shard:  # whole tensors: any number of processes can resume, sharded or not
@@ -576,9 +599,12 @@ class Run:
         self.saved = self.first = first
         self.past_images = counters["images"]
         self.skipped = counters["skipped"]
+        self.figures = {name: values.pop(name) for name in FIGURES if name in values}
         self.log_file.restore(first - 1, values)
         self.past_seconds = counters["seconds"]
         on_rank0(lambda: self.folder.rewind(counters["log_bytes"], damaged))
+        if self.is_main:
+            self.alarms.read(self.log_file.path)
         on_rank0(lambda: self.note_start(first, changed=changes))
         changed = f"; changed: {describe_changes(changes)}" if changes else ""
         self.print(f"resumed {path.name}{changed}")
