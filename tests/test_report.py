@@ -104,12 +104,22 @@ def test_names_in_at_most_two_lines(name, lines):
 
 
 def test_names_below_a_runs_pictures(make_run):
-    """Picture i has class i; a toy has no names."""
+    """Of the labels with which they are drawn; at least two of each. A toy has no names."""
     run = make_run()
-    rows = [("x", torch.zeros(12, 1, 28, 28))]
+    rows = [("x", torch.zeros(20, 1, 28, 28))]
     assert make_report(run, None).column_names(rows) is None
-    report = Report(run, load_teacher("mnist"), None, None, {})
-    assert report.column_names(rows) == [*map(str, range(10)), "0", "1"]
+    teacher = load_teacher("mnist")
+    report = Report(run, teacher, None, None, {})
+    drawn = []
+
+    def sampler(model, z, cond, noise):
+        drawn.extend(cond["labels"].tolist())
+        return torch.zeros_like(z)
+
+    report.draw(teacher, sampler)
+    assert report.column_names(rows) == [str(label) for label in drawn]
+    assert drawn == [*range(10), *range(10)]
+    assert report.column_names([("x", rows[0][1][:12])]) == ["0", "1", "2", "3", "4", "5"] * 2
 
 
 def test_strict_json():
