@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import byhand
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, f64, normal
 from helpers.trace import Trace
 
@@ -667,7 +668,7 @@ def iteration_by_hand(trace, it, points, nfe=1, ratio=1, w=1.0, shift=1.0, gan=N
     points: (x [N, 2], labels). gan: (w_G, w_D). -> {role: loss}.
     """
     teacher, student, critic, batch = trace.teacher, trace.student, trace.critic, 16
-    draw = BatchRandom(0, it, batch)
+    draw = BatchRandom(3, it, batch)
     one = torch.ones(batch, dtype=torch.float64)
     steps, levels = levels_by_hand()[dmd2.step_indices(nfe)], levels_by_hand(shift)
     cond = dict(labels=draw.randint(0, 8))
@@ -724,12 +725,21 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("flags", BY_HAND)
-def test_whole_iterations_by_hand(trace, flags):
+@pytest.mark.parametrize("flags, case", BY_HAND.items())
+def test_whole_iterations_by_hand(trace, monkeypatch, flags, case):
     """Student, critic and head: gradients and AdamW's updates of six iterations."""
+    make_head, seeds = dmd2.Head, []
+
+    def noted(feature):
+        seeds.append(torch.initial_seed())
+        return make_head(feature)
+
+    monkeypatch.setattr(dmd2, "Head", noted)
+    wrapped = byhand.wrap_trained(monkeypatch)
     common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
-    steps = trace(*common.split(), "--warmup", 0, "--cooldown", 0, *flags.split())
-    case = dict(ratio=5) | BY_HAND[flags]
+    flags = f"{common} --warmup 0 --cooldown 0 --seed 3 {flags}"
+    steps = trace(*flags.split())
+    case = dict(ratio=5) | case
     images = load_images(None, steps.teacher)
     optimisers = {
         role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5)
@@ -737,7 +747,16 @@ def test_whole_iterations_by_hand(trace, flags):
     }
 
     def losses(it):
-        points, labels = images.batch(it, 16, 0)
+        points, labels = images.batch(it, 16, 3)
         return iteration_by_hand(steps, it, (points, labels), **case)
 
     assert byhand.compare_iterations(steps, losses, optimisers) == 6
+
+    # the head is equal on all processes; gradients flow through what run.train returns alone
+    assert seeds == ([3] if "gan" in case else [])
+    turns = [-(-6 // case["ratio"]), 12 if "gan" in case else 6]
+    assert [net.calls for net in wrapped] == [{True: n, False: 0} for n in turns]
+
+
+def test_frame(monkeypatch, tmp_path):
+    check_frame(monkeypatch, dmd2, tmp_path / "out", show=["dm", "fake"])

@@ -7,6 +7,7 @@ Expected numbers were derived apart from the code.
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import byhand
 from helpers.conversions import from_x0
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, GaussConsistency, f64, full, normal, relative_error
 from helpers.runs import log
 from helpers.trace import Trace
@@ -997,6 +999,7 @@ def awake(monkeypatch):
     """Students, their input for w, adapters and lv differ from their start from the first iteration
     on: what starts at zero would hide how it enters."""
     train, embed = Run.train, sana_sprint.ScalarEmbedding
+    given = []
 
     def awake_embedding(width):
         """lv of (8): below and above its lower bound, at different times."""
@@ -1005,10 +1008,12 @@ def awake(monkeypatch):
         return made
 
     def train_awake(run, net, **kwargs):
+        given.append(kwargs)
         return train(run, byhand.wake(net), **kwargs)
 
     monkeypatch.setattr(Run, "train", train_awake)
     monkeypatch.setattr(sana_sprint, "ScalarEmbedding", awake_embedding)
+    return given
 
 
 @dataclasses.dataclass
@@ -1035,12 +1040,12 @@ class ByHand:
         self.trace, self.it, self.images, self.method = trace, it, images, method
         self.teacher, self.student = trace.teacher, trace.student
         self.heads, self.log_var = trace.networks()["heads"], trace.networks()["log_var"]
-        self.draw = BatchRandom(0, it, 16)
+        self.draw = BatchRandom(3, it, 16)
         self.logs = {}
 
     def batch(self, i):
         """y, label, w, and the student's condition with 0.1 w."""
-        x, labels = self.images.batch(i, 16, 0)
+        x, labels = self.images.batch(i, 16, 3)
         w = torch.tensor(self.method.scales)[self.draw.randint(0, len(self.method.scales))]
         cond = dict(labels=labels)
         return x / self.method.rho, cond, w, cond | dict(guidance=0.1 * w)
@@ -1202,18 +1207,20 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, rh
     average, the log; then the sampler of distill.json."""
     monkeypatch.setattr(sana_sprint, "load_teacher", lambda *a, **k: byhand.any_toy(schedule))
     monkeypatch.setitem(sana_sprint.PRESETS["toy-cond"], "rho", rho)
-    start = {}
+    start, seeds = {}, []
     make_heads = sana_sprint.Heads
 
     def heads_with_start(*args):
+        seeds.append(torch.initial_seed())
         heads = make_heads(*args)
         start.update(copy.deepcopy(heads.state_dict()))
         return heads
 
     monkeypatch.setattr(sana_sprint, "Heads", heads_with_start)
     common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
-    common += " --warmup 3 --cooldown 0.5"
-    steps = trace(*common.split(), *flags.split(), record=["Report"])
+    common += " --warmup 3 --cooldown 0.5 --seed 3"
+    record = ["Report", "random_times", "student_derivative"]
+    steps = trace(*common.split(), *flags.split(), record=record)
     steps.networks()["heads"].load_state_dict(start)  # with the vectors of its spectral norms
     images = load_images(None, steps.teacher)
     method, logs = Method(**method), []
@@ -1229,10 +1236,17 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, rh
         role: byhand.AdamW(byhand.rates(lr, 6, warmup=3, cooldown=0.5), (0.3, 0.8), 0.1, 0.5)
         for role, lr in (("student", 3e-3), ("heads", 2e-3))
     }
+    # what is new is equal on all processes; a JVP is taken of the network without DDP
+    assert seeds == [3]
+    assert awake == [dict(ddp=False)]
+    assert not any(call.result.requires_grad for call in steps.calls["student_derivative"])
+    assert steps.calls["random_times"][0].args[4] == min(method.range[1], HALF_PI - 1e-4)
+
     together = {} if method.weight == "off" else dict(student=["student", "log_var"])
     assert byhand.compare_iterations(steps, losses, optimisers, together=together) == 6
     report = steps.calls["Report"][0].result
     byhand.compare_logs(log(report.run.out), logs)
+    assert all(("gen" in line) == bool(method.w_gan) for line in log(report.run.out))
 
     # the exported student, its average if it has one
     byhand.set_weights(steps, dataclasses.replace(steps[-1], before=steps[-1].after))
@@ -1242,7 +1256,71 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, rh
     exported = torch.cat([p.detach().flatten() for p in report.ema.model.parameters()])
     assert byhand.difference(exported.double(), last.double()) < 1e-6
     found, noise, cond = byhand.samples_of_record(report)
-    if len(method.scales) > 1:
+    several = len(method.scales) > 1
+    assert ("guidance" in steps.student.extras) == several
+    assert report.sampler["cfg"] == (report.run.args.cfg if several else None)
+    if several:
         cond = cond | dict(guidance=torch.full((len(found),), 0.1 * report.run.args.cfg))
     expected = ByHand(steps, 0, images, method).sample(report.ema.model, noise, cond, times)
     assert byhand.difference(found.double(), expected.double()) < 1e-5
+
+
+def test_frame(monkeypatch, tmp_path):
+    show = ["scm", "gen", "heads"]
+    steps = check_frame(monkeypatch, sana_sprint, tmp_path / "out", "--H", 1, show=show)
+    state = steps.calls["save"][0].args[2]
+    assert set(state) == {"student", "opt_g", "ema", "heads", "opt_h", "log_var"}
+
+
+# ---- --time dense --------------------------------------------------------------------------------
+
+
+class Waves(nn.Module):
+    """A teacher that can be adapted, as it notes."""
+
+    dense = False
+
+    def __init__(self, done=()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.done = list(done)
+
+    def copy(self):
+        return Waves([*self.done, "copied"])
+
+    def adapt(self):
+        self.done.append("adapted")
+        return self
+
+    def fit_time(self):
+        self.done.append("fitted")
+        return self
+
+
+def test_dense_time_of_a_copy():
+    args = SimpleNamespace(teacher="x", lora=None)
+    teacher = Waves()
+    fitted = sana_sprint.with_dense_time(teacher, args)
+    assert fitted.done == ["copied", "adapted", "fitted"]
+    assert not fitted.weight.requires_grad
+    assert teacher.done == []
+    teacher.dense = True
+    assert sana_sprint.with_dense_time(teacher, args) is teacher
+    with pytest.raises(UserError, match="no fast time embedding"):
+        sana_sprint.with_dense_time(nn.Linear(1, 1), args)
+    with pytest.raises(UserError, match="--lora"):
+        sana_sprint.with_dense_time(Waves(), SimpleNamespace(teacher="x", lora=4))
+
+
+def test_checkpoints_have_the_fitted_teacher(monkeypatch, tmp_path):
+    fitted = []
+
+    def fit(teacher, args):
+        assert args.time == "dense"
+        fitted.append(teacher.copy().requires_grad_(False))
+        return fitted[0]
+
+    monkeypatch.setattr(sana_sprint, "with_dense_time", fit)
+    flags = ["--time", "dense", "--iters", 2, "--H", 1]
+    steps = Trace(monkeypatch, sana_sprint, tmp_path / "out", *flags, record=[(Run, "save")])
+    assert steps.calls["save"][0].args[2]["teacher"] is fitted[0]

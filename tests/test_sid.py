@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import byhand
 from helpers.conversions import from_x0
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, f64, normal, relative_error
 from helpers.trace import Trace
 
@@ -682,6 +683,14 @@ def test_values_of_each_form(form, weight, scale, gan_weight, gan_warmup, drop):
     assert args.drop == drop
 
 
+def test_eq08_eq09_weights_are_means_over_all_processes(monkeypatch):
+    """Of four processes, whose own means are 3, 5, 7 and 9."""
+    monkeypatch.setattr(sid.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(sid.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(sid.dist, "all_reduce", lambda mean: mean.add_(5 + 7 + 9))
+    assert sid.batch_mean(f64(1, 5)).item() == (3 + 5 + 7 + 9) / 4
+
+
 def test_flags_override_the_form():
     args = filled("edm", "--weight", "1_over_sigma", "--gan-warmup", 0, "--gan-weight", 0)
     assert args.weight == "1_over_sigma"
@@ -1046,6 +1055,7 @@ class ByHand:
     drop: float = 0.0  # share of empty labels
     gan: tuple = None  # w_G, w_D, images of the warm-up
     dropped: int = 0  # labels emptied so far
+    logs: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self.steps = steps_by_hand(self.kind, self.nfe, self.times)
@@ -1086,6 +1096,8 @@ class ByHand:
         f = self.guided(fake, self.noised(x, level, eps), level, cond, self.kappa[1])
         lam = self.native_weight(*level)
         loss = (lam * (f - x).square().sum(1)).mean()  # (4)
+        logs = dict(fake=loss, mean=x.mean(), std=x.std())
+        self.logs.append(logs)
         if self.gan:
             logits = [
                 fake(self.noised(y, level, eps), *level, cond, features=True)[-1].mean(1)  # (7)
@@ -1093,7 +1105,9 @@ class ByHand:
             ]
             bce = (1 + logits[0].exp()).log() + (1 + (-logits[1]).exp()).log()
             omega = lam.mean() if self.kind == "edm" else 2
-            loss = loss + self.gan[1] * omega * bce.mean() / 2  # (8), (10)
+            cls = omega * bce.mean() / 2  # (8)
+            loss = loss + self.gan[1] * cls  # (10)
+            logs |= dict(cls=cls, logit_fake=logits[0].mean(), logit_real=logits[1].mean())
         yield "critic", loss
 
         seen, warmup = 16 * it, self.gan[2] if self.gan else 0
@@ -1112,12 +1126,16 @@ class ByHand:
             one_over=1 / t,
         )[self.weight]  # (6)
         inner = ((r - f) * ((r - x) - self.alpha * (r - f))).sum(1)
-        loss = self.scale * (w * inner).mean()  # (5)
+        sid_loss = (w * inner).mean()  # (5)
+        loss = self.scale * sid_loss
+        logs |= dict(sid=sid_loss, weight=w.mean())
+        logs |= dict(real_gap=(x - r).square().mean(), gap=(r - f).square().mean())
         if self.gan and seen >= 2 * warmup:
             logit = fake(x_t, *level, cond, features=True)[-1].mean(1)
             assert logit.abs().max() < 10
             adv = w.mean() * 2 * (1 + (-logit).exp()).log().mean()  # (9)
             loss = (loss + self.gan[0] * adv) / 2  # (10)
+            logs |= dict(adv=adv)
         yield "student", loss
 
     def native_weight(self, alpha, sigma):
@@ -1128,7 +1146,7 @@ class ByHand:
 
 # name: (schedule, prediction, flags, case of ByHand)
 BY_HAND = {
-    "edm": (EDM(), "edm", "--alpha 1.2 --ema 3 --ratio 1", dict(alpha=1.2)),
+    "edm": (EDM(), "edm", "--alpha 1.2 --ema 3 --ratio 1 --gan-warmup 0", dict(alpha=1.2)),
     "edm, 3 steps, long": (
         EDM(),
         "edm",
@@ -1146,6 +1164,12 @@ BY_HAND = {
         "eps",
         "--nfe 4 --cfg 2 --weight 1_over_sigma --ema 3",
         dict(nfe=4, kappa=(2, 2), weight="one_over", scale=1, drop=0.1),
+    ),
+    "eps, long": (
+        VP(),
+        "eps",
+        "--cfg 2 --guidance long --ratio 2",
+        dict(kappa=(2, 1), scale=1, ratio=2),
     ),
     "v, zero, GAN": (
         VP(),
@@ -1175,25 +1199,33 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_whole_iterations_by_hand(trace, name):
-    """Student and critic: gradients and AdamW's updates; the average; sampling by the record."""
+def test_whole_iterations_by_hand(trace, monkeypatch, name):
+    """Student and critic: gradients and AdamW's updates; log; average; sampling by the record."""
+    wrapped = byhand.wrap_trained(monkeypatch)
     schedule, prediction, flags, case = BY_HAND[name]
-    common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 5"
-    rates = "--warmup 3 --cooldown 0.5"
-    steps = trace(
-        *common.split(), *rates.split(), *flags.split(), teacher=byhand.Tiny(schedule, prediction)
-    )
+    common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
+    flags = f"{common} --warmup 3 --cooldown 0.5 {flags}"
+    teacher = byhand.Tiny(schedule, prediction)
+    steps = trace(*flags.split(), teacher=teacher, record=[(sid, "load_images")])
     images = load_images(None, steps.teacher, lambda line: None)
     kind = dict(edm="edm", vp="vp").get(schedule.config["name"], "flow")
     by_hand = ByHand(steps, kind, **case)
     optimisers = {
-        role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 5)
+        role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5)
         for role, lr in (("student", 3e-3), ("critic", 2e-3))
     }
     factor = lambda it: min(1, (it + 1) / 3) * min(1, (6 - it) / 3)
     iteration = lambda it: by_hand.iteration(it, images)
     assert byhand.compare_iterations(steps, iteration, optimisers, factor=factor) == 6
     assert bool(by_hand.dropped) == bool(by_hand.drop)
+    byhand.compare_logs(steps.logs, by_hand.logs)
+    assert all(("adv" in line) == ("adv" in logs) for line, logs in zip(steps.logs, by_hand.logs))
+
+    # gradients flow through what run.train returns, other passes do not; images are for the GAN
+    turns = [sum(step.role == "student" for step in steps), 12 if by_hand.gan else 6]
+    assert [net.calls for net in wrapped] == [{True: n, False: 0} for n in turns]
+    assert len(steps.calls["load_images"]) == bool(by_hand.gan)
+
     if "--ema" in flags:
         byhand.compare_average(steps, 3)
     x, noises, cond = byhand.sample_by_record(steps, sid)
@@ -1257,3 +1289,7 @@ def test_the_gan_joins_within_the_run_of_every_preset(kind):
     longest = max(form["gan_warmup"] for form in sid.FORMS.values())
     warmup = preset.get("gan_warmup", longest)
     assert 2 * warmup < preset["iters"] * preset["batch"] / 2
+
+
+def test_frame(monkeypatch, tmp_path):
+    check_frame(monkeypatch, sid, tmp_path / "out", show=["sid", "fake"])

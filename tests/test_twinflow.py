@@ -10,9 +10,10 @@ import math
 import pytest
 import torch
 from helpers import byhand
+from helpers.frame import check_frame
 from helpers.gaussian import GaussFlow, f64, full, normal
 from helpers.runs import QUICK, log, run_processes
-from helpers.trace import Trace
+from helpers.trace import Trace, record_calls, run_main
 
 import twinflow
 from common.errors import UserError
@@ -23,6 +24,7 @@ from common.schedules import VP, Flow, expand
 from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
 from data.images import load_images
+from training import run
 
 GAUSS = GaussFlow(0.3, 0.5)
 
@@ -774,13 +776,16 @@ def test_processes_without_a_row_of_every_group(scripts, tmp_path):
 
 @pytest.fixture
 def awake(monkeypatch):
-    """Students whose new inputs, and adapters, have an effect from the first iteration on."""
-    extend = Model.extend
+    """Students whose new inputs, and adapters, have an effect from the first iteration on.
+    -> list that grows by the seed with which the inputs were made."""
+    extend, seeds = Model.extend, []
 
     def extend_awake(model, *names):
+        seeds.append(torch.initial_seed())
         return byhand.wake(extend(model, *names))
 
     monkeypatch.setattr(Model, "extend", extend_awake)
+    return seeds
 
 
 @dataclasses.dataclass
@@ -826,7 +831,7 @@ def iteration_by_hand(trace, it, images, method):
     student, teacher, B, T = trace.student, trace.teacher, method.batch, method.T
     F_minus = trace.networks()["target"] if method.decay else student
     col = lambda a: a[:, None]
-    draw = BatchRandom(0, it, B)
+    draw = BatchRandom(3, it, B)
     letter = [method.letters[i % len(method.letters)] for i in range(B)]
     e, m, a, v = (torch.tensor([x == group for x in letter]) for group in "emav")
 
@@ -836,7 +841,7 @@ def iteration_by_hand(trace, it, images, method):
     if method.image_free:
         x, labels = torch.zeros(B, 2), draw.randint(0, 8)
     else:
-        x, labels = images.batch(it, B, 0)
+        x, labels = images.batch(it, B, 3)
     c, null = dict(labels=labels), dict(labels=torch.full((B,), 8))
     end, zero = torch.full((B,), T).double(), torch.zeros(B).double()
     with torch.no_grad():
@@ -935,9 +940,17 @@ BY_HAND = [
         None,
     ),
     (
-        "--order 0 --groups 1 2 0 1 --cfg 2 --clamp 1 --nfe 2 --steps 0.9,0.4 --mode any",
+        "--image-free --cfg 0 --guide frozen --target-decay 0.5",
+        "flow",
+        dict(w=0.0, frozen=True, image_free=True, decay=0.5) | FLOW,
+        "few",
+        [0.999],
+    ),
+    (
+        "--order 0 --groups 1 2 0 1 --cfg 2 --clamp 1 --target-decay 0 --nfe 2 --steps 0.9,0.4 "
+        "--mode any",
         "edm",
-        dict(order=0, w=2.0, letters="emmv", clamp=1.0),
+        dict(order=0, w=2.0, letters="emmv", clamp=1.0, decay=0),
         "any",
         [0.9, 0.4],
     ),
@@ -978,14 +991,15 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, me
     """Six iterations, (1) to (10): gradients, AdamW's updates, F^-, the average, the log; then the
     sampler of distill.json."""
     monkeypatch.setattr(twinflow, "load_teacher", lambda *args, **kwargs: byhand.any_toy(schedule))
-    record = [(twinflow, "Target"), (twinflow, "Report")]
+    record = [(twinflow, name) for name in ("Target", "Report", "rectification")]
+    wrapped = byhand.wrap_trained(monkeypatch)
 
     def target(steps):
         model = steps.calls["Target"][0].result.model
         return {} if model is steps.student else dict(target=model)
 
     common = "--iters 6 --lr 3e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
-    common += " --warmup 3 --cooldown 0.5"
+    common += " --warmup 3 --cooldown 0.5 --seed 3"
     flags = [*common.split(), *flags.split()]
     steps = trace(twinflow, *flags, record=record, watch=target)
     images = load_images(None, steps.teacher)
@@ -996,8 +1010,16 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, me
         for step in steps:
             step.grads["student"] = [g / 2 for g in step.grads["student"]]
 
+    # The new inputs are equal on all processes. Gradients flow through what run.train returns, and
+    # neither through other passes nor into g.
+    assert awake == [3]
+    microsteps = 12 if "--accumulate" in flags else 6
+    assert [net.calls for net in wrapped] == [{True: microsteps, False: 0}]
+    assert not any(call.result.requires_grad for call in steps.calls["rectification"])
+
     # F^-: the first update copies, then its decay grows
     if method.decay:
+        assert not any(p.requires_grad for p in steps.networks()["target"].parameters())
         average, decay = 0.0, 0.0
         for step in steps:
             average = decay * average + (1 - decay) * step.before["student"].double()
@@ -1029,3 +1051,42 @@ def test_whole_iterations_by_hand(trace, awake, monkeypatch, flags, schedule, me
     times = times or kumaraswamy(2)
     expected = sample_by_hand(report.ema.model, noise, cond, method.T, mode, times)
     assert byhand.difference(found.double(), expected) < 1e-5
+
+
+def test_frame(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    check_frame(monkeypatch, twinflow, out, show=["loss"], rates=dict(lr=3e-3))
+
+
+def test_rows_of_processes_and_microsteps(monkeypatch, tmp_path):
+    """Process 1 of 2 has the parts 2 and 3 of 4 of a batch."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(run, "init_processes", lambda args: (1, 2, device, torch.float32))
+    monkeypatch.setattr(run, "on_rank0", lambda work: None)
+    monkeypatch.setattr(twinflow, "load_images", lambda *args: 1 / 0)  # what follows is another's
+    calls = record_calls(monkeypatch, twinflow, "partition")
+    flags = ["--teacher", "toy", "--batch", 32, "--accumulate", 2, "--out", tmp_path / "out"]
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, twinflow, *flags)
+    assert [call.args[2:4] for call in calls] == [(2, 4), (3, 4)]
+
+
+def test_eq01_at_the_clean_end():
+    """(4) evaluates F there, and multiplies it by 0: it must be finite, and not the fake one."""
+    seen = []
+
+    def net(x, alpha, sigma, cond):
+        seen.append(cond["fake"])
+        return 0 * x
+
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert twinflow.velocity(net, torch.ones(3, 2), zero, zero, {}).isfinite().all()
+    assert (seen[0] == 0).all()
+
+
+def test_one_step_needs_the_first_noise_only():
+    z = torch.randn(5, 2)
+    assert twinflow.sample(trained(), z, dict(labels=torch.zeros(5).long()), 1, None).shape == (
+        5,
+        2,
+    )

@@ -295,6 +295,7 @@ def samples_of_record(report, n=6):
     sample = sampler_of(report.run.out, record)
     draw = lambda: noise(*student.shape)
     x = sample(student, draw(), cond, record["nfe"], draw, **record["sampler"])
+    assert not x.requires_grad
     again = PerImageNoise(0, range(n))
     return x, lambda: again(*student.shape), cond
 
@@ -324,4 +325,5 @@ def sample_by_record(trace, script, seed=1):
     cond = dict(labels=torch.arange(9))
     student, nfe, sampler = trace.ema.model, record["nfe"], record["sampler"]
     x = script.sample(student, noises[0], cond, nfe, later.__next__, **sampler)
+    assert not x.requires_grad
     return x, noises, cond

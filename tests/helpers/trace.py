@@ -109,7 +109,9 @@ class Trace(list):
             self.patch_run(patch)
             for owner, name in record:
                 self.calls[name] = record_calls(patch, owner, name)
-            fixed = ["--teacher", "toy-cond", "--batch", 16, "--out", out, "--overwrite"]
+            fixed = ["--teacher", "toy-cond", "--batch", 16, "--out", out]
+            if "--resume" not in flags:
+                fixed.append("--overwrite")
             quiet = ["--save-every", 0, "--sample-every", 0, "--eval-n", 0, "--log-every", 1]
             run_main(monkeypatch, script, *fixed, *quiet, *flags)
 
