@@ -16,8 +16,10 @@ from helpers.trace import Trace, weights
 
 import decoupled_dmd as dd
 import dmd2
+from common.errors import UserError
 from common.rng import BatchRandom
 from common.schedules import EDM, VP, Flow, TrigFlow, add_noise, expand
+from common.teachers.toy import Toy
 from data.images import load_images
 
 INDICES = [999, 749, 499, 249]  # of four steps
@@ -429,6 +431,43 @@ def test_eq10_gradient():
     assert (wide.grad * z).sum() > 0
 
 
+# ---- (11): the head ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, halvings, groups",
+    [
+        ((16, 8, 8), 1, 4),
+        ((18, 7, 7), 1, 2),
+        ((9, 4, 4), 0, 1),
+        ((64, 5, 11), 1, 16),
+        ((256, 33, 16), 2, 32),
+        ((1, 1, 1), 0, 1),
+    ],
+)
+def test_eq11_head_by_hand(shape, halvings, groups):
+    """Halved to 4 x 4 or less, the rest in one convolution, then a logit for each square."""
+    h = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    head = dd.Head(h)
+    layers = iter(list(head.parameters()))
+    expected = h
+    for stride, padding in [(2, 1)] * halvings + [(min(shape[1:]) // 2**halvings, 0)]:
+        expected = F.conv2d(expected, next(layers), next(layers), stride, padding)
+        expected = F.silu(F.group_norm(expected, groups, next(layers), next(layers)))
+    expected = F.conv2d(expected, next(layers), next(layers)).flatten(1)
+    assert not list(layers)
+    assert torch.allclose(head(h.bfloat16().float()), head(h.bfloat16()))
+    assert torch.allclose(head(h), expected, atol=1e-5)
+    assert h[0].numel() == 1 or (head(h)[0] - head(h)[1]).abs().max() > 1e-4
+
+
+def test_eq11_head_of_points_by_hand():
+    h = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    head = dd.Head(h)
+    w, b, w_out, b_out = head.parameters()
+    assert torch.allclose(head(h), F.silu(h @ w.T + b) @ w_out.T + b_out, atol=1e-6)
+
+
 # ---- main(), by hand -----------------------------------------------------------------------------
 
 
@@ -663,7 +702,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_whole_iterations_by_hand(trace, monkeypatch, name):
+def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     """(1), (2), the rest until (11), (12), (13) and (14): gradients of student and critic with its
     head, AdamW's updates, the average, numbers of log.jsonl, and sampling by the record."""
     schedule, prediction, flags, case = BY_HAND[name]
@@ -675,6 +714,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, name):
         *[*common.split(), *rates.split(), *flags.split()],
         teacher=byhand.Tiny(schedule, prediction),
     )
+    assert ("terms                  DM alone" in capsys.readouterr().out) == ("--cfg 1 " in flags)
     images = load_images(None, steps.teacher, lambda line: None)
     by_hand = ByHand(steps, schedule, images, **case)
     if by_hand.gan:
@@ -771,6 +811,7 @@ def test_eq07_noisy_copies_in_a_run(trace, levels):
         assert fake is steps.critic.fake
         assert x.requires_grad
         assert not ca[0].requires_grad
+        assert not dm[0].requires_grad
         assert (ca is dm) == (levels == "shared")
         if levels != "shared":
             assert not torch.allclose(noise_of(x, ca), noise_of(x, dm), atol=0.1)
@@ -816,6 +857,43 @@ def test_gradient_routing(trace, flags):
     assert all(p.requires_grad for p in steps.student.parameters())
     assert all(p.requires_grad for p in steps.critic.parameters())
     assert not any(p.requires_grad for p in steps.teacher.parameters())
+
+
+@pytest.mark.parametrize("flags, per_turn, per_iteration", [("", 1, 1), ("--gan", 2, 2)])
+def test_passes_with_gradient(trace, monkeypatch, flags, per_turn, per_iteration):
+    """Of a student turn (1), and (11) for its GAN; of each iteration the critic's own passes."""
+    passes, forward = [], Toy.forward
+
+    def counted(model, *args, **kwargs):
+        passes.append(torch.is_grad_enabled())
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(Toy, "forward", counted)
+    flags = ["--iters", 6, "--nfe", 3, "--ratio", 3, *flags.split()]
+    steps = trace(dd, *flags, record=[(dd, "Head")])
+    assert len(steps) == 8
+    assert not any(call.args[0].requires_grad for call in steps.calls["Head"])
+    assert sum(passes) == 2 * per_turn + 6 * per_iteration
+
+
+def test_flags_of_a_run_without_dm():
+    """--regulariser none and moments: no critic to train, unless for the GAN."""
+
+    def parse(*flags):
+        return dd.parse_args(["--teacher", "toy-cond", "--ratio", "4", "--regulariser", *flags])
+
+    assert parse("none").ratio == 1
+    assert parse("none", "--gan").ratio == 4
+    assert parse("moments", "--moments", "0", "1").ratio == 1
+    assert parse("dm").ratio == 4
+    for flags, message in (
+        (["moments"], "add --moments M V"),
+        (["moments", "--moments", "0", "0"], "expected a mean and a variance > 0"),
+        (["none", "--cfg", "1"], "--cfg 1 switches CA off too"),
+        (["none", "--levels", "shared"], "--levels shared sets the levels of DM"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(*flags)
 
 
 def test_a_run_without_a_critic(trace):
@@ -947,3 +1025,5 @@ def test_cosine_leaves_out_rounding():
     found = dd.cosine(x, g_ca, g_dm, norm, norm)
     assert found[:2].tolist() == pytest.approx([1, -(0.5**0.5)])
     assert found[2:].isnan().all()
+    assert dd.cosine(0 * x, 0 * g_ca, g_dm, norm, norm).isnan().all()
+    assert dd.cosine(0 * x, g_ca, 0 * g_dm, norm, norm).isnan().all()

@@ -13,10 +13,11 @@ import torch
 import torch.nn as nn
 from helpers import byhand
 from helpers.gaussian import Gauss, f64, normal, relative_error
-from helpers.trace import Trace, weights
+from helpers.trace import Trace, run_main, weights
 
 import dmd2
 import phased_dmd
+from common.errors import UserError
 from common.rng import BatchRandom
 from common.routed import ByLevel
 from common.sampling import generate, teacher_sample
@@ -122,7 +123,13 @@ def test_eq03_next_to_s():
 
 @pytest.mark.parametrize(
     "s, shift, lowest, level",
-    [(0.5, 1, 500, 0.501), (0.0, 1, 0, 0.001), (5 / 6, 5, 500, 0.8339), (0.875, 7, 500, 0.8754)],
+    [
+        (0.5, 1, 500, 0.501),
+        (0.0, 1, 0, 0.001),
+        (5 / 6, 5, 500, 0.8339),
+        (0.875, 7, 500, 0.8754),
+        (0.25, 3, 100, 0.2521),
+    ],
 )
 def test_eq03_levels_go_from_s_to_1(s, shift, lowest, level):
     """Nested intervals: from just above s up to pure noise in every phase."""
@@ -228,6 +235,14 @@ def test_eq05_weight(s, level):
     q = phased_dmd.fake_weight(f64(level - 1e-6, level + 1e-6), f64(s))
     assert q[0] < 1
     assert q[1] == 1
+
+
+def test_eq05_reaches_the_critic_only():
+    x, prediction = normal(4, 5).requires_grad_(), normal(4, 5, seed=1).requires_grad_()
+    phased_dmd.fake_loss(prediction, x, f64(1.0, 2.0, 3.0, 4.0)).backward()
+    expected = f64(1.0, 2.0, 3.0, 4.0)[:, None] * (prediction - x) / 10
+    assert torch.allclose(prediction.grad, expected, atol=1e-15)
+    assert x.grad is None
 
 
 def test_eq05_weight_of_the_last_phase():
@@ -436,6 +451,20 @@ def test_phase_ends(nfe, phases, ends):
 )
 def test_phase_starts(phases, phase_iters, starts):
     assert phased_dmd.phase_starts(phases, phase_iters) == starts
+
+
+@pytest.mark.parametrize(
+    "edge, expected", [(1.0, "ab"), (2.0, "ab"), (4.0, "_b"), (0.5, "a_"), (0.1, "aa")]
+)
+def test_experts_start_as_those_of_the_teacher(edge, expected):
+    """Of a teacher with two experts (Wan 2.2), split at sigma / alpha = edge: the one that makes
+    all steps of a phase, at inf, 3 and at 1, 1 / 3; else the whole teacher."""
+    teacher = ByLevel([Affine(0.1), Affine(0.2)], [edge])
+    names = dict(a=teacher.experts[0], b=teacher.experts[1], _=teacher)
+    starts = phased_dmd.starts_as(teacher, phased_dmd.step_times(4, 1), [2, 4])
+    assert all(net is names[name] for net, name in zip(starts, expected, strict=True))
+    plain = Affine()
+    assert phased_dmd.starts_as(plain, phased_dmd.step_times(4, 1), [2, 4]) == [plain, plain]
 
 
 def constant_velocity(v):
@@ -708,13 +737,13 @@ BY_HAND = {
     "flow, 3 phases, paper": (
         Flow(3),
         "flow",
-        "--nfe 3 --phases 3 --phase-iters 3 4 --iters 10 --ratio 2 --normaliser paper --cfg 2.5",
+        "--nfe 3 --phases 3 --phase-iters 3 4 --iters 10 --ratio 3 --normaliser paper --cfg 2.5",
         dict(
             nfe=3,
             ends=(1, 2, 3),
             starts=(0, 3, 7),
             iters=10,
-            ratio=2,
+            ratio=3,
             normaliser="paper",
             w=2.5,
         ),
@@ -757,7 +786,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_whole_iterations_by_hand(trace, monkeypatch, name):
+def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     """(1), (2), (3), (4), (5), (6), (7), (8): gradients of experts and critic, AdamW's updates, a
     new phase, the average, numbers of log.jsonl, and sampling by the record."""
     schedule, prediction, flags, case = BY_HAND[name]
@@ -774,6 +803,9 @@ def test_whole_iterations_by_hand(trace, monkeypatch, name):
         steps, by_hand.iteration, by_hand.optimisers, tolerance, factor=by_hand.factor
     )
     assert done == by_hand.iters
+    summary = capsys.readouterr().out
+    for end, start in zip(by_hand.ends, by_hand.starts):
+        assert f"to s = {by_hand.times[end]:.4g} from iteration {start}" in summary
     assert by_hand.seen == set(range(by_hand.nfe))
 
     phases = len(by_hand.ends)
@@ -957,6 +989,27 @@ def test_one_pass_has_gradient(trace, monkeypatch):
     roles = [step.role for step in steps]
     assert len(roles) == 8
     assert sum(passes) == roles.count("critic") + 2
+
+
+def test_networks_of_the_student_see_no_graph(trace):
+    """The gradient (7) is made from x_t without a graph, and has none."""
+    steps = trace("--iters", 6, "--phase-iters", 3, record=[(phased_dmd, "dm_gradient")])
+    assert len(steps.calls["dm_gradient"]) == 2
+    for call in steps.calls["dm_gradient"]:
+        x0, x_t, *_ = call.args
+        assert x0.requires_grad
+        assert not x_t.requires_grad
+        assert not any(part.requires_grad for part in call.result)
+
+
+@pytest.mark.parametrize("flag", ["--nfe 3", "--phases 4", "--step-shift 2"])
+def test_a_resumed_run_keeps_its_experts_levels(flag, monkeypatch, tmp_path):
+    flags = ["--teacher", "toy-cond", "--out", tmp_path / "out", "--batch", 16, "--eval-n", 0]
+    flags += ["--sample-every", 0, "--phase-iters", 1, "--iters", 4]
+    run_main(monkeypatch, phased_dmd, *flags, "--step-shift", 3)
+    message = f"{flag.split()[0][2:]} .*: phased_dmd cannot change it during a run"
+    with pytest.raises(UserError, match=message):
+        run_main(monkeypatch, phased_dmd, *flags, *flag.split(), "--resume")
 
 
 def test_rates_of_every_phase(trace):
