@@ -211,7 +211,7 @@ class Alarms:
         """Reads one more line. Returns [(alarm, text)] of those that it turns on."""
         news = []
         for rule in self.rules:
-            if any(line.get(name) is None for name in rule.needs):
+            if not all(isinstance(line.get(name), (int, float)) for name in rule.needs):
                 continue
             since, count = self.bad.get(rule.name, (line["it"], 0))
             if not rule.is_bad(line, self.best, rule.name in self.on):
@@ -231,5 +231,5 @@ class Alarms:
     def read(self, path):
         """Reads the lines that log.jsonl has already, for a run that is resumed."""
         for line in path.read_text().splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # not written by a run
+            with contextlib.suppress(ValueError):  # half a line of a full disk
                 self.update(json.loads(line))

@@ -28,6 +28,7 @@ RESULTS = (
     "metrics.json",
     "control.json",
     "path.json",
+    "report.html",
     "student/**/*.json",
     "student/**/*.safetensors",
 )
