@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import byhand
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, f64, full, labels, normal, relative_error
 from helpers.trace import Trace, weights
 
@@ -749,6 +750,10 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     x, noises, cond = byhand.sample_by_record(steps, dd)
     expected = by_hand.sample(steps.ema.model, by_hand.nfe - 1, cond, iter(noises).__next__)
     assert torch.allclose(x, expected, atol=1e-5)
+
+
+def test_frame(monkeypatch, tmp_path):
+    check_frame(monkeypatch, dd, tmp_path / "out", show=["ca", "dm", "fake"])
 
 
 # ---- main(): levels, who is trained, what CA does ------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import byhand
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, f64, normal, relative_error
 from helpers.trace import Trace, run_main, weights
 
@@ -844,6 +845,13 @@ def test_a_new_phase_begins_with_its_first_microstep(trace):
         assert relative_error(parts[-1].after[name], expected) < 1e-5, name
     assert torch.allclose(weights(parts.ema.model), weights(whole.ema.model), atol=1e-5)
     assert len(parts.trained) == len(whole.trained) == 3
+
+
+def test_frame(monkeypatch, tmp_path):
+    critic = lambda steps: steps.networks()["critic"]
+    flags = ["--phase-iters", 1, "--cfg", 2]
+    out = tmp_path / "out"
+    check_frame(monkeypatch, phased_dmd, out, *flags, show=["dm", "fake"], critic_of=critic)
 
 
 # ---- main(): the limit of one phase, who is trained when -----------------------------------------

@@ -11,10 +11,15 @@ from training.run import Run
 RATES = dict(lr=3e-3, lr_fake=2e-3)
 
 
-def check_frame(monkeypatch, script, out, *flags, show, rates=RATES):
+def critic_without_head(steps):
+    return steps.critic and steps.critic.fake
+
+
+def check_frame(monkeypatch, script, out, *flags, show, rates=RATES, critic_of=critic_without_head):
     """Two iterations with --start and a checkpoint after each; then --resume with none left.
 
     show: names of the logged values that the progress bar shows. rates: names and learning rates.
+    critic_of(Trace): the critic that --start gives weights, or None.
     -> Trace of the two iterations
     """
     started = []
@@ -42,7 +47,7 @@ def check_frame(monkeypatch, script, out, *flags, show, rates=RATES):
     assert start["folder"] == str(out)
     assert start["teacher"] is steps.teacher
     assert start["student"] is steps.student
-    assert start.get("critic") is (steps.critic and steps.critic.fake)
+    assert start.get("critic") is critic_of(steps)
     assert start["say"].__func__ is Run.print
 
     loop.args[0].close()  # the Run lets go of its folder
