@@ -74,7 +74,7 @@ from tools.measure import (
 )
 from tools.pictures import save_numbered
 from tools.rows import make_rows
-from training.flags import Help, flag_name, parse_size
+from training.flags import Help, add_teacher_lora, flag_name, parse_size
 from training.folder import utc_now
 from training.report import dumps, hardware, save_grid
 
@@ -105,6 +105,7 @@ def parse_args(argv=None):
     # models
     add = p.add_argument_group("models").add_argument
     add("--teacher", help="a name or folder; with runs: instead of the teacher of distill.json")
+    add_teacher_lora(add)
     add("--nfe", help=f"list of steps of students [as trained] or a teacher [{TEACHER_NFE}]")
     add(
         "--cfg",
@@ -221,7 +222,7 @@ def check_args(args):
     )
     if args.images:
         flags = ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid")
-        flags += ("--latency", "--per-prompt")
+        flags += ("--latency", "--per-prompt", "--teacher-lora")
         given = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
         models = " ".join(args.runs + given)
         require(not models, f"--images measures a folder, {models} a model: leave one out")

@@ -41,7 +41,7 @@ from data.image_file import read_image
 from tools.export import export_temporary
 from tools.pictures import captioned
 from tools.rows import load_student, prompt_kwargs, student_row, teacher_row
-from training.flags import Help, parse_size
+from training.flags import Help, add_teacher_lora, parse_size
 from training.report import to_image
 
 POINTS = 4000  # of a toy's picture
@@ -57,6 +57,7 @@ def parse_args(argv=None):
     p.add_argument("words", nargs="*", metavar="RUN PROMPT", help="folder of a run, then prompts")
     add = p.add_argument_group("model").add_argument
     add("--teacher", help="a teacher itself; after RUN: instead of the teacher of its training")
+    add_teacher_lora(add)
     add("--it", help="checkpoint of RUN: its iterations, or best [the finished student]")
     add("--nfe", type=int, help=f"steps [as trained; {TEACHER_NFE} of a teacher]")
     add("--cfg", type=float, help="guidance scale w of a teacher, u + w (c - u)")
@@ -157,7 +158,8 @@ class Sampler:
             "its prompts among them",
         )
         kind = (type(teacher), teacher.folder, prompts, teacher.device, teacher.dtype)
-        first = teacher.table.append(embed_prompts(*kind, self.options.cache_prompts, print))
+        how = (self.options.cache_prompts, print, teacher.loras)
+        first = teacher.table.append(embed_prompts(*kind, *how))
         self.rows |= {prompt: first + i for i, prompt in enumerate(prompts)}
 
 
@@ -173,10 +175,12 @@ def load(
     cache_prompts=None,
     device="auto",
     dtype="auto",
+    teacher_lora=None,
 ):
     """A student (run: its folder) or a teacher -> Sampler, which makes images when it is called.
 
-    Arguments are the flags of the same names; prompts: the first ones, list of str.
+    Arguments are the flags of the same names; prompts: the first ones, list of str; teacher_lora:
+    list of FILE or FILE:SCALE.
     """
     _, _, device, dtype = init_processes(SimpleNamespace(device=device, dtype=dtype))
     source = run
@@ -193,6 +197,7 @@ def load(
     )
     options = SimpleNamespace(teacher=teacher, size=size, cache_prompts=cache_prompts)
     options.frames = options.it = None
+    options.teacher_lora = teacher_lora
     options.prompts = list(prompts or [""]) if text else None
     options.fixed_prompts = False
     if run is None:
@@ -258,6 +263,7 @@ def main(argv=None):
     args = parse_args(argv)
     what = args.labels or args.words + (read_prompts(args.prompts) if args.prompts else [])
     names = ("it", "nfe", "cfg", "control", "size", "cache_prompts", "device", "dtype")
+    names += ("teacher_lora",)
     options = {name: getattr(args, name) for name in names}
     sampler = load(args.run, args.teacher, None if args.labels else what, **options)
     found = sampler.find(what or None)

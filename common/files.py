@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -178,6 +179,16 @@ def load_weights(path, module, key=lambda name: name):
             f"the first is {extra[0]}"
         )
     module.load_state_dict({name: tensors[key(name)] for name in state})
+
+
+def hash_files(paths):
+    """sha256 of the contents of files, as hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def is_local_name(name):

@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from common.files import atomic
+from common.files import atomic, hash_files
 from common.teachers.cache import library_versions
 from data.image_file import READER
-from tools.measure import hash_files
 from training.report import dumps
 
 KEPT_SAMPLES = 2000  # of a row

@@ -12,6 +12,7 @@ Images count from -1 to 1, points as they are. A run that did not record a value
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -130,6 +131,8 @@ def teacher_facts(row, result):
         f"python eval.py --teacher {result['teacher']} --nfe {result['nfe']} "
         f"--cfg {result['cfg']:g}"
     )
+    for lora in row.teacher.loras:
+        command += f" --teacher-lora {shlex.quote(lora.argument())}"
     if not result.get("heun"):
         return dict(name=row.caption, command=[command])
     evaluations = 2 * result["nfe"] - 1  # two per step, one in the last

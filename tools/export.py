@@ -10,6 +10,7 @@ Usage:
     python -m tools.export out/dmd2-mnist --it 500            # -> out/dmd2-mnist/student-500/
     python -m tools.export out/dmd2-mnist --it best --to mine # the best of --eval-every's
     python -m tools.export out/dmd2-emoji --copy --to mine    # without links, to be uploaded
+    python -m tools.export out/dmd2-sdxl --merge-teacher-lora # one LoRA file with the teacher's
 """
 
 import argparse
@@ -28,14 +29,20 @@ from common.checkpoint import (
 )
 from common.errors import UserError, describe, launch, require
 from common.files import is_local_name, read_json
+from common.schema import check
+from common.teachers.load import PIPELINES
+from common.teachers.teacher_lora import RECORDS, loras_of_student
 from common.teachers.whole import (
     INDEX,
     RECORD,
     describe_plain,
+    is_lora,
+    merge_loras,
     pipeline_folder,
     read_metrics,
     write_student,
 )
+from training.flags import add_teacher_lora
 
 
 def parse_args(argv=None):
@@ -49,6 +56,12 @@ def parse_args(argv=None):
     p.add_argument("--it", help="iterations of the checkpoint, or best [the newest]")
     p.add_argument("--to", help="folder of the student [RUN/student-<iterations>]")
     p.add_argument("--copy", action="store_true", help="copies of the teacher's files, not links")
+    add_teacher_lora(p.add_argument)
+    p.add_argument(
+        "--merge-teacher-lora",
+        action="store_true",
+        help="one LoRA file that contains those of the teacher",
+    )
     return p.parse_args(argv)
 
 
@@ -90,7 +103,9 @@ def read_student_files(path):
     return files
 
 
-def export(run, it=None, to=None, copy=False, components=True):
+def export(
+    run, it=None, to=None, copy=False, components=True, teacher_lora=None, merge_teacher_lora=False
+):
     """Writes the student of a run's checkpoint. Arguments as on the command line -> its folder.
 
     components: with those of its teacher's pipeline, where the teacher is on this machine."""
@@ -101,8 +116,44 @@ def export(run, it=None, to=None, copy=False, components=True):
     require(ours, f"--to {home}: expected a new or empty folder, or that of a student")
     record = files["distill.json"]
     teacher = pipeline_folder(record["teacher"]) if components and record.get("plain") else None
-    write_student(home, files, teacher, read_metrics(run), copy)
+    loras = read_loras(record, home, teacher if INDEX in files else None, teacher_lora)
+    if merge_teacher_lora:
+        require_mergeable(run, files, teacher)
+        files = merge_loras(files, loras, teacher)
+    write_student(home, files, teacher, read_metrics(run), copy, loras)
     return home
+
+
+def read_loras(record, home, teacher, texts):
+    """TeacherLoras of a student, read. teacher: folder of its pipeline; None: it becomes no
+    pipeline, and they are not needed.
+    texts: --teacher-lora, or None for the files of the training."""
+    check(record, "student: ", optional=dict(teacher_lora=RECORDS))
+    if teacher is None:
+        return []
+    loras = loras_of_student(home, record, texts)
+    index = read_json(teacher / INDEX)
+    for lora in loras:
+        lora.read(PIPELINES[index["_class_name"]], teacher)
+    return loras
+
+
+def require_mergeable(run, files, teacher):
+    """UserError unless a student is a LoRA on a teacher with a LoRA, on this machine."""
+    found = None
+    if not is_lora(files):
+        found = "one of whole weights, which contain it"
+    elif not files[RECORD].get("teacher_lora"):
+        found = "one whose teacher had none"
+    elif teacher is None:
+        found = f"no {files[RECORD]['teacher']} on this machine"
+    elif INDEX not in files:
+        found = "one that no pipeline of diffusers samples"
+    require(
+        found is None,
+        f"--merge-teacher-lora: {run}: expected a LoRA student of a teacher with --teacher-lora, "
+        f"found {found}",
+    )
 
 
 def export_temporary(run, it):
@@ -117,7 +168,8 @@ def export_temporary(run, it):
 
 def main():
     args = parse_args()
-    home = export(args.run, args.it, args.to, args.copy)
+    options = dict(teacher_lora=args.teacher_lora, merge_teacher_lora=args.merge_teacher_lora)
+    home = export(args.run, args.it, args.to, args.copy, **options)
     print(f"student: {home}")
     note = describe_plain(read_json(home / RECORD), (home / INDEX).is_file())
     if note:

@@ -1,6 +1,5 @@
 """What eval.py measures beyond the metrics of training: image folders, similarity, passes, time."""
 
-import hashlib
 import statistics
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from common.distributed import bar_interval, gather_rows, on_all_ranks
 from common.errors import UserError
+from common.files import hash_files
 from common.metrics import hash_images
 from common.sampling import generate
 from controls.controlled import Controlled
@@ -167,13 +167,3 @@ def latency(sampler, model, batch):
 def hash_weights(folder):
     """A short hash of all weights below a model's folder."""
     return hash_files(sorted(Path(folder).rglob("*.safetensors")))[:12]
-
-
-def hash_files(paths):
-    """sha256 of the contents of files, as hex digits."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()

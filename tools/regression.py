@@ -83,6 +83,7 @@ class Pairs:
         self.seed = derive_seed(run.args.seed, 11) % 2**31
         prompts = teacher.classes if teacher.prompts is None else teacher.prompts
         key = [run.args.teacher, prompts, list(teacher.shape), self.seed, n, cfg, str(run.dtype)]
+        key += [lora.record() for lora in teacher.loras]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         self.folder = run.out / f"pairs-{name}"
         try:

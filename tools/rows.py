@@ -12,6 +12,7 @@ from common.routed import ByLabel
 from common.sampling import TEACHER_NFE, teacher_sample
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
+from common.teachers.teacher_lora import loras_of_student, read_teacher_loras
 from tools.export import export_temporary
 
 
@@ -69,7 +70,7 @@ def rows_of_runs(args):
             "--compare, --grid and --best-of: expected students of one teacher, "
             f"found {', '.join(teachers)}"
         )
-    name, teacher = next(iter(teachers.items()))
+    teacher, name = students[0].teacher, students[0].teacher_name
     cfgs = args.cfg
     if cfgs is None:  # the guidance scales that the students were trained with
         trained = [student.info.get("cfg") or 1.0 for student in students]
@@ -128,6 +129,7 @@ def teacher_steps(args, student_nfes):
 def teacher_row(teacher, name, nfe, cfg, heun):
     title = f"teacher {Path(name).name}"
     facts = dict(name=title, method="teacher", teacher=name, nfe=nfe, cfg=cfg)
+    facts |= lora_facts(teacher)
     kind = ""
     if heun:
         facts["heun"] = True
@@ -138,6 +140,12 @@ def teacher_row(teacher, name, nfe, cfg, heun):
 
     caption = f"teacher, {kind}{steps_text(nfe)}, w = {cfg:g}"
     return Row(teacher, teacher, sampler, caption, facts, teacher.folder)
+
+
+def lora_facts(teacher):
+    """The entry of a result that names the LoRAs of --teacher-lora, if there are any."""
+    records = [lora.record() for lora in teacher.loras]
+    return dict(teacher_lora=records) if records else {}
 
 
 def steps_text(nfe):
@@ -159,27 +167,33 @@ class Student:
 
 
 def load_student(folder, args, teachers, device="cpu", dtype=torch.float32):
-    """A student and its teacher. teachers: those loaded so far by name; one is added.
+    """A student and its teacher. teachers: those loaded so far, by name and --teacher-lora; one is
+    added.
 
-    args: teacher, prompts, cache_prompts, size, frames; and `it`, the checkpoint whose student it
-    is; None: the finished one.
+    args: teacher, teacher_lora, prompts, cache_prompts, size, frames; and `it`, the checkpoint
+    whose student it is; None: the finished one.
     """
     source, it = export_temporary(folder, args.it) if args.it else (folder, None)
     home, info = read_student(source)
     sample = sampler_of(home, info)
     name = args.teacher or info["teacher"]
-    if name not in teachers:
+    loras = loras_of_student(home, info, args.teacher_lora)
+    key = " with ".join([name, *(lora.name_of_content() for lora in loras)])
+    if key not in teachers:
+        text = prompt_kwargs(args, info, loras)
         try:
-            teachers[name] = load_teacher(name, device, dtype, text=prompt_kwargs(args, info))
+            teachers[key] = load_teacher(name, device, dtype, text=text)
         except UserError as e:
             hint = "" if args.teacher else " (--teacher overrides it)"
             raise UserError(f"{folder}: its teacher: {e}{hint}") from None
-    model = network_of(folder, home, info, teachers[name], name)
-    return Student(folder, model, sample, info, teachers[name], name, it)
+    model = network_of(folder, home, info, teachers[key], name)
+    return Student(folder, model, sample, info, teachers[key], name, it)
 
 
-def prompt_kwargs(args, info=None):
+def prompt_kwargs(args, info=None, loras=None):
     """Prompts, size, frames, guidance for a pipeline: the flags', else those of the training.
+
+    loras: of a student's teacher; None: those of --teacher-lora.
 
     The cache of embeddings is written to, so it is never the one that distill.json names: the
     student may come from somebody else.
@@ -200,6 +214,7 @@ def prompt_kwargs(args, info=None):
         frames=args.frames or of_type("frames", int),
         guidance=of_type("embedded_guidance", int, float),
         cache=args.cache_prompts,
+        loras=(read_teacher_loras(args.teacher_lora) if loras is None else loras) or None,
     )
 
 
@@ -224,6 +239,7 @@ def student_row(student, nfe):
         nfe=nfe,
         cfg=info.get("cfg"),
     )
+    facts |= lora_facts(student.teacher)
     caption = f"{name}, {steps_text(nfe)}"
     row = Row(student.model, student.teacher, sampler, caption, facts, student.model.folder)
     row.info = info

@@ -29,6 +29,20 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} [{default}]"
 
 
+class Several(argparse.Action):
+    """A flag that may be given several times: the list of its values, which replaces the default.
+
+    argparse's own "append" adds to the default, which a resumed run has from its start."""
+
+    class Given(list):
+        pass
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        earlier = getattr(namespace, self.dest, None)
+        earlier = earlier if isinstance(earlier, self.Given) else []
+        setattr(namespace, self.dest, self.Given([*earlier, value]))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the common flags, in the groups model, method, optimisation, run and
     dry run.
@@ -62,6 +76,7 @@ class Parser(argparse.ArgumentParser):
 
         add = self.model.add_argument
         add("--teacher", metavar="NAME", default="mnist", help="a name, a hub name, or a folder")
+        add_teacher_lora(add)
         if start:
             add("--start", metavar="RUN", help="folder of a run to start from [the teacher]")
         add("--cfg", type=float, help="guidance scale w of the teacher in u + w (c - u); 1 is none")
@@ -357,7 +372,7 @@ def is_value_of(action, value):
     if isinstance(action, argparse._StoreTrueAction):
         return isinstance(value, bool)
     kinds = {None: str, int: int, float: (int, float), parse_size: int}[action.type]
-    several = action.nargs is not None or action.type is parse_size
+    several = action.nargs is not None or action.type is parse_size or isinstance(action, Several)
     if several != isinstance(value, list):
         return False
     values = value if several else [value]
@@ -372,6 +387,16 @@ def lora_spec(args, name, rank):
     require(rank >= 1, f"{name}: expected a rank of at least 1, found {rank}")
     alpha = args.lora_alpha or rank
     return dict(rank=rank, alpha=alpha, targets=args.lora_targets, seed=args.seed, flag=name)
+
+
+def add_teacher_lora(add):
+    """--teacher-lora. add: of a parser or a group of it."""
+    add(
+        "--teacher-lora",
+        action=Several,
+        metavar="FILE",
+        help="a LoRA that becomes part of the teacher: FILE or FILE:SCALE; may be repeated",
+    )
 
 
 def default_out(args):

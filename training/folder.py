@@ -37,6 +37,7 @@ NOT_KEPT = ("resume", "overwrite", "smoke", "out")  # flags of one start, not of
 NOT_KEPT += ("preset", "preset_from", "preset_source", "cfg_given")  # facts of one start
 NOT_KEPT += ("dry_run", "device_memory", "processes", "tflops")  # a dry run leaves no run
 PATH_FLAGS = ("teacher", "start", "generator", "data", "prompts", "cache_prompts", "control_model")
+PATH_LISTS = ("teacher_lora",)
 TO_BE_DISCARDED = "to be discarded"
 BUSY = "busy"
 LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # a lock is held; NFS says EACCES
@@ -249,6 +250,10 @@ def flags_of(start, absolute=True):
         is_folder = value not in EMBEDDED and os.path.isdir(path)  # see load_teacher
         if name != "teacher" or is_folder:
             flags[name] = os.path.normpath(path)
+    for name in PATH_LISTS:
+        values = flags.get(name)
+        if isinstance(values, list) and all(isinstance(value, str) for value in values):
+            flags[name] = [os.path.normpath(os.path.join(cwd, value)) for value in values]
     return flags
 
 

@@ -33,6 +33,7 @@ def describe_run(run, images, networks, facts):
     steps = facts.pop("steps", None)
     plan = {
         "preset": f"{args.preset} ({args.preset_from}); source: {args.preset_source}",
+        "teacher lora": ", ".join(lora.argument() for lora in run.loras),
         "guidance, steps": "; ".join(text for text in (guidance, steps) if text),
         "rates": describe_rates(args, networks),
         "batch": describe_batch(run),

@@ -117,6 +117,8 @@ class Report:
             self.student_sampler, student, teacher, n, args.seed, rank=rank, world=world
         )
         facts = dict(method=run.method, teacher=args.teacher, it=it, nfe=args.nfe, cfg=args.cfg)
+        if run.loras:
+            facts["teacher_lora"] = [lora.record() for lora in run.loras]
         result = facts | dict(train_seconds=round(run.seconds)) | result
         if run.is_main:
             self.print_result(result)
@@ -183,7 +185,10 @@ class Report:
             hardware=hardware(run.device),
             date=utc_now(),
         )
-        return dict(
+        loras = {}
+        if self.teacher.loras:
+            loras["teacher_lora"] = [lora.record() for lora in self.teacher.loras]
+        return loras | dict(
             method=run.method,
             teacher=flags["teacher"],
             nfe=args.nfe,
@@ -202,7 +207,7 @@ class Report:
         if not self.run.is_main:
             return
         home = self.run.out / "student"
-        write_student(home, files, self.teacher_folder)
+        write_student(home, files, self.teacher_folder, loras=self.teacher.loras)
         self.run.print(f"student: {home}")
         note = describe_plain(files["distill.json"])
         if note:

@@ -33,6 +33,7 @@ from common.files import format_bytes, sync
 from common.model import Model
 from common.rng import BatchRandom, derive_seed
 from common.routed import Routed
+from common.teachers.teacher_lora import read_teacher_loras
 from training.alarm import FIGURES, Alarms
 from training.folder import (
     RunFolder,
@@ -113,6 +114,7 @@ class Run:
         self.ddp_modules = weakref.WeakSet()
         self.models = weakref.WeakValueDictionary()  # a script may replace a network
         self.counter = None  # of network passes, in the first iterations
+        self.loras = read_teacher_loras(args.teacher_lora)
         self.record = {}  # facts for the student's distill.json
         self.plan = {}  # lines of print_summary
 
@@ -216,6 +218,7 @@ class Run:
             frames=args.frames,
             guidance=args.embedded_guidance,
             data=args.data,
+            loras=self.loras or None,
             say=self.print,
         )
 
@@ -509,6 +512,8 @@ class Run:
         if loras:  # alpha shows in no tensor's shape
             alphas = ", ".join(f"{spec['alpha']:g}" for spec in loras)
             teacher += f", --lora-alpha {alphas}"
+        for lora in self.loras:
+            teacher += f", --teacher-lora {lora.name_of_content()}"
         return dict(method=self.method, teacher=teacher)
 
     def save(self, it, state, report=None):
@@ -621,6 +626,8 @@ class Run:
         return changed_flags((made or starts)[-1], dict(flags=vars(self.args), cwd=os.getcwd()))
 
     def note_start(self, first, **facts):
+        if self.loras:
+            facts["teacher_lora"] = [lora.record() for lora in self.loras]
         self.revision = self.folder.note_start(
             first=first,
             **facts,

@@ -12,9 +12,11 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from common.files import ROOT
+from common.lora import FILE
 from common.metrics import METRICS
 from common.teachers.hub import HUB, is_hub_name
 from common.teachers.kind import EMBEDDED
+from common.teachers.teacher_lora import file_in_student
 
 PROMPT = "red heart"  # in the lines that load a student
 ABSENT = [None, None]
@@ -36,10 +38,11 @@ def make_card(record, index, teacher, metrics):
     name = teacher_name(record)
     steps = "1 step" if nfe == 1 else f"{nfe} steps"
     call = plain.get("call") if index else None
+    loras = record.get("teacher_lora", [])
     parts = [
         f"---\n{front_matter(record, call, teacher)}\n---",
         f"# {name} in {steps}, by {method}",
-        f"A student of `{name}`, distilled by {paper_of(method)} to {steps}.",
+        f"A student of `{name}`{with_loras(loras)}, distilled by {paper_of(method)} to {steps}.",
         "## Use",
     ]
     if call is None:
@@ -59,6 +62,12 @@ def teacher_name(record):
     if name in HUB:
         return HUB[name]
     return name if is_hub_name(name) else Path(name).name
+
+
+def with_loras(records):
+    """Of the card's first sentence: the LoRAs that the teacher had."""
+    texts = [f"`{Path(r['file']).name}` (scale {r['scale']:g})" for r in records]
+    return f" with the LoRA {' and '.join(texts)}" if texts else ""
 
 
 def paper_of(method):
@@ -168,7 +177,24 @@ def use_of_a_pipeline(record, plain, index):
             "they are folded into its weights; `extras.safetensors` and `unbaked*.safetensors` "
             "hold them for the sampler of the repository."
         )
+    if record.get("teacher_lora"):
+        notes.append(lora_text(record, plain))
     return ["```python\n" + lines + "\n```", *notes]
+
+
+def lora_text(record, plain):
+    """On the LoRAs of the teacher: where they are."""
+    if not is_lora(record):
+        return "The teacher's LoRA is in the weights: it is not to be loaded again."
+    if plain.get("merged"):
+        return (
+            "`pytorch_lora_weights.safetensors` contains the teacher's LoRA; "
+            "`unbaked_lora_weights.safetensors` is the student's alone."
+        )
+    return (
+        "`pytorch_lora_weights.safetensors` was trained on top of the teacher's LoRA, "
+        "which is in `teacher_lora/`: both are needed, at these scales."
+    )
 
 
 def models_of(record):
@@ -205,7 +231,8 @@ def loading_lines(record, plain, index):
         f"pipe = DiffusionPipeline.from_pretrained(folder, {absent}torch_dtype=torch.float32)",
     ]
     if is_lora(record):
-        lines += lora_lines(len(plain["networks"]))
+        loras = [] if plain.get("merged") else record.get("teacher_lora", [])
+        lines += lora_lines(len(plain["networks"]), loras)
     call = dict(plain["call"])
     noise = call.pop("noise", None)
     arguments = [f"{name}={value!r}" for name, value in call.items()]
@@ -219,17 +246,32 @@ def loading_lines(record, plain, index):
     return "\n".join(lines)
 
 
-def lora_lines(networks):
-    if networks == 1:
+def lora_lines(networks, loras):
+    """loras: entries of distill.json on the teacher's LoRAs, which lie in the folder."""
+    if networks == 1 and not loras:
         return ["pipe.load_lora_weights(folder)"]
-    file = "pytorch_lora_weights.safetensors"
-    return [
-        f'pipe.load_lora_weights(folder, weight_name="expert-0/{file}", adapter_name="first")',
-        "pipe.load_lora_weights(",
-        f'    folder, weight_name="expert-1/{file}", adapter_name="second",',
-        "    load_into_transformer_2=True,",
-        ")",
-    ]
+    if networks == 1:
+        homes = [("transformer", "student", "", "")]
+    else:
+        homes = [
+            ("transformer", "first", "expert-0/", ""),
+            ("transformer_2", "second", "expert-1/", ", load_into_transformer_2=True"),
+        ]
+    lines = []
+    for network, name, home, option in homes:
+        files = {f"teacher{i}": file_in_student(i, record) for i, record in enumerate(loras)}
+        files[name] = f"{home}{FILE}"
+        for adapter, file in files.items():
+            lines += [
+                "pipe.load_lora_weights(",
+                f'    folder, weight_name={str(file)!r}, adapter_name="{adapter}"{option}',
+                ")",
+            ]
+        scales = [record["scale"] for record in loras] + [1.0]
+        target = "pipe" if networks == 1 else f"pipe.{network}"
+        if loras:
+            lines.append(f"{target}.set_adapters({list(files)!r}, {scales!r})")
+    return lines
 
 
 def latents_shape(model):
@@ -323,12 +365,15 @@ def measured(metrics):
 def make_metadata(record):
     """{text: text} for the header of a student's safetensors files."""
     training = record.get("training", {})
+    loras = record.get("teacher_lora")
     found = {
         "distill.method": record["method"],
         "distill.teacher": teacher_name(record),
         "distill.nfe": str(record["nfe"]),
         "distill.sampler": json.dumps(record["sampler"], sort_keys=True),
     }
+    if loras:
+        found["distill.teacher_lora"] = json.dumps(loras, sort_keys=True)
     if "revision" in record:
         found["distill.revision"] = record["revision"]
     first = models_of(record)[0]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from common import lora, schedules
+from common.distributed import require_same
 from common.errors import UserError, describe, require
 from common.files import (
     ROOT,
@@ -102,6 +103,8 @@ def load_teacher(
         if (folder / "teacher.json").is_file():
             info = read_json(folder / "teacher.json", "--teacher")
             teacher.evaluation = read_evaluation(folder, info)
+        if teacher.loras:  # these are results without it
+            teacher.evaluation.pop("measured", None)
         return teacher
     if name in HUB or is_hub_name(name):
         return load_pipeline(name, device, dtype, **options, budget=budget, place=place)
@@ -113,9 +116,10 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
     path = folder / "teacher.json"
     if not path.is_file():
         raise no_teacher_in(name, folder)
-    for option in ("prompts", "size", "frames", "guidance"):
+    flags = dict(guidance="--embedded-guidance", loras="--teacher-lora")
+    for option in ("prompts", "size", "frames", "guidance", "loras"):
         if options.get(option) is not None:
-            flag = "--embedded-guidance" if option == "guidance" else f"--{option}"
+            flag = flags.get(option, f"--{option}")
             raise UserError(
                 f"{flag}: expected a teacher that is a pipeline of diffusers, found {name}, a "
                 "network in our own format"
@@ -168,6 +172,7 @@ def load_pipeline(
     guidance=None,
     say=print,
     data=None,
+    loras=None,
     budget=ignore_sizes,
     place=None,
 ):
@@ -179,6 +184,7 @@ def load_pipeline(
     frames: of a video. guidance: see Flux. say: prints a line of progress.
     data: folder of images; their captions are embedded together with the prompts, because the text
     encoders are in memory only then.
+    loras: list of TeacherLora that become part of the weights, or None.
     """
     size = [size, size] if isinstance(size, int) else size
     if is_blank(device):
@@ -191,6 +197,7 @@ def load_pipeline(
     prompts, captions = read_texts(name, cls, folder, prompts, data)
     check_version(name, cls)
     scheduler, _, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    loras = read_loras(loras, cls, folder, index)
     for part in (*cls.networks(index), "vae"):
         weights = find_weights(folder / part, name)
         if weights.variant:
@@ -198,14 +205,15 @@ def load_pipeline(
 
     table, first_caption = None, 0
     if cls.takes_prompts:
-        options = (device, dtype, cache, say)
+        options = (device, dtype, cache, say, loras)
         table = embed_prompts(cls, folder, prompts, *options)
         if captions:
             texts = [text for _, own in captions for text in own]
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
-        model = load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget)
+        options = (scheduler, dtype, size, frames, budget, loras)
+        model = load_network_and_vae(cls, folder, index, *options)
         if guidance is not None:
             model.guidance = guidance
         model.attach(folder, table, prompts)
@@ -320,7 +328,25 @@ def check_pipeline(name, cls, folder, index, size, frames, guidance):
     return scheduler, net, vae
 
 
-def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget):
+def read_loras(loras, cls, folder, index):
+    """-> list of TeacherLora, read for a pipeline. UserError: one does not fit, or not on all
+    machines the same one is found."""
+    if not loras:
+        return []
+    parts = cls.networks(index)
+    require(
+        len(parts) == 1,
+        f"{loras[0].flag}: expected a pipeline of one network, found {' and '.join(parts)}: a LoRA "
+        "is for one of them; add it there with diffusers (fuse_lora, save_pretrained) and give the "
+        "new folder as --teacher",
+    )
+    require_same([user_lora.sha256 for user_lora in loras], "--teacher-lora")
+    for user_lora in loras:
+        user_lora.read(cls, folder)
+    return loras
+
+
+def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget, loras):
     """Model of the pipeline's first network."""
     parts = cls.networks(index)
     budget(
@@ -330,10 +356,13 @@ def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, bud
         experts=len(parts),
     )
     net = cls.load_net(folder, dtype, cls.part)
+    for user_lora in loras:
+        user_lora.add_to_network(net)
     vae = cls.load_vae(folder, dtype, index["vae"][1])
     options = {} if frames is None else dict(frames=frames)
     model = cls(net, vae, scheduler, size, **options)
-    model.read_weights = cls.weights_of(folder, cls.part)
+    model.read_weights = cls.weights_of(folder, cls.part, loras)
+    model.loras = loras
     model.vae_folder = folder / "vae"
     return model
 

@@ -165,9 +165,16 @@ class Pipeline(Model):
         )
 
     @classmethod
-    def weights_of(cls, folder, part):
-        """Model.read_weights of a network in a pipeline's folder."""
-        return lambda: cls.load_net(folder, torch.float32, part).state_dict()
+    def weights_of(cls, folder, part, loras=()):
+        """Model.read_weights of a network in a pipeline's folder. loras: of TeacherLora."""
+
+        def read():
+            net = cls.load_net(folder, torch.float32, part)
+            for lora in loras:
+                lora.add_to_network(net)
+            return net.state_dict()
+
+        return read
 
     @classmethod
     def load_vae(cls, folder, dtype, vae_class):

@@ -114,19 +114,21 @@ def pad(v, dim, length):
 # ---- encoding ------------------------------------------------------------------------------------
 
 
-def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
+def embed_prompts(cls, folder, prompts, device, dtype, cache, say, loras=()):
     """PromptEmbeddings of a list of prompts by the text encoders of a pipeline, or from the cache.
 
     All processes call this and share the encoding. cls: a subclass of Pipeline. say: prints a line.
+    loras: of --teacher-lora, those that change text encoders count.
     UserError: the text encoders cannot be loaded, the cache cannot be read or written, or is not
     seen by all processes, the disk is too small.
     """
     rank, world = rank_and_world()
     require_same(digest_of(prompts), "--prompts or captions of --data")
-    encoders = TextEncoders(cls, folder, device, dtype)
+    loras = [lora for lora in loras if lora.changes_text]
+    encoders = TextEncoders(cls, folder, device, dtype, loras)
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
-    decide = lambda: make_plan(cache_of(cls, folder, prompts, dtype, cache), encoders, prompts)
-    home, plan, missing = on_rank0(decide)
+    key = (cls, folder, prompts, dtype, cache, loras)
+    home, plan, missing = on_rank0(lambda: make_plan(cache_of(*key), encoders, prompts))
     on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]))
 
     say(describe_prompts(plan))
@@ -151,8 +153,9 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say):
 class TextEncoders:
     """The text encoders of a pipeline, which are loaded when they are first used."""
 
-    def __init__(self, cls, folder, device, dtype):
+    def __init__(self, cls, folder, device, dtype, loras=()):
         self.cls = cls
+        self.loras = loras
         self.folder = folder
         self.device = device
         self.dtype = dtype
@@ -161,7 +164,10 @@ class TextEncoders:
     def load(self):
         if self.pipe is None:
             with load_errors(f"--teacher {self.folder}: not loaded"):
-                self.pipe = self.cls.text_pipeline(self.folder, self.dtype).to(self.device)
+                pipe = self.cls.text_pipeline(self.folder, self.dtype)
+                for lora in self.loras:
+                    lora.add_to_text_encoders(pipe)
+                self.pipe = pipe.to(self.device)
         return self.pipe
 
     @torch.no_grad()
@@ -296,9 +302,9 @@ def join(batches):
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-def cache_of(cls, folder, prompts, dtype, cache):
-    """Folder of these embeddings. Its name changes when the prompts, the text encoders, the
-    libraries or the format do."""
+def cache_of(cls, folder, prompts, dtype, cache, loras=()):
+    """Folder of these embeddings. Its name changes when the prompts, the text encoders, what
+    --teacher-lora adds to them, the libraries or the format do."""
     folder = Path(folder)
     parts = [p for p in folder.glob("t*/") if p.name.startswith(("text_encoder", "tokenizer"))]
     files = sorted(p for part in parts for p in part.rglob("*") if p.is_file())
@@ -306,7 +312,8 @@ def cache_of(cls, folder, prompts, dtype, cache):
     if cls.text_needs_network:
         files.append(folder / cls.part / "config.json")
     key = [FORMAT, library_versions(), cls.__name__, str(folder), stamp_files(files, folder)]
-    return cache_folder(cache, folder.name, [*key, str(dtype), *prompts])
+    added = [[lora.sha256, lora.scale] for lora in loras]
+    return cache_folder(cache, folder.name, [*key, str(dtype), *added, *prompts])
 
 
 def read_part(path, n, null):

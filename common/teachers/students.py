@@ -23,6 +23,7 @@ from common.files import ROOT, read_json
 from common.routed import Routed
 from common.schema import OBJECT, TEXT, check, integer
 from common.teachers.load import load_model
+from common.teachers.teacher_lora import RECORDS, check_records
 
 RECORD = dict(  # what all methods keep in distill.json
     method=TEXT, teacher=TEXT, nfe=integer(1, 1000), sampler=OBJECT, model=OBJECT
@@ -47,7 +48,7 @@ def read_student(folder):
             hint = "a teacher (give it as --teacher)"
         raise UserError(f"{folder}: expected a student of this project, found {hint}")
     info = read_json(path, "student")
-    check(info, f"{path}: ", required=RECORD)
+    check(info, f"{path}: ", required=RECORD, optional=dict(teacher_lora=RECORDS))
     return home, info
 
 
@@ -134,6 +135,8 @@ def network_of(folder, home, info, teacher, name):
     """The student's Model, frozen. UserError unless it is a student of this teacher."""
     load = getattr(script_of(home, info), "load_student", load_model)
     student = load(home, info["model"], teacher).requires_grad_(False)
+    if student.lora:  # relative to the teacher's weights with the LoRA of its training
+        check_records(f"{folder}", info.get("teacher_lora", []), teacher.loras)
     expected = (teacher.adapter, teacher.shape, teacher.classes)
     found = (student.adapter, student.shape, student.classes)
     if found != expected:
@@ -163,6 +166,8 @@ def start_from(folder, teacher, student, critic=None, say=print):
     load_start(folder, "student", student, loaded)
     line = f"student: {home}{' (average)' if flags.get('ema') else ''}"
     if critic is not None:
+        if critic.lora:  # as for the student, see network_of
+            check_records(f"--start {folder}", info.get("teacher_lora", []), teacher.loras)
         path, weights = read_critic(Path(folder))
         if path is not None:
             check_adapters(folder, "critic", critic.lora, flags.get("lora_fake"))

@@ -9,7 +9,8 @@ DiffusionPipeline.from_pretrained(folder) finds there:
     README.md                 the card: the lines that load it (common/teachers/card.py)
     distill.json              what this repository needs to sample it
 
-A LoRA lies beside, as pytorch_lora_weights.safetensors. New inputs of a student are folded into its
+A LoRA lies beside, as pytorch_lora_weights.safetensors, and the LoRAs of its teacher
+(--teacher-lora) in teacher_lora/. New inputs of a student are folded into its
 network (bake.py); what restores them is in a small file next to it, for this repository's samplers.
 
 Students that plain diffusers cannot sample, and those whose teacher is no pipeline, are a network's
@@ -20,8 +21,10 @@ import os
 import shutil
 from pathlib import Path
 
-from common import lora
+import torch
+
 from common.files import ROOT, read_json, sync_folder, write_folder, write_json
+from common.lora import FILE
 from common.model import EXTRAS
 from common.routed import ByLevel, Routed
 from common.teachers.bake import UNBAKED_LORA, bake
@@ -30,6 +33,7 @@ from common.teachers.hub import HUB, is_hub_name
 from common.teachers.kind import EMBEDDED
 from common.teachers.pipeline import Pipeline
 from common.teachers.plain import NotPlain, find_plain, trace
+from common.teachers.teacher_lora import file_in_student, merge
 from common.teachers.weights import NAME, OTHER_FORMATS, find_weights
 
 INDEX = "model_index.json"
@@ -55,7 +59,7 @@ def student_files(student, teacher, sample, sampler, nfe):
     except NotPlain as e:
         files = student.files()
         if student.lora and EXTRAS in files:  # load_lora_weights would take half of it
-            files[UNBAKED_LORA] = files.pop(lora.FILE)
+            files[UNBAKED_LORA] = files.pop(FILE)
         return files, dict(model=student.config(), plain=dict(reason=str(e)))
 
 
@@ -133,12 +137,13 @@ def boundary(found):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write_student(home, files, teacher=None, metrics=None, copy=False):
+def write_student(home, files, teacher=None, metrics=None, copy=False, loras=()):
     """Writes a student's folder and its card. files: `student_files` and distill.json, which is
     written last, so that a folder that is half written does not look finished.
 
     teacher: folder of its pipeline, for the parts that are not the student's; None: without them.
-    metrics: contents of metrics.json, or None. copy: copies instead of links.
+    metrics: contents of metrics.json, or None. copy: copies instead of links. loras: TeacherLoras
+    of --teacher-lora, read.
     """
     home = Path(home)
     home.mkdir(parents=True, exist_ok=True)
@@ -152,10 +157,46 @@ def write_student(home, files, teacher=None, metrics=None, copy=False):
     write_folder(home, networks, make_metadata(record))
     if index and teacher is not None:
         own = set() if is_lora(files) else set(record["plain"]["networks"])
+        if is_lora(files) and not record["plain"].get("merged"):
+            for i, lora in enumerate(loras):
+                add_file(lora.path, home / file_in_student(i, lora.record()), copy)
+        if not is_lora(files):
+            own |= write_text_encoders(home, Path(teacher), loras)
         index = add_components(home, Path(teacher), dict(index), own, copy)
         write_json(home / INDEX, index)
     write_json(home / RECORD, record)
     write_card(home, teacher, metrics)
+
+
+def write_text_encoders(home, teacher, loras):
+    """The text encoders that --teacher-lora has changed, float32 -> their names."""
+    loras = [lora for lora in loras if lora.changes_text]
+    if not loras:
+        return set()
+    pipe = loras[0].cls.text_pipeline(teacher, torch.float32)
+    names = set()
+    for lora in loras:
+        lora.add_to_text_encoders(pipe)
+        names |= set(lora.parts()) - {lora.part}
+    for name in names:
+        getattr(pipe, name).save_pretrained(home / name)
+    return names
+
+
+def merge_loras(files, loras, teacher):
+    """Files of a LoRA student whose LoRA file contains those of its teacher as well.
+
+    The student's own one stays beside it, for the samplers of this repository.
+    """
+    merged = dict(files)
+    for name, contents in files.items():
+        path = Path(name)
+        if path.name == FILE:
+            merged.setdefault(str(path.with_name(UNBAKED_LORA)), contents)
+            merged[name] = merge(contents, loras, teacher)
+    record = files[RECORD]
+    merged[RECORD] = dict(record, plain=dict(record["plain"], merged=True))
+    return merged
 
 
 def write_card(home, teacher, metrics):
@@ -167,7 +208,7 @@ def write_card(home, teacher, metrics):
 
 
 def is_lora(files):
-    return any(Path(name).name == lora.FILE for name in files)
+    return any(Path(name).name == FILE for name in files)
 
 
 def remove_own(home):
