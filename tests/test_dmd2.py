@@ -665,7 +665,7 @@ def levels_by_hand(shift=1.0):
 def iteration_by_hand(trace, it, points, nfe=1, ratio=1, w=1.0, shift=1.0, gan=None, data=False):
     """(1) to (10) on toy-cond, where alpha = 1 and sigma_data = 0.714.
 
-    points: (x [N, 2], labels). gan: (w_G, w_D). -> {role: loss}.
+    points: (x [N, 2], labels). gan: (w_G, w_D). -> {role: loss}, numbers of the log.
     """
     teacher, student, critic, batch = trace.teacher, trace.student, trace.critic, 16
     draw = BatchRandom(3, it, batch)
@@ -688,18 +688,23 @@ def iteration_by_hand(trace, it, points, nfe=1, ratio=1, w=1.0, shift=1.0, gan=N
             x_in = xhat + steps[j + 1].float() * draw.randn(2)
     x = student(x_in, one, steps[k] * one, cond)  # (1)
 
-    losses = {}
+    losses, logs = {}, {}
     if it % ratio == 0:
         x_t, sigma = noised(x.detach(), draw.randint(20, 981))
         c = teacher(x_t, one, sigma, cond)
         u = teacher(x_t, one, sigma, dict(labels=torch.full((batch,), 8)))
         r, f = u + w * (c - u), critic.fake(x_t, one, sigma, cond)  # (3)
-        g = (f - r) / (x - r).abs().mean(1, keepdim=True)  # (4)
+        norm = (x - r).abs().mean(1, keepdim=True)
+        g = (f - r) / norm  # (4)
         losses["student"] = (x * g.detach() / x.numel()).sum()  # the gradient of (5)
+        logs |= dict(dm=0.5 * g.square().mean(), dm_norm=norm.mean())
+        logs |= dict(real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean())
         if gan:
             x_t, sigma = noised(x, draw.randint(0, 1000))
             features = critic.fake(x_t, one, sigma, cond, features=True)[-1]
-            losses["student"] += gan[0] * (1 + (-critic.head(features)).exp()).log().mean()  # (8)
+            gen = (1 + (-critic.head(features)).exp()).log().mean()  # (8)
+            losses["student"] += gan[0] * gen
+            logs |= dict(gen=gen)
 
     x = x.detach()
     x_t, sigma = noised(x, draw.randint(0, 1000))
@@ -707,13 +712,18 @@ def iteration_by_hand(trace, it, points, nfe=1, ratio=1, w=1.0, shift=1.0, gan=N
     weight = (sigma**2 + s**2) / (sigma * s) ** 2  # EDM's loss
     error = critic.fake(x_t, one, sigma, cond) - x
     losses["critic"] = (col(weight) * error**2).mean()  # (6)
+    logs |= dict(fake=losses["critic"], mean=x.mean(), std=x.std())
     if gan:
+        logs["cls"] = 0.0
         i, i_real = draw.randint(0, 1000), draw.randint(0, 1000)
         both = [noised(x, i), noised(x_real, i_real)]
-        for sign, c, (x_t, sigma) in zip((1, -1), (cond, dict(labels=labels_real)), both):
+        labels = (cond, dict(labels=labels_real))
+        for name, sign, c, (x_t, sigma) in zip(("fake", "real"), (1, -1), labels, both):
             logit = critic.head(critic.fake(x_t, one, sigma, c, features=True)[-1])  # (7)
-            losses["critic"] += gan[1] * (1 + (sign * logit).exp()).log().mean()  # (9)
-    return losses
+            logs["cls"] += (1 + (sign * logit).exp()).log().mean()  # (9)
+            logs[f"logit_{name}"] = logit.mean()
+        losses["critic"] = losses["critic"] + gan[1] * logs["cls"]
+    return losses, logs
 
 
 BY_HAND = {
@@ -740,7 +750,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags, case):
     flags = f"{common} --warmup 0 --cooldown 0 --seed 3 {flags}"
     steps = trace(*flags.split())
     case = dict(ratio=5) | case
-    images = load_images(None, steps.teacher)
+    images, logs = load_images(None, steps.teacher), []
     optimisers = {
         role: byhand.AdamW(lr, (0.3, 0.8), 0.1, 0.5)
         for role, lr in (("student", 3e-3), ("critic", 2e-3))
@@ -748,9 +758,12 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags, case):
 
     def losses(it):
         points, labels = images.batch(it, 16, 3)
-        return iteration_by_hand(steps, it, (points, labels), **case)
+        turns, numbers = iteration_by_hand(steps, it, (points, labels), **case)
+        logs.append(numbers)
+        return turns
 
     assert byhand.compare_iterations(steps, losses, optimisers) == 6
+    byhand.compare_logs(steps.logs, logs)
 
     # the head is equal on all processes; gradients flow through what run.train returns alone
     assert seeds == ([3] if "gan" in case else [])

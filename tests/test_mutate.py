@@ -74,6 +74,15 @@ def test_every_change_is_python_and_none_is_made_twice():
         compile(text, "dmd2.py", "exec")
 
 
+def test_equal_changes_have_a_number():
+    """One that computes the same, listed by its description, must not hide the others."""
+    source = "def f(x, r):\n    x = r.detach()\n    return r.detach() + x\n"
+    found = [m.describe(source) for m in mutants(source) if m.kind == "graph kept"]
+    name = "f: graph kept: r.detach() -> r"
+    assert found == [f"{name} (1 of 2)", f"{name} (2 of 2)"]
+    assert len({m.describe(source) for m in mutants(source)}) == len(mutants(source))
+
+
 def test_numbers_of_changes():
     assert chosen(["1", "3-5"], 9) == {1, 3, 4, 5}
     assert chosen(None, 3) == {0, 1, 2}
@@ -89,7 +98,7 @@ def test_listed_changes_exist_and_have_a_reason():
         source = (ROOT / name).read_text()
         finder = Finder(source, flag_defaults(ROOT / name) if flags else {})
         finder.visit(ast.parse(source))
-        known = {mutant.describe(source) for mutant in finder.found}
+        known = {mutant.describe(source) for mutant in finder.numbered()}
         for line in listed:
             description, reason = line.split(" # ")
             assert description in known, f"{name}: {description}"

@@ -1272,6 +1272,10 @@ def test_frame(monkeypatch, tmp_path):
     assert set(state) == {"student", "opt_g", "ema", "heads", "opt_h", "log_var"}
 
 
+def test_times_of_the_sampler_are_float64():
+    assert sana_sprint.sample_times(Flow(), 1.0, 2).dtype == torch.float64
+
+
 # ---- --time dense --------------------------------------------------------------------------------
 
 

@@ -1084,9 +1084,25 @@ def test_eq01_at_the_clean_end():
     assert (seen[0] == 0).all()
 
 
-def test_one_step_needs_the_first_noise_only():
+def test_eq01_a_process_without_rows_makes_no_pass():
+    none = torch.zeros(0, dtype=torch.float64)
+    assert twinflow.velocity(None, torch.ones(0, 2), none, none, {}).shape == (0, 2)
+
+
+def test_one_step_in_double_precision_needs_the_first_noise_only():
+    seen = []
+
+    def net(x, alpha, sigma, cond):
+        seen.append(sigma)
+        return 0 * x
+
+    net.schedule = VP()
     z = torch.randn(5, 2)
-    assert twinflow.sample(trained(), z, dict(labels=torch.zeros(5).long()), 1, None).shape == (
-        5,
-        2,
-    )
+    twinflow.sample(net, z, {}, 1, None)
+    twinflow.one_step(net, z, {}, 0.9)
+    assert [sigma.dtype for sigma in seen] == [torch.float64] * 2
+
+
+def test_grids_in_double_precision():
+    assert twinflow.time_grid(3)[1] == pytest.approx([0.999, 0.7495, 0.5, 0], abs=1e-12)
+    assert twinflow.time_grid(5, "mul")[1] == pytest.approx([*kumaraswamy(5), 0], abs=1e-12)

@@ -27,8 +27,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers  # noqa: F401  imported here once, not by every process that runs the tests
@@ -67,6 +68,7 @@ class Mutant:
     kind: str
     line: int
     function: str
+    which: str = ""  # of several with the same description, " (2 of 3)"
 
     def apply(self, source):
         return source[: self.start] + self.text + source[self.end :]
@@ -75,7 +77,7 @@ class Mutant:
         """One line: what stands there now, and what is put in its place."""
         old = " ".join(source[self.start : self.end].split())
         new = " ".join(self.text.split())
-        return f"{self.function}: {self.kind}: {old} -> {new}"
+        return f"{self.function}: {self.kind}: {old} -> {new}{self.which}"
 
 
 def names_of(function):
@@ -119,6 +121,18 @@ class Finder(ast.NodeVisitor):
         if text != self.source[start:end]:
             function = ".".join(self.functions)
             self.found.append(Mutant(start, end, text, kind, node.lineno, function))
+
+    def numbered(self):
+        """What was found, in the order of the lines; equal descriptions differ by their number."""
+        found = sorted(set(self.found), key=lambda m: (m.start, m.end, m.text))
+        total = Counter(m.describe(self.source) for m in found)
+        count = Counter()
+        for i, mutant in enumerate(found):
+            name = mutant.describe(self.source)
+            count[name] += 1
+            if total[name] > 1:
+                found[i] = replace(mutant, which=f" ({count[name]} of {total[name]})")
+        return found
 
     # ---- where
 
@@ -284,7 +298,7 @@ def mutants(source, constants=None):
     finder = Finder(source, constants or {})
     finder.visit(ast.parse(source))
     kept = {}
-    for mutant in sorted(finder.found, key=lambda m: (m.start, m.end, m.text)):
+    for mutant in finder.numbered():
         changed = mutant.apply(source)
         try:
             tree = ast.dump(ast.parse(changed))
