@@ -107,18 +107,23 @@ def load_errors(what):
 def save_weights(path, tensors, metadata=None):
     """Dict of tensors -> safetensors file. Above LARGEST_FILE several files and their index, as
     diffusers has it. metadata: of the file's header, {text: text}."""
-    metadata = dict(metadata or {}, format="pt")
-    tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     if sum(v.nbytes for v in tensors.values()) > LARGEST_FILE:
         pattern = path.name.replace(".safetensors", "{suffix}.safetensors")
         save_torch_state_dict(
-            tensors,
+            {name: v.detach().cpu().contiguous() for name, v in tensors.items()},
             path.parent,
             filename_pattern=pattern,
             max_shard_size=LARGEST_FILE,
-            metadata=metadata,
+            metadata=dict(metadata or {}, format="pt"),
         )
         return
+    save_one_file(path, tensors, metadata)
+
+
+def save_one_file(path, tensors, metadata=None):
+    """`save_weights` into one file, whatever its size."""
+    tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    metadata = dict(metadata or {}, format="pt")
     with atomic(path) as f:
         save_file(tensors, f.name, metadata=metadata)
         sort_metadata(f.name)
@@ -158,14 +163,22 @@ def load_weights(path, module, key=lambda name: name):
     key: function of a tensor's name in the module -> its name in the file.
     UserError: not a safetensors file, a tensor is missing, unknown or of another shape.
     """
+    set_weights(path, module, read_weights(path), key)
+
+
+def read_weights(path):
+    """Tensors {name: tensor} of a safetensors file. UserError: it is none."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(
             f"{path}: expected a safetensors file, found something else or half of one ({reason})"
         ) from None
 
+
+def set_weights(path, module, tensors, key=lambda name: name):
+    """`load_weights` of tensors that were read already. path: for messages."""
     state = module.state_dict()
     for name, v in state.items():
         k = key(name)

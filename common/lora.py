@@ -15,8 +15,9 @@ import torch
 import torch.nn as nn
 
 from common.errors import UserError, did_you_mean
+from common.files import read_weights, set_weights
 
-FILE = "pytorch_lora_weights.safetensors"  # name and keys of diffusers' LoRA files
+FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for a LoRA
 
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = ["net.0.proj", "net.2"]
@@ -109,25 +110,119 @@ def target_layers(net, spec):
 
 
 # ---- files ---------------------------------------------------------------------------------------
+#
+# diffusers reads all three forms of names; ComfyUI reads the one that belongs to the network. None
+# has a scale of its own: alpha = rank, the factor alpha / rank is in B.
+
+FACTORS = dict(A="lora_down", B="lora_up")  # kohya's names
+
+KOHYA = {  # layers whose names diffusers does not read back as they are: the original's
+    "add_embedding_linear_1": "label_emb_0_0",
+    "add_embedding_linear_2": "label_emb_0_2",
+}
+
+WAN = {  # diffusers' names -> those of Wan's own code
+    "attn1.": "self_attn.",
+    "attn2.": "cross_attn.",
+    ".to_q.": ".q.",
+    ".to_k.": ".k.",
+    ".to_v.": ".v.",
+    ".to_out.0.": ".o.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+    "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
+    "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
+    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
+    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
+    "condition_embedder.time_proj.": "time_projection.1.",
+    "proj_out.": "head.head.",
+}
 
 
-def file_key(part):
-    """Function: an adapter's name in the network -> its key in a LoRA file. part: Model.part."""
-    return lambda name: f"{part}.{name.replace('.default.', '.')}"
+def diffusers_key(part, name):
+    return f"{part}.{name}"
 
 
-def file_tensors(model):
-    """Contents of the LoRA file. It has no alpha, which means alpha = rank: the factor is in B."""
-    key = file_key(model.part)
+def kohya_key(part, name):
+    """Names of kohya's trainer: no dots in the layer's name, down and up for A and B."""
+    layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+    key = layer.replace(".", "_")
+    for plain, original in KOHYA.items():
+        key = key.replace(plain, original)
+    return f"lora_{part}_{key}.{FACTORS[factor]}.weight"
+
+
+def wan_key(part, name):
+    """Names of Wan's own code."""
+    for plain, original in WAN.items():
+        name = name.replace(plain, original)
+    return f"diffusion_model.{name}"
+
+
+KEYS = dict(diffusers=diffusers_key, kohya=kohya_key, wan=wan_key)  # Model.lora_names
+
+
+def tensors_of(model):
+    """Adapters {name in the network: tensor}, as in a file: the factor alpha / rank is in B."""
     scale = model.lora["alpha"] / model.lora["rank"]
     tensors = {}
     for name, tensor in model.net.state_dict().items():
-        tensors[key(name)] = tensor * scale if ".lora_B." in name else tensor
+        name = name.replace(".default.", ".")
+        tensors[name] = tensor * scale if ".lora_B." in name else tensor
     return tensors
 
 
+def to_file(model, tensors):
+    """`tensors_of` under the names of the LoRA file. Kohya's form has an alpha for each layer."""
+    names = model.lora_names
+    if names == "wan" and not any(name.startswith("blocks.") for name in tensors):
+        names = "diffusers"  # which does not read the others without one of a block
+    files = {}
+    for name, tensor in tensors.items():
+        key = KEYS[names](model.part, name)
+        files[key] = tensor
+        if key.endswith(".lora_down.weight"):
+            files[key.replace("lora_down.weight", "alpha")] = torch.tensor(float(len(tensor)))
+    return files
+
+
+def form_of(tensors):
+    """Function of KEYS that has made a file's names."""
+    first = next(iter(tensors), "")
+    kohya, wan = first.startswith("lora_"), first.startswith("diffusion_model.")
+    return KEYS["kohya" if kohya else "wan" if wan else "diffusers"]
+
+
+def to_diffusers(tensors, part, layers):
+    """`to_file` undone: its tensors under diffusers' names. layers: names of those of the network.
+
+    The alphas are left out: they are the ranks.
+    """
+    form = form_of(tensors)
+    names = [f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"]
+    keys = {form(part, name): diffusers_key(part, name) for name in names}
+    return {keys[key]: v for key, v in tensors.items() if not key.endswith(".alpha")}
+
+
+def load(path, model):
+    """Loads a LoRA file into a model's adapters, whichever of the three forms its names have.
+
+    UserError: no safetensors file, a tensor is missing, unknown or of another shape.
+    """
+    tensors = read_weights(path)
+    form = form_of(tensors)
+    for name in [name for name in tensors if name.endswith(".alpha")]:
+        layer = name.removesuffix("alpha")
+        up, down = f"{layer}lora_up.weight", f"{layer}lora_down.weight"
+        if up in tensors and down in tensors and tensors[name].numel() == 1:
+            scale = float(tensors.pop(name)) / len(tensors[down])
+            tensors[up] = tensors[up] * scale  # 1 in files of our own
+    key = lambda name: form(model.part, name.replace(".default.", "."))
+    set_weights(path, model.net, tensors, key)
+
+
 def config(model):
-    """The entry "lora" of distill.json. Its alpha is that of the file: see `file_tensors`."""
+    """The entry "lora" of distill.json. Its alpha is that of the file: see `tensors_of`."""
     adapted = [name for name, module in model.net.named_modules() if hasattr(module, "lora_A")]
     ends = model.lora["targets"] or LAYERS
     targets = [end for end in ends if any(has_end(name, end) for name in adapted)]

@@ -60,6 +60,7 @@ class Model(nn.Module):
     pipeline = None  # diffusers class of the pipeline that the network belongs to
     fields = ()  # further arguments of __init__, saved in teacher.json and distill.json
     part = "transformer"  # prefix in LoRA files: the network's name in a diffusers pipeline
+    lora_names = "diffusers"  # form of the names in LoRA files, a key of lora.KEYS
     settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos
     blank = False  # --dry-run: there are no weights and no images (dryrun/teachers.py)
@@ -411,7 +412,7 @@ class Model(nn.Module):
     def network_files(self):
         """`files` without the conditions that `extend` added."""
         if self.lora:
-            return {lora.FILE: lora.file_tensors(self)}
+            return {lora.FILE: lora.to_file(self, lora.tensors_of(self))}
         return {"config.json": self.config_file(), WEIGHTS: self.net.state_dict()}
 
     def config_file(self):

@@ -190,10 +190,11 @@ def test_file(name, spec, folders, tmp_path):
 
     with safe_open(tmp_path / lora.FILE, "pt") as f:
         keys = list(f.keys())
-    part = "unet" if name in ("sd15", "sdxl") else "transformer"
-    pattern = rf"{part}\..*\.lora_[AB]\.weight"
+    unet = name in ("sd15", "sdxl")
+    kohya = r"lora_unet_\w+\.(lora_(down|up)\.weight|alpha)"
+    pattern = kohya if unet else r"transformer\..*\.lora_[AB]\.weight"
     assert [key for key in keys if not re.fullmatch(pattern, key)] == []
-    assert len(keys) == len(student.net.state_dict())
+    assert len(keys) == len(student.net.state_dict()) * (3 if unet else 2) // 2
 
     info = saved_model(tmp_path)
     assert info["lora"]["rank"] == spec["rank"]
@@ -333,7 +334,7 @@ def test_files_that_do_not_fit(folders, tmp_path):
     refused("rank 99: expected a rank of at most", dict(info, lora=too_large))
 
     tensors = load_file(tmp_path / lora.FILE)
-    key = next(iter(tensors))
+    key = next(key for key in tensors if key.endswith(".weight"))
     others = {name: tensor for name, tensor in tensors.items() if name != key}
     for content, message in (
         (others, "is missing"),

@@ -263,6 +263,7 @@ def test_parts_of_the_teacher_are_links_file_by_file(sd3, tmp_path):
     own = all_files(tmp_path) - links
     assert own == {
         "README.md",
+        "comfyui.json",
         "distill.json",
         "model_index.json",
         "scheduler/scheduler_config.json",

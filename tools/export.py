@@ -11,6 +11,7 @@ Usage:
     python -m tools.export out/dmd2-mnist --it best --to mine # the best of --eval-every's
     python -m tools.export out/dmd2-emoji --copy --to mine    # without links, to be uploaded
     python -m tools.export out/dmd2-sdxl --merge-teacher-lora # one LoRA file with the teacher's
+    python -m tools.export out/dmd2-sdxl --comfyui mine       # weights in one file, a workflow
 """
 
 import argparse
@@ -28,10 +29,14 @@ from common.checkpoint import (
     read_checkpoint,
 )
 from common.errors import UserError, describe, launch, require
-from common.files import is_local_name, read_json
+from common.files import WEIGHTS, is_local_name, read_json, save_one_file, write_json
+from common.lora import FILE
 from common.schema import check
+from common.teachers.card import PROMPT, make_metadata
+from common.teachers.comfyui import make_workflow, student_name
 from common.teachers.load import PIPELINES
 from common.teachers.teacher_lora import RECORDS, loras_of_student
+from common.teachers.unet import IGNORED_INPUT
 from common.teachers.whole import (
     INDEX,
     RECORD,
@@ -61,6 +66,9 @@ def parse_args(argv=None):
         "--merge-teacher-lora",
         action="store_true",
         help="one LoRA file that contains those of the teacher",
+    )
+    p.add_argument(
+        "--comfyui", metavar="FOLDER", help="write files for ComfyUI there, and nothing else"
     )
     return p.parse_args(argv)
 
@@ -156,6 +164,34 @@ def require_mergeable(run, files, teacher):
     )
 
 
+def export_for_comfyui(run, folder, it=None):
+    """Writes a student for ComfyUI (docs/comfyui.md) -> paths: the weights of its network, or its
+    LoRA, in one file, of two experts in two, and the workflow. UserError: ComfyUI cannot sample it.
+    """
+    files = read_student_files(find_checkpoint(run, it))
+    record = files[RECORD]
+    plain = record.get("plain") or {}
+    require(
+        "comfyui" in plain,
+        f"--comfyui: {run}: expected a student that ComfyUI can sample, found none of those in "
+        "docs/comfyui.md",
+    )
+    model = record["model"]
+    experts = model.get("experts", [model])
+    paths = []
+    for i, expert in enumerate(experts):
+        name = FILE if "lora" in expert else WEIGHTS
+        tensors = dict(files[str(Path(expert.get("folder", "")) / name)])
+        tensors.pop(IGNORED_INPUT, None)
+        number = f"-{i}" if len(experts) > 1 else ""
+        paths.append(Path(folder) / f"{student_name(record)}{number}.safetensors")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_one_file(paths[-1], tensors, make_metadata(record))
+    paths.append(Path(folder) / f"{student_name(record)}.json")
+    write_json(paths[-1], make_workflow(record, PROMPT))
+    return paths
+
+
 def export_temporary(run, it):
     """The same, into a folder that is deleted when the process ends -> it, and the number of
     iterations."""
@@ -168,6 +204,13 @@ def export_temporary(run, it):
 
 def main():
     args = parse_args()
+    if args.comfyui is not None:
+        ok = not (args.to or args.copy or args.merge_teacher_lora)
+        others = "--to, --copy and --merge-teacher-lora"
+        require(ok, f"--comfyui: expected none of {others}, which are for the other folder")
+        for path in export_for_comfyui(args.run, args.comfyui, args.it):
+            print(f"ComfyUI: {path}")
+        return
     options = dict(teacher_lora=args.teacher_lora, merge_teacher_lora=args.merge_teacher_lora)
     home = export(args.run, args.it, args.to, args.copy, **options)
     print(f"student: {home}")

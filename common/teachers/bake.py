@@ -103,10 +103,9 @@ def bake_adapters(student, layer, inputs, added):
     require_small(up.double() @ down.double(), base.weight.detach().double().cpu())
     require_exact(inputs @ down.double().T @ up.double().T, added)
 
-    tensors = lora.file_tensors(student)
-    key = lora.file_key(student.part)
+    tensors = lora.tensors_of(student)
     name = name_of(student.net, layer)
-    names = [key(f"{name}.lora_{end}.weight") for end in "AB"]
+    names = [f"{name}.lora_{end}.weight" for end in "AB"]
     if names[0] in tensors:  # it has an adapter already: the ranks add up
         down = torch.cat([tensors[names[0]].cpu(), down])
         up = torch.cat([tensors[names[1]].cpu(), up], 1)
@@ -114,7 +113,11 @@ def bake_adapters(student, layer, inputs, added):
     missing = max(rank - len(down), 0)  # older programs expect one rank everywhere
     down = torch.cat([down, torch.zeros(missing, width)])
     up = torch.cat([up, torch.zeros(len(up), missing)], 1)
-    return {lora.FILE: tensors | {names[0]: down, names[1]: up}}, {UNBAKED_LORA: tensors}
+    baked = tensors | {names[0]: down, names[1]: up}
+    return (
+        {lora.FILE: lora.to_file(student, baked)},
+        {UNBAKED_LORA: lora.to_file(student, tensors)},
+    )
 
 
 def name_of(net, layer):

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from common.files import ROOT
 from common.lora import FILE
 from common.metrics import METRICS
+from common.teachers.comfyui import student_name
 from common.teachers.hub import HUB, is_hub_name
 from common.teachers.kind import EMBEDDED
 from common.teachers.teacher_lora import file_in_student
@@ -26,7 +27,9 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 ARCHITECTURES = dict(
     sd15="stable-diffusion-v1", sdxl="stable-diffusion-xl-v1-base", flux="flux-1-dev"
 )
+UNETS = (ARCHITECTURES["sd15"], ARCHITECTURES["sdxl"])
 PREDICTIONS = dict(eps="epsilon", v="v")
+KOHYA = "https://github.com/Stability-AI/generative-models"  # ModelSpec, for kohya's names
 
 
 def make_card(record, index, teacher, metrics):
@@ -179,6 +182,8 @@ def use_of_a_pipeline(record, plain, index):
         )
     if record.get("teacher_lora"):
         notes.append(lora_text(record, plain))
+    if "comfyui" in plain and not plain.get("merged"):
+        notes.append(comfyui_text(record, plain))
     return ["```python\n" + lines + "\n```", *notes]
 
 
@@ -217,6 +222,28 @@ def guidance_text(record, call):
     return (
         f"Guidance is trained in (w = {record.get('cfg')}); the pipeline does not guide it, "
         "whatever `guidance_scale` is."
+    )
+
+
+def comfyui_text(record, plain):
+    """Where the files go in ComfyUI, and the settings of its sampler."""
+    settings = plain["comfyui"]
+    lora = is_lora(record)
+    folder = "loras" if lora else "diffusion_models"
+    several = len(plain["networks"]) > 1
+    file = f"{'expert-0/' if several else ''}pytorch_lora_weights.safetensors"
+    if not lora:
+        file = f"{plain['networks'][0]}/diffusion_pytorch_model.safetensors"
+    names = f"{student_name(record)}{'-0 and -1' if several else ''}"
+    steps = f"scheduler `simple`, {record['nfe']} steps"
+    if not settings["simple"]:
+        steps = "the steps in the workflow's node ManualSigmas, which newer versions have"
+    each = " of each expert" if several else ""
+    return (
+        f"ComfyUI: copy `{file}`{each} to its folder `models/{folder}` as `{names}.safetensors`, "
+        "open `comfyui.json` (a workflow in the API format), and choose the teacher's files in "
+        f"its loaders. Sampler `{settings['sampler']}`, {steps}, cfg 1. The weights must be in "
+        "one file; `python -m tools.export RUN --comfyui FOLDER` writes it."
     )
 
 
@@ -384,7 +411,7 @@ def make_metadata(record):
         found |= {
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": architecture + ("/lora" if lora else ""),
-            "modelspec.implementation": "diffusers",
+            "modelspec.implementation": KOHYA if lora and architecture in UNETS else "diffusers",
             "modelspec.title": f"{teacher_name(record)}, {record['nfe']} steps, {record['method']}",
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.usage_hint": f"{record['nfe']} steps, cfg 1",

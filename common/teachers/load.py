@@ -483,7 +483,7 @@ def load_lora(folder, info, teacher):
     student = teacher.copy(adapters)
     unbaked = folder / UNBAKED_LORA  # where the other file holds the new inputs as adapters
     path = unbaked if unbaked.is_file() else folder / lora.FILE
-    load_weights(path, student.net, lora.file_key(student.part))
+    lora.load(path, student)
     load_extras(folder, info, student)
     student.folder = folder
     return student

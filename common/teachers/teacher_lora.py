@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError, describe, first_line, require
 from common.files import LOAD_ERRORS, hash_files, is_local_name, read_json
+from common.lora import to_diffusers
 from common.schema import is_number, list_of
 
 FLAG = "--teacher-lora"
@@ -223,6 +224,7 @@ class TeacherLora:
         foreign = [name for name in names if name.split(".")[0] not in known]
         with torch.device("meta"):  # shapes only
             net = getattr(diffusers, cls.network_class).from_config(config)
+        self.layers = [name for name, _ in net.named_modules()]
         layers = {f"{cls.part}.{name}": layer for name, layer in net.named_modules()}
         foreign += [n for n in names if n.startswith(f"{cls.part}.") and n not in layers]
         require(
@@ -338,11 +340,13 @@ class TeacherLora:
 
 
 def merge(tensors, loras, folder):
-    """A student's LoRA file with the LoRAs of its teacher -> a file for the plain pipeline.
+    """A student's LoRA file with the LoRAs of its teacher -> a file for the plain pipeline, under
+    diffusers' names.
 
     tensors: of the student's file. loras: TeacherLoras, read. folder: of the pipeline. The update
     of a layer is the sum of theirs: B A = [B_1, B_2] [A_1; A_2].
     """
+    tensors = to_diffusers(tensors, loras[0].part, loras[0].layers)
     layers = layers_of(tensors)
     pairs = {
         name: [(tensors[f"{name}.lora_A.weight"].float(), tensors[f"{name}.lora_B.weight"].float())]

@@ -6,6 +6,7 @@ from common.files import WEIGHTS
 from common.teachers.configuration import VP_SCHEDULER, release, vp_schedule
 from common.teachers.pipeline import Pipeline, channel_stats
 
+IGNORED_INPUT = "time_embedding.cond_proj.weight"  # see `without_guidance`
 PREDICTIONS = dict(epsilon="eps", v_prediction="v", sample="x0")  # diffusers' names -> ours
 
 
@@ -16,6 +17,7 @@ class SD15(Pipeline):
     pipeline = "StableDiffusionPipeline"
     network_class = "UNet2DConditionModel"
     part = "unet"
+    lora_names = "kohya"
     without = ("safety_checker", "feature_extractor", "image_encoder")
     unguided = dict(guidance_scale=1.0)
     expected = dict(
@@ -56,7 +58,7 @@ class SD15(Pipeline):
         size = 4
         config = dict(files["config.json"], time_cond_proj_dim=size)
         zeros = torch.zeros(self.net.time_embedding.linear_1.in_features, size)
-        tensors = files[WEIGHTS] | {"time_embedding.cond_proj.weight": zeros}
+        tensors = files[WEIGHTS] | {IGNORED_INPUT: zeros}
         return files | {"config.json": config, WEIGHTS: tensors}
 
     @classmethod

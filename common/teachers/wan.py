@@ -20,6 +20,7 @@ class Wan(Pipeline):
     """
 
     adapter = "wan"
+    lora_names = "wan"
     pipeline = "WanPipeline"
     most_tokens = dict(tokenizer=512)
     network_class = "WanTransformer3DModel"

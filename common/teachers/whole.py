@@ -7,6 +7,7 @@ DiffusionPipeline.from_pretrained(folder) finds there:
     scheduler/                a scheduler whose configuration holds the grid of the student's steps
     vae/, text_encoder/, ...  the teacher's, as one link for each file
     README.md                 the card: the lines that load it (common/teachers/card.py)
+    comfyui.json              a workflow, where ComfyUI has the student's sampler (comfyui.py)
     distill.json              what this repository needs to sample it
 
 A LoRA lies beside, as pytorch_lora_weights.safetensors, and the LoRAs of its teacher
@@ -28,7 +29,8 @@ from common.lora import FILE
 from common.model import EXTRAS
 from common.routed import ByLevel, Routed
 from common.teachers.bake import UNBAKED_LORA, bake
-from common.teachers.card import make_card, make_metadata
+from common.teachers.card import PROMPT, make_card, make_metadata
+from common.teachers.comfyui import WORKFLOW, find_comfyui, make_workflow
 from common.teachers.hub import HUB, is_hub_name
 from common.teachers.kind import EMBEDDED
 from common.teachers.pipeline import Pipeline
@@ -108,6 +110,9 @@ def whole_files(student, teacher, sample, sampler, nfe):
     plain["times"] = found.times
     plain["stochastic"] = found.stochastic
     plain["networks"] = parts
+    settings = find_comfyui(experts[0], found)
+    if settings is not None:
+        plain["comfyui"] = settings
     return files, dict(model=model, plain=plain)
 
 
@@ -153,8 +158,11 @@ def write_student(home, files, teacher=None, metrics=None, copy=False, loras=())
         (home / name).unlink(missing_ok=True)
     remove_own(home)
     last = (INDEX, RECORD)
-    networks = {name: v for name, v in files.items() if name not in last}
-    write_folder(home, networks, make_metadata(record))
+    others = {name: v for name, v in files.items() if name not in last}
+    plain = record.get("plain") or {}
+    if "comfyui" in plain and not plain.get("merged"):
+        others[WORKFLOW] = make_workflow(record, PROMPT)
+    write_folder(home, others, make_metadata(record))
     if index and teacher is not None:
         own = set() if is_lora(files) else set(record["plain"]["networks"])
         if is_lora(files) and not record["plain"].get("merged"):
