@@ -44,6 +44,7 @@ def parse_args(argv=None):
     add("--iters", type=int, default=300, help="iterations [300]")
     add("--batch", type=int, default=8, help="images of an iteration [8]")
     add("--lr", type=float, default=1e-3, help="of Adam [0.001]")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of network passes [fp32]")
     add("--seed", type=int, default=0, help="of all random numbers [0]")
     args = p.parse_args(argv)
     for name in ("images", "rank", "iters", "batch"):
@@ -96,7 +97,8 @@ def train(teacher, latents, args):
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    teacher = load_teacher(args.teacher)
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    teacher = load_teacher(args.teacher, dtype=dtypes[args.dtype])
     found = type(teacher).__name__
     ok = teacher.prompts is not None and not teacher.video
     require(ok, f"--teacher {args.teacher}: expected one of text to image, found {found}")

@@ -30,7 +30,7 @@ from common.teachers import whole
 from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.students import network_of, read_student, start_from
 from common.teachers.teacher_lora import HOME, TeacherLora, read_teacher_loras, split_scale
-from tools import compare
+from tools import compare, page
 from tools import export as export_module
 from tools.cache import ResultCache
 from tools.export import export
@@ -505,6 +505,19 @@ def test_ranks_of_the_merged_file(folders, tmp_path):
     assert any(name.endswith("to_k") for name in layers)  # of the student alone
 
 
+def test_factors_of_a_file_whose_alpha_is_not_its_rank(folders, tmp_path):
+    """Those of the merged file have alpha and the scale in B: it has no alpha of its own."""
+    path = make_lora(folders, "sd15", tmp_path / "style.safetensors")
+    kohya = as_kohya(path, tmp_path / "kohya.safetensors", alpha=1)  # rank 2
+    (user_lora,) = with_loras(folders, "sd15", f"{kohya}:-3").loras
+    found = user_lora.factors(folders("sd15"))
+    expected = load_file(path)
+    assert len(found) == len(expected) / 2
+    for name, (a, b) in found.items():
+        assert torch.equal(a, expected[f"{name}.lora_A.weight"])
+        assert torch.allclose(b, -1.5 * expected[f"{name}.lora_B.weight"])
+
+
 @pytest.mark.parametrize("kind", slow_kinds)
 def test_a_whole_student_in_plain_diffusers(kind, folders, tmp_path):
     """Its network has the LoRAs in it; text encoders that they change are files of its own."""
@@ -693,6 +706,15 @@ def test_rows_of_teachers_with_and_without(home, folders):
     command = compare.teacher_facts(rows[1], rows[1].facts)["command"]
     assert command[0].endswith(f"--teacher-lora {home}/style.safetensors:0.7")
     assert "--teacher-lora" not in compare.teacher_facts(rows[0], rows[0].facts)["command"][0]
+
+
+def test_the_page_of_a_run(home):
+    """Results in the teacher's folder are of the teacher without a LoRA."""
+    run = page.read_run(home / "lora")
+    run |= dict(teacher="emoji", results=[dict(it=3, fd=1.0)])
+    assert "teacher emoji" not in page.metrics([run])
+    del run["start"]["flags"]["teacher_lora"]
+    assert "teacher emoji" in page.metrics([run])
 
 
 def test_resume(home, runs, scripts, folders):

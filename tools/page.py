@@ -322,7 +322,9 @@ def points(log, name):
 def metrics(runs):
     """The runs' results beside the teacher's; None if there are none."""
     rows = []
-    for teacher in dict.fromkeys(run["teacher"] for run in runs):
+    # what a teacher's folder has measured is without a LoRA
+    plain = [run for run in runs if not run["start"]["flags"].get("teacher_lora")]
+    for teacher in dict.fromkeys(run["teacher"] for run in plain):
         for row in teacher_rows(teacher):
             rows.append((f"teacher {teacher}, w = {row.get('cfg')}", row))
     students = [(run, row) for run in runs for row in run["results"]]

@@ -186,8 +186,8 @@ class Report:
             date=utc_now(),
         )
         loras = {}
-        if self.teacher.loras:
-            loras["teacher_lora"] = [lora.record() for lora in self.teacher.loras]
+        if run.loras:
+            loras["teacher_lora"] = [lora.record() for lora in run.loras]
         return loras | dict(
             method=run.method,
             teacher=flags["teacher"],
@@ -207,7 +207,7 @@ class Report:
         if not self.run.is_main:
             return
         home = self.run.out / "student"
-        write_student(home, files, self.teacher_folder, loras=self.teacher.loras)
+        write_student(home, files, self.teacher_folder, loras=self.run.loras)
         self.run.print(f"student: {home}")
         note = describe_plain(files["distill.json"])
         if note:
