@@ -714,7 +714,10 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
         dd,
         *[*common.split(), *rates.split(), *flags.split()],
         teacher=byhand.Tiny(schedule, prediction),
+        record=[(dd, "adamw")],
     )
+    optimised = [call.args[0] for call in steps.calls["adamw"]]
+    assert all(a is b for a, b in zip(optimised, [steps.student, steps.critic]))
     assert ("terms                  DM alone" in capsys.readouterr().out) == ("--cfg 1 " in flags)
     images = load_images(None, steps.teacher, lambda line: None)
     by_hand = ByHand(steps, schedule, images, **case)

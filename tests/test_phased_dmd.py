@@ -796,7 +796,9 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     wrapped = byhand.wrap_trained(monkeypatch)
     flags = [*common.split(), *rates.split(), *flags.split()]
     teacher = Born(schedule, prediction)
-    steps = trace(*flags, teacher=teacher)
+    steps = trace(*flags, teacher=teacher, record=[(phased_dmd, "adamw")])
+    optimised = [call.args[0] for call in steps.calls["adamw"]]
+    assert all(a is b for a, b in zip(optimised, [steps.student, steps.networks()["critic"]]))
     by_hand = ByHand(steps, **case)
     # paper's d falls to 0 with t, and magnifies the rounding of f - r
     tolerance = 2e-4 if by_hand.normaliser == "paper" else 2e-5
@@ -1028,7 +1030,7 @@ def test_rates_of_every_phase(trace):
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
-@pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5), (4, 4, 3), (3, 2, 0.3)])
+@pytest.mark.parametrize("nfe, phases, shift", [(4, 2, 5), (4, 4, 3), (3, 2, 0.3), (8, 2, 1)])
 def test_experts_of_a_run(trace, nfe, phases, shift):
     """The student that is saved sends the step at s_k to the expert of phase k + 1."""
     flags = ["--iters", phases, "--phase-iters", 1, "--phases", phases]
