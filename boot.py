@@ -286,7 +286,7 @@ def bootstrap(student, teacher, eps, u_t, u_s, is_boundary, cond, w):
     y_t = signal(student, schedule, eps, u_t, cond)  # of the weights in training, not an average
     x_t = add_noise(y_t, alpha_t, sigma_t, eps)  # (1)
     x_T = initial_noise(schedule, schedule.t_max, eps)
-    at_T = is_boundary.view(-1, *[1] * (eps.ndim - 1))
+    at_T = is_boundary.view(-1, *[1] * (eps.ndim - 1)).to(eps.device, non_blocking=True)
     f = teacher.guided(torch.where(at_T, x_T, x_t), alpha_t, sigma_t, cond, w)  # (4)
     k = coefficient(alpha_t, sigma_t, alpha_s, sigma_s)
     k = torch.where(is_boundary, 1.0, k)  # 0 / 0 where alpha_T is 0
@@ -296,7 +296,7 @@ def bootstrap(student, teacher, eps, u_t, u_s, is_boundary, cond, w):
 def squared_errors(y_s, target, k):
     """[B], of (7); of (8) where k is 1."""
     each = (y_s - target.detach()).square().flatten(1).mean(1)
-    return each / k.clamp(min=K_MIN).square()  # (7), the residual of (2)
+    return each / expand(k.clamp(min=K_MIN).square(), each)  # (7), the residual of (2)
 
 
 def split(each, is_boundary, share):
@@ -401,7 +401,7 @@ def main():
     # The samples of (8) in each part of the batch.
     count = int(args.boundary_frac * args.batch)
     share = count / args.batch
-    boundary = spread_rows(count, args.batch).to(run.device).split(run.batch)
+    boundary = spread_rows(count, args.batch).split(run.batch)
 
     # Networks: the student starts as the teacher. A new input enters by an embedding that is
     # added to the network's time embedding. The last layer of it starts at zero, so the network
@@ -442,6 +442,7 @@ def main():
         inputs = (eps, u_t, u_s, is_boundary, cond)
         target, k, gap = bootstrap(student, teacher, *inputs, args.cfg)
         y_s = signal(student_ddp, schedule, eps, u_s, cond)
+        is_boundary = is_boundary.to(run.device, non_blocking=True)
         loss_bs, loss_bc = split(squared_errors(y_s, target, k), is_boundary, share)
         loss = (loss_bs + args.beta * loss_bc).mean()  # (9)
         loss.backward()
@@ -452,7 +453,7 @@ def main():
         # How far the teacher moves the signal, and (7) by quarters of s: they add up to it.
         moved = gap.flatten(1).abs().mean(1) * ~is_boundary
         logs |= dict(increment=moved.mean() / (1 - share))
-        quarter = (4 * u_s).long().clamp(max=3)
+        quarter = (4 * u_s).long().clamp(max=3).to(run.device, non_blocking=True)
         for q in range(4):
             logs |= {f"bootstrap_{q}": (loss_bs * (quarter == q)).mean()}
         if distance and run.is_last_microstep and it % args.distance_every == 0:

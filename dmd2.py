@@ -363,7 +363,6 @@ def main():
     indices = step_indices(args.nfe, args.step_indices)
     grid = schedule.grid(N)
     times = grid[indices]
-    grid = grid.to(run.device)
     if args.shift != 1:
         snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
         grid = schedule.t_from_snr(snr)

@@ -47,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.ema import EMA
 from common.errors import launch, require
 from common.files import write_json
+from common.model import put_rows, take_rows
 from common.sampling import generate
 from common.schedules import expand, f64
 from common.teachers.load import load_teacher
@@ -394,7 +395,7 @@ def random_guidance(draw, low, high):
 
 def take(rows, cond, w):
     """cond and w of these samples. w: [B] or one number."""
-    cond = {name: value[rows] for name, value in cond.items()}
+    cond = {name: take_rows(value, rows) for name, value in cond.items()}
     if torch.is_tensor(w):
         w = w[rows]
     return cond, w
@@ -477,7 +478,7 @@ def main():
     # Which samples have a correction; the others have a prediction.
     check_share(args.correction, args.batch, run.batch)
     count = round(args.correction * args.batch)
-    parts = spread_rows(count, args.batch).to(run.device).split(run.batch)
+    parts = spread_rows(count, args.batch).split(run.batch)
     roles = [(part, (~part).nonzero()[:, 0], part.nonzero()[:, 0]) for part in parts]
 
     # Networks: student and aux start as the teacher. A new input enters by an embedding that is
@@ -527,24 +528,26 @@ def main():
         u_avg = average_velocity(student_ddp, z, d, cond, w)
         g = torch.empty_like(z)
         if len(predicted):
-            z_p, d_p = z[predicted], d[predicted]
+            z_p, d_p = take_rows(z, predicted), d[predicted]
             cond_p, w_p = take(predicted, cond, w)
             if args.euler_steps:
-                u_p = u_avg.detach()[predicted]
+                u_p = take_rows(u_avg.detach(), predicted)
                 e = euler_error(u_p, student, teacher, z_p, d_p, cond_p, w_p, args.euler_steps)
             else:
                 e = prediction_error(student, teacher, z_p, d_p, cond_p, w_p)
-            g[predicted] = weighted(e, args.k, args.eps)
+            g_p = weighted(e, args.k, args.eps)
+            put_rows(g, predicted, g_p)
             logs |= dict(prediction=mean_square(e).mean())
         if len(corrected):
-            x = flow_map(z[corrected], 1.0, u_avg.detach()[corrected])
-            r_c, n_c = r[corrected], n[corrected]
+            z_c, u_c = take_rows(z, corrected), take_rows(u_avg.detach(), corrected)
+            x = flow_map(z_c, 1.0, u_c)
+            r_c, n_c = r[corrected], take_rows(n, corrected)
             cond_c, w_c = take(corrected, cond, w)
             e = correction_error(aux, teacher, x, r_c, n_c, cond_c, w_c, args.r_guided)
             lam = 1.0  # of a correction alone
             if len(predicted):
-                lam = balance(g[predicted], e, run.world)
-            g[corrected] = lam * e
+                lam = balance(g_p, e, run.world)
+            put_rows(g, corrected, lam * e)
             logs |= {"correction": mean_square(e).mean(), "lambda": lam}
         student_loss(u_avg, g).backward()
         grad_student = run.step(opt_g, args.clip)  # clip, step, zero the gradients

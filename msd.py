@@ -394,7 +394,7 @@ def main():
     )
 
     # Noise levels: the grid from which all are drawn.
-    grid = schedule.grid(N).to(run.device)
+    grid = schedule.grid(N)
     if args.shift != 1:
         snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
         grid = schedule.t_from_snr(snr)
@@ -523,7 +523,7 @@ def main():
 
         # Sample of the student. One forward pass serves both turns.
         student_turn = it % args.ratio == 0
-        cond = teacher.encode(labels[draw.randint(0, len(labels), on_host=True)])
+        cond = teacher.encode(labels[draw.randint(0, len(labels))])
         z = draw.randn(*shape)
         if student_turn:
             x = one_step(student_ddp, schedule, z, cond)

@@ -366,7 +366,6 @@ def main():
     iters_of_phase = list(zip(starts, [*starts[1:], args.iters]))
     grid = Flow(args.shift).grid(N)
     lowest = [lowest_level(grid, times[end]) for end in ends]
-    grid = grid.to(run.device)
 
     # Networks: experts and critic start as the teacher or as another run's. The step at the level
     # s_k itself belongs to the next expert.

@@ -500,7 +500,7 @@ def main():
     times = sample_times(schedule, rho, args.nfe, args.steps)
 
     # Guidance: scales w of (4). If there are several, w is an input of the student.
-    scales = torch.tensor(args.cfg_train, device=run.device)
+    scales = torch.tensor(args.cfg_train)
     several = len(scales) > 1
     guided = args.cfg_train != [1.0]
 

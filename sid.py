@@ -55,7 +55,7 @@ import torch.nn.functional as F
 
 from common.ema import EMA
 from common.errors import launch, require
-from common.schedules import Flow, add_noise, native_weight
+from common.schedules import Flow, add_noise, expand, native_weight
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
@@ -390,8 +390,8 @@ def sample(student, z, cond, nfe, noise, steps=None):
 
 def fake_loss(prediction, x, weight):
     """weight: lambda_t [B], see `fake_weight`."""
-    error = prediction - x.detach()
-    return (weight * error.square().flatten(1).sum(1)).mean().to(x.dtype)  # (4)
+    error = (prediction - x.detach()).square().flatten(1).sum(1)  # [B]
+    return (expand(weight, error) * error).mean().to(x.dtype)  # (4)
 
 
 def fake_weight(form, alpha, sigma, sigma_data):

@@ -48,6 +48,7 @@ import torch
 
 from common.ema import EMA
 from common.errors import launch, require
+from common.model import put_rows, take_rows
 from common.schedules import add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
@@ -238,7 +239,7 @@ def end_time(schedule):
     return float(sigma / (alpha + sigma))
 
 
-def partition(batch, groups, rank=0, world=1, device="cpu"):
+def partition(batch, groups, rank=0, world=1):
     """Rows of each group on this process, {group: indices [n]}, and their mean over processes.
 
     Place i of the global batch belongs to the group whose turn it is.
@@ -250,7 +251,7 @@ def partition(batch, groups, rank=0, world=1, device="cpu"):
     rows = {}
     for group in GROUPS:
         indices = [i for i, name in enumerate(own) if name == group]
-        rows[group] = torch.tensor(indices, dtype=torch.long, device=device)
+        rows[group] = torch.tensor(indices, dtype=torch.long)
     return rows, {group: names.count(group) / world for group in GROUPS}
 
 
@@ -271,7 +272,7 @@ def mix(x, z, t):
 
 
 def pick(cond, *rows):
-    return {name: v[torch.cat(rows)] for name, v in cond.items()}
+    return {name: take_rows(v, torch.cat(rows)) for name, v in cond.items()}
 
 
 def guidance_strength(scale, guide, image_free):
@@ -429,7 +430,7 @@ def main():
     shards = run.data_shard[1]
     for microstep in range(args.accumulate):
         shard = run.rank * args.accumulate + microstep
-        rows, mean_rows = partition(args.batch, args.groups, shard, shards, run.device)
+        rows, mean_rows = partition(args.batch, args.groups, shard, shards)
         rows_of_microstep.append(rows)
     # with order 0 the base loss is flow matching, which only these rows have
     trained_groups = [g for g in GROUPS if mean_rows[g] and (args.order or g in ("mul", "adv"))]
@@ -462,7 +463,7 @@ def main():
 
     def mean(a, group):
         """Mean of a [B, ...] over the rows of a group, which becomes that of the global batch."""
-        return a[rows[group]].flatten(1).mean(1).sum() / max(mean_rows[group], 1e-9)
+        return take_rows(a, rows[group]).flatten(1).mean(1).sum() / max(mean_rows[group], 1e-9)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, target=target_net)
     first = run.resume(state)
@@ -481,7 +482,7 @@ def main():
         if images:
             x, cond = images.samples(run, teacher, it)
             x = x.clone()
-            x[adv] = one_step(student, z0[adv], pick(cond, adv), T)  # (8)
+            put_rows(x, adv, one_step(student, take_rows(z0, adv), pick(cond, adv), T))  # (8)
         else:
             cond = teacher.random_cond(draw)
             x = one_step(student, z0, cond, T)
@@ -497,24 +498,28 @@ def main():
         # Base loss on real rows. The adv rows learn the velocity of the student's own samples.
         target = v.clone()  # (8)
         if k or args.image_free:
-            at_rows = (x_t[guided_rows], t[guided_rows], pick(cond, guided_rows))
+            at_rows = (take_rows(x_t, guided_rows), t[guided_rows], pick(cond, guided_rows))
             null = teacher.null(len(guided_rows))
-            target[guided_rows] = guided(v[guided_rows], guide, *at_rows, null, k, args.image_free)
+            v_guided = take_rows(v, guided_rows)
+            v_guided = guided(v_guided, guide, *at_rows, null, k, args.image_free)
+            put_rows(target, guided_rows, v_guided)
         real_cond = pick(cond, real_rows)
-        target[real_rows] = rcgm_target(
-            pred[real_rows],
-            target[real_rows],
-            x_t[real_rows],
+        real_target = rcgm_target(
+            take_rows(pred, real_rows),
+            take_rows(target, real_rows),
+            take_rows(x_t, real_rows),
             t[real_rows],
             r[real_rows],
             lambda y, a, b: velocity(target_net.model, y, a, b, real_cond),
             args.order,
             clamp,
         )
+        put_rows(target, real_rows, real_target)
         weight = time_weight(t, r)
         weight[adv] = 1.0
-        each = weight * distance(pred, target, args.distance)  # (6), (8)
-        total = sum(each[rows[g]].sum() for g in trained_groups)
+        each = distance(pred, target, args.distance)
+        each = expand(weight, each) * each  # (6), (8)
+        total = sum(take_rows(each, rows[g]).sum() for g in trained_groups)
         loss = total / sum(mean_rows[g] for g in trained_groups)
         logs = {g: mean(each[:, None], g) for g in trained_groups}
         logs |= dict(fm=mean((pred.detach() - v).square(), "mul"))
@@ -525,9 +530,10 @@ def main():
             z1, s = draw.randn(*shape), T * draw.rand()
             twice = pick(cond, e2e, e2e)
             net = lambda y, t, r: velocity(student, y, t, r, twice)
-            g = rectification(x1[e2e], z1[e2e], s[e2e], net, clamp)
-            target = (pred[e2e] - g).detach()
-            rect = distance(pred[e2e], target, args.distance).sum() / mean_rows["e2e"]  # (9)
+            x1_e2e, z1_e2e, pred_e2e = (take_rows(a, e2e) for a in (x1, z1, pred))
+            g = rectification(x1_e2e, z1_e2e, s[e2e], net, clamp)
+            target = (pred_e2e - g).detach()
+            rect = distance(pred_e2e, target, args.distance).sum() / mean_rows["e2e"]  # (9)
             loss = loss + args.rect_weight * rect  # (10)
             twin_gap = g.square().flatten(1).mean(1).sum() / mean_rows["e2e"]
             logs |= dict(rect=rect, twin_gap=twin_gap)

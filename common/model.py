@@ -19,6 +19,19 @@ from common.schedules import equal_snr, expand, native_weight, to_x0
 EXTRAS = "extras.safetensors"  # weights of the scalar conditions that `extend` added
 
 
+def take_rows(a, rows):
+    """Rows of a tensor [B, ...] on any device. rows: indices on the host.
+
+    The copy of the indices does not make the host wait, as a[rows] would.
+    """
+    return a[rows.to(a.device, non_blocking=True)]
+
+
+def put_rows(a, rows, values):
+    """a[rows] = values, for `rows` as in `take_rows`."""
+    a[rows.to(a.device, non_blocking=True)] = values
+
+
 class StopForward(Exception):
     """Raised by a hook to end a forward pass after the last layer that is needed."""
 
@@ -39,7 +52,8 @@ class ScalarEmbedding(nn.Module):
         nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, s):
-        s = s.to(self.layers[0].weight.dtype)
+        weight = self.layers[0].weight
+        s = s.to(device=weight.device, dtype=weight.dtype, non_blocking=True)
         factor = 1
         if s.ndim == 2:
             s, factor = s[:, 0], s[:, 1:]
@@ -208,7 +222,7 @@ class Model(nn.Module):
 
         draw: BatchRandom of common/rng.py. A model without classes gets label 0 for every sample.
         """
-        return self.encode(draw.randint(0, max(self.classes, 1), on_host=True))
+        return self.encode(draw.randint(0, max(self.classes, 1)))
 
     def drop_condition(self, cond, empty):
         """cond with the null condition in the samples where `empty` [n] is true."""
@@ -216,6 +230,7 @@ class Model(nn.Module):
         dropped = dict(cond)
         for name in null.keys() & cond.keys():
             rows = empty.view(-1, *[1] * (cond[name].ndim - 1))
+            rows = rows.to(cond[name].device, non_blocking=True)
             dropped[name] = torch.where(rows, null[name], cond[name])
         return dropped
 

@@ -18,6 +18,10 @@ class BatchRandom:
 
     Every process draws the whole global batch and keeps its own rows. That costs little compared
     with a network pass, needs no communication, and makes N processes compute the step of one.
+
+    Numbers that decide something, one for each sample (labels, times, who is dropped), are drawn in
+    the host's memory: then nothing that follows from them makes the host wait for the device. Noise
+    is drawn on the device. On a CPU both come from one generator.
     """
 
     def __init__(self, seed, it, batch, rank=0, world=1, device="cpu"):
@@ -31,30 +35,23 @@ class BatchRandom:
         self.shared = torch.Generator().manual_seed(derive_seed(seed, it, 2))
 
     def randn(self, *shape):
-        """Normal numbers, float32 [B, *shape]."""
-        x = torch.randn(self.batch, *shape, generator=self.generator, device=self.device)
-        return x[self.rows]
+        """Normal numbers, float32 [B, *shape] on the device; [B] on the host without a shape."""
+        generator, device = self.generator, self.device
+        if not shape:
+            generator, device = self.host, "cpu"
+        return torch.randn(self.batch, *shape, generator=generator, device=device)[self.rows]
 
     def randn_like(self, x):
         """Normal numbers in the shape of x [B, ...], float32."""
         return self.randn(*x.shape[1:])
 
     def rand(self):
-        """Uniform numbers in [0, 1), float64 [B]."""
-        kind = dict(device=self.device, dtype=torch.float64)
-        return torch.rand(self.batch, generator=self.generator, **kind)[self.rows]
+        """Uniform numbers in [0, 1), float64 [B] on the host."""
+        return torch.rand(self.batch, generator=self.host, dtype=torch.float64)[self.rows]
 
-    def randint(self, low, high, on_host=False):
-        """Integers from low to high - 1, int64 [B].
-
-        on_host: in the memory of the host whatever the device is, so that what needs them there
-        does not wait for the device. On a CPU the numbers are the same.
-        """
-        generator, device = self.generator, self.device
-        if on_host:
-            generator, device = self.host, "cpu"
-        x = torch.randint(low, high, (self.batch,), generator=generator, device=device)
-        return x[self.rows]
+    def randint(self, low, high):
+        """Integers from low to high - 1, int64 [B] on the host."""
+        return torch.randint(low, high, (self.batch,), generator=self.host)[self.rows]
 
     def shared_randint(self, low, high):
         """One python int from low to high - 1, the same on all processes (a step index)."""

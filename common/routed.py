@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from common.model import Model
+from common.model import Model, take_rows
 
 
 class Routed(nn.Module):
@@ -61,9 +61,9 @@ class Routed(nn.Module):
         called = range(len(self.experts)) if self.sharding else used
         outputs = None
         for i in called:
-            rows = expert_of == i
+            rows = (expert_of == i).nonzero()[:, 0]
             if i not in used:
-                rows[0] = True
+                rows = torch.zeros(1, dtype=torch.int64)
             at_rows = partial(select, rows=rows)
             part_cond = {name: at_rows(value) for name, value in cond.items()}
             part = self.experts[i](
@@ -74,7 +74,7 @@ class Routed(nn.Module):
             part = part if features else [part]
             if outputs is None:
                 outputs = [p.new_zeros(len(x_t), *p.shape[1:]) for p in part]
-            rows = rows.to(x_t.device)
+            rows = rows.to(x_t.device, non_blocking=True)
             outputs = [whole.index_put((rows,), p) for whole, p in zip(outputs, part)]
         return outputs if features else outputs[0]
 
@@ -153,7 +153,7 @@ class ByLabel(Routed):
 
 
 def select(value, rows):
-    """The rows (bool [B]) of a tensor [B, ...]; anything without a batch is returned as it is."""
+    """The rows of a tensor [B, ...]; anything without a batch is returned as it is."""
     if not torch.is_tensor(value) or value.ndim == 0:
         return value
-    return value[rows.to(value.device)]
+    return take_rows(value, rows)

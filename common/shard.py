@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from common.errors import UserError
 from common.model import Model
@@ -72,7 +73,14 @@ class Sharding:
             unit.register_forward_hook(copy_views_hook)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
         module.register_forward_hook(reshard_hook)
+        # in front of the hook of fully_shard
+        module.register_forward_pre_hook(self.move_inputs, prepend=True)
         module.register_load_state_dict_pre_hook(load_hook)
+
+    def move_inputs(self, module, args):
+        """fully_shard copies inputs that are on the host to the device, and waits for that."""
+        move = lambda t: t.to(self.device, non_blocking=True) if torch.is_tensor(t) else t
+        return tree_map(move, args)
 
     @torch.no_grad()
     def copy(self, model):

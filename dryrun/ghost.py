@@ -394,8 +394,8 @@ class GhostDevice(TorchDispatchMode):
 
     memory: a Memory. flops: by torch's own formulas (torch.utils.flop_counter). operations: how
     many ran. waits: how often the host waited for the device, by source line. dtypes: FLOPs by
-    dtype of the products that made them. first: lines of the first product of each dtype, in the
-    script and in the project's innermost code.
+    dtype of the products that made them. odd: FLOPs of products in other dtypes than `expected`
+    (None: any), by dtype and the line in the script and in the project's innermost code.
     """
 
     current = None
@@ -408,7 +408,8 @@ class GhostDevice(TorchDispatchMode):
         self.operations = 0
         self.waits = Counter()
         self.dtypes = defaultdict(int)
-        self.first = {}
+        self.expected = None
+        self.odd = Counter()
         self.casts = {}  # of weights by autocast, until the end of the pass
 
     def __enter__(self):
@@ -448,6 +449,7 @@ class GhostDevice(TorchDispatchMode):
         self.flops = self.operations = 0
         self.waits.clear()
         self.dtypes.clear()
+        self.odd.clear()
         self.memory.restart()
 
     # -- one operation
@@ -465,7 +467,9 @@ class GhostDevice(TorchDispatchMode):
         return op(*args, **kwargs)
 
     def wait(self, what):
-        self.waits[f"{project_line()} {what}"] += 1
+        inner, ours = source_line(), project_line()
+        line = ours if inner == ours else f"{ours} in {inner}"
+        self.waits[f"{line} {what}"] += 1
 
     def run(self, op, args, kwargs):
         self.operations += 1
@@ -490,8 +494,10 @@ class GhostDevice(TorchDispatchMode):
         if moves and len(ghosts) < len(tensors):
             self.from_host(op, args, kwargs)
         check_devices(op, args, tensors, ghosts, moves)
-        if op in INDEXING and any(is_mask(t) for t in args[1]):
-            args = self.unmask(op, args)
+        if op in INDEXING:
+            self.index_from_host(args)
+            if any(is_mask(t) for t in args[1]):
+                args = self.unmask(op, args)
         inner_args, inner_kwargs = map_leaves(lambda t: on_meta(t, moves), (args, kwargs))
         if "device" in inner_kwargs or op is aten._to_copy.default:
             inner_kwargs["device"] = "meta"
@@ -569,9 +575,10 @@ class GhostDevice(TorchDispatchMode):
 
     def add_flops(self, n, dtype):
         self.flops += n
-        if dtype not in self.dtypes:
-            self.first[dtype] = f"{script_line()}, {project_line()}"
         self.dtypes[dtype] += n
+        if self.expected is not None and dtype != self.expected:
+            lines = dict.fromkeys((script_line(), project_line()))
+            self.odd[dtype, ", ".join(lines)] += n
 
     # -- between host and device
 
@@ -589,6 +596,12 @@ class GhostDevice(TorchDispatchMode):
             self.wait("copies to the host")
         numbers = numbers_of(source)
         return to.copy_(numbers) if numbers is not None else to.fill_(1)
+
+    def index_from_host(self, args):
+        """CUDA copies indices that are on the host, and waits for that."""
+        on_host = [t for t in args[1] if isinstance(t, torch.Tensor) and not on_device(t)]
+        if isinstance(args[0], Ghost) and on_host:
+            self.wait("copies an index from the host")
 
     def from_host(self, op, args, kwargs):
         """CUDA waits for the copy, and so for all that was started before it, unless it is told

@@ -39,6 +39,7 @@ class DryRun:
         self.args = args
         self.method = method
         self.gpu = GhostDevice()
+        self.gpu.expected = torch.float32 if args.dtype == "fp32" else torch.bfloat16
         self.gpu.__enter__()
         self.started = time.monotonic()
         self.traffic = Traffic(args.processes or 1, self.gpu)
@@ -51,12 +52,12 @@ class DryRun:
         self.late = False  # in the second half of a stage's iterations
         self.at_peak = None
         self.sampled = 0  # peak when at_peak was taken
+        what = "its loop, without weights, numbers and downloads"
+        print(f"{method}: dry run of {what}; large networks take minutes", flush=True)
 
-    @staticmethod
-    def init_processes(args):
+    def init_processes(self, args):
         """As common.distributed.init_processes: one process, on the device without memory."""
-        dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
-        return 0, 1, torch.device(NAME, 0), dtype
+        return 0, 1, torch.device(NAME, 0), self.gpu.expected
 
     # ---- several processes
 
@@ -137,6 +138,11 @@ class DryRun:
         gpu.restart()
         at_rest = gpu.memory.now
         yield it
+        seconds = time.monotonic() - self.started
+        print(
+            f"  {f'iteration {it}':22s} peak {format_bytes(gpu.memory.peak)}, {seconds:.0f} s",
+            flush=True,
+        )
         gpu.memory.settle()
         parts = self.at_peak["parts"]
         parts["activations"] = gpu.memory.peak - sum(parts.values())
@@ -149,8 +155,11 @@ class DryRun:
                 parts=parts,
                 largest=self.at_peak["largest"],
                 tflop=gpu.flops / 1e12,
-                first_product={str(k)[6:]: line for k, line in gpu.first.items()},
                 tflop_by_dtype={str(k)[6:]: n / 1e12 for k, n in gpu.dtypes.items()},
+                odd_products=[
+                    dict(dtype=str(dtype)[6:], line=line, tflop=n / 1e12)
+                    for (dtype, line), n in gpu.odd.most_common(SHOWN)
+                ],
                 operations=gpu.operations,
                 waits=dict(gpu.waits),
                 sent=dict(self.traffic.sent),
@@ -291,6 +300,7 @@ class DryRun:
         with tempfile.TemporaryDirectory() as folder:
             argv = without_flag(sys.argv, "--device-memory")
             command = [sys.executable, *argv, *map(str, flags), "--out", folder]
+            print(f"  {'trying':22s} {' '.join(map(str, flags))}", flush=True)
             p = subprocess.run(command, capture_output=True, text=True, env=os.environ)
             if p.returncode:
                 raise RunError(f"--dry-run {' '.join(map(str, flags))}: {p.stderr.strip()[-300:]}")
@@ -377,10 +387,8 @@ def describe(result, args, kinds):
         yield row("memory, peak", f"{format_bytes(top['peak'])}: {parts_text(top['parts'])}")
         yield row("memory, at rest", format_bytes(turns[-1]["at_rest"]))
         yield row("work", f"{tflop:.4g} TFLOP: {shares(top['tflop_by_dtype'])}")
-        expected = "float32" if args.dtype == "fp32" else "bfloat16"
-        for dtype, line in top["first_product"].items():
-            if dtype != expected:
-                yield row(f"first in {dtype}", line)
+        for odd in top["odd_products"]:
+            yield row(f"in {odd['dtype']}", f"{odd['tflop']:.3g} TFLOP at {odd['line']}")
         for what, n in turns[-1]["sent"].items():
             yield row("sent by a process", f"{format_bytes(n)}: {what}")
         waits = turns[-1]["waits"]

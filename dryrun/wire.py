@@ -109,6 +109,7 @@ class Unit:
         self.whole = self.part * processes
         self.outermost = outermost
         self.in_backward = False
+        self.recomputed = False  # gathered in a backward for activations, before its own part of it
 
 
 def fraction(p, processes):
@@ -179,8 +180,16 @@ class GhostSharding(Sharding):
 
     def before_forward(self, module, args):
         unit = self.units.get(module)
-        if unit is not None and not unit.in_backward:  # there: activations that are computed again
+        if unit is None:
+            return None
+        if unit.in_backward:  # activations are computed again, with weights that are there
+            pass
+        elif torch._C._current_graph_task_id() != -1:  # a part of what is computed again
+            self.begin_backward(unit, flows=False)
+            unit.recomputed = True
+        else:
             self.gather(unit, GATHERED)
+        return self.move_inputs(module, args) if unit.outermost else None
 
     def after_forward(self, module, args, out):
         unit = self.units.get(module)
@@ -202,12 +211,15 @@ class GhostSharding(Sharding):
     def begin_backward(self, unit, flows):
         """flows: through the unit, to its input. Its weights are freed then; else at the end of
         the whole backward, and a second pass of the unit finds them."""
+        if unit.recomputed:
+            unit.recomputed = False
+            return
         if flows or not unit.in_backward:
             self.gather(unit, AGAIN)
         unit.in_backward = True
 
         def end():
-            unit.in_backward = False
+            unit.in_backward = unit.recomputed = False
             self.free()
 
         torch.autograd.Variable._execution_engine.queue_callback(end)

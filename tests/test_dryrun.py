@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from helpers.cases import required_flags
@@ -14,6 +15,11 @@ from helpers.tracker import RealMemory
 
 import boot
 import dmd2
+import flowmap
+import msd
+import nct
+import sana_sprint
+import sid
 import twinflow
 from common.errors import UserError
 from common.model import Model
@@ -189,10 +195,24 @@ PAIRS = [
 ]
 # Products in fp32 although passes are bf16: forward-mode derivatives, which are taken in fp32.
 IN_FP32 = ("sana_sprint", "flowmap")
-# Inside diffusers, or for it: lengths of prompts; which expert a sample needs.
-WAITS_OF = {"zimage": "common/teachers/flow.py", "qwen": "common/teachers/flow.py"}
-WAITS_OF["wan22"] = "common/routed.py"
-WAITS_OF["msd"] = "training/run.py"  # a new stage moves its head to the device
+# Waits inside diffusers that no argument avoids: file, the text of the line, and whether it waits
+# in every pass or only in the first of a network. docs/scale.md has the same list.
+MODELS = "diffusers/models/transformers"
+IN_DIFFUSERS = [
+    # the length of the prompts, for a result that its network does not use
+    (f"{MODELS}/transformer_qwenimage.py", "torch.as_tensor(text_seq_len, device=", "every"),
+    # tables of positions come to the device
+    (f"{MODELS}/transformer_z_image.py", "self.freqs_cis = [freqs_cis.to(device)", "first"),
+]
+
+
+def is_in_diffusers(wait, it):
+    for file, text, when in IN_DIFFUSERS:
+        found = re.search(rf" in {file}:(\d+) ", wait)
+        if found and (when == "every" or it == 0):
+            source = Path(diffusers.__path__[0]).parent / file
+            return text in source.read_text().splitlines()[int(found[1]) - 1]
+    return False
 
 
 @pytest.mark.parametrize("script, kind", PAIRS)
@@ -203,10 +223,8 @@ def test_every_script_on_every_teacher(script, kind, dry, folders):
     flags = flags.get(script, [])
     flags += ["--teacher", teacher, "--batch", 4, "--iters", 8, "--warmup", 0, *KINDS[kind]]
     result = dry(script, *flags)
-    lines = {line for turn in result["turns"] for line in turn["waits"]}
-    expected = (WAITS_OF.get(kind, "none"), WAITS_OF.get(script, "none"))
-    others = [line for line in lines if not line.startswith(expected)]
-    assert not others
+    waits = [(line, turn["it"]) for turn in result["turns"] for line in turn["waits"]]
+    assert not [line for line, it in waits if not is_in_diffusers(line, it)]
     total = sum(turn["tflop"] for turn in result["turns"])
     fp32 = sum(turn["tflop_by_dtype"].get("float32", 0) for turn in result["turns"])
     if script in IN_FP32:
@@ -239,56 +257,87 @@ def here(text, name):
     return bool(set(numbers) & lines)
 
 
-LOSSES = [(dmd2, "dm_loss"), (twinflow, "distance"), (boot, "squared_errors")]
+# A function of each script whose result is in its loss.
+LOSSES = [
+    (dmd2, "dm_loss"),
+    (sid, "sid_loss"),
+    (twinflow, "distance"),
+    (flowmap, "student_loss"),
+    (sana_sprint, "scm_loss"),
+    (nct, "distance"),
+    (msd, "dm_loss"),
+    (boot, "squared_errors"),
+]
 
 
-def on_the_host(loss, *args):
-    result = loss(*args)
+def first_of(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def on_the_host(loss, *args, **named):
+    result = first_of(loss(*args, **named))
     return result + torch.zeros(result.shape or (1,))
 
 
-def waiting(loss, *args):
-    result = loss(*args)
-    return result * float(result.detach().mean())
+def waiting(loss, *args, **named):
+    result = loss(*args, **named)
+    float(first_of(result).detach().mean())
+    return result
+
+
+def flags_for(script):
+    name = f"{script.__name__}.py"
+    if script is nct:  # its generator has no classes
+        return ["--teacher", "toy", "--batch", 8, *required_flags(name)]
+    return [*TOY, *required_flags(name)]
 
 
 @pytest.mark.parametrize("script, loss", LOSSES)
 def test_a_tensor_of_the_host_in_a_loss_is_found(script, loss, dry, monkeypatch):
     right = getattr(script, loss)
-    monkeypatch.setattr(script, loss, lambda *args: on_the_host(right, *args))
+    monkeypatch.setattr(script, loss, lambda *args, **named: on_the_host(right, *args, **named))
     with pytest.raises(RuntimeError, match="expected all tensors on the device") as error:
-        dry(script.__name__, *TOY)
+        dry(script.__name__, *flags_for(script))
     assert here(str(error.value), "on_the_host")
 
 
-@pytest.mark.parametrize("script, loss", LOSSES)
-def test_a_wait_in_the_loop_is_found(script, loss, dry, monkeypatch):
-    right = getattr(script, loss)
-    monkeypatch.setattr(script, loss, lambda *args: waiting(right, *args))
-    waits = dry(script.__name__, *TOY)["turns"][0]["waits"]
-    assert here(" ".join(waits), "waiting")
+def in_fp32(forward, model, *args):
+    dtype, model.dtype = model.dtype, torch.float32
+    out = forward(model, *args)
+    model.dtype = dtype
+    return out
 
 
 @pytest.mark.parametrize("script, loss", LOSSES)
-def test_a_pass_in_fp32_is_found(script, loss, dry, monkeypatch, capsys):
-    right = Model.copy
+def test_a_wait_and_a_pass_in_fp32_are_found(script, loss, dry, monkeypatch):
+    """Both in one run, as neither ends it."""
+    right, forward = getattr(script, loss), Model.forward
+    monkeypatch.setattr(script, loss, lambda *args, **named: waiting(right, *args, **named))
+    monkeypatch.setattr(Model, "forward", lambda *args: in_fp32(forward, *args))
+    turns = dry(script.__name__, *flags_for(script), "--dtype", "bf16")["turns"]
+    assert here(" ".join(line for turn in turns for line in turn["waits"]), "waiting")
+    assert here(" ".join(odd["line"] for odd in turns[0]["odd_products"]), "in_fp32")
 
-    def in_fp32(model, *args):
-        copied = right(model, *args)
+
+def test_the_report_names_the_script_s_line_of_a_pass_in_fp32(dry, monkeypatch, capsys):
+    copy = Model.copy
+
+    def copy_in_fp32(model, *args):
+        copied = copy(model, *args)
         copied.dtype = torch.float32
         return copied
 
-    monkeypatch.setattr(Model, "copy", in_fp32)
-    dry(script.__name__, *TOY, "--dtype", "bf16")
+    monkeypatch.setattr(Model, "copy", copy_in_fp32)
+    dry("dmd2", *TOY, "--dtype", "bf16")
     text = capsys.readouterr().out
-    found = re.search(rf"first in float32 +{script.__name__}\.py:(\d+), common/", text)
-    source = Path(script.__file__).read_text().splitlines()
-    assert re.search(r"student|teacher|critic|net|model", source[int(found[1]) - 1])
+    found = re.search(r"in float32 +[\d.e-]+ TFLOP at dmd2\.py:(\d+), common/", text)
+    source = Path(dmd2.__file__).read_text().splitlines()
+    assert re.search(r"student|critic|model", source[int(found[1]) - 1])
 
 
 def test_no_pass_in_fp32_no_line(dry, capsys):
     dry("dmd2", *TOY, "--dtype", "bf16")
-    assert "first in" not in capsys.readouterr().out
+    assert "in float32" not in capsys.readouterr().out
 
 
 # ---- flags ---------------------------------------------------------------------------------------

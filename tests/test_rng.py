@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from common.rng import BatchRandom, PerImageNoise, derive_seed
+from dryrun import ghost
+from dryrun.ghost import GhostDevice
+
+ghost.register()  # before the first backward of this process: while pytest collects
 
 
 def all_draws(draw):
@@ -81,9 +85,11 @@ def test_image_noise_depends_on_image_and_seed():
     assert not torch.equal(PerImageNoise(4, [0])(1, 4, 4), z[:1])
 
 
-def test_integers_on_the_host_are_those_of_randint_on_a_cpu():
-    draws = [BatchRandom(0, 5, 12, rank, 3) for rank in (0, 0, 1)]
-    first, again, other = draws
-    assert torch.equal(first.randint(0, 1000, on_host=True), again.randint(0, 1000))
-    assert torch.equal(first.randn(2), again.randn(2))  # the stream goes on alike
-    assert len(other.randint(0, 1000, on_host=True)) == 4
+def test_numbers_that_decide_are_on_the_host():
+    with GhostDevice() as gpu:
+        draw = BatchRandom(0, 5, 12, 1, 3, "ghost")
+        numbers = draw.rand(), draw.randint(0, 9), draw.randn()
+        assert draw.randn(2, 2).device.type == "ghost"
+        assert not gpu.waits
+    assert [t.device.type for t in numbers] == ["cpu"] * 3
+    assert [t.shape for t in numbers] == [(4,)] * 3

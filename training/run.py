@@ -240,14 +240,14 @@ class Run:
             module = torch.compile(module)
         if self.world == 1 or not ddp:
             return module
-        # an iteration may have no sample for one of the experts
+        # Without device_ids, since DDP would then move inputs that are on the host for a reason.
+        # An iteration may have no sample for one of the experts.
         some_unused = any(isinstance(m, Routed) for m in module.modules())
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers, and 2.6 only knows the old name
             warnings.simplefilter("ignore", FutureWarning)
             ddp = torch.nn.parallel.DistributedDataParallel(
                 module,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=some_unused,

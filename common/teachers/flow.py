@@ -332,6 +332,7 @@ class ZImage(Pipeline):
     built_for = (1024, 1024)
     passes_sigmas = True  # diffusers 0.36 to 0.38 do not
     unguided = dict(guidance_scale=0.0)
+    on_host = ("length",)
     make_schedule = Flux.make_schedule
 
     @classmethod

@@ -40,6 +40,7 @@ class Pipeline(Model):
     square = False  # the network takes square images only
     packed = 1  # a token of the network's input is a square of packed x packed latents
     expected = {}  # supported values of configuration keys (common/teachers/configuration.py)
+    on_host = ()  # names of embeddings that `predict` reads on the host
     at_once = 4  # samples that the VAE decodes or encodes at a time
     takes_sigmas = True  # pipe(...) accepts times of the steps: sigmas, or timesteps
     passes_sigmas = False  # pipe(...) gives its scheduler 1, (n - 1) / n, ..., 1 / n
@@ -236,6 +237,8 @@ class Pipeline(Model):
 
     def attach(self, folder, table, prompts):
         """Adds the prompts. table: their PromptEmbeddings."""
+        if table is not None:
+            table.on_host = self.on_host
         self.folder = folder
         self.table = table
         self.prompts = prompts

@@ -47,7 +47,11 @@ class PromptEmbeddings:
     of which only the rows that are used are read. null: the same dict with one row, of the null
     prompt. Text encoders that do not pad to a fixed length make parts of different lengths; rows
     are padded with zeros to the longest.
+
+    on_host: names of numbers that the host needs, which stay in its memory.
     """
+
+    on_host = ()
 
     def __init__(self, parts, null):
         self.parts = parts
@@ -63,8 +67,11 @@ class PromptEmbeddings:
         rows = {}
         for name in self.null:
             found = [self._row(name, i) for i in index]
-            rows[name] = torch.stack(found).to(device, non_blocking=True)
+            rows[name] = self._place(name, torch.stack(found), device)
         return rows
+
+    def _place(self, name, v, device):
+        return v if name in self.on_host else v.to(device, non_blocking=True)
 
     def _row(self, name, i):
         k = bisect.bisect_right(self.first_rows, i) - 1
@@ -75,7 +82,7 @@ class PromptEmbeddings:
         rows = {}
         for name, v in self.null.items():
             v = pad(v, 1, self.lengths[name]) if name in self.lengths else v
-            rows[name] = v.expand(n, *v.shape[1:]).to(device, non_blocking=True)
+            rows[name] = self._place(name, v.expand(n, *v.shape[1:]), device)
         return rows
 
     def append(self, other):
