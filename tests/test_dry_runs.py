@@ -1,11 +1,15 @@
 """tools/dry_runs.py: the table of dry runs in docs/scale.md."""
 
 import json
+import re
 
 import pytest
 
 from common.errors import RunError
+from common.files import ROOT
 from tools import dry_runs
+
+README = ROOT / "README.md"
 
 
 def test_the_page_has_the_table_of_the_results():
@@ -13,6 +17,17 @@ def test_the_page_has_the_table_of_the_results():
     assert set(results) <= set(dry_runs.commands()), "rows that the tool does not run"
     section = dry_runs.PAGE.read_text().split(dry_runs.FIRST)[1].split(dry_runs.LAST)[0]
     assert section.strip() == dry_runs.table(results).strip()
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    results = json.loads(dry_runs.RESULTS.read_text())
+    rows = re.findall(
+        r"\| (\d+) GB \| `(\S+\.py .+ --dry-run)` \| ([\d.]+) GB \|", README.read_text()
+    )
+    assert len(rows) >= 4
+    for gpu, command, peak in rows:
+        assert dry_runs.gigabytes(results[command]["peak"]) == peak, command
+        assert float(peak) < 0.95 * float(gpu), command
 
 
 def test_a_row_of_the_table():
