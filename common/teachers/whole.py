@@ -111,7 +111,9 @@ def whole_files(student, teacher, sample, sampler, nfe):
     plain["stochastic"] = found.stochastic
     plain["networks"] = parts
     settings = find_comfyui(experts[0], found)
-    if settings is not None:
+    # a workflow loads neither the teacher's LoRA nor text encoders that it has changed
+    needs_lora = any(student.lora or user_lora.changes_text for user_lora in teacher.loras)
+    if settings is not None and not needs_lora:
         plain["comfyui"] = settings
     return files, dict(model=model, plain=plain)
 
