@@ -12,6 +12,7 @@ import torch
 from helpers.cases import required_flags
 from helpers.server import ROOT
 from helpers.trace import run_main
+from safetensors.torch import load_file
 
 import boot
 import dmd2
@@ -53,6 +54,32 @@ def python(tmp_path, *command, path):
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, path)), OMP_NUM_THREADS="1")
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_without_a_step_the_student_of_a_bf16_teacher_is_the_file(folders, monkeypatch, tmp_path):
+    """It and the critic have the digits from which the teacher alone is rounded."""
+    folder, out = folders("sd15"), tmp_path / "run"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("dog\n")
+    flags = [
+        "--teacher",
+        folder,
+        "--prompts",
+        prompts,
+        "--dtype",
+        "bf16",
+        "--batch",
+        2,
+        "--iters",
+        1,
+    ]
+    flags += ["--lr", 0, "--weight-decay", 0, "--ema", 8, "--eval-n", 0, "--sample-every", 0]
+    run_main(monkeypatch, dmd2, *flags, "--out", out)
+    home = next(f for f in (out / "student" / "unet", out / "student") if f.is_dir())
+    name = "diffusion_pytorch_model.safetensors"
+    expected, found = load_file(folder / "unet" / name), load_file(home / name)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert any((w != w.bfloat16()).any() for w in expected.values())
 
 
 # ---- a copy is a method --------------------------------------------------------------------------
