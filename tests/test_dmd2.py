@@ -773,3 +773,16 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags, case):
 
 def test_frame(monkeypatch, tmp_path):
     check_frame(monkeypatch, dmd2, tmp_path / "out", show=["dm", "fake"])
+
+
+@pytest.mark.parametrize("flags", ["--gan --nfe 3", "--sim data --nfe 3"])
+def test_alpha_and_sigma_are_of_one_level(trace, flags):
+    """In a flow their sum is 1, wherever noise is added or a network evaluated."""
+    record = [(dmd2, "add_noise"), (Model, "forward")]
+    flags = f"{flags} --iters 4 --ratio 1 --seed 1"
+    steps = trace(*flags.split(), teacher=byhand.any_toy("flow"), record=record)
+    levels = [call.args[1:3] for call in steps.calls["add_noise"]]
+    levels += [call.args[2:4] for call in steps.calls["forward"] if torch.is_tensor(call.args[2])]
+    sums = torch.cat([(alpha + sigma).flatten() for alpha, sigma in levels])
+    assert len(levels) > 20
+    assert torch.allclose(sums, torch.ones_like(sums))
