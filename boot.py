@@ -40,13 +40,13 @@ import math
 
 import torch
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.files import write_json
 from common.sampling import generate
 from common.schedules import add_noise, expand, f64, initial_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.report import Report, save_grid

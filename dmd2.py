@@ -40,12 +40,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.schedules import add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.plan import describe_steps

@@ -44,7 +44,6 @@ import torch
 from torch.distributed import all_reduce
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.files import write_json
 from common.model import put_rows, take_rows
@@ -52,6 +51,7 @@ from common.sampling import generate
 from common.schedules import expand, f64
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.report import Report

@@ -47,7 +47,6 @@ import os
 import torch
 import torch.distributed as dist
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.files import ROOT, write_json
 from common.schedules import add_noise
@@ -56,6 +55,7 @@ from common.teachers.students import teacher_of
 from controls.controlled import hash_model, load_controlled, load_generator, make_controlled
 from controls.maps import Control
 from controls.measure import control_error, control_rows, control_summary
+from training.ema import EMA
 from training.flags import Parser, flag_name
 from training.optim import adamw
 from training.report import Report, dumps, save_grid

@@ -40,12 +40,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.routed import ByLevel, Routed
 from common.schedules import Flow, add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.plan import describe_steps

@@ -46,13 +46,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.model import ScalarEmbedding
 from common.schedules import TrigFlow, add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.report import Report

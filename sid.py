@@ -53,12 +53,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.schedules import Flow, add_noise, expand, native_weight
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.plan import describe_steps

@@ -46,13 +46,13 @@ import math
 
 import torch
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.model import put_rows, take_rows
 from common.schedules import add_noise, expand
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.report import Report

@@ -99,7 +99,7 @@ class Model(nn.Module):
         self.extra = None  # sum of their embeddings during a pass
         self.lora = None  # rank, alpha and targets, if the network has LoRA adapters
         self.base = []  # then: the weights under them, which are shared with the teacher
-        self.sharding = None  # --shard: what spreads modules over processes (common/shard.py)
+        self.sharding = None  # --shard: what spreads modules over processes (training/shard.py)
         self.skeleton = None  # --shard: this model without weights
 
     # -- what a teacher class defines

@@ -16,8 +16,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
-from common.shard import Sharding, copy_views, units
 from dryrun.ghost import Storage
+from training.shard import Sharding, copy_views, units
 
 ALL_REDUCED = "gradients, all-reduced"
 GATHERED = "weights, gathered"
@@ -118,7 +118,7 @@ def fraction(p, processes):
 
 
 class GhostSharding(Sharding):
-    """common.shard.Sharding on the device without memory: networks stay whole for autograd, and
+    """training.shard.Sharding on the device without memory: networks stay whole for autograd, and
     their storages count as the part that one process holds.
 
     A unit is gathered before its pass and freed after it, and again in the backward. Two inner

@@ -49,7 +49,6 @@ from tqdm import tqdm
 
 from common import fid
 from common.distributed import bar_interval
-from common.ema import EMA
 from common.errors import UserError, launch
 from common.features import SmallCNN
 from common.files import ROOT, atomic, read_json, save_weights, write_json
@@ -69,6 +68,7 @@ from recipes.emoji_nets import (
     tokenize,
 )
 from recipes.pretrain import learning_rate
+from training.ema import EMA
 from training.report import save_grid
 
 CLASSIFIER_STAGES = 3  # of SmallCNN: 64 pixels to 8

@@ -47,7 +47,6 @@ from common.checkpoint import (
     write_checkpoint,
 )
 from common.distributed import bar_interval, choose_device
-from common.ema import EMA
 from common.errors import Interrupted, RunError, UserError, launch, require
 from common.features import ClassifierExtractor, load_classifier
 from common.files import ROOT, atomic, read_json, save_weights, write_json
@@ -60,6 +59,7 @@ from common.teachers.load import load_teacher
 from common.teachers.toy import MLP, Toy
 from data.images import Images, load_folder, load_npz
 from recipes.classifier import feature_stats, new_classifier, train_classifier
+from training.ema import EMA
 from training.flags import Help, flag_name
 from training.report import save_grid
 from training.run import progress_bar, stop_signals

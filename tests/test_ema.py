@@ -1,10 +1,10 @@
-"""common/ema.py: the weight average."""
+"""training/ema.py: the weight average."""
 
 import pytest
 import torch
 
-from common.ema import EMA
 from common.teachers.load import load_teacher
+from training.ema import EMA
 
 
 class Weights(torch.nn.Module):

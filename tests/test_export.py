@@ -140,8 +140,8 @@ def test_a_new_best_is_saved_at_once(make_run, monkeypatch, tmp_path):
     scores = iter([3.0, 1.0, 2.0, 2.5, 2.2])
     run = make_run("--eval-every", 2, "--save-every", 5, "--sample-every", 0, "--log-every", 100)
     teacher = load_teacher("toy")
-    from common.ema import EMA
     from training import report as report_module
+    from training.ema import EMA
 
     def evaluate(*args, **kwargs):
         return dict(protocol="x", n=1000, energy_distance=next(scores))

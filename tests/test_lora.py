@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 import dmd2
 import eval as evaluation
 from common import lora
-from common.ema import EMA
 from common.errors import UserError
 from common.files import ROOT
 from common.teachers.load import load_model, load_teacher
 from tools.rows import load_student
+from training.ema import EMA
 
 NAMES = ["sd15", "sdxl", "sd3", "sana", "mnist", "toy"]
 ATTENTION = dict(rank=4, alpha=4.0, targets=None, seed=0, flag="--lora")  # --lora 4

@@ -10,13 +10,13 @@ import torch
 from helpers import pipelines
 from helpers.runs import QUICK, checkpoint, log
 
-from common.ema import EMA
 from common.errors import UserError
 from common.files import format_bytes
 from common.teachers.flow import Sana
 from common.teachers.load import load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.unet import SDXL
+from training.ema import EMA
 from training.memory import estimate_memory, refuse_if_too_large
 
 # ---- the estimate --------------------------------------------------------------------------------

@@ -39,11 +39,11 @@ from helpers.runs import (
 from helpers.trace import run_main
 
 import nct
-from common.ema import EMA
 from common.files import read_json
 from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student
 from training.alarm import FIGURES
+from training.ema import EMA
 from training.flags import Parser
 from training.run import Run
 

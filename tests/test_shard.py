@@ -14,12 +14,12 @@ from helpers.runs import QUICK, close, one_line, run_processes, same
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import shard
 from common.errors import UserError
 from common.files import read_json
 from common.sampling import generate
 from common.teachers.load import PIPELINES, load_model, load_pipeline, load_teacher
 from tools import random_teachers
+from training import shard
 
 FLAGS = SECOND_FLAGS | {
     # the form with a forward-mode derivative

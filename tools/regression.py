@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import dmd2
-from common.ema import EMA
 from common.errors import RunError, first_line, launch, require
 from common.files import ROOT, atomic
 from common.rng import PerImageNoise, derive_seed
 from common.sampling import generate, teacher_sample
 from common.schedules import initial_noise
 from common.teachers.load import load_teacher
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.plan import describe_steps

@@ -182,7 +182,7 @@ class Run:
         if self.args.shard:
             if self.dry:
                 return self.dry.sharding(self.device)
-            from common.shard import Sharding  # takes a second to import
+            from training.shard import Sharding  # takes a second to import
 
             return Sharding(self.device)
         device = self.device  # not self: a run that refers to itself would keep its lock
@@ -529,7 +529,7 @@ class Run:
         if self.is_main or self.args.shard:
             saved = {name: part.state_dict() for name, part in state.items()}
         if self.args.shard:  # whole tensors: any number of processes can resume, sharded or not
-            from common.shard import gather_state
+            from training.shard import gather_state
 
             saved = gather_state(saved, self.is_main)
         if self.is_main:
@@ -707,6 +707,6 @@ def own_optimiser_part(part, saved):
     """--shard: this process's part of an optimiser's state; networks take theirs themselves."""
     if not isinstance(part, torch.optim.Optimizer):
         return saved
-    from common.shard import local_optimizer_state
+    from training.shard import local_optimizer_state
 
     return local_optimizer_state(part, saved)

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import torch
 
-from common.ema import EMA
+from training.ema import EMA
 
 
 def edit(path, **changes):
