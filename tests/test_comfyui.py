@@ -5,9 +5,11 @@ its own functions on files like these (docs/comfyui.md has the figures). Its sam
 down here in own words, from its nodes' inputs to the samples.
 """
 
+import copy
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -370,17 +372,24 @@ def test_two_experts(module, sampler, folders, tmp_path):
 
 @pytest.mark.parametrize("spec", [None, SPEC])
 def test_loras_of_the_teacher(spec, folders, tmp_path):
-    """Whole weights contain the LoRA, so that ComfyUI adds it to the text encoders alone."""
-    teacher = load(folders, "sd15", PROMPTS)
-    loras = [dict(file="style.safetensors", sha256="0" * 64, scale=0.8)]
-    write_run(tmp_path / "run", make_student(teacher, (), spec), teacher, teacher_lora=loras)
+    """Whole weights contain the LoRA, so that ComfyUI adds it to the text encoders alone, and not
+    at all if it does not change them."""
+    teacher = copy.copy(load(folders, "sd15", PROMPTS))
+    records = [dict(file=f"{name}.safetensors", scale=0.8) for name in ("style", "network")]
+    teacher.loras = [SimpleNamespace(changes_text=True), SimpleNamespace(changes_text=False)]
+    write_run(tmp_path / "run", make_student(teacher, (), spec), teacher, teacher_lora=records)
     path = export_for_comfyui(tmp_path / "run", tmp_path)[-1]
     nodes = json.loads(path.read_text())
     check_links(nodes)
-    (style,) = find(nodes, "LoraLoader")
+    style, *network = find(nodes, "LoraLoader")
     strengths = style["inputs"]["strength_model"], style["inputs"]["strength_clip"]
+    assert style["inputs"]["lora_name"] == "style.safetensors"
     assert strengths == ((0.0 if spec is None else 0.8), 0.8)
-    number = next(number for number, node in nodes.items() if node is style)
+    assert [n["inputs"]["lora_name"] for n in network] == (
+        [] if spec is None else ["network.safetensors"]
+    )
+    last = [style, *network][-1]
+    number = next(number for number, node in nodes.items() if node is last)
     assert find(nodes, "CLIPTextEncode")[0]["inputs"]["clip"] == [number, 1]
     assert find(nodes, "KSampler")[0]["inputs"]["model"] == [number, 0]
 

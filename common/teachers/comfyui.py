@@ -54,7 +54,8 @@ def find_comfyui(student, found):
 
     student: Pipeline, the first one of several experts. found: its Trace. Entries: sampler, lcm or
     euler; sigmas, falling to 0; simple: the scheduler of this name has them, with `shift` of a
-    flow; split: the step at which the second of two experts begins.
+    flow; split: the step at which the second of two experts begins. whole.py adds text_loras:
+    whether each --teacher-lora changes text encoders.
     """
     kind = KINDS.get(student.adapter)
     vp = student.schedule.unit_norm
@@ -187,7 +188,11 @@ def make_workflow(record, prompt):
             file = f"{names[i]}.safetensors"
             lora = add("LoraLoaderModelOnly", model=base, lora_name=file, strength_model=1.0)
             net = [lora, 0]
-        for style in record.get("teacher_lora", []):  # whole weights contain it, encoders do not
+        # whole weights contain the teacher's LoRA, but ComfyUI's text encoders do not
+        user_loras = zip(record.get("teacher_lora", []), settings.get("text_loras", []))
+        for style, changes_text in user_loras:
+            if whole and not changes_text:
+                continue
             strength = style["scale"]
             options = dict(lora_name=style["file"], strength_clip=strength)
             options["strength_model"] = 0.0 if whole else strength

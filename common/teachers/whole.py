@@ -111,10 +111,9 @@ def whole_files(student, teacher, sample, sampler, nfe):
     plain["stochastic"] = found.stochastic
     plain["networks"] = parts
     settings = find_comfyui(experts[0], found)
-    # a workflow loads neither the teacher's LoRA nor text encoders that it has changed
-    needs_lora = any(student.lora or user_lora.changes_text for user_lora in teacher.loras)
-    if settings is not None and not needs_lora:
-        plain["comfyui"] = settings
+    if settings is not None:
+        changed = [user_lora.changes_text for user_lora in teacher.loras]
+        plain["comfyui"] = settings | (dict(text_loras=changed) if changed else {})
     return files, dict(model=model, plain=plain)
 
 
