@@ -406,7 +406,8 @@ def sid_loss(x, r, f, w, sid_alpha):
     At 1 the value is expected near 0 with either sign, and does not show progress.
     """
     product = (r - f) * ((r - x) - sid_alpha * (r - f))
-    return (w.to(x.dtype) * product.flatten(1).sum(1)).mean()  # (5)
+    products = product.flatten(1).sum(1)  # [B]
+    return (expand(w, products).to(x.dtype) * products).mean()  # (5)
 
 
 def sid_weight(kind, x, r, alpha, sigma):
