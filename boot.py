@@ -101,7 +101,7 @@ MNIST = dict(
     clip=10.0,
     source="[O]",
 )
-EMOJI = dict(  # tried once
+EMOJI = dict(
     MNIST,
     cfg=3.5,
     lr=2e-4,

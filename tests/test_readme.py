@@ -14,12 +14,11 @@ from common.teachers.load import load_teacher
 
 README = (ROOT / "README.md").read_text()
 CODE_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-# docs/LOG.md is a diary: it names files that were there at the time
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "tests/README.md",
-    *[f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md"],
+    *[f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")],
     *[str(page.relative_to(ROOT)) for page in (ROOT / "assets").rglob("*.md")],
 ]
 EXAMPLES = ["docs/mine.md", "tests/test_mine.py"]  # of CONTRIBUTING.md
