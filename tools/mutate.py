@@ -37,6 +37,7 @@ import pytest
 import scipy.linalg  # noqa: F401
 import torch
 import transformers  # noqa: F401
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
@@ -338,36 +339,41 @@ def copy_repository(to):
     (to / "assets").symlink_to(ROOT / "assets")
 
 
-def tests_pass(copy, script, source, tests, limit):
-    """Whether the tests pass with this source of the script; not if they take `limit` seconds.
+def tests_pass(folder, tests, limit):
+    """Whether the tests pass in this copy of the repository; not if they take `limit` seconds.
 
-    copy: of the repository. In a process of its own, which has imported the libraries already.
+    In a process of its own, which has imported the libraries already.
     """
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # its own children end with it
+        signal.alarm(limit)  # whose default action ends the process
+        os.chdir(folder)
+        sys.path[:0] = [str(folder), str(folder / "tests")]
+        for name in [n for n in sys.modules if n.split(".")[0] in PACKAGES]:
+            del sys.modules[name]
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(null, descriptor)
+        for test in tests:  # one after the other: the first ones see most changes, quickly
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", test])
+            if code != 0:
+                break
+        os._exit(int(code))
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    return status == 0
+
+
+def pass_with(copy, script, source, tests, limit):
+    """Whether the tests pass in a copy of `copy` with this source of the script."""
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "repository"
         shutil.copytree(copy, folder, symlinks=True, copy_function=os.link)
         (folder / script).unlink()
         (folder / script).write_text(source)
-        child = os.fork()
-        if child == 0:
-            os.setsid()  # its own children end with it
-            signal.alarm(limit)  # whose default action ends the process
-            os.chdir(folder)
-            sys.path[:0] = [str(folder), str(folder / "tests")]
-            for name in [n for n in sys.modules if n.split(".")[0] in PACKAGES]:
-                del sys.modules[name]
-            null = os.open(os.devnull, os.O_RDWR)
-            for descriptor in range(3):
-                os.dup2(null, descriptor)
-            for test in tests:  # one after the other: the first ones see most changes, quickly
-                code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", test])
-                if code != 0:
-                    break
-            os._exit(int(code))
-        _, status = os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        return status == 0
+        return tests_pass(folder, tests, limit)
 
 
 def chosen(numbers, count):
@@ -415,18 +421,20 @@ def main():
     work = [i for i in sorted(numbers) if made[i].describe(source) not in same]
     with tempfile.TemporaryDirectory() as copy:
         copy_repository(Path(copy))
-        if not tests_pass(copy, script.name, source, tests, args.limit):
+        # first without a change, which also leaves compiled modules for all other copies
+        if not tests_pass(Path(copy), tests, args.limit):
             sys.exit(f"{' '.join(tests)}: fail without any change")
 
         def survives(i):
             changed = made[i].apply(source)
-            alive = tests_pass(copy, script.name, changed, tests, args.limit)
+            alive = pass_with(copy, script.name, changed, tests, args.limit)
             if alive:
                 print(f"{i:4d} line {made[i].line}: {made[i].describe(source)}", flush=True)
             return alive
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            survivors = sum(pool.map(survives, work))
+            results = pool.map(survives, work)
+            survivors = sum(tqdm(results, script.name, len(work), disable=None))
     left_out = sum(made[i].describe(source) in same for i in numbers)
     print(
         f"{script.name}: {len(work)} changes, {len(work) - survivors} seen by "
