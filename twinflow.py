@@ -321,7 +321,7 @@ def parse_times(text):
 @torch.no_grad()
 def one_step(net, z, cond, T):
     """One-step samples from unit noise z [n, *shape]."""
-    t = torch.full((len(z),), T, dtype=torch.float64, device=z.device)
+    t = torch.full((len(z),), T, dtype=torch.float64)
     return T * z - T * velocity(net, T * z, t, 0 * t, cond)
 
 
@@ -337,7 +337,7 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
     T = end_time(student.schedule)
     x = T * z.double()
     for i in range(nfe):
-        t = torch.full((len(z),), T * grid[i], dtype=torch.float64, device=z.device)
+        t = torch.full((len(z),), T * grid[i], dtype=torch.float64)
         next_t = torch.full_like(t, T * grid[i + 1])
         r = dict(few=0 * t, any=next_t, mul=t)[mode]
         v = velocity(student, x.to(z.dtype), t, r, cond).double()

@@ -169,6 +169,16 @@ def python_backend():
     return backend_registration
 
 
+# torch computes these from other operations on a device that has no kernel, with more temporary
+# tensors. CUDA has one.
+WITH_KERNEL = ("silu_backward", "mish_backward", "native_channel_shuffle")
+
+
+def not_reached(*args, **kwargs):
+    """A kernel for torch to find. Tensors on the device are seen before (Ghost)."""
+    raise NotImplementedError("the ghost device has no kernels")
+
+
 @functools.cache
 def register():
     """Makes the device type "ghost" known to torch. UserError if torch cannot.
@@ -192,7 +202,10 @@ def register():
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     lists = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
     register_autocast(lists)
-    return fallback, lists  # a Library that is deleted takes its kernels with it
+    kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    for name in WITH_KERNEL:
+        kernels.impl(name, not_reached)
+    return fallback, lists, kernels  # a Library that is deleted takes its kernels with it
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers.tracker import RealMemory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import (
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import (
 from common.errors import UserError
 from dryrun import ghost
 from dryrun.ghost import Ghost, GhostDevice
+from tools.tracker import RealMemory
 
 # Before the first backward of this process, when torch counts its devices: while pytest collects.
 ghost.register()
@@ -439,3 +439,46 @@ def test_random_state_of_all_devices_is_kept():
     with torch.random.fork_rng():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+LAYERS = dict(
+    silu=F.silu,
+    mish=F.mish,
+    gelu=F.gelu,
+    gelu_tanh=lambda x: F.gelu(x, approximate="tanh"),
+    relu=F.relu,
+    elu=F.elu,
+    leaky_relu=F.leaky_relu,
+    softplus=F.softplus,
+    hardswish=F.hardswish,
+    sigmoid=torch.sigmoid,
+    glu=lambda x: F.glu(x, 1),
+    softmax=lambda x: x.softmax(1),
+    logsumexp=lambda x: x.logsumexp(1),
+    group_norm=lambda x: F.group_norm(x, 4),
+    layer_norm=lambda x: F.layer_norm(x, x.shape[3:]),
+    upsample=lambda x: F.interpolate(x, scale_factor=2.0),
+    avg_pool=lambda x: F.avg_pool2d(x, 2),
+    pixel_unshuffle=lambda x: F.pixel_unshuffle(x, 2),
+    pad=lambda x: F.pad(x, (1, 1)),
+    cat=lambda x: torch.cat([x, x], 1),
+    square=torch.square,
+    normalize=lambda x: F.normalize(x, dim=1),
+)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_backward_of_a_layer_takes_what_real_tensors_take(name, monkeypatch):
+    """A layer without a kernel of its own would be computed by a formula with more tensors."""
+    monkeypatch.setattr(ghost, "BLOCK", 1)
+
+    def backward(device):
+        x = torch.zeros(2, 8, 16, 16, device=device, requires_grad=True)
+        h = LAYERS[name](x * 1)
+        h.backward(torch.ones_like(h))
+
+    with RealMemory() as real:
+        backward("cpu")
+    with GhostDevice() as device:
+        backward(DEVICE)
+    assert device.memory.peak == pytest.approx(real.peak, rel=0.01)

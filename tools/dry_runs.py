@@ -26,38 +26,43 @@ FIRST, LAST = "<!-- dry runs: python -m tools.dry_runs --table -->\n", "<!-- end
 
 LORA = "--lora 64 --lora-fake 64"
 SHARD = "--shard --processes 8"
+ONE_LORA = "--lora 64"  # of scripts whose critic is the student, or who have none
 NETWORKS = {"": "whole", LORA: "`--lora 64`", SHARD: "`--shard`, 8 processes", "--gan": "`--gan`"}
-# script, teacher, flags of NETWORKS, sizes of a process's batch
+NETWORKS[ONE_LORA] = NETWORKS[LORA]
+# script, teacher, {flags of NETWORKS: sizes of a process's batch}
 ROWS = [
-    ("dmd2", "sd15", "", (1, 8)),
-    ("dmd2", "sd15", LORA, (1, 8)),
-    ("dmd2", "sdxl", "", (1, 8)),
-    ("dmd2", "sdxl", LORA, (1, 8)),
-    ("dmd2", "sdxl", SHARD, (1,)),
-    ("dmd2", "sdxl", "--gan", (1,)),
-    ("dmd2", "sd3", "", (1,)),
-    ("dmd2", "sd3", LORA, (1, 8)),
-    ("dmd2", "sana", "", (1,)),
-    ("dmd2", "sana", LORA, (1,)),
-    ("dmd2", "flux", LORA, (1,)),
-    ("dmd2", "qwen-image", LORA, (1,)),
-    ("dmd2", "z-image", LORA, (1,)),
-    ("dmd2", "wan2.1", LORA, (1,)),
-    ("sid", "sdxl", LORA, (1,)),
-    ("sana_sprint", "sana", "", (1,)),
-    ("twinflow", "sana", "", (4,)),  # one sample for each of its groups
+    ("dmd2", "sd15", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "sdxl", {"": (1, 8), LORA: (1, 8), SHARD: (1, 8), "--gan": (1,)}),
+    ("dmd2", "sd3", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "sana", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "flux", {"": (1,), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "qwen-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "z-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "wan2.1", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "wan2.1-14b", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "wan2.2", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "dit-xl-256", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
+    ("sid", "sdxl", {LORA: (1,)}),
+    ("decoupled_dmd", "sdxl", {LORA: (1,)}),
+    ("phased_dmd", "wan2.2", {LORA: (1,)}),
+    ("msd", "sdxl", {LORA: (1,)}),
+    ("sana_sprint", "sana", {"": (1,)}),
+    ("twinflow", "sana", {"": (4,)}),  # one sample for each of its groups
+    ("twinflow", "qwen-image", {ONE_LORA: (4,)}),
+    ("flowmap", "sdxl", {LORA: (1,)}),
+    ("boot", "sdxl", {ONE_LORA: (1,)}),
 ]
 
 
 def commands():
     """{command: (script, teacher, networks, batch of a process)} of all rows."""
     found = {}
-    for script, teacher, flags, batches in ROWS:
-        processes = 8 if flags == SHARD else 1
-        for batch in batches:
+    for script, teacher, kinds in ROWS:
+        for flags, batch in [(flags, n) for flags, sizes in kinds.items() for n in sizes]:
+            total = batch * 8 if flags == SHARD else batch
             words = f"{script}.py --teacher {teacher} {flags} --grad-checkpoint"
-            words = f"{words} --batch {batch * processes} --dry-run"
-            found[" ".join(words.split())] = script, teacher, NETWORKS[flags], batch
+            command = " ".join(f"{words} --batch {total} --dry-run".split())
+            found[command] = script, teacher, NETWORKS[flags], batch
     return found
 
 
