@@ -19,6 +19,10 @@ Usage:
     python eval.py --images A --ref-images B --inception pt_inception-2015-12-05-6726825d.pth
     # FID against EDM's reference file
     python eval.py out/dmd2-cifar --inception FILE --ref cifar10-32x32.npz --n 50000 --seeds 3
+    # text to image: scores by models of transformers, folders or hub names (docs/evaluate.md)
+    python eval.py out/dmd2-sdxl --prompts coco.txt --clip CLIP --pickscore PICK --hps HPS
+    python eval.py out/dmd2-sdxl --dino DINOV2 --ref-images PHOTOS --per-prompt 8
+    python eval.py --images A --prompts coco.txt --clip CLIP
     # the same numbers on 8 GPUs: image i depends on (--seed, i), not on batch or processes
     torchrun --nproc_per_node=8 eval.py out/dmd2-mnist --samples 50000
 
@@ -30,6 +34,9 @@ Metrics of images:
                k = 3, against as many reference images as samples, the first of a fixed shuffle
     agreement  share of samples whose label the classifier finds; image i has label i % classes
     similarity (--per-prompt) mean cosine of the features of two images of one label or prompt
+    vendi      (--per-prompt) effective number of different images of one label or prompt
+    clip_score, pickscore, hps
+               (--clip, --pickscore, --hps) of an image and its prompt, means; tools/scores.py
     control    (nct.py) how well images follow conditions of other samples (controls/measure.py)
 Metrics of points (toy teachers), against the exact mixture:
     energy_distance, sliced_wasserstein
@@ -59,21 +66,24 @@ from common.features import ClassifierExtractor
 from common.files import ROOT, git_revision
 from common.sampling import TEACHER_NFE, generate
 from common.teachers.load import load_teacher
+from common.teachers.prompt_files import read_prompts
 from controls.measure import control_error, control_summary
 from data.image_file import describe_notes
 from tools import compare
 from tools.cache import ResultCache, cache_settings, kept_samples
 from tools.inception import InceptionExtractor
 from tools.measure import (
+    Squared,
+    alikeness,
     count_nfe,
     folder_features,
     hash_weights,
     latency,
     list_images,
-    similarity,
 )
 from tools.pictures import save_numbered
 from tools.rows import make_rows
+from tools.scores import KEYS, DinoExtractor, NoFeatures, Scores
 from training.flags import Help, add_teacher_lora, flag_name, parse_size
 from training.folder import utc_now
 from training.report import dumps, hardware, save_grid
@@ -113,7 +123,11 @@ def parse_args(argv=None):
         "else those of the students' training]",
     )
     add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
-    add("--prompts", help="text-to-image: prompts, as in training [of the training]")
+    add(
+        "--prompts",
+        help="text-to-image: prompts, as in training [of the training]; with --images: image i "
+        "belongs to prompt i, modulo their number",
+    )
     add("--cache-prompts", help="folder for their embeddings [out/prompts]")
     add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH [the pipeline's]")
     add("--frames", type=int, help="frames of a video [the pipeline's]")
@@ -145,6 +159,14 @@ def parse_args(argv=None):
     )
     add("--ref", help="reference: .npz of mu and sigma, as EDM's; without KID, precision, recall")
     add("--ref-images", help="reference: folder of images, at their own size")
+    add("--save-ref", metavar="FILE", help="keep the statistics of --ref-images, for --ref")
+    add(
+        "--square",
+        type=int,
+        metavar="SIDE",
+        help="samples and references: the middle square, resized to SIDE pixels (Lanczos), before "
+        "--inception, --dino and scores; COCO of DMD2 and SiD: 256",
+    )
     add(
         "--as-stored",
         action="store_true",
@@ -156,10 +178,23 @@ def parse_args(argv=None):
         type=int,
         help="samples [5000; with --images: all files]. torchrun has a flag --n: use --samples",
     )
-    add("--per-prompt", type=int, help="also `similarity`, from this many images of 8 labels")
+    add(
+        "--per-prompt",
+        type=int,
+        help="also `similarity` and `vendi`, from this many images of 8 labels or prompts [8 with "
+        "--dino and no reference]",
+    )
     add("--seed", type=int, default=0, help="of the samples' noise")
     add("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...")
     add("--latency", action="store_true", help="also the time of sampling, at batch 1 and --batch")
+
+    # models of transformers: folders, or names on the hub
+    add = p.add_argument_group("models for scores and features, DIR or hub name").add_argument
+    add("--clip", metavar="DIR", help="CLIP model: clip_score of images and prompts")
+    add("--clip-prefix", metavar="TEXT", help="before each prompt for --clip, as 'A photo depicts'")
+    add("--pickscore", metavar="DIR", help="PickScore's CLIP model: pickscore")
+    add("--hps", metavar="DIR", help="CLIP ViT-H-14 and HPS_v2.1_compressed.pt in one folder: hps")
+    add("--dino", metavar="DIR", help="DINOv2: its features instead of the teacher's protocol")
 
     # devices
     add = p.add_argument_group("device").add_argument
@@ -210,7 +245,7 @@ def parse_list(flag, text, kind, low, high=math.inf):
 def check_args(args):
     """Refuses flags that contradict each other or have no effect."""
     # three neighbours and a covariance need some samples
-    least = dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2)
+    least = dict(n=8, seeds=1, batch=1, seed=0, best_of=2, per_prompt=2, square=8)
     for name, low in least.items():
         value = getattr(args, name)
         ok = value is None or value >= low
@@ -227,9 +262,29 @@ def check_args(args):
         models = " ".join(args.runs + given)
         require(not models, f"--images measures a folder, {models} a model: leave one out")
         require(
-            args.inception or args.teacher,
-            "--images: needs --inception FILE (FID) or --teacher NAME (its classifier)",
+            args.inception or args.teacher or args.dino or wants_scores(args),
+            "--images: needs --inception FILE (FID), --teacher NAME (its classifier), --dino DIR, "
+            "or --clip DIR and others of its kind",
         )
+        require(
+            args.prompts or not wants_scores(args),
+            "--clip, --pickscore and --hps with --images: expected --prompts FILE",
+        )
+        require(
+            args.ref or args.ref_images or not args.dino,
+            "--dino with --images: needs a reference, --ref FILE.npz or --ref-images FOLDER",
+        )
+    require(
+        args.clip or args.clip_prefix is None, "--clip-prefix means something only with --clip DIR"
+    )
+    if args.dino:
+        require(
+            not args.inception,
+            "--inception and --dino: expected one kind of features; --save-images keeps the "
+            "samples, --images measures them again",
+        )
+        if not (args.ref or args.ref_images):
+            args.per_prompt = args.per_prompt or 8
     if args.ref:
         require(
             not args.ref_images,
@@ -249,6 +304,14 @@ def check_args(args):
         require(
             args.images or args.ref_images,
             "--as-stored means something only with --images FOLDER or --ref-images FOLDER",
+        )
+    if args.save_ref:
+        require(args.ref_images, "--save-ref means something only with --ref-images FOLDER")
+    if args.square:
+        require(
+            args.inception or args.dino or wants_scores(args),
+            "--square: needs --inception, --dino or a score; a teacher's classifier has its own "
+            "size",
         )
     teacher_rows = args.compare or args.grid or args.best_of
     if args.teacher_nfe:
@@ -277,6 +340,10 @@ def check_args(args):
     compare.check_flags(args)
 
 
+def wants_scores(args):
+    return any(getattr(args, flag) for flag in KEYS)
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 
@@ -287,6 +354,7 @@ class Evaluation:
         self.args = args
         self.rank, self.world, self.device, self.dtype = init_processes(args)
         self.extractors = {}
+        self.scores = Scores(args, self.device) if wants_scores(args) else None
 
     def say(self, text):
         if self.rank == 0:
@@ -294,9 +362,10 @@ class Evaluation:
 
     def extractor(self, teacher):
         """Features and reference for images of a teacher's students; None for points of a toy."""
-        if not self.args.inception and teacher.adapter == "toy":
+        shared = self.args.inception or self.args.dino
+        if not shared and teacher is not None and teacher.adapter == "toy":
             return None
-        key = "inception" if self.args.inception else teacher
+        key = shared or teacher
         if key not in self.extractors:
             self.extractors[key] = self.make_extractor(teacher)
         return self.extractors[key]
@@ -308,8 +377,14 @@ class Evaluation:
             extractor = InceptionExtractor(
                 args.inception, self.device, resize, args.force_inception
             )
+        elif args.dino:
+            extractor = DinoExtractor(args.dino, self.device)
+        elif self.scores and not (teacher and teacher.evaluation):
+            extractor = NoFeatures(self.device)
         else:
             extractor = ClassifierExtractor(teacher)
+        if args.square and (args.inception or args.dino):
+            extractor = Squared(extractor, args.square)
         if args.as_stored:
             extractor.protocol += "-as-stored"
         if args.ref:
@@ -323,13 +398,21 @@ class Evaluation:
             mu, sigma = stats.mean_cov()
             name = f"{Path(args.ref_images).name}:{stats.n}"
             extractor.set_reference(dict(mu=mu, sigma=sigma, n=stats.n), name, features)
+            if args.save_ref:
+                on_rank0(lambda: self.save_reference(mu, sigma, stats.n, extractor.protocol))
         return extractor
+
+    def save_reference(self, *stats):
+        path = Path(self.args.save_ref)
+        with writable("--save-ref", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fid.save_stats(path, *stats)
 
     # ---- image folders
 
-    def folder_features(self, flag, files, notes, extractor):
+    def folder_features(self, flag, files, notes, extractor, keep=None):
         """Features [n, D] and hashes [n] of image files. Says the notes, and what was converted."""
-        options = (self.args.batch, self.rank, self.world, self.args.as_stored)
+        options = (self.args.batch, self.rank, self.world, self.args.as_stored, keep)
         features, hashes, read_notes = folder_features(files, extractor, *options)
         notes.update(read_notes)
         if notes:
@@ -344,7 +427,8 @@ class Evaluation:
         notes = Counter()
         files = list_images("--images", args.images, args.n, notes)
         teacher = load_teacher(args.teacher, self.device) if args.teacher else None
-        if not args.inception and teacher.adapter == "toy":
+        shared = args.inception or args.dino
+        if not shared and teacher is not None and teacher.adapter == "toy":
             raise UserError(
                 f"--teacher {args.teacher}: its samples are points; for images give a teacher of "
                 "images, or --inception FILE"
@@ -358,7 +442,9 @@ class Evaluation:
                 "distances more than methods do"
             )
         start = time.time()
-        features, hashes = self.folder_features("--images", files, notes, extractor)
+        scored = []
+        keep = self.scorer(read_prompts(args.prompts), scored) if self.scores else None
+        features, hashes = self.folder_features("--images", files, notes, extractor, keep)
         found = on_rank0(lambda: metrics.distances(extractor, features))
         name = Path(args.images).resolve().name
         result = dict(
@@ -370,7 +456,27 @@ class Evaluation:
             n=len(files),
             distinct=len(hashes.unique()),
         )
+        result |= self.score_results(scored, result)
         return self.finish(result, extractor, start)
+
+    # ---- scores
+
+    def scorer(self, prompts, scored):
+        """Function (indices, images) that appends their scores to the list `scored`."""
+
+        def keep(indices, images):
+            texts = [prompts[i % len(prompts)] for i in indices.tolist()]
+            scored.append(self.scores(images, texts))
+
+        return keep
+
+    def score_results(self, scored, result):
+        """Entries of a result of n images: the means of the scores of all processes."""
+        if not scored:
+            return {}
+        values = gather_rows(torch.cat(scored), result["n"], self.rank, self.world)
+        protocol = f"{result['protocol']}; {self.scores.protocol()}"
+        return self.scores.means(values) | dict(protocol=protocol)
 
     # ---- models
 
@@ -382,8 +488,18 @@ class Evaluation:
         for row in rows:
             row.teacher.to(self.device)
         on_rank0(lambda: check_outputs(args))
+        for row in rows:
+            require(
+                not self.scores or row.teacher.prompts is not None,
+                "--clip, --pickscore and --hps: expected a text-to-image teacher, found "
+                f"{row.facts['teacher']}",
+            )
         for row in rows:  # reads references, so that mistakes show before the first sample
-            self.extractor(row.teacher)
+            extractor = self.extractor(row.teacher)
+            require(
+                not (args.per_prompt and isinstance(extractor, NoFeatures)),
+                f"--per-prompt: {row.facts['teacher']} brings no features: expected --dino DIR",
+            )
         cache = ResultCache(args.cache or Path(args.out).parent / "measured")
         if args.compare:
             on_rank0(cache.make_folder)
@@ -391,7 +507,7 @@ class Evaluation:
         measured = [row for row in rows if row.measured]
         results, earlier = [], []
         for i, row in enumerate(measured):
-            settings = cache_settings(args, self.dtype, self.extractor(row.teacher))
+            settings = cache_settings(args, self.dtype, self.extractor(row.teacher), self.scores)
             result = None
             if args.compare and not (args.fresh or args.save_images or args.latency):
                 result = on_rank0(lambda: cache.load(row, settings))
@@ -436,7 +552,7 @@ class Evaluation:
         result = join_seeds(values, seeds)
         if args.per_prompt:
             settings = (args.per_prompt, args.seed, args.batch, self.rank, self.world)
-            result["similarity"] = similarity(row.sampler, row.model, extractor, *settings)
+            result |= alikeness(row.sampler, row.model, extractor, *settings)
         if row.facts["method"] == "nct":
             n = min(args.n, 2000)
             result["control"] = on_rank0(lambda: control_error(row.model, n, args.seed, args.batch))
@@ -460,9 +576,12 @@ class Evaluation:
         if images_folder:
             images_folder.mkdir(parents=True, exist_ok=True)
         limit = kept_samples(row.teacher, args.n, world)
-        kept = []
+        kept, scored = [], []
+        score = self.scorer(row.teacher.prompts, scored) if self.scores else None
 
         def keep(index, images):
+            if score:
+                score(index, images)
             if images_folder:
                 save_numbered(images_folder, index, images)
             if args.compare and seed == args.seed:
@@ -490,7 +609,7 @@ class Evaluation:
             )
         if kept:
             row.samples = gather_rows(torch.cat(kept), limit, rank, world)
-        return result
+        return result | self.score_results(scored, result)
 
     def finish(self, result, extractor, start):
         """Adds the circumstances, prints notes, appends the result to --out."""
@@ -504,7 +623,7 @@ class Evaluation:
             revision=git_revision(),
             date=utc_now(),
         )
-        if extractor and result["n"] <= extractor.dims:
+        if extractor and extractor.reference and result["n"] <= extractor.dims:
             self.say(
                 f"note: {result['n']} images for {extractor.dims} features give a singular "
                 "covariance: good for a smoke test only"
@@ -539,6 +658,11 @@ def load_reference(path, extractor):
             f"--ref {path}: expected statistics of {extractor.dims} features "
             f"({extractor.protocol}), found {len(stats['mu'])}"
         )
+    found = stats["protocol"]  # None in EDM's and ADM's files
+    require(
+        found in (None, extractor.protocol),
+        f"--ref {path}: expected statistics of {extractor.protocol}, found those of {found}",
+    )
     return stats
 
 

@@ -24,7 +24,7 @@ class Extractor:
     metric = "fd"  # "fid" only for the public Inception weights
     dims = None
     shape = None  # [C, H, W] of the images that it takes; None: RGB of any size
-    reference = None  # dict with mu [dims] and sigma [dims, dims]
+    reference = None  # dict with mu [dims] and sigma [dims, dims]; None: nothing to compare with
     reference_name = None
     reference_features = None  # [m, dims]; None: only statistics are known
 
@@ -40,6 +40,8 @@ class Extractor:
 
     def describe(self, n, source):
         """The protocol in one line: everything that changes the number."""
+        if self.reference is None:
+            return f"{self.protocol} uint8 n={n} {source} no reference"
         return f"{self.metric} {self.protocol} uint8 n={n} {source} ref={self.reference_name}"
 
     def real_features(self, n):

@@ -23,6 +23,10 @@ METRICS = (
     "density",
     "coverage",
     "similarity",
+    "vendi",
+    "clip_score",
+    "pickscore",
+    "hps",
     "agreement",
     "agreement_kind",
     "energy_distance",
@@ -36,9 +40,12 @@ METRICS = (
 def distances(extractor, features):
     """Distances of samples with these features [n, D] to the extractor's reference.
 
-    dict: fd or fid; if there are reference images also kid, kid_std (100 subsets of 1,000, not
-    multiplied by 1000), precision, recall, density, coverage (k = 3, against n reference images).
+    dict, empty without a reference: fd or fid; if there are reference images also kid, kid_std (100
+    subsets of 1,000, not multiplied by 1000), precision, recall, density, coverage (k = 3, against
+    n reference images).
     """
+    if extractor.reference is None:
+        return {}
     features = features.to(extractor.device)  # CUDA: eigenvalues in seconds instead of a minute
     reference = extractor.reference
     try:

@@ -32,7 +32,7 @@ from data import images as data
 from tools import inception as inception_module
 from tools import rows as rows_module
 from tools.inception import INCEPTION_SHA256, InceptionExtractor, resize_tf1
-from tools.measure import similarity
+from tools.measure import alikeness
 from tools.rows import Row, best_row, load_student, student_row
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -316,7 +316,7 @@ def noise_plus_label(model, z, cond, noise):
 
 def test_similarity_is_the_mean_over_pairs(extractor):
     model = make_dit(2)
-    found = similarity(noise_plus_label, model, extractor, 3, seed=5, batch=7)
+    found = alikeness(noise_plus_label, model, extractor, 3, seed=5, batch=7)["similarity"]
     pairs = []
     for label in range(8):
         features = []
@@ -331,7 +331,9 @@ def test_similarity_is_the_mean_over_pairs(extractor):
 
 def test_similarity_of_equal_images_is_one(extractor):
     sampler = lambda *inputs: 0 * noise_plus_label(*inputs)
-    assert similarity(sampler, make_dit(2), extractor, 3) == pytest.approx(1, abs=1e-6)
+    found = alikeness(sampler, make_dit(2), extractor, 3)
+    assert found["similarity"] == pytest.approx(1, abs=1e-6)
+    assert found["vendi"] == pytest.approx(1, abs=1e-4)
 
 
 def test_similarity_does_not_depend_on_batch_or_processes(home, run, tmp_path):

@@ -54,16 +54,19 @@ class ResultCache:
 
     def store(self, row, result, settings):
         with atomic(self.path(row, settings)) as f:
-            save_file({"samples": row.samples}, f.name, metadata={"result": dumps(result)})
+            samples = row.samples.contiguous()  # as decoders leave them, they may not be
+            save_file({"samples": samples}, f.name, metadata={"result": dumps(result)})
 
 
-def cache_settings(args, dtype, extractor):
+def cache_settings(args, dtype, extractor, scores=None):
     """What changes the numbers of a row, apart from its models."""
     keys = ("n", "seed", "seeds", "inception", "force_inception", "resize", "ref", "ref_images")
     settings = {key: getattr(args, key) for key in (*keys, "per_prompt")}
     if args.ref_images:
         settings["reader"] = READER
     protocol = extractor.describe(args.n, "") if extractor else "toy"
+    if scores:  # earlier results without scores keep their names
+        settings["scores"] = scores.protocol()
     return settings | dict(dtype=str(dtype), protocol=protocol)
 
 

@@ -5,19 +5,23 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from common.distributed import bar_interval, gather_rows, on_all_ranks
 from common.errors import UserError
+from common.features import Extractor
 from common.files import hash_files
 from common.metrics import hash_images
 from common.sampling import generate
 from controls.controlled import Controlled
-from data.image_file import SUFFIXES, read_image
+from data.image_file import SUFFIXES, middle, read_image
 from data.image_folder import existing_folder, image_files
 from training.passes import PassCounter
+from training.report import to_image
 
 # ---- image folders -------------------------------------------------------------------------------
 
@@ -37,10 +41,10 @@ def list_images(flag, folder, n=None, notes=None):
     return files[:n]
 
 
-def folder_features(files, extractor, batch, rank, world, as_stored=False):
+def folder_features(files, extractor, batch, rank, world, as_stored=False, keep=None):
     """Features float32 [n, D], hashes int64 [n] and notes (Counter) of image files, on every rank.
 
-    as_stored, notes: as in data/image_file.py.
+    as_stored, notes: as in data/image_file.py. keep(indices, images) is called per batch.
     """
     if len(files) < world:
         raise UserError(f"{len(files)} images: expected at least one for each of {world} processes")
@@ -55,7 +59,11 @@ def folder_features(files, extractor, batch, rank, world, as_stored=False):
         )
         with bar:
             reading = (extractor.shape, batch, notes, as_stored)
+            indices = torch.arange(rank, len(files), world)
             for images in same_size_batches(files[rank::world], *reading):
+                if keep:
+                    keep(indices[: len(images)], images)
+                indices = indices[len(images) :]
                 features.append(extractor(images)[0])
                 hashes.append(hash_images(images))
                 bar.update(len(images))
@@ -98,14 +106,43 @@ def read_full_image(path, shape, notes=None, as_stored=False):
     return image
 
 
+def to_square(images, side):
+    """The middle square of images, resized (Lanczos). uint8 [n, C, H, W] -> [n, C, side, side].
+
+    Cut first: data/image_file.py's resize of a part also reads the pixels around it.
+    """
+    height, width = images.shape[2:]
+    box = middle(width, height, side, side)
+    squares = [to_image(image).crop(box).resize((side, side), Image.LANCZOS) for image in images]
+    pixels = torch.from_numpy(np.stack([np.array(square) for square in squares]))
+    return pixels.view(len(images), side, side, -1).permute(0, 3, 1, 2)
+
+
+class Squared(Extractor):
+    """An extractor that looks at the middle square of images, resized to `side` pixels."""
+
+    def __init__(self, extractor, side):
+        self.extractor = extractor
+        self.side = side
+        self.metric = extractor.metric
+        self.dims = extractor.dims
+        self.device = extractor.device
+        self.protocol = f"square{side}-lanczos {extractor.protocol}"
+
+    def __call__(self, images):
+        return self.extractor(to_square(images, self.side))
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
-def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, world=1, prompts=8):
-    """Similarity of the images of one label or prompt, averaged over the first `prompts` of them.
+def alikeness(sampler, model, extractor, images, seed=0, batch=250, rank=0, world=1, prompts=8):
+    """How alike the images of one label or prompt are, averaged over the first `prompts` of them.
 
-    Mean cosine of the features of two of `images` samples. 1 means identical images; compare with
-    the teacher's value. Phased DMD (arXiv 2510.27684) does the same with the features of DINOv3.
+    dict of floats, from the features of `images` samples of each. Compare with the teacher's.
+    similarity: mean cosine of two of them. 1: all are alike. Phased DMD (arXiv 2510.27684) does the
+    same with the features of DINOv3.
+    vendi: Vendi score (arXiv 2210.02410), the effective number of different images, 1 to `images`.
     """
     prompts = min(prompts, max(model.classes, 1))
     n = prompts * images
@@ -117,10 +154,24 @@ def similarity(sampler, model, extractor, images, seed=0, batch=250, rank=0, wor
     samples = generate(sampler, model, n, seed, batch, rank, world, classes=prompts)
     parts = [extractor(model.decode(x))[0] for _, _, x in samples]
     features = gather_rows(torch.cat(parts), n, rank, world).double()
-    features = F.normalize(features, dim=1).view(images, prompts, -1)
-    # |sum of features|^2 = images + sum of the cosines of all ordered pairs
-    pairs = features.sum(0).square().sum(1) - images
-    return (pairs / (images * (images - 1))).mean().item()
+    features = features.view(images, prompts, -1).transpose(0, 1)
+    values = [(mean_cosine(part), vendi_score(part)) for part in features]
+    return dict(zip(("similarity", "vendi"), torch.tensor(values).mean(0).tolist()))
+
+
+def mean_cosine(features):
+    """Mean cosine of all pairs of different rows. features: float64 [n, D]."""
+    n = len(features)
+    # |sum of features|^2 = n + sum of the cosines of all ordered pairs
+    pairs = F.normalize(features, dim=1).sum(0).square().sum() - n
+    return (pairs / (n * (n - 1))).item()
+
+
+def vendi_score(features):
+    """exp of the entropy of the eigenvalues of K / n, K the cosines. features: float64 [n, D]."""
+    features = F.normalize(features, dim=1)
+    eigenvalues = torch.linalg.eigvalsh(features @ features.T / len(features)).clamp(min=0)
+    return torch.special.entr(eigenvalues).sum().exp().item()
 
 
 def dummy_inputs(model, n):

@@ -103,11 +103,12 @@ def check_row(row, args):
             "--best-of: the verifier is the classifier of a teacher of images; the toy has none"
         )
     needs_images = (args.save_images, args.inception, args.ref, args.ref_images, args.per_prompt)
+    needs_images += (args.dino,)
     if any(needs_images) or args.n > 20000:
         raise UserError(
             "toy: its samples are points, measured against the exact mixture: --save-images, "
-            "--inception, --ref, --ref-images, --per-prompt need images, and --n goes to 20000 "
-            "(all pairs are compared)"
+            "--inception, --dino, --ref, --ref-images, --per-prompt need images, and --n goes to "
+            "20000 (all pairs are compared)"
         )
 
 
