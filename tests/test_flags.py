@@ -103,7 +103,7 @@ def test_wrong_sizes(text):
         ("--shard --compile", "--shard with --compile"),
         ("--shard --lora 4", "--shard with --lora"),
         ("--lora-alpha 4", "--lora-alpha and --lora-targets need --lora"),
-        ("--lora 0", "--lora: expected a rank of at least 1"),
+        ("--lora -1", "--lora: expected a rank of at least 1"),
         ("--lora 4 --lora-alpha 0", "--lora-alpha: expected a number > 0"),
         ("--resume --overwrite", "--resume keeps the run in --out, --overwrite discards it"),
     ],

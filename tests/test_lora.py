@@ -279,7 +279,7 @@ def test_a_network_without_attention_is_refused():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--lora 0", "--lora: expected a rank of at least 1, found 0"),
+        ("--lora -1", "--lora: expected a rank of at least 1, found -1"),
         ("--lora-fake -1", "--lora-fake: expected a rank"),
         ("--lora-alpha 2", "--lora-alpha and"),
         ("--lora 4 --lora-alpha 0", "--lora-alpha: expected a number > 0"),

@@ -25,6 +25,7 @@ import msd
 import phased_dmd
 import sana_sprint
 import sid
+import swiftbrush
 import twinflow
 from common import lora
 from common.errors import UserError
@@ -54,6 +55,7 @@ CASES = {
     "boot": (boot, 1, {}, ("time",)),
     "sana_sprint": (sana_sprint, 2, dict(rho=0.6, cfg=4.5), ("guidance",)),
     "sana_sprint --nfe 1": (sana_sprint, 1, dict(rho=1.0, cfg=4.5), ("guidance",)),
+    "swiftbrush": (swiftbrush, 1, {}, ()),
 }
 N_ONLY = "n"  # pipe(prompt, num_inference_steps=n)
 IN_CALL = "times in the call"
@@ -72,6 +74,7 @@ EXPECTED = {
     "boot": (N_ONLY, N_ONLY, N_ONLY),
     "sana_sprint": (NO, IN_CALL, NO),
     "sana_sprint --nfe 1": (N_ONLY, N_ONLY, N_ONLY),
+    "swiftbrush": (N_ONLY, N_ONLY, N_ONLY),
 }
 
 

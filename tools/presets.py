@@ -21,6 +21,7 @@ SCRIPTS = (
     "flowmap",
     "boot",
     "nct",
+    "swiftbrush",
 )
 PAGE = ROOT / "docs" / "teachers.md"
 FIRST, LAST = "<!-- presets: python -m tools.presets --write -->\n", "<!-- end of presets -->\n"

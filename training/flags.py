@@ -108,7 +108,12 @@ class Parser(argparse.ArgumentParser):
                 help="image folder: a subfolder per class, or captions [the teacher's]",
             )
         if lora:
-            add("--lora", type=int, metavar="RANK", help="train adapters of this rank")
+            add(
+                "--lora",
+                type=int,
+                metavar="RANK",
+                help="train adapters of this rank; 0: the weights",
+            )
             if critic if lora_fake is None else lora_fake:
                 add("--lora-fake", type=int, metavar="RANK", help="the same for the critic")
             add("--lora-alpha", type=float, help="the update is alpha / rank B A [the rank]")
@@ -206,6 +211,10 @@ class Parser(argparse.ArgumentParser):
             args.sample_every = tenth(args.iters, 10)
         if args.save_every is None:
             args.save_every = tenth(args.iters, 100)
+        if not (args.lora or args.lora_fake):
+            for name in ("lora_alpha", "lora_targets"):  # those of a preset's adapters
+                if name not in given:
+                    setattr(args, name, None)
         check_flags(args)
         args.lora = lora_spec(args, "--lora", args.lora)
         args.lora_fake = lora_spec(args, "--lora-fake", args.lora_fake)
@@ -382,7 +391,7 @@ def is_value_of(action, value):
 
 def lora_spec(args, name, rank):
     """What Model.copy takes to make adapters, as a dict; None without --lora."""
-    if rank is None:
+    if not rank:  # 0: whole weights, where a preset has adapters
         return None
     require(rank >= 1, f"{name}: expected a rank of at least 1, found {rank}")
     alpha = args.lora_alpha or rank

@@ -58,6 +58,7 @@ SECOND_FLAGS = {
     "flowmap": "--euler-steps 32 --cfg-range 0.5 2 --ratio 2 --ema 1000",
     "boot": "--teacher toy-cond --cfg 2 --horizon-warmup 3 --distance-every 4 --ema 1000",
     "nct": "--N 4 --distance huber --eta 1 --xi 0.01 --ema 1000",
+    "swiftbrush": "--teacher toy-cond --cfg 2 --null-share 0.3 --lora-fake 4 --ema 1000",
 }
 SECOND_FLAGS = {script: flags.split() for script, flags in SECOND_FLAGS.items()}
 
@@ -285,6 +286,14 @@ MISTAKES = {
         ("--xi -1", "--xi"),
         ("--lambda0 5 --lambda-max 2", "--lambda0 5.0: expected at most --lambda-max, found 2.0"),
     ],
+    "swiftbrush": [
+        ("--nfe 1", "unrecognized arguments: --nfe"),
+        ("--data {tmp}", "unrecognized arguments: --data"),
+        ("--null-share 1", "--null-share: expected a share from 0 to below 1, found 1.0"),
+        ("--null-share -0.1", "--null-share"),
+        ("--null-share nan", "--null-share"),
+        ("--lora-fake 99", "--lora-fake 99: expected a rank of at most"),
+    ],
 }
 
 # ---- convergence on the toy ----------------------------------------------------------------------
@@ -315,6 +324,7 @@ TOY_ITERS = {
     "flowmap": 2000,  # 0.0014 (seed 0)
     "boot": 1000,  # 0.0021, 0.0019, 0.0018
     "nct": 1000,
+    "swiftbrush": 2000,
 }
 SCRIPTS = list(TOY_ITERS)
 
