@@ -35,11 +35,11 @@ import training.interrupt  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from common.ema import EMA
 from common.errors import launch, require
 from common.schedules import add_noise, expand, initial_noise
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
+from training.ema import EMA
 from training.flags import Parser
 from training.optim import adamw
 from training.plan import describe_steps
@@ -172,8 +172,7 @@ def main():
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
     schedule, shape = teacher.schedule, teacher.shape
-    times = schedule.grid(N)
-    grid = times.to(run.device)
+    grid = schedule.grid(N)
 
     # Networks: student and critic start as the teacher, or as another run's.
     student = teacher.copy(args.lora)
@@ -186,7 +185,7 @@ def main():
     opt_c = adamw(critic, args.lr_fake, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, {})
-    facts = dict(steps=describe_steps(schedule, times[-1:]))
+    facts = dict(steps=describe_steps(schedule, grid[-1:]))
     run.print_summary(None, student=student, critic=critic, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
