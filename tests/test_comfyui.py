@@ -304,9 +304,10 @@ def test_the_table_of_the_page():
 
 
 EXPECTED = {  # kind -> scripts with a workflow, and of these: those with steps in the workflow
-    "sd15": ("dmd2 decoupled_dmd sid boot sana_sprint_1", "sid"),
+    "sd15": ("dmd2 decoupled_dmd sid boot sana_sprint_1 swiftbrush", "sid"),
     "sd3": (
-        "dmd2 decoupled_dmd sid phased_dmd twinflow_steps flowmap boot sana_sprint sana_sprint_1",
+        "dmd2 decoupled_dmd sid phased_dmd twinflow_steps flowmap boot sana_sprint sana_sprint_1 "
+        "swiftbrush",
         "sana_sprint",
     ),
 }

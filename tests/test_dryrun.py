@@ -18,6 +18,7 @@ import msd
 import nct
 import sana_sprint
 import sid
+import swiftbrush
 import twinflow
 from common.errors import RunError, UserError
 from common.files import ROOT
@@ -184,12 +185,14 @@ KINDS = {  # flags that make their samples small
     "sit": [],
 }
 SCRIPTS = "dmd2 sid decoupled_dmd phased_dmd msd sana_sprint twinflow flowmap boot".split()
+SCRIPTS += ["swiftbrush"]
 # By default every script on the toy, and dmd2 on a UNet and a transformer. Slow: dmd2 on all kinds,
 # every other script on one. All pairs take an hour: DISTIL_DRYRUN=full.
 QUICK = {(script, "toy-cond") for script in SCRIPTS} | {("dmd2", "sd3"), ("dmd2", "sd15")}
 SLOW = {("dmd2", kind) for kind in KINDS}
 SLOW |= {("sid", "sd3"), ("decoupled_dmd", "sdxl"), ("phased_dmd", "wan22"), ("msd", "sd15")}
 SLOW |= {("sana_sprint", "sana"), ("twinflow", "qwen"), ("flowmap", "sit"), ("boot", "flux")}
+SLOW |= {("swiftbrush", "sdxl")}
 if os.environ.get("DISTIL_DRYRUN") == "full":
     SLOW = {(script, kind) for script in SCRIPTS for kind in KINDS}
 PAIRS = [
@@ -286,6 +289,7 @@ LOSSES = [
     (nct, "distance"),
     (msd, "dm_loss"),
     (boot, "squared_errors"),
+    (swiftbrush, "vsd_loss"),
 ]
 
 

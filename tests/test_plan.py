@@ -77,7 +77,7 @@ def test_prompts_and_images(scripts, tmp_path):
     assert max(map(len, lines)) <= 100, "\n".join(lines)
 
 
-@pytest.mark.parametrize("script", ["dmd2", "decoupled_dmd", *EXTRA])
+@pytest.mark.parametrize("script", ["dmd2", "decoupled_dmd", "swiftbrush", *EXTRA])
 def test_it_fits_a_terminal(script, scripts, tmp_path):
     p = scripts.run(f"{script}.py", *QUICK, "--iters", 12, "--eval-n", 0, "--out", tmp_path / "x")
     lines = [line for line in start_of(p) if not line.endswith(str(tmp_path / "x"))]

@@ -62,6 +62,7 @@ STUDENT_LOSS = dict(
     sid="sid", sana_sprint="scm", twinflow="loss", flowmap="prediction", boot="loss"
 )
 STUDENT_LOSS |= dict(nct="loss", dmd2="dm", decoupled_dmd="dm", phased_dmd="dm", msd="dm")
+STUDENT_LOSS |= dict(swiftbrush="vsd")
 STAGES = {"phased_dmd": 2}  # of the toy's presets; --smoke has three iterations for each
 
 

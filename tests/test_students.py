@@ -313,7 +313,7 @@ def test_a_students_folder_has_no_critic(first_stage, monkeypatch, tmp_path, cap
     assert equal(part(start["critic"], "fake."), teacher.state_dict())
 
 
-@pytest.mark.parametrize("script", ["sid", "decoupled_dmd", "phased_dmd", "msd"])
+@pytest.mark.parametrize("script", ["sid", "decoupled_dmd", "phased_dmd", "msd", "swiftbrush"])
 def test_start_from_another_methods_run(script, first_stage, monkeypatch, tmp_path):
     flags = required_flags(f"{script}.py")
     flags = [*flags, "--iters", 4, "--start", first_stage, "--out", tmp_path]
@@ -327,7 +327,7 @@ def test_start_from_another_methods_run(script, first_stage, monkeypatch, tmp_pa
     for student in students:
         assert equal(student, first["ema"]["model"])
     if script != "msd":  # its critic starts anew for each student
-        prefix = "" if script == "phased_dmd" else "fake."
+        prefix = "" if script in ("phased_dmd", "swiftbrush") else "fake."
         assert equal(part(start["critic"], prefix), part(first["critic"], "fake."))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import byhand
+from helpers.frame import check_frame
 from helpers.gaussian import Gauss, f64, full, normal
 from helpers.teachers import load
 from helpers.trace import Trace
@@ -449,3 +450,10 @@ def test_a_whole_critic_in_place_of_adapters():
 def test_mistakes(flags, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="--null-share: expected a share"):
         Trace(monkeypatch, swiftbrush, tmp_path / "out", *flags.split())
+
+
+def test_frame(monkeypatch, tmp_path):
+    critic_of = lambda steps: steps.networks()["critic"]
+    check_frame(
+        monkeypatch, swiftbrush, tmp_path / "out", show=["vsd", "critic"], critic_of=critic_of
+    )

@@ -658,6 +658,7 @@ METHODS = dict(
     twinflow=["--image-free", "--guide", "frozen", "--cfg", 3],
     flowmap=[],
     boot=["--cfg", 2],
+    swiftbrush=[],
 )
 
 
