@@ -77,8 +77,8 @@ PUBLISHED = [
     ("twinflow", "qwen-image", dict(lr=1e-5, betas=(0.9, 0.99), batch=32, iters=10_000)),
     ("flowmap", "sit", dict(cfg=1.5, cfg_range=(1, 3), batch=256, iters=1_500_000)),
     ("nct", "sd15", dict(lr=1e-5, betas=(0.9, 0.95), batch=128)),
-    ("swiftbrush", "sd21", dict(cfg=4.5, lr=1e-6, lr_fake=1e-3, lora_alpha=108, clip=1)),
-    ("swiftbrush", "default", dict(cfg=4.5, betas=(0.9, 0.999), iters=65_000, null_share=0.1)),
+    ("swiftbrush", "sd21", dict(cfg=4.5, lr=1e-6, lr_fake=1e-3, lora_fake=64, lora_alpha=108)),
+    ("swiftbrush", "sd21", dict(iters=65_000, clip=1, null_share=0.1, betas=(0.9, 0.999))),
 ]
 
 
