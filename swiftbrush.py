@@ -82,17 +82,13 @@ TOY = dict(  # [O]
 )
 MNIST = dict(  # [O]
     TOY,
-    cfg=1.5,
-    lr=3e-4,
-    lr_fake=1e-3,
-    betas=(0.5, 0.99),
+    lr=1e-4,
     batch=64,
-    iters=1000,
+    iters=1250,
     warmup=20,
     ema=2000,
-    source="[O]",
 )
-EMOJI = dict(MNIST, cfg=3.5, lr=1e-4, lr_fake=3e-4, batch=32, source="nobody's: mnist's")
+EMOJI = dict(MNIST, cfg=3.5, batch=32, source="nobody's: mnist's")
 WHOLE = dict(SD21, lora_fake=None, lora_alpha=None, lora_targets=None, lr_fake=1e-5)  # the critic
 PRESETS = {
     "default": dict(SD21, source="nobody's: sd21's"),
