@@ -38,6 +38,9 @@ Metrics of images:
     clip_score, pickscore, hps
                (--clip, --pickscore, --hps) of an image and its prompt, means; tools/scores.py
     control    (nct.py) how well images follow conditions of other samples (controls/measure.py)
+Metrics of videos, beside those of their frames:
+    motion, flicker      mean change of a pixel from frame to frame; what of it returns at once
+    frame_similarity     mean cosine of the features of consecutive frames (--dino, --inception)
 Metrics of points (toy teachers), against the exact mixture:
     energy_distance, sliced_wasserstein
     mode_min, mode_max   smallest and largest share of a mode
@@ -81,9 +84,10 @@ from tools.measure import (
     latency,
     list_images,
 )
-from tools.pictures import save_numbered
+from tools.pictures import sample_rows, save_numbered
 from tools.rows import make_rows
 from tools.scores import KEYS, DinoExtractor, NoFeatures, Scores
+from tools.video import FrameExtractor, frames_of, temporal_metrics
 from training.flags import Help, add_teacher_lora, flag_name, parse_size
 from training.folder import utc_now
 from training.report import dumps, hardware, save_grid
@@ -176,7 +180,8 @@ def parse_args(argv=None):
         "--n",
         "--samples",
         type=int,
-        help="samples [5000; with --images: all files]. torchrun has a flag --n: use --samples",
+        help="samples [5000; videos: 64; with --images: all files]. torchrun has a flag --n: use "
+        "--samples",
     )
     add(
         "--per-prompt",
@@ -198,7 +203,7 @@ def parse_args(argv=None):
 
     # devices
     add = p.add_argument_group("device").add_argument
-    add("--batch", type=int, default=250, help="samples per pass and process")
+    add("--batch", type=int, help="samples per pass and process [250; videos: 1]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",
@@ -210,8 +215,15 @@ def parse_args(argv=None):
     # output
     add = p.add_argument_group("output").add_argument
     add("--out", help="file to which results are appended [out/eval.jsonl]")
-    add("--save-images", help="new folder for the samples as PNG: 000000.png, ...")
-    add("--grid", help="PNG of 20 samples per row [--compare: compare.png in the folder of --out]")
+    add(
+        "--save-images",
+        help="new folder for the samples as PNG: 000000.png, ...; videos as animated WebP",
+    )
+    add(
+        "--grid",
+        help="PNG of 20 samples per row [--compare: compare.png in the folder of --out]; of videos "
+        "4, animated as .webp [compare.webp] or .gif",
+    )
     compare.add_flags(p.add_argument_group("--compare"))
 
     args = p.parse_args(argv)
@@ -221,6 +233,7 @@ def parse_args(argv=None):
     args.teacher_nfe = parse_list("--teacher-nfe", args.teacher_nfe, int, 1, 1000)
     check_args(args)
     args.left_out = []
+    args.grid_given = args.grid is not None
     if args.compare:
         if args.it is None:
             args.runs, args.left_out = compare.split_unfinished(args.runs)
@@ -365,13 +378,14 @@ class Evaluation:
         shared = self.args.inception or self.args.dino
         if not shared and teacher is not None and teacher.adapter == "toy":
             return None
-        key = shared or teacher
+        key = (shared or teacher, teacher is not None and teacher.video)
         if key not in self.extractors:
             self.extractors[key] = self.make_extractor(teacher)
         return self.extractors[key]
 
     def make_extractor(self, teacher):
         args = self.args
+        is_video = teacher is not None and teacher.video
         if args.inception:
             resize = args.resize or "tf1"
             extractor = InceptionExtractor(
@@ -379,12 +393,14 @@ class Evaluation:
             )
         elif args.dino:
             extractor = DinoExtractor(args.dino, self.device)
-        elif self.scores and not (teacher and teacher.evaluation):
+        elif (self.scores or is_video) and not (teacher and teacher.evaluation):
             extractor = NoFeatures(self.device)
         else:
             extractor = ClassifierExtractor(teacher)
         if args.square and (args.inception or args.dino):
             extractor = Squared(extractor, args.square)
+        if is_video:
+            extractor = FrameExtractor(extractor)
         if args.as_stored:
             extractor.protocol += "-as-stored"
         if args.ref:
@@ -424,6 +440,7 @@ class Evaluation:
     def measure_folder(self):
         """--images -> its result."""
         args = self.args
+        args.batch = args.batch or 250
         notes = Counter()
         files = list_images("--images", args.images, args.n, notes)
         teacher = load_teacher(args.teacher, self.device) if args.teacher else None
@@ -466,7 +483,13 @@ class Evaluation:
 
         def keep(indices, images):
             texts = [prompts[i % len(prompts)] for i in indices.tolist()]
-            scored.append(self.scores(images, texts))
+            if images.ndim == 4:
+                scored.append(self.scores(images, texts))
+                return
+            frames = images.shape[2]
+            texts = [text for text in texts for _ in range(frames)]
+            values = self.scores(frames_of(images), texts)
+            scored.append(values.unflatten(0, (-1, frames)).mean(1))
 
         return keep
 
@@ -483,8 +506,12 @@ class Evaluation:
     def measure_rows(self):
         """Students and teachers -> results; with --compare or --grid the picture too."""
         args = self.args
-        args.n = args.n or 5000
         rows = make_rows(args, self.dtype)
+        is_video = any(row.teacher.video for row in rows)
+        args.n = args.n or (64 if is_video else 5000)
+        args.batch = args.batch or (1 if is_video else 250)
+        if is_video and args.compare and not args.grid_given:
+            args.grid = str(Path(args.grid).with_suffix(".webp"))
         for row in rows:
             row.teacher.to(self.device)
         on_rank0(lambda: check_outputs(args))
@@ -497,7 +524,7 @@ class Evaluation:
         for row in rows:  # reads references, so that mistakes show before the first sample
             extractor = self.extractor(row.teacher)
             require(
-                not (args.per_prompt and isinstance(extractor, NoFeatures)),
+                not args.per_prompt or extractor is None or extractor.dims,
                 f"--per-prompt: {row.facts['teacher']} brings no features: expected --dino DIR",
             )
         cache = ResultCache(args.cache or Path(args.out).parent / "measured")
@@ -576,12 +603,14 @@ class Evaluation:
         if images_folder:
             images_folder.mkdir(parents=True, exist_ok=True)
         limit = kept_samples(row.teacher, args.n, world)
-        kept, scored = [], []
+        kept, scored, temporal = [], [], []
         score = self.scorer(row.teacher.prompts, scored) if self.scores else None
 
         def keep(index, images):
             if score:
                 score(index, images)
+            if row.teacher.video:
+                temporal.append(temporal_metrics(images))
             if images_folder:
                 save_numbered(images_folder, index, images)
             if args.compare and seed == args.seed:
@@ -609,6 +638,9 @@ class Evaluation:
             )
         if kept:
             row.samples = gather_rows(torch.cat(kept), limit, rank, world)
+        for name in temporal[0] if temporal else ():
+            values = torch.cat([part[name] for part in temporal]).cpu()
+            result[name] = gather_rows(values, args.n, rank, world).mean().item()
         return result | self.score_results(scored, result)
 
     def finish(self, result, extractor, start):
@@ -639,12 +671,16 @@ class Evaluation:
         pictures = []
         for row in rows:
             model = row.model.to(self.device)
-            n, batch = 20, args.batch
+            n, batch = (4 if row.teacher.video else 20), args.batch
             if row.teacher.adapter == "toy":
                 n, batch = 4000, max(args.batch, 1000)
             samples = [x for _, _, x in generate(row.sampler, model, n, args.seed, batch)]
-            pictures.append((row.caption, model.to_pictures(torch.cat(samples))))
-        save_grid(args.grid, pictures)
+            show = model.decode if row.teacher.video else model.to_pictures
+            pictures.append((row.caption, show(torch.cat(samples)).cpu()))
+        if any(row.teacher.video for row in rows):
+            sample_rows(args.grid, pictures)
+        else:
+            save_grid(args.grid, pictures)
         self.say(f"picture: {args.grid}")
 
 

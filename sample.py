@@ -41,6 +41,7 @@ from data.image_file import read_image
 from tools.export import export_temporary
 from tools.pictures import captioned
 from tools.rows import load_student, prompt_kwargs, student_row, teacher_row
+from tools.video import save_animation
 from training.flags import Help, add_teacher_lora, parse_size
 from training.report import to_image
 
@@ -69,8 +70,13 @@ def parse_args(argv=None):
     add("--n", type=int, default=1, help="images of each prompt or label")
     add("--seed", type=int, default=0, help="of the first of them")
     add = p.add_argument_group("output").add_argument
-    add("--out", metavar="FILE", help="PNG of all images with captions [sample.png]")
-    add("--dir", help="folder for one PNG an image, PROMPT-seedS.png")
+    add(
+        "--out",
+        metavar="FILE",
+        help="PNG of all images with captions [sample.png]; of videos animated as .webp "
+        "[sample.webp] or .gif, the middle frames as .png",
+    )
+    add("--dir", help="folder for one PNG an image, PROMPT-seedS.png; of videos animated .webp")
     add = p.add_argument_group("device").add_argument
     add("--batch", type=int, default=8, help="images per pass")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -100,6 +106,7 @@ class Sampler:
         self.name = row.caption
         self.options = options
         self.is_toy = self.teacher.adapter == "toy"
+        self.is_video = self.teacher.video
         self.rows = {}  # prompt -> its row in the teacher's embeddings
         if self.teacher.prompts is not None:
             self.rows = {prompt: i for i, prompt in enumerate(self.teacher.prompts)}
@@ -108,7 +115,7 @@ class Sampler:
     def __call__(self, what=None, n=1, seed=0, batch=8):
         """what: list of prompts, or of labels (numbers or names; None: the first 10) -> list of PIL
         images, n for each in order, of the seeds seed, ..., seed + n - 1. A toy's points are one
-        image."""
+        image; each video is the list of its frames."""
         found = self.find(what)
         if self.is_toy:
             n, batch = max(POINTS // len(found), 1), POINTS
@@ -121,7 +128,11 @@ class Sampler:
             noise = functools.partial(noise, *self.model.shape)
             cond = self.teacher.encode(torch.tensor(rows[i : i + batch]))
             x = self.sampler(self.model, noise(), cond, noise)
-            parts.append(x if self.is_toy else self.model.to_pictures(x).cpu())
+            show = self.model.decode if self.is_video else self.model.to_pictures
+            parts.append(x if self.is_toy else show(x).cpu())
+        if self.is_video:
+            videos = torch.cat(parts).transpose(1, 2)
+            return [[to_image(frame) for frame in video] for video in videos]
         if self.is_toy:
             parts = [self.model.to_pictures(torch.cat(parts))]
         return [to_image(picture) for picture in torch.cat(parts)]
@@ -248,7 +259,7 @@ def with_control(student, file):
     return sampler
 
 
-def file_names(captions, seeds):
+def file_names(captions, seeds, suffix=".png"):
     """A name for each image: its caption in plain letters, and its seed; all different."""
     names = []
     for caption, seed in zip(captions, seeds):
@@ -256,7 +267,7 @@ def file_names(captions, seeds):
         name = f"{slug}-seed{seed}"
         same = sum(other == name or other.startswith(f"{name}_") for other in names)
         names.append(f"{name}_{same + 1}" if same else name)
-    return [f"{name}.png" for name in names]
+    return [f"{name}{suffix}" for name in names]
 
 
 def main(argv=None):
@@ -275,11 +286,15 @@ def main(argv=None):
         captions, seeds = [sampler.name], [args.seed]
     if args.dir:
         Path(args.dir).mkdir(parents=True, exist_ok=True)
-        for name, image in zip(file_names(captions, seeds), images):
-            image.save(Path(args.dir) / name)
-        print(f"{len(images)} images: {args.dir}")
+        names = file_names(captions, seeds, ".webp" if sampler.is_video else ".png")
+        for name, image in zip(names, images):
+            if sampler.is_video:
+                save_animation(Path(args.dir) / name, image)
+            else:
+                image.save(Path(args.dir) / name)
+        print(f"{len(images)} {'videos' if sampler.is_video else 'images'}: {args.dir}")
     if args.out or not args.dir:
-        out = args.out or "sample.png"
+        out = args.out or ("sample.webp" if sampler.is_video else "sample.png")
         notes = [f"seed {seed}" for seed in seeds]
         captioned(out, images, captions, notes, columns=args.n if args.n > 1 else 5)
         print(f"{sampler.name}: {out}")

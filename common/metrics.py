@@ -4,6 +4,7 @@ import hashlib
 import time
 
 import torch
+import torch.nn.functional as F
 
 from common import fid
 from common.distributed import gather_rows, on_rank0
@@ -27,6 +28,9 @@ METRICS = (
     "clip_score",
     "pickscore",
     "hps",
+    "motion",
+    "flicker",
+    "frame_similarity",
     "agreement",
     "agreement_kind",
     "energy_distance",
@@ -40,12 +44,20 @@ METRICS = (
 def distances(extractor, features):
     """Distances of samples with these features [n, D] to the extractor's reference.
 
+    Features of videos are [n, F, D]: the frames are compared, and frame_similarity is added, the
+    mean cosine of consecutive ones.
     dict, empty without a reference: fd or fid; if there are reference images also kid, kid_std (100
     subsets of 1,000, not multiplied by 1000), precision, recall, density, coverage (k = 3, against
     n reference images).
     """
+    result = {}
+    if features.ndim == 3:
+        if features.shape[1] > 1 and features.shape[2]:
+            cosine = F.cosine_similarity(features[:, 1:], features[:, :-1], dim=2)
+            result["frame_similarity"] = cosine.double().mean().item()
+        features = features.flatten(0, 1)
     if extractor.reference is None:
-        return {}
+        return result
     features = features.to(extractor.device)  # CUDA: eigenvalues in seconds instead of a minute
     reference = extractor.reference
     try:
@@ -53,7 +65,7 @@ def distances(extractor, features):
         for part in features.split(5000):
             stats.update(part)
         distance = fid.frechet(*stats.mean_cov(), reference["mu"], reference["sigma"])
-        result = {extractor.metric: distance}
+        result[extractor.metric] = distance
         real = extractor.real_features(len(features))
         if real is not None:
             real = real.to(features.device)

@@ -12,7 +12,7 @@ from tools.pictures import (
     SIDE,
     by_angle,
     captioned,
-    image_rows,
+    sample_rows,
     save_numbered,
     scatter,
     wrapped,
@@ -36,7 +36,7 @@ def assert_clean_margin(path, width=4):
 def test_captions_of_images_are_not_cut(tmp_path):
     grey = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     colour = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    image_rows(tmp_path / "rows.png", [(f"{LONG}\nsecond line", grey), ("b", colour)])
+    sample_rows(tmp_path / "rows.png", [(f"{LONG}\nsecond line", grey), ("b", colour)])
     assert_clean_margin(tmp_path / "rows.png")
 
 
@@ -51,7 +51,7 @@ def test_image_rows_show_the_images(tmp_path):
     """Two of 8 x 8 pixels, enlarged seven times, with a gap of 2 pixels."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     images[1, 0] = 200
-    image_rows(tmp_path / "a.png", [("x", images)])
+    sample_rows(tmp_path / "a.png", [("x", images)])
     row = read(tmp_path / "a.png")[MARGIN : MARGIN + 56]
     right = -MARGIN
     assert (row[:, right - 56 : right] == [200, 0, 0]).all()

@@ -21,7 +21,7 @@ from common.errors import UserError, did_you_mean, require
 from common.files import git_revision, write_json
 from common.metrics import METRICS
 from common.rng import PerImageNoise
-from tools.pictures import by_angle, image_rows, scatter
+from tools.pictures import by_angle, sample_rows, scatter
 from tools.plot_log import plot, read_log
 from tools.rows import steps_text
 from training.report import dumps
@@ -295,7 +295,10 @@ def draw(path, table, sources, seed):
         rings = [(x, y, 2 * teacher.mixture.std) for x, y in teacher.mixture.means.tolist()]
         scatter(path, list(zip(captions, points)), by_angle(noise), rings)
     else:
-        image_rows(path, [(text, source.samples[:20]) for text, source in zip(captions, sources)])
+        count = 4 if teacher.video else 20
+        sample_rows(
+            path, [(text, source.samples[:count]) for text, source in zip(captions, sources)]
+        )
 
 
 def draw_curves(folder, row):

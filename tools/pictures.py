@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import atomic
+from tools.video import is_animated, key_frames, save_animation, save_video
 from training.report import to_image
 
 MARGIN = 12
@@ -16,12 +17,25 @@ FINE = 3  # scatter plots are drawn this much larger and shrunk, which smooths t
 GREY = (215, 215, 215)
 
 
-def image_rows(path, rows):
-    """PNG of rows of images with their captions on the left.
+def sample_rows(path, rows):
+    """Rows of images or videos with their captions on the left.
 
-    rows: list of (caption of one or two lines, images uint8 [n, C, H, W]), C 1 or 3. Small images
-    are enlarged by whole pixels.
+    rows: list of (caption of one or two lines, images uint8 [n, C, H, W] or videos uint8
+    [n, C, F, H, W]), C 1 or 3. Small images are enlarged by whole pixels. Videos: animated where
+    the suffix of the path says so, else the first, the middle and the last frame.
     """
+    if rows[0][1].ndim == 4:
+        save(path, draw_rows(rows))
+    elif is_animated(path):
+        count = rows[0][1].shape[2]
+        frames = ([(text, videos[:, :, i]) for text, videos in rows] for i in range(count))
+        save_animation(path, [draw_rows(row) for row in frames])
+    else:
+        save(path, draw_rows([(text, key_frames(videos)) for text, videos in rows]))
+
+
+def draw_rows(rows):
+    """Sheet of rows of images, as `sample_rows` has them."""
     font = ImageFont.load_default(14)
     height, width = rows[0][1].shape[-2:]
     scale = max(1, 56 // width)
@@ -42,14 +56,27 @@ def image_rows(path, rows):
         for column, image in enumerate(images):
             tile = to_image(image).resize((width, height), Image.NEAREST)
             sheet.paste(tile, (left + column * (width + GAP), middle - height // 2))
-    save(path, sheet)
+    return sheet
 
 
 def captioned(path, images, captions, notes, columns=5):
     """PNG of images, each with its caption and a note of one line below, in rows of up to 8.
 
-    images: list of PIL images of one size; small ones are enlarged by whole pixels.
+    images: list of PIL images of one size; small ones are enlarged by whole pixels. Or of lists of
+    the frames of a video: animated where the suffix of the path says so, else the middle frames.
     """
+    if not isinstance(images[0], list):
+        save(path, draw_captioned(images, captions, notes, columns))
+    elif is_animated(path):
+        sheets = [draw_captioned(frames, captions, notes, columns) for frames in zip(*images)]
+        save_animation(path, sheets)
+    else:
+        middle = [frames[len(frames) // 2] for frames in images]
+        save(path, draw_captioned(middle, captions, notes, columns))
+
+
+def draw_captioned(images, captions, notes, columns):
+    """Sheet of images, as `captioned` has them."""
     columns = min(columns, len(images), 8)
     width, height = images[0].size
     scale = max(1, 128 // width)
@@ -66,7 +93,7 @@ def captioned(path, images, captions, notes, columns=5):
         top = MARGIN + i // columns * (height + text_height)
         sheet.paste(image.resize((width, height), Image.NEAREST), (left, top))
         pen.text((left, top + height + GAP), text, fill="black", font=font)
-    save(path, sheet)
+    return sheet
 
 
 def wrapped(text, font, width):
@@ -128,9 +155,12 @@ def draw_points(points, colours, rings, extent):
 
 
 def save_numbered(folder, numbers, images):
-    """PNG files 000000.png, ... of images uint8 [n, C, H, W], C 1 or 3."""
+    """PNG files 000000.png, ... of images uint8 [n, C, H, W], C 1 or 3; WebP files of videos."""
     for number, image in zip(numbers.tolist(), images):
-        to_image(image).save(folder / f"{number:06d}.png")
+        if image.ndim == 4:
+            save_video(folder / f"{number:06d}.webp", image)
+        else:
+            to_image(image).save(folder / f"{number:06d}.png")
 
 
 def by_angle(points):
