@@ -30,6 +30,15 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
         assert float(peak) < 0.95 * float(gpu), command
 
 
+def test_the_table_of_teachers_has_the_peaks_of_the_results():
+    results = json.loads(dry_runs.RESULTS.read_text())
+    text = README.read_text()
+    assert dry_runs.with_peaks(text, results) == text
+    row = re.search(r"\n\| `sdxl` \|.*", text)[0].split("|")
+    peaks = [results[c]["peak"] for c in results if c.startswith("dmd2.py --teacher sdxl --grad")]
+    assert f" {dry_runs.gigabytes(min(peaks))} GB " in row
+
+
 def test_a_row_of_the_table():
     row = dict(
         peak=3 * 2**29,
@@ -42,8 +51,9 @@ def test_a_row_of_the_table():
     command = "dmd2.py --teacher sd15 --grad-checkpoint --batch 8 --dry-run"
     *_, line = dry_runs.table({command: row}).splitlines()
     assert line == "| dmd2 | sd15 | whole | 8 | 1.5 | 1.0 | 12.35 |  | 60 s | 0.5 |"
-    sharded = [c for c, row in dry_runs.commands().items() if row[2].startswith("`--shard`")]
-    assert all("--batch 8 " in c and "--processes 8" in c for c in sharded)  # one a process
+    for command, (_, _, networks, batch) in dry_runs.commands().items():
+        if networks.startswith("`--shard`"):  # the command's batch is that of all processes
+            assert f"--processes 8 --grad-checkpoint --batch {8 * batch} " in command
 
 
 def test_a_command_is_run_and_its_own_memory_counted():

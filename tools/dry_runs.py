@@ -2,7 +2,7 @@
 
     python -m tools.dry_runs                  # the rows that docs/dry_runs.json does not have yet
     python -m tools.dry_runs --match sdxl     # these rows, again
-    python -m tools.dry_runs --table          # writes the table of docs/scale.md, runs nothing
+    python -m tools.dry_runs --table          # writes the tables of docs/scale.md and README.md
 
 Each row is a command, which runs in a process of its own, one after the other, and is kept as soon
 as it ends. Nothing is downloaded and no GPU is used.
@@ -11,6 +11,7 @@ as it ends. Nothing is downloaded and no GPU is used.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from common.files import ROOT, atomic, git_revision, read_json, write_json
 
 RESULTS = ROOT / "docs" / "dry_runs.json"
 PAGE = ROOT / "docs" / "scale.md"
+README = ROOT / "README.md"
+TEACHERS = "| `--teacher` | what | parameters |"  # how its table of teachers begins
 FIRST, LAST = "<!-- dry runs: python -m tools.dry_runs --table -->\n", "<!-- end of dry runs -->\n"
 
 LORA = "--lora 64 --lora-fake 64"
@@ -122,6 +125,30 @@ def write_table(results):
         f.write(f"{before}{FIRST}\n{table(results)}\n{LAST}{after}".encode())
 
 
+def with_peaks(text, results):
+    """README's text, the last three cells of each row of its table of teachers filled in."""
+    before, head, rest = text.partition(TEACHERS)
+    rows, end, after = rest.partition("\n\n")
+    filled = []
+    for row in rows.splitlines():
+        name = re.match(r"\| `([\w.-]+)`", row)
+        if name:
+            cells = [cell.strip() for cell in row.split("|")[1:4]]
+            cells += [peak_of(results, name[1], flags) for flags in ("", LORA, SHARD)]
+            row = f"| {' | '.join(cells)} |"
+        filled.append(row)
+    return before + head + "\n".join(filled) + end + after
+
+
+def peak_of(results, teacher, flags):
+    """Of dmd2 with one sample a process; empty if it has not run."""
+    wanted = "dmd2", teacher, NETWORKS[flags], 1
+    for command, row in commands().items():
+        if row == wanted and command in results:
+            return f"{gigabytes(results[command]['peak'])} GB"
+    return ""
+
+
 def main():
     p = argparse.ArgumentParser(prog="python -m tools.dry_runs", description=__doc__)
     p.add_argument("--match", metavar="TEXT", help="rows whose command contains this")
@@ -142,6 +169,9 @@ def main():
         print(f"  {gigabytes(found['peak'])} GB, {found['host_seconds']} s", flush=True)
     if options.results == RESULTS:
         write_table(kept)
+        filled = with_peaks(README.read_text(), kept)
+        with atomic(README) as f:
+            f.write(filled.encode())
 
 
 if __name__ == "__main__":

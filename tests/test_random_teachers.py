@@ -1,8 +1,8 @@
-"""tools/memory_table.py and tools/random_teachers.py: counts of the full-size networks."""
+"""tools/random_teachers.py: counts of the full-size networks."""
 
 import pytest
 
-from tools import memory_table, random_teachers
+from tools import random_teachers
 
 PARAMETERS = dict(
     sd15=859_520_964,
@@ -23,12 +23,3 @@ def test_counts_of_the_full_size_networks(name):
 
 def test_every_network_of_the_table_is_counted():
     assert set(random_teachers.TABLE) == set(PARAMETERS)
-
-
-def test_a_row_of_the_memory_table():
-    """2 + 32 + 4 bytes for each parameter of whole networks, an eighth of that in 8 processes."""
-    n, whole, with_adapters, sharded = memory_table.estimate("sdxl")
-    assert n == PARAMETERS["sdxl"]
-    assert whole == 38 * n
-    assert sharded == whole / 8
-    assert 2 * n < with_adapters < 0.15 * whole
