@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import scorers
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -253,6 +254,18 @@ def test_folders_on_two_processes(home, run, tmp_path):
     flags = ["--images", home / "A", "--ref-images", home / "B", "--teacher", home / "teacher"]
     two = last_line(two_processes(False, tmp_path / "two", *flags))
     same(two, run(*flags), 1e-6)
+
+
+def test_scores_on_two_processes(home, run, tmp_path):
+    """61 images and 3 prompts: the processes have other images and other numbers of them."""
+    (tmp_path / "clip").mkdir()
+    scorers.clip_model(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    flags = ["--images", home / "B", "--n", 61, "--prompts", tmp_path / "prompts.txt"]
+    flags += ["--clip", tmp_path / "clip", "--batch", 7]
+    two = last_line(two_processes(False, tmp_path / "two", *flags))
+    same(two, run(*flags), 1e-6)
+    assert "clip_score" in two
 
 
 def test_pictures_on_two_processes(home, run, tmp_path):
