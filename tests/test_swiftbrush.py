@@ -274,6 +274,14 @@ def test_eq01_the_last_level_of_other_schedules(schedule):
     assert torch.allclose(x, sigma * z)
 
 
+def test_eq01_samples_have_no_graph():
+    """Also of a network that is in training."""
+    net = Gauss(0.3, 0.5, VP1000)
+    x, alpha, sigma = swiftbrush.first_input(VP1000, normal(4, 3))
+    assert net(x, alpha, sigma, {}).requires_grad
+    assert not swiftbrush.sample(net, normal(4, 3), {}, 1, None).requires_grad
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 
