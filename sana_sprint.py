@@ -217,6 +217,9 @@ PRESETS = {
     "sana": SANA,
     "sana-0.6b": SANA,
     "flux": dict(OTHER, cfg=1.0, cfg_train=None),  # its network has an input for guidance already
+    "flux2": dict(OTHER, cfg=1.0, cfg_train=None),
+    "flux2-klein": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
+    "lumina2": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
     "qwen-image": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
     "z-image": dict(OTHER, cfg=6.0, cfg_train=[5.5, 6.0, 6.5]),
     "wan2.1": WAN,

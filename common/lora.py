@@ -21,7 +21,8 @@ FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for a LoRA
 
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FEED_FORWARD = ["net.0.proj", "net.2"]
-LAYERS = ATTENTION + FEED_FORWARD  # that get adapters, by the ends of their names
+FLUX2 = ["linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out"]  # both, also in one layer
+LAYERS = ATTENTION + FEED_FORWARD + FLUX2  # that get adapters, by the ends of their names
 
 
 def copy_network(net, shared):

@@ -4,8 +4,9 @@ They are on the device without memory (dryrun/ghost.py). Nothing is downloaded b
 are not in HUB, configurations.
 
 networks.json has the public configurations of HUB: sd15, sdxl, sana and sd3 as published, with the
-published numbers of parameters; FLUX.1, Qwen-Image, Z-Image and Wan are the defaults of diffusers'
-classes, changed where the published network differs.
+published numbers of parameters; FLUX, Lumina 2, Qwen-Image, Z-Image and Wan are the defaults of
+diffusers' classes, changed where the published network differs. Sizes of FLUX.2-klein are those of
+other programs that read its files; the numbers of parameters that they give are the published ones.
 """
 
 import json

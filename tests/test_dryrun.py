@@ -177,6 +177,9 @@ KINDS = {  # flags that make their samples small
     "sd3": [],
     "sana": [],
     "flux": ["--size", 32],
+    "flux2": ["--size", 32],
+    "klein": ["--size", 32],
+    "lumina": [],
     "qwen": ["--size", 32],
     "zimage": ["--size", 32],
     "wan": ["--size", 16, "--frames", 5],
@@ -207,6 +210,8 @@ MODELS = "diffusers/models/transformers"
 IN_DIFFUSERS = [
     # the length of the prompts, for a result that its network does not use
     (f"{MODELS}/transformer_qwenimage.py", "torch.as_tensor(text_seq_len, device=", "every"),
+    # the lengths of the prompts come to the host, for the places of text and image
+    (f"{MODELS}/transformer_lumina2.py", "attention_mask.sum(dim=1).tolist()", "every"),
     # tables of positions come to the device
     (f"{MODELS}/transformer_z_image.py", "self.freqs_cis = [freqs_cis.to(device)", "first"),
 ]
@@ -440,6 +445,10 @@ PARAMETERS = {  # published, to the digits in which they are
     "sana-0.6b": 0.59e9,
     "sd3.5": 2.24e9,
     "flux": 11.9e9,
+    "flux2": 32.2e9,
+    "flux2-klein": 3.88e9,
+    "flux2-klein-9b": 9.08e9,
+    "lumina2": 2.61e9,
     "qwen-image": 20.4e9,
     "z-image": 6.15e9,
     "wan2.1": 1.42e9,

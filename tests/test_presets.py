@@ -37,6 +37,9 @@ FOLDERS = {
     "sana": ("sana", {"transformer/config.json": dict(num_attention_heads=70)}),
     "sana-0.6b": ("sana", {"transformer/config.json": dict(num_attention_heads=36)}),
     "flux": ("flux", {}),
+    "flux2": ("flux2", {}),
+    "flux2-klein": ("klein", {}),
+    "lumina2": ("lumina", {}),
     "qwen-image": ("qwen", {}),
     "z-image": ("zimage", {}),
     "wan2.1": ("wan", {"transformer/config.json": dict(num_attention_heads=12)}),
@@ -181,7 +184,7 @@ def test_every_spelling_of_a_kind_gives_the_same_flags(kind, folder_of, offline)
         assert first["preset_source"] == preset["source"]
         for name in names[1:]:
             assert flags_of(script, name) == first, (script, name)
-        if kind in TEXT and kind != "flux" and script != "nct":  # nct guides nothing
+        if kind in TEXT and kind not in ("flux", "flux2") and script != "nct":  # nct guides nothing
             assert first["cfg"] > 1.2, script
 
 

@@ -37,6 +37,7 @@ from common.teachers.pipeline import Pipeline
 from common.teachers.unet import SD15, SDXL
 
 NAMES = OLDER + NEWER
+NOT_GUIDED = ["flux2"]  # by their pipelines
 # one of the two experts of Wan 2.2 is like Wan 2.1
 ONE_NETWORK = [name for name in NAMES if name != "wan22"]
 
@@ -81,11 +82,14 @@ def test_our_sampler_is_the_pipeline(name, steps, folders):
     z = noise(steps, 2, *model.shape)
     prompts, cond = [PROMPTS[2], PROMPTS[0]], model.encode(torch.tensor([2, 0]))
     samples = {}
+    guidance = 1.0 if name in NOT_GUIDED else 3.0
     for w in (3.0, 1.0):
-        theirs = run_pipeline(model, pipe, prompts, z, steps, w)
         samples[w], _ = sample_as_pipeline(model, pipe.scheduler, z, cond, steps, w)
+        if w > 1 and name in NOT_GUIDED:
+            continue
+        theirs = run_pipeline(model, pipe, prompts, z, steps, w)
         assert relative(samples[w], theirs) < 1e-5, w
-        if w == 3.0 and (name in OLDER or steps == 5):
+        if w == guidance and (name in OLDER or steps == 5):
             check_other_views(model, theirs, pipe.scheduler, z, cond, steps, w)
     assert relative(samples[3.0], samples[1.0]) > 0.01  # guidance does something
 
@@ -154,6 +158,8 @@ def test_encoding_is_the_inverse_of_what_the_decoder_reads(name, folders):
             y = model.vae.encode(y[:, :, None]).latent_dist.mode()[:, :, 0]
         else:
             y = model.vae.encode(y).latent_dist.mode()
+        if name in ("flux2", "klein"):  # its statistics are of 2 x 2 latents
+            y = torch.nn.functional.pixel_unshuffle(y, 2)
     latents = model.encode_images(images)
     shift, scale = model.latent_stats()
     assert torch.allclose(latents / scale + shift, y, atol=1e-5)

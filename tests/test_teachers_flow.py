@@ -10,7 +10,6 @@ import torch
 from helpers.cards import same_as_card
 from helpers.runs import close, one_line, run_processes
 from helpers.teachers import (
-    NEWER,
     OLDER,
     PROMPTS,
     SIZE,
@@ -43,7 +42,7 @@ from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
 from tools.rows import make_rows, prompt_kwargs
 
-ONE_NETWORK = ["flux", "qwen", "zimage", "wan"]
+ONE_NETWORK = ["flux", "klein", "lumina", "qwen", "zimage", "wan"]
 
 
 def saved_model(folder):
@@ -68,16 +67,18 @@ def test_a_token_is_a_square_of_latents():
     assert token.tolist() == x[1, :, 2:4, 2:4].flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])
+@pytest.mark.parametrize("name", ["flux", "klein", "lumina", "qwen", "zimage"])
 def test_time_shift_is_the_schedulers(name, folders):
-    """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it."""
+    """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it.
+    FLUX.2's shift depends on n: ours is that of 50."""
     model = load(folders, name)
     pipe = plain_pipeline(model, folders(name))
     config = pipe.scheduler.config
     pipe.scheduler = type(pipe.scheduler).from_config(config, shift_terminal=None)
-    run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), 4, 1.0)
+    n = 50 if name == "klein" else 4
+    run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), n, 1.0)
     sigmas = pipe.scheduler.sigmas[:-1].double()
-    assert torch.allclose(sigmas, model.schedule.grid(4).flip(0), atol=1e-6)
+    assert torch.allclose(sigmas, model.schedule.grid(n).flip(0), atol=1e-6)
     assert model.schedule.shift > 1.5
 
 
@@ -287,15 +288,50 @@ def test_features_are_where_the_pixels_are(name, folders):
     model = wide(load(folders, name))
     cond, x = model.encode([0]), noise(0, 1, *model.shape)
     y = x.clone()
-    y[..., -2:, 2:4] += 5  # last row of patches, second column
+    p = 1 if name in ("flux2", "klein") else 2
+    y[..., -p:, p : 2 * p] += 5  # last row of patches, second column
     (before,) = model(x, 0.6, 0.8, cond, features=True)
     (after,) = model(y, 0.6, 0.8, cond, features=True)
-    h, w = model.shape[-2] // 2, model.shape[-1] // 2
+    h, w = model.shape[-2] // p, model.shape[-1] // p
     frames = 2 if model.video else 1
     assert before.shape[2:] == (frames * h, w)
     change = (before - after).square().sum(1).view(frames, h, w)
     for frame in change:
         assert frame.argmax() == (h - 1) * w + 1
+
+
+@torch.no_grad()
+def test_features_of_lumina_whatever_the_length_of_the_text(folders):
+    """The image follows the text in its sequence, at a place of its own in each sample."""
+    model = load(folders, "lumina")
+    x = noise(0, 2, *model.shape)
+    (both,) = model(x, 0.6, 0.8, model.encode([0, 1]), features=True)
+    for i in (0, 1):
+        (alone,) = model(x[i : i + 1], 0.6, 0.8, model.encode([i]), features=True)
+        assert relative(both[i : i + 1], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_lumina_keeps_the_length_of_each_row(folders):
+    model = load(folders, "lumina")
+    x, cond = noise(0, 2, *model.shape), model.encode([0, 1])
+    c, _ = model.cond_and_uncond(x, 0.4, 0.6, cond)
+    g = model.guided(x, 0.4, 0.6, cond, 40.0)
+    assert torch.allclose((x - g).norm(dim=-1), (x - c).norm(dim=-1), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_that_flux2_is_told(folders):
+    model = load(folders, "flux2", guidance=7.0)
+    assert (model.guidance, load(folders, "flux2").guidance) == (7.0, 4.0)
+    z, cond = noise(0, 1, *model.shape), model.encode([1])
+    pipe = plain_pipeline(model, folders("flux2"))
+    theirs = run_pipeline(model, pipe, [PROMPTS[1]], z, 2, 1.0)
+    ours, _ = sample_as_pipeline(model.copy(), pipe.scheduler, z, cond, 2, 1.0)
+    assert relative(ours, theirs) < 1e-5
+    model.guidance = 4.0
+    other, _ = sample_as_pipeline(model, pipe.scheduler, z, cond, 2, 1.0)
+    assert relative(other, theirs) > 1e-4
 
 
 @pytest.mark.parametrize("name", ONE_NETWORK)
@@ -337,8 +373,8 @@ def use_float64_only(monkeypatch):
 @pytest.mark.parametrize("name", OLDER + ONE_NETWORK)
 def test_forward_derivatives_are_central_differences(name, along, folders, monkeypatch):
     """torch.func.jvp in float64, as sana_sprint, twinflow and flowmap need it."""
-    if name == "zimage" and torch.__version__ < "2.7":
-        pytest.skip("torch 2.6 has no forward derivative of Z-Image's rotary embedding")
+    if name in ("lumina", "zimage") and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 has no forward derivative of complex rotary embeddings")
     model = load(folders, name)
     use_float64_only(monkeypatch)
     model.net.double()
@@ -388,7 +424,9 @@ def load_with(tmp_path, folders, name):
 
 
 FAST = [("flux", 1), ("wan22", 4)]
-SLOW = [(name, nfe) for name in NEWER for nfe in (1, 4) if (name, nfe) not in FAST]
+OTHERS = [("klein", 4), ("lumina", 1)]
+PAIRS = [(name, nfe) for name in ("flux", "qwen", "zimage", "wan", "wan22") for nfe in (1, 4)]
+SLOW = OTHERS + [pair for pair in PAIRS if pair not in FAST]
 
 
 @pytest.mark.parametrize(
@@ -421,8 +459,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nfe", [1, 4])
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("name, nfe", PAIRS + [("flux2", 4), ("lumina", 4)])
 def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
     """Adapters on student and critic; the LoRA file in the plain pipeline is our network."""
     out = tmp_path / "run"

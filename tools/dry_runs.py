@@ -39,6 +39,7 @@ ROWS = [
     ("dmd2", "sd3", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
     ("dmd2", "sana", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
     ("dmd2", "flux", {"": (1,), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "lumina2", {LORA: (1,)}),
     ("dmd2", "qwen-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
     ("dmd2", "z-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
     ("dmd2", "wan2.1", {"": (1,), LORA: (1,), SHARD: (1,)}),

@@ -68,26 +68,30 @@ def added_vector(step):
 
 
 def bake_weights(student, layer, inputs, added):
-    """`bake` of whole weights: weight and bias of the layer change."""
-    weight = layer.weight.detach().double().cpu()
-    bias = layer.bias.detach().double().cpu()
-    if len(inputs) == 1:
-        change_weight, change_bias = torch.zeros_like(weight), added[0]
+    """`bake` of whole weights: the layer's weight changes, and its bias if it has one."""
+    old = {name: p.detach().double().cpu() for name, p in layer.named_parameters()}
+    if "bias" in old and len(inputs) == 1:
+        changes = dict(weight=torch.zeros_like(old["weight"]), bias=added[0])
     else:
-        equations = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+        equations = inputs
+        if "bias" in old:
+            equations = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
         require_condition(equations)
         solution = torch.linalg.pinv(equations) @ added  # of least norm
-        change_weight, change_bias = solution[:-1].T, solution[-1]
-    require_small(change_weight, weight)
-    new_weight = (weight + change_weight).to(layer.weight.dtype)
-    new_bias = (bias + change_bias).to(layer.bias.dtype)
-    require_exact(inputs @ new_weight.double().T + new_bias, inputs @ weight.T + bias + added)
+        changes = dict(weight=solution[: inputs.shape[1]].T, bias=solution[-1])
+    require_small(changes["weight"], old["weight"])
+    new = {name: (p + changes[name]).to(layer.weight.dtype) for name, p in old.items()}
+
+    def outputs(parameters):
+        return inputs @ parameters["weight"].double().T + parameters.get("bias", 0)
+
+    require_exact(outputs(new), outputs(old) + added)
 
     files = student.network_files()
     tensors = dict(files[WEIGHTS])
     name = name_of(student.net, layer)
-    kept = {f"{name}.{end}": tensors[f"{name}.{end}"] for end in ("weight", "bias")}
-    tensors |= {f"{name}.weight": new_weight, f"{name}.bias": new_bias}
+    kept = {f"{name}.{end}": tensors[f"{name}.{end}"] for end in old}
+    tensors |= {f"{name}.{end}": p for end, p in new.items()}
     return files | {WEIGHTS: tensors}, {UNBAKED: kept}
 
 

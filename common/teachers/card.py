@@ -268,7 +268,8 @@ def loading_lines(record, plain, index):
         shape = ", ".join(map(str, latents_shape(record["model"])))
         lines.append(f"latents = {noise!r} * torch.randn({shape})")
     output = "frames" if plain["pipeline"] == "WanPipeline" else "images"
-    call = ", ".join([f'"{PROMPT}"', *arguments])
+    name = "prompt=" if plain["pipeline"].startswith("Flux2") else ""  # an image comes first there
+    call = ", ".join([f'{name}"{PROMPT}"', *arguments])
     lines.append(f"image = pipe({call}).{output}[0]")
     return "\n".join(lines)
 

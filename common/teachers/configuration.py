@@ -134,7 +134,8 @@ def check_values(name, path, config, expected):
 
 def check_channels(name, cls, net, vae):
     """The network's input and output are the VAE's latents, the VAE's are RGB images."""
-    pixels = 3 * (getattr(vae, "patch_size", None) or 1) ** 2  # Wan 2.2's takes squares of pixels
+    patch = getattr(vae, "patch_size", None)  # Wan 2.2's takes squares of pixels
+    pixels = 3 * patch**2 if isinstance(patch, int) else 3  # FLUX.2's are of latents
     rgb = dict.fromkeys(("in_channels", "out_channels", "input_channels"), [pixels])
     check_values(name, "vae/config.json", vars(vae), rgb)
 
@@ -168,21 +169,23 @@ def vp_schedule(scheduler):
     )
 
 
-def flow_schedule(scheduler, tokens=None):
+def flow_schedule(scheduler, tokens=None, mu=None):
     """Flow schedule with the pipeline's time shift. scheduler: dict of read_scheduler.
 
     Dynamic shifting, for a number of image tokens: the shift is exp(mu), mu linear in the number.
-    tokens: None for pipelines that have no dynamic shifting.
+    tokens: None for pipelines that have no dynamic shifting. mu: of pipelines that compute it in
+    another way.
     """
-    if not (scheduler.get("use_dynamic_shifting") and tokens):
+    if not (scheduler.get("use_dynamic_shifting") and (tokens or mu)):
         return schedules.Flow(
             float(scheduler["shift" if is_flow_matching(scheduler) else "flow_shift"])
         )
-    # Schedulers without these keys get the values that pipelines of diffusers assume.
-    low_tokens = scheduler.get("base_image_seq_len", 256)
-    high_tokens = scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - low_tokens) / (high_tokens - low_tokens)
+    if mu is None:
+        # Schedulers without these keys get the values that pipelines of diffusers assume.
+        low_tokens = scheduler.get("base_image_seq_len", 256)
+        high_tokens = scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        mu = low + (high - low) * (tokens - low_tokens) / (high_tokens - low_tokens)
     if scheduler.get("time_shift_type") == "linear":
         return schedules.Flow(mu)
     return schedules.Flow(math.exp(mu))

@@ -3,7 +3,7 @@
 Quirks of the original pipelines that are reproduced here:
 - FLUX and Qwen-Image convert the time to the dtype of the activations. In bf16, times near 1 have
   only 256 values.
-- Qwen-Image scales its guided velocity (`QwenImage.guided`). Z-Image counts its guidance scale from
+- Qwen-Image scales its guided velocity (`KeptLength`). Z-Image counts its guidance scale from
   0 (`ZImage`). SANA is used without its "complex human instruction".
 
 Not reproduced, since it is a matter of the solver and not of the network: Qwen-Image's scheduler
@@ -227,7 +227,28 @@ class Flux(Pipeline):
         return options
 
 
-class QwenImage(Pipeline):
+class KeptLength(Pipeline):
+    """Guidance that is not linear in w: parts of the guided velocity are scaled to the length of
+    the same parts of the conditional one."""
+
+    def lengths(self, v):
+        """Length of the part that each number of v [B, C, H, W] belongs to, to broadcast over v."""
+        raise NotImplementedError
+
+    def guided(self, x_t, alpha, sigma, cond, w):
+        if w in (0, 1):
+            return super().guided(x_t, alpha, sigma, cond, w)
+        c, u = (y.double() for y in self.cond_and_uncond(x_t, alpha, sigma, cond))
+        scale = equal_snr(self.schedule, alpha, sigma)[3]
+        x = x_t.double() * expand(scale, x_t)
+        v_cond = x - c  # velocities times sigma
+        v_guided = x - u - w * (c - u)
+        ratio = self.lengths(v_cond) / self.lengths(v_guided)
+        v_guided = v_guided * ratio.nan_to_num(1.0)  # 0 / 0 at sigma = 0
+        return (x - v_guided).to(x_t.dtype)
+
+
+class QwenImage(KeptLength):
     """Qwen-Image: packed latents of a video autoencoder, text with a mask.
 
     The null prompt is a blank, the negative prompt of the model's own examples.
@@ -283,21 +304,10 @@ class QwenImage(Pipeline):
         )[0]
         return unpack(out, h, w)
 
-    def guided(self, x_t, alpha, sigma, cond, w):
-        """Guidance of Qwen-Image's pipeline, which is not linear in w.
-
-        The guided velocity of each token is scaled to the length of the conditional one.
-        """
-        if w in (0, 1):
-            return super().guided(x_t, alpha, sigma, cond, w)
-        c, u = (y.double() for y in self.cond_and_uncond(x_t, alpha, sigma, cond))
-        scale = equal_snr(self.schedule, alpha, sigma)[3]
-        x = x_t.double() * expand(scale, x_t)
-        v_cond = pack(x - c)  # velocities times sigma
-        v_guided = pack(x - u - w * (c - u))
-        ratio = v_cond.norm(dim=-1, keepdim=True) / v_guided.norm(dim=-1, keepdim=True)
-        v_guided = v_guided * ratio.nan_to_num(1.0)  # 0 / 0 at sigma = 0
-        return (x - unpack(v_guided, *x_t.shape[-2:])).to(x_t.dtype)
+    def lengths(self, v):
+        # of each token, a square of 2 x 2 latents
+        lengths = pack(v).norm(dim=-1, keepdim=True)
+        return unpack(lengths.expand(-1, -1, 4), *v.shape[-2:])
 
     @staticmethod
     def scale(c):

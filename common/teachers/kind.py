@@ -21,7 +21,12 @@ EMBEDDED = {  # folder in assets/
 }
 
 # Kinds whose name is not the short name of HUB.
-KIND_OF_SHORT_NAME = {"sd3.5": "sd3", "dit-xl-256": "dit", "dit-xl-512": "dit"}
+KIND_OF_SHORT_NAME = {
+    "sd3.5": "sd3",
+    "flux2-klein-9b": "flux2-klein",
+    "dit-xl-256": "dit",
+    "dit-xl-512": "dit",
+}
 
 # Class of model_index.json -> kind. `refine` divides some of these.
 PIPELINE_KINDS = {
@@ -31,6 +36,9 @@ PIPELINE_KINDS = {
     "StableDiffusion3Pipeline": "sd3",
     "SanaPipeline": "sana",
     "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2-klein",
+    "Lumina2Pipeline": "lumina2",
     "QwenImagePipeline": "qwen-image",
     "ZImagePipeline": "z-image",
     "WanPipeline": "wan2.1",

@@ -40,6 +40,7 @@ from common.teachers.configuration import (
 )
 from common.teachers.dit import DiT
 from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
+from common.teachers.flux2 import Flux2, Flux2Klein
 from common.teachers.formats import (
     LORA,
     MODEL,
@@ -57,6 +58,7 @@ from common.teachers.kind import (
     refuse_file,
     which_is_taken,
 )
+from common.teachers.lumina import Lumina2
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
 from common.teachers.toy import Toy
@@ -67,7 +69,8 @@ from data.image_folder import read_captions
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.
-CLASSES = (SD15, SDXL, SD3, Sana, Flux, QwenImage, ZImage, Wan, ClassDiT, DiT, Toy, EDMUNet)
+IMAGES = (SD15, SDXL, SD3, Sana, Flux, Flux2, Flux2Klein, Lumina2, QwenImage, ZImage)
+CLASSES = (*IMAGES, Wan, ClassDiT, DiT, Toy, EDMUNet)
 PIPELINES = {cls.pipeline: cls for cls in CLASSES if cls.pipeline}
 OWN_FORMAT = {cls.adapter: cls for cls in CLASSES if not cls.pipeline}
 

@@ -139,15 +139,15 @@ class Pipeline(Model):
     # -- loading
 
     @classmethod
-    def text_pipeline(cls, folder, dtype):
-        """The diffusers pipeline without network and VAE, for `embed`."""
+    def text_pipeline(cls, folder, dtype, **parts):
+        """The diffusers pipeline without network and VAE, for `embed`. parts: loaded already."""
         import diffusers
 
         index = read_json(Path(folder) / "model_index.json")
         absent = [part for part, value in index.items() if value == [None, None]]
-        unused = dict.fromkeys([cls.part, "vae", *cls.without, *absent])
+        given = dict.fromkeys([cls.part, "vae", *cls.without, *absent]) | parts
         return getattr(diffusers, cls.pipeline).from_pretrained(
-            folder, torch_dtype=dtype, **text_options(cls, folder, index), **unused
+            folder, torch_dtype=dtype, **text_options(cls, folder, index), **given
         )
 
     @classmethod

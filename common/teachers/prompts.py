@@ -191,6 +191,7 @@ class TextEncoders:
             tokenizer = getattr(pipe, name, None)
             if tokenizer is None:
                 continue
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
             limit = self.cls.most_tokens.get(name, tokenizer.model_max_length)
             n = 0
             for i in range(0, len(prompts), SHARD):

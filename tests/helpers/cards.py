@@ -8,14 +8,13 @@ import subprocess
 import sys
 
 import torch
+from helpers.teachers import from_output, from_tokens, to_argument, to_tokens
 from safetensors.torch import load_file, save_file
 
 from common.files import read_json
 from common.teachers import whole
 from common.teachers.card import PROMPT
-from common.teachers.flow import pack, unpack
 
-PACKED = ("flux", "qwen-image")  # pipelines that take tokens of 2 x 2 latents
 SEED = 7
 
 RUNNER = """
@@ -58,41 +57,34 @@ def card_code(home):
 def for_test(code, prompt):
     """The same code, of whose first noise is Z, whose further noise is of SEED, and whose result is
     the latents. Nothing else of it is changed."""
-    call = f'pipe("{prompt}", output_type="latent"'
+    start = re.search(rf'pipe\((prompt=)?"{PROMPT}"', code)[0]
+    call = start.replace(PROMPT, prompt) + ', output_type="latent"'
     if "torch.randn(" in code:  # the card scales the first noise
         code = re.sub(r"torch\.randn\([^)]*\)", "Z", code)
     else:
         call += ", latents=Z"
-    assert code.count(f'pipe("{PROMPT}"') == 1
-    code = code.replace(f'pipe("{PROMPT}"', call)
+    assert code.count(start) == 1
+    code = code.replace(start, call)
     quiet = "pipe.set_progress_bar_config(disable=True)"
     code = code.replace("image = pipe(", f"{quiet}\ntorch.manual_seed({SEED})\nimage = pipe(")
     return re.sub(r"\)\.(images|frames)\[0\]\s*$", r").\1", code)
 
 
-def packed(model, x):
-    return pack(x) if model.adapter in PACKED else x
-
-
-def unpacked(model, y):
-    return unpack(y, *model.shape[-2:]) if model.adapter in PACKED else y
-
-
 def run_card(home, model, z, prompt):
     """Latents of the card's lines, in this process. z: unit noise [1, *shape]."""
-    names = dict(Z=packed(model, z))
+    names = dict(Z=to_argument(model, z))
     here = os.getcwd()
     os.chdir(home)
     try:
         exec(for_test(card_code(home), prompt), names)
     finally:
         os.chdir(here)
-    return unpacked(model, names["image"])
+    return from_output(model, names["image"])
 
 
 def run_apart(jobs, folder):
     """{name: latents} of {name: (home, model, z, prompt)}, of one new process in `folder`."""
-    noise = {name: packed(model, z).clone() for name, (_, model, z, _) in jobs.items()}
+    noise = {name: to_argument(model, z).clone() for name, (_, model, z, _) in jobs.items()}
     save_file(noise, folder / "noise.safetensors")
     codes = {
         name: (str(home), for_test(card_code(home), prompt))
@@ -103,14 +95,14 @@ def run_apart(jobs, folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(folder / "found.safetensors")
-    return {name: unpacked(jobs[name][1], y) for name, y in found.items()}
+    return {name: from_output(jobs[name][1], y) for name, y in found.items()}
 
 
 def our_latents(sample, model, z, cond, nfe, **sampler):
     """What a script's sampler makes, with the further noise of a pipeline: SEED, and its order."""
 
     def noise():
-        return unpacked(model, torch.randn_like(packed(model, z)))
+        return from_tokens(model, torch.randn(to_tokens(model, z).shape))
 
     torch.manual_seed(SEED)
     with torch.no_grad():

@@ -87,15 +87,15 @@ def clip(size, hidden, projection=None):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def kl_vae(channels=4, **kw):
+def kl_vae(channels=4, blocks=(8, 16), **kw):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=[8, 16],
+        block_out_channels=list(blocks),
         in_channels=3,
         out_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        down_block_types=["DownEncoderBlock2D"] * len(blocks),
+        up_block_types=["UpDecoderBlock2D"] * len(blocks),
         latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
@@ -230,6 +230,22 @@ def letter_tokenizer(**kw):
     return PreTrainedTokenizerFast(tokenizer_object=t, **special, **kw)
 
 
+def gemma2(layers=2):
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            head_dim=4,
+            hidden_size=8,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=layers,
+            num_key_value_heads=2,
+            vocab_size=110,
+        )
+    ).eval()
+
+
 def sana(folder):
     from diffusers import (
         AutoencoderDC,
@@ -237,7 +253,6 @@ def sana(folder):
         SanaPipeline,
         SanaTransformer2DModel,
     )
-    from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(0)
     net = SanaTransformer2DModel(
@@ -271,17 +286,6 @@ def sana(folder):
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     ).eval()
-    text = Gemma2Model(
-        Gemma2Config(
-            head_dim=4,
-            hidden_size=8,
-            intermediate_size=16,
-            num_attention_heads=2,
-            num_hidden_layers=1,
-            num_key_value_heads=2,
-            vocab_size=110,
-        )
-    ).eval()
     scheduler = DPMSolverMultistepScheduler(
         flow_shift=3.0,
         use_flow_sigmas=True,
@@ -291,7 +295,7 @@ def sana(folder):
     )
     pipe = SanaPipeline(
         tokenizer=letter_tokenizer(padding_side="right"),
-        text_encoder=text,
+        text_encoder=gemma2(layers=1),
         vae=vae,
         transformer=net,
         scheduler=scheduler,
@@ -335,6 +339,145 @@ def flux(folder):
         tokenizer=clip_tokenizer(folder / "words"),
         text_encoder_2=t5(),
         tokenizer_2=letter_tokenizer(),
+    )
+    return save(pipe, folder)
+
+
+def qwen3(size, layers, kind="Qwen3Model"):
+    import transformers
+
+    config = transformers.Qwen3Config(
+        hidden_size=size,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=110,
+        head_dim=8,
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def chat_tokenizer(**kw):
+    return letter_tokenizer(
+        padding_side="right",
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+        **kw,
+    )
+
+
+def flux2_parts(text_width, guidance):
+    """Network, scheduler and VAE of FLUX.2. The VAE's batch norm has statistics."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    net = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text_width,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
+    # Random attention would not notice the prompt among the padding.
+    for block in net.transformer_blocks:
+        block.attn.norm_added_k.weight.data *= 8
+        block.attn.to_out[0].weight.data *= 8
+    vae = AutoencoderKLFlux2(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return dict(transformer=net, scheduler=scheduler, vae=vae)
+
+
+def flux2(folder):
+    since(0, 36)
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    parts = flux2_parts(text_width=48, guidance=True)
+    text = dict(
+        model_type="mistral",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=31,  # the pipeline takes the outputs of 10, 20 and 30
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=110,
+    )
+    vision = dict(
+        model_type="pixtral",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
+    ).eval()
+    # The published folder has a processor, which needs torchvision; this is its tokenizer.
+    tokens = letter_tokenizer(
+        chat_template="{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+        "{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    return save(Flux2Pipeline(text_encoder=encoder, tokenizer=tokens, **parts), folder)
+
+
+def klein(folder):
+    since(0, 37)
+    from diffusers import Flux2KleinPipeline
+
+    parts = flux2_parts(text_width=48, guidance=False)
+    encoder = qwen3(16, 28, "Qwen3ForCausalLM")  # the pipeline takes the outputs of 9, 18 and 27
+    return save(
+        Flux2KleinPipeline(text_encoder=encoder, tokenizer=chat_tokenizer(), **parts), folder
+    )
+
+
+def lumina(folder):
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        Lumina2Pipeline,
+        Lumina2Transformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    net = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=8,
+    )
+    pipe = Lumina2Pipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        # its pipeline takes 8 pixels per latent for granted
+        vae=kl_vae(blocks=(4, 4, 4, 8), shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=gemma2(),
+        tokenizer=letter_tokenizer(padding_side="right"),
     )
     return save(pipe, folder)
 
@@ -415,7 +558,6 @@ def qwen(folder):
 def zimage(folder):
     since(0, 36)
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)
     net = ZImageTransformer2DModel(
@@ -429,27 +571,13 @@ def zimage(folder):
         axes_dims=[4, 2, 2],
         axes_lens=[256, 32, 32],
     )
-    text = Qwen3Model(
-        Qwen3Config(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=110,
-            head_dim=8,
-        )
-    ).eval()
-    tokens = letter_tokenizer(
-        padding_side="right",
-        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
-    )
+    text = qwen3(16, 2)
     pipe = ZImagePipeline(
         transformer=net,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
         text_encoder=text,
-        tokenizer=tokens,
+        tokenizer=chat_tokenizer(),
     )
     return save(pipe, folder)
 
@@ -645,6 +773,9 @@ BUILDERS = dict(
     sd3=sd3,
     sana=sana,
     flux=flux,
+    flux2=flux2,
+    klein=klein,
+    lumina=lumina,
     qwen=qwen,
     zimage=zimage,
     wan=wan,

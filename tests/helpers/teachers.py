@@ -15,15 +15,20 @@ from common.teachers.load import load_pipeline
 
 PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
 OLDER = ["sd15", "sdxl", "sd3", "sana"]
-NEWER = ["flux", "qwen", "zimage", "wan", "wan22"]
+NEWER = ["flux", "flux2", "klein", "lumina", "qwen", "zimage", "wan", "wan22"]
 SIZE = dict(  # flags of teachers whose networks have no size of their own
     flux=dict(size=16),
+    flux2=dict(size=16),
+    klein=dict(size=16),
     qwen=dict(size=16),
     zimage=dict(size=16),
     wan=dict(size=32, frames=5),
     wan22=dict(size=32, frames=5),
 )
 PACKED = ("flux", "qwen-image")  # adapters whose pipelines work on packed latents
+FLUX2 = ("flux2", "flux2-klein")  # whose pipelines take our samples, and denoise their pixels
+# whose pipelines give their scheduler sigmas of their own
+OWN_SIGMAS = (*PACKED, *FLUX2, "z-image", "lumina2")
 
 
 def quiet(*text):
@@ -75,13 +80,14 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     """pipe(...) from noise z with guidance w in our convention -> latents as ours, or images."""
     name = model.adapter
     height, width = model.image_shape[-2:]
-    packed = name in PACKED
-    if packed:
+    if name in PACKED:
         options["true_cfg_scale"] = w
         if w > 1:
             options["negative_prompt"] = ["" if name == "flux" else " "] * len(prompts)
         if name == "flux":
             options.setdefault("guidance_scale", model.guidance)
+    elif name == "flux2":  # its pipeline has no guidance but the network's input
+        options.setdefault("guidance_scale", model.guidance)
     else:
         options["guidance_scale"] = w - 1 if name == "z-image" else w
     if name == "wan":
@@ -89,18 +95,42 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     if name == "sana":
         options |= dict(complex_human_instruction=None, use_resolution_binning=False)
     out = pipe(
-        list(prompts),  # a copy: Z-Image's pipeline writes to it
+        prompt=list(prompts),  # a copy: Z-Image's pipeline writes to it
         height=height,
         width=width,
         num_inference_steps=steps,
-        latents=pack(z) if packed else z,
+        latents=to_argument(model, z),
         output_type=output_type,
         **options,
     )
     out = out.frames if name == "wan" else out.images
-    if packed and output_type == "latent":
-        return unpack(out, *z.shape[-2:])
-    return out
+    return from_output(model, out) if output_type == "latent" else out
+
+
+def to_argument(model, z):
+    """Noise as the pipeline takes it in `latents`."""
+    return pack(z) if model.adapter in PACKED else z
+
+
+def from_output(model, y):
+    """The pipeline's output of output_type="latent" as our samples."""
+    if model.adapter == "flux2-klein":  # what the VAE decodes
+        shift, scale = model.latent_stats()
+        return (torch.nn.functional.pixel_unshuffle(y, 2) - shift) * scale
+    return from_tokens(model, y)
+
+
+def to_tokens(model, x):
+    """Our samples as the pipeline's scheduler gets them."""
+    if model.adapter in FLUX2:
+        return x.flatten(2).transpose(1, 2)
+    return to_argument(model, x)
+
+
+def from_tokens(model, y):
+    if model.adapter in FLUX2:
+        return y.transpose(1, 2).unflatten(2, model.shape[-2:])
+    return unpack(y, *model.shape[-2:]) if model.adapter in PACKED else y
 
 
 def as_tensor(image):
@@ -120,10 +150,10 @@ def sample_as_pipeline(model, scheduler, z, cond, steps, w, view=None):
     -> latents, sigma of the levels that were evaluated in the view
     """
     options = {}
-    if model.adapter in ("flux", "qwen-image", "z-image"):  # these pass their own sigmas
-        options = dict(sigmas=np.linspace(1, 1 / steps, steps), mu=mu_of(model, scheduler))
+    if model.adapter in OWN_SIGMAS:
+        options = dict(sigmas=np.linspace(1, 1 / steps, steps), mu=mu_of(model, scheduler, steps))
     elif scheduler.config.get("use_dynamic_shifting"):
-        options = dict(num_inference_steps=steps, mu=mu_of(model, scheduler))
+        options = dict(num_inference_steps=steps, mu=mu_of(model, scheduler, steps))
     scheduler.set_timesteps(**(options or dict(num_inference_steps=steps)))
     x = z * getattr(scheduler, "init_noise_sigma", 1.0)
     viewed = []
@@ -143,8 +173,12 @@ def sample_as_pipeline(model, scheduler, z, cond, steps, w, view=None):
     return x, viewed
 
 
-def mu_of(model, scheduler):
+def mu_of(model, scheduler, steps):
     """The number that stands for the model's time shift in diffusers."""
+    if model.adapter in FLUX2:  # it depends on the number of steps there
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(model.shape[-1] * model.shape[-2], steps)
     shift = model.schedule.shift
     return shift if scheduler.config.get("time_shift_type") == "linear" else math.log(shift)
 
@@ -187,9 +221,6 @@ def check_other_views(model, theirs, scheduler, z, cond, steps, w):
             assert len(viewed) == steps, viewed  # they have every level
         else:
             assert len(viewed) >= steps - 2, viewed
-
-
-# ---- students in plain diffusers -----------------------------------------------------------------
 
 
 # ---- images --------------------------------------------------------------------------------------
