@@ -2,9 +2,12 @@
 
 import copy
 import json
+import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from helpers.dry import leave_device
 
 from common.errors import UserError
@@ -66,6 +69,40 @@ def test_what_is_bad():
         assert gpu_check.is_bad(copy.deepcopy(good) | change, 0.1), change
     assert not gpu_check.is_bad(dict(case="x", real=half), 0.1)  # without a dry run
     assert gpu_check.is_bad(dict(case="x", why="no time left"), 0.1)
+
+
+def test_flags_of_the_cases_on_a_gpu():
+    for case in gpu_check.CASES:
+        script, flags = gpu_check.script_and_flags(case, "cuda")
+        args = script.parse_args(flags)
+        assert args.dtype == "bf16"
+        assert args.compile == ("--compile" in case)
+
+
+ANSWERS = {  # what a process runs in place of half a case
+    "dry fits": "print('{\"peak\": 5}')",
+    "real fits": "print('a line'); print('{\"peak\": 4}')",
+    "dry large": "print('{\"peak\": 11}')",
+    "dry slow": "import time; time.sleep(60)",
+    "real --compile": "raise SystemExit('no such kernel')",
+}
+
+
+def test_halves_of_a_case_on_a_gpu_are_processes(monkeypatch):
+    def start(half, case, device):
+        command = [sys.executable, "-c", ANSWERS[f"{half} {case}"]]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, **pipes)
+
+    monkeypatch.setattr(gpu_check, "start", start)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 20))
+    check = lambda cases, end: list(gpu_check.check_on_gpu(cases, "cuda", end))
+    fits, large, compiled = check(["fits", "large", "--compile"], time.monotonic() + 60)
+    assert fits == dict(case="fits", dry=dict(peak=5), real=dict(peak=4))
+    assert large["why"] == "not run, 0 GB are free"
+    assert compiled == dict(case="--compile", why="no such kernel")
+    (slow,) = check(["slow"], time.monotonic())
+    assert slow == dict(case="slow", why="no time left")
 
 
 def test_no_such_case(check):

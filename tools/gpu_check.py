@@ -54,12 +54,18 @@ WARM = 4  # iterations that are not measured: both kinds of turn, and moments co
 MINUTES = 9.5
 
 
-def run(case, device, wrap, *flags):
-    """main() of a case's script for ITERATIONS, its loop wrapped. -> its Run"""
+def script_and_flags(case, device):
+    """-> module, list of str"""
     name, *own = case.split()
-    script = importlib.import_module(name)
     dtype = "bf16" if is_gpu(device) else "fp32"
-    flags = [*own, *SAME.split(), "--iters", str(ITERATIONS), "--dtype", dtype, *flags]
+    flags = [*own, *SAME.split(), "--iters", str(ITERATIONS), "--dtype", dtype]
+    return importlib.import_module(name), flags
+
+
+def run(case, device, wrap, *further):
+    """main() of a case's script for ITERATIONS, its loop wrapped. -> its Run"""
+    script, flags = script_and_flags(case, device)
+    flags += further
     # A dry run of full size takes the network's configuration from its name, as a user's does.
     with contextlib.ExitStack() as stack:
         if not is_gpu(device) or "--dry-run" not in flags:
