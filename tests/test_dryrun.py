@@ -190,7 +190,7 @@ KINDS = {  # flags that make their samples small
 SCRIPTS = "dmd2 sid decoupled_dmd phased_dmd msd sana_sprint twinflow flowmap boot".split()
 SCRIPTS += ["swiftbrush"]
 # By default every script on the toy, and dmd2 on a UNet and a transformer. Slow: dmd2 on all kinds,
-# every other script on one. All pairs take about 20 minutes of a core: DISTIL_DRYRUN=full.
+# every other script on one. All pairs take about 25 minutes of a core: DISTIL_DRYRUN=full.
 QUICK = {(script, "toy-cond") for script in SCRIPTS} | {("dmd2", "sd3"), ("dmd2", "sd15")}
 SLOW = {("dmd2", kind) for kind in KINDS}
 SLOW |= {("sid", "sd3"), ("decoupled_dmd", "sdxl"), ("phased_dmd", "wan22"), ("msd", "sd15")}
