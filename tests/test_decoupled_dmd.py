@@ -714,8 +714,9 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
         dd,
         *[*common.split(), *rates.split(), *flags.split()],
         teacher=byhand.Tiny(schedule, prediction),
-        record=[(dd, "adamw")],
+        record=[(dd, "adamw"), (dd, "load_images")],
     )
+    assert len(steps.calls["load_images"]) == ("--gan" in flags)  # read only where they are used
     optimised = [call.args[0] for call in steps.calls["adamw"]]
     assert all(a is b for a, b in zip(optimised, [steps.student, steps.critic]))
     assert ("terms                  DM alone" in capsys.readouterr().out) == ("--cfg 1 " in flags)

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+import dmd2
 from common.errors import RunError
 from common.files import ROOT
+from dryrun.run import PEAK_TFLOPS, UTILISATION
 from tools import dry_runs
 
 README = ROOT / "README.md"
@@ -22,19 +24,26 @@ def test_the_page_has_the_table_of_the_results():
 def test_the_figures_of_the_readme_are_those_of_the_results():
     results = json.loads(dry_runs.RESULTS.read_text())
     rows = re.findall(
-        r"\| (\d+) GB \| `(\S+\.py .+ --dry-run)` \| ([\d.]+) GB \|", README.read_text()
+        r"\| (\d+) GB \| `(\S+\.py .+ --dry-run)` \| ([\d.]+) GB \| (\d+) \|", README.read_text()
     )
     assert len(rows) >= 4
-    for gpu, command, peak in rows:
+    for gpu, command, peak, hours in rows:
         assert dry_runs.gigabytes(results[command]["peak"]) == peak, command
         assert float(peak) < 0.95 * float(gpu), command
+        words = command.split()
+        preset = dmd2.PRESETS[words[words.index("--teacher") + 1]]
+        images = preset["batch"] * preset["iters"]
+        tflop = results[command]["tflop_per_iteration"] / int(words[words.index("--batch") + 1])
+        speed = PEAK_TFLOPS["H100"] * UTILISATION  # TFLOP/s
+        assert f"{images * tflop / speed / 3600:.2g}" == f"{int(hours):.2g}", command
 
 
 def test_the_table_of_teachers_has_the_peaks_of_the_results():
     results = json.loads(dry_runs.RESULTS.read_text())
-    text = README.read_text()
+    text = dry_runs.TEACHERS_PAGE.read_text()
     assert dry_runs.with_peaks(text, results) == text
-    row = re.search(r"\n\| `sdxl` \|.*", text)[0].split("|")
+    memory = text.split("\n## Memory\n")[1]
+    row = re.search(r"\n\| `sdxl` \|.*", memory)[0].split("|")
     peaks = [results[c]["peak"] for c in results if c.startswith("dmd2.py --teacher sdxl --grad")]
     assert f" {dry_runs.gigabytes(min(peaks))} GB " in row
 

@@ -12,8 +12,13 @@ import dmd2
 from common.files import ROOT
 from common.teachers.load import load_teacher
 
-README = (ROOT / "README.md").read_text()
-CODE_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+def code_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+CODE_BLOCKS = code_blocks("README.md")  # FULL, then the one that test_sample.py runs
+TRAVEL = code_blocks("docs/travel.md")  # LORA, FLOW, and the one of mnist
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
@@ -33,7 +38,7 @@ def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = {}
     with torch.no_grad():
-        exec(CODE_BLOCKS[1], names)
+        exec(TRAVEL[2], names)
 
     torch.manual_seed(0)
     z = torch.randn(10, 1, 28, 28)
@@ -44,16 +49,17 @@ def test_a_student_loads_in_plain_diffusers(tmp_path, monkeypatch):
     assert ours.float().std() > 50  # not an empty image
 
 
-@pytest.mark.parametrize("block, name", [(2, "FULL"), (3, "LORA"), (4, "FLOW")])
+@pytest.mark.parametrize(
+    "block, name", [(CODE_BLOCKS[0], "FULL"), (TRAVEL[0], "LORA"), (TRAVEL[1], "FLOW")]
+)
 def test_blocks_for_pipelines_are_tested(block, name):
     """They are the code of helpers/readme.py, which tests run on tiny pipelines."""
-    in_readme = ast.dump(ast.parse(CODE_BLOCKS[block]))
-    in_test = ast.dump(ast.parse(getattr(readme, name)))
-    assert in_readme == in_test
+    assert ast.dump(ast.parse(block)) == ast.dump(ast.parse(getattr(readme, name)))
 
 
 def test_there_is_no_other_block():
-    assert len(CODE_BLOCKS) == 5  # the first is run by test_sample.py
+    assert len(CODE_BLOCKS) == 2
+    assert len(TRAVEL) == 3
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])

@@ -2,7 +2,7 @@
 
     python -m tools.dry_runs                  # the rows that docs/dry_runs.json does not have yet
     python -m tools.dry_runs --match sdxl     # these rows, again
-    python -m tools.dry_runs --table          # writes the tables of docs/scale.md and README.md
+    python -m tools.dry_runs --table          # writes the tables of docs/scale.md, docs/teachers.md
 
 Each row is a command, which runs in a process of its own, one after the other, and is kept as soon
 as it ends. Nothing is downloaded and no GPU is used.
@@ -23,7 +23,7 @@ from common.files import ROOT, atomic, git_revision, read_json, write_json
 
 RESULTS = ROOT / "docs" / "dry_runs.json"
 PAGE = ROOT / "docs" / "scale.md"
-README = ROOT / "README.md"
+TEACHERS_PAGE = ROOT / "docs" / "teachers.md"
 TEACHERS = "| `--teacher` | what | parameters |"  # how its table of teachers begins
 FIRST, LAST = "<!-- dry runs: python -m tools.dry_runs --table -->\n", "<!-- end of dry runs -->\n"
 
@@ -127,7 +127,7 @@ def write_table(results):
 
 
 def with_peaks(text, results):
-    """README's text, the last three cells of each row of its table of teachers filled in."""
+    """The text of docs/teachers.md, the last three cells of each row of its table filled in."""
     before, head, rest = text.partition(TEACHERS)
     rows, end, after = rest.partition("\n\n")
     filled = []
@@ -170,8 +170,8 @@ def main():
         print(f"  {gigabytes(found['peak'])} GB, {found['host_seconds']} s", flush=True)
     if options.results == RESULTS:
         write_table(kept)
-        filled = with_peaks(README.read_text(), kept)
-        with atomic(README) as f:
+        filled = with_peaks(TEACHERS_PAGE.read_text(), kept)
+        with atomic(TEACHERS_PAGE) as f:
             f.write(filled.encode())
 
 

@@ -372,7 +372,7 @@ def commands(run):
             f"images = load({str(run['folder'])!r})({given}, seed=0)",
         ]
     text = escape("\n".join(lines))
-    note = "README, Load a student without this repository, has the lines for plain diffusers."
+    note = "docs/travel.md has the lines for plain diffusers."
     return f"<pre>{text}</pre><p>{note}</p>"
 
 
