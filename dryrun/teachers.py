@@ -5,8 +5,9 @@ are not in HUB, configurations.
 
 networks.json has the public configurations of HUB: sd15, sdxl, sana and sd3 as published, with the
 published numbers of parameters; FLUX, Lumina 2, Qwen-Image, Z-Image and Wan are the defaults of
-diffusers' classes, changed where the published network differs. Sizes of FLUX.2-klein are those of
-other programs that read its files; the numbers of parameters that they give are the published ones.
+diffusers' classes, changed where the published network differs. Sizes of FLUX.2-klein are
+partly those of other programs that read its files, partly a guess (of 9B most of them): only the
+numbers of parameters that they give were compared with the published ones.
 """
 
 import json

@@ -748,7 +748,9 @@ def test_whole_iterations_by_hand(trace, monkeypatch, flags, case):
     wrapped = byhand.wrap_trained(monkeypatch)
     common = "--iters 6 --lr 3e-3 --lr-fake 2e-3 --betas 0.3 0.8 --weight-decay 0.1 --clip 0.5"
     flags = f"{common} --warmup 0 --cooldown 0 --seed 3 {flags}"
-    steps = trace(*flags.split())
+    steps = trace(*flags.split(), record=[(dmd2, "load_images")])
+    uses_images = "--gan" in flags or "--sim data" in flags
+    assert len(steps.calls["load_images"]) == uses_images  # read only where they are used
     case = dict(ratio=5) | case
     images, logs = load_images(None, steps.teacher), []
     optimisers = {
