@@ -20,7 +20,7 @@ indices into a grid of 1000 noise levels, from data to noise; alpha_t^2 + sigma_
     L_critic = mean alpha_t^2 (eps_critic(x_t, t, c) - eps)^2       t ~ U{0..999}; c is the      (6)
                                              null condition in a share --null-share of the samples
 
-Networks on other schedules (flow, EDM) are asked at the level with the same alpha_t / sigma_t.
+Networks of other schedules (flow, EDM) are evaluated at the level with the same alpha_t / sigma_t.
 
 Usage:
     python swiftbrush.py                                        # MNIST, minutes on a CPU

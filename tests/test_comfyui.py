@@ -349,7 +349,7 @@ def test_workflows(kind, folders, tmp_path):
         assert student_file in text
     expected, expected_manual = (set(names.split()) for names in EXPECTED[kind])
     if kind == "wan":
-        expected = {"dmd2", "decoupled_dmd", "sid", "phased_dmd"}
+        expected = {"dmd2", "decoupled_dmd", "sid", "phased_dmd", "swiftbrush"}
     assert found == expected
     assert manual == expected_manual & found
 
