@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from helpers.runs import log
 from helpers.source import ROOT
 from helpers.trace import run_main
 
+import boot
 import dmd2
 from training import alarm
 from training.alarm import FIGURES, Alarms, compare, distance_within, figures, rules
+
+FLAGS = dmd2.parse_args([])
 
 # ---- figures of pictures -------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ def history(column, values, every=10, **more):
 
 def turned_on(lines, clip=10.0):
     """[(alarm, iteration of the line that turned it on)]."""
-    alarms = Alarms(clip)
+    alarms = Alarms(SimpleNamespace(clip=clip))
     return [(name, line["it"]) for line in lines for name, _ in alarms.update(line)]
 
 
@@ -111,7 +115,7 @@ def test_alike_after_a_good_start():
 
 def test_alike_stays_until_there_is_variety_again():
     """A little more than ever before is not enough for that."""
-    alarms = Alarms(10.0)
+    alarms = Alarms(FLAGS)
     on = []
     for line in pictures(diversity=[0.2, 0.2, 0.2, 0.25, 0.34, 0.36, 0.5]):
         alarms.update(line)
@@ -177,13 +181,22 @@ def test_lines_without_the_columns_change_nothing():
 
 
 def test_the_text_says_what_since_when_and_what_to_do():
-    alarms = Alarms(10.0)
+    alarms = Alarms(FLAGS)
     news = [alarms.update(line) for line in pictures(diversity=COLLAPSES[:4])]
     ((name, text),) = news[-1]
     assert name == "alike"
     assert "0.16 of the teacher's" in text
     assert "since iteration 180" in text
     assert "raise --ratio" in text
+
+
+def test_only_flags_of_the_script_are_advised():
+    """boot has no --ratio."""
+    alarms = Alarms(boot.parse_args([]))
+    news = [alarms.update(line) for line in pictures(diversity=COLLAPSES[:4])]
+    ((_, text),) = news[-1]
+    assert text.endswith("lower --lr")
+    assert "--ratio" not in text
 
 
 def test_every_rule_fills_in_its_text():
@@ -207,11 +220,11 @@ def test_a_resume_has_the_same_state(cut, tmp_path):
     """From the lines of the log, as they are written: floats of six digits and null."""
     lines = pictures(diversity=COLLAPSES)
     lines[4]["contrast"] = None
-    whole = Alarms(10.0)
+    whole = Alarms(FLAGS)
     for line in lines:
         whole.update(line)
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[:cut]))
-    resumed = Alarms(10.0)
+    resumed = Alarms(FLAGS)
     resumed.read(tmp_path / "log.jsonl")
     for line in lines[cut:]:
         resumed.update(line)

@@ -33,7 +33,10 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
         words = command.split()
         preset = dmd2.PRESETS[words[words.index("--teacher") + 1]]
         images = preset["batch"] * preset["iters"]
-        tflop = results[command]["tflop_per_iteration"] / int(words[words.index("--batch") + 1])
+        batch = int(words[words.index("--batch") + 1])
+        if "--processes" in words:  # work is that of one process
+            batch /= int(words[words.index("--processes") + 1])
+        tflop = results[command]["tflop_per_iteration"] / batch
         speed = PEAK_TFLOPS["H100"] * UTILISATION  # TFLOP/s
         assert f"{images * tflop / speed / 3600:.2g}" == f"{int(hours):.2g}", command
 

@@ -54,7 +54,7 @@ class Page(html.parser.HTMLParser):
 def make_run(home, method="dmd2", teacher="mnist", lines=12, grids=(1, 10, 20), **flags):
     """A folder as a run of dmd2 leaves it, with numbers that are made up."""
     (home / "samples").mkdir(parents=True)
-    flags = dict(teacher=teacher, iters=200, clip=10.0, cfg=1.5) | flags
+    flags = dict(teacher=teacher, iters=200, clip=10.0, cfg=1.5, ratio=3, lr=1e-3) | flags
     start = dict(first=0, flags=flags, method=method, revision="abc123", date="2026-11-29")
     start |= dict(versions=dict(torch="2.13.0"), command=["dmd2.py", "--iters", "200"])
     start["plan"] = dict(preset="mnist", data="prompts in x" if teacher == "sdxl" else "")

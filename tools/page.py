@@ -17,6 +17,7 @@ import re
 import shlex
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 
@@ -100,8 +101,10 @@ def teacher_rows(teacher):
 
 def alarms_of(run):
     """[(alarm, iteration of the line that turned it on, text, iteration off or None), ...]."""
-    clip = run["start"]["flags"].get("clip")
-    alarms = Alarms(clip if isinstance(clip, (int, float)) else 10.0)
+    flags = run["start"]["flags"]
+    if not isinstance(flags.get("clip"), (int, float)):
+        flags = flags | dict(clip=10.0)
+    alarms = Alarms(SimpleNamespace(**flags))
     found = []
     for line in run["log"]:
         for name, text in alarms.update(line):

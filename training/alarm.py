@@ -7,6 +7,7 @@ stops a run. The limits, and the runs that they were chosen from: docs/alarms.md
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ MOST_SHIFT = 0.3
 MOST_CLIPPED, MOST_COLOUR = 0.1, 1.5
 MOST_LAG, MOST_FAR = 2, 30
 MOST_CLIPS = 10  # twinflow's is above --clip throughout, and learns
+CHECK_SIGN = "in your own copy, check the sign of the loss"
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Rule:
     needs: columns of log.jsonl; a line without one of them changes nothing. is_bad(line, best, on):
     best has the greatest value of each column on earlier lines; on: whether the alarm is on. lines:
     bad ones in a row until it is on; a line that is not bad turns it off. seen: what is wrong, with
-    {columns} to be filled in. cure: what to try.
+    {columns} to be filled in. cures: what to try.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Rule:
     is_bad: Callable
     lines: int
     seen: str
-    cure: str
+    cures: list
 
 
 def rules(clip):
@@ -132,7 +134,7 @@ def rules(clip):
             2,
             "pictures of one condition are alike, their distance is {diversity:.2f} of the "
             "teacher's",
-            "raise --ratio, lower --lr",
+            ["raise --ratio", "lower --lr"],
         ),
         Rule(
             "off",
@@ -141,7 +143,7 @@ def rules(clip):
             2,
             "pictures leave the teacher's: contrast {contrast:.2f} and diversity {diversity:.2f} "
             "of the teacher's, brightness off by {shift:.2f} standard deviations",
-            "lower --lr and --lr-fake, raise --ratio; in your own copy, check the sign of the loss",
+            ["lower --lr", "lower --lr-fake", "raise --ratio", CHECK_SIGN],
         ),
         Rule(
             "clipped",
@@ -150,7 +152,7 @@ def rules(clip):
             2,
             "black, white or colours that the teacher has not: {clipped:.2f} more of all values "
             "are at an end of the range",
-            "lower --cfg",
+            ["lower --cfg"],
         ),
         Rule(
             "far",
@@ -159,7 +161,7 @@ def rules(clip):
             3,
             "the teacher's estimates are far from the samples: real_gap {real_gap:.3g}, fake_gap "
             "{fake_gap:.3g}",
-            "lower --cfg; if pictures are off too, lower --lr, check the sign of the loss",
+            ["lower --cfg", "if pictures are off too, lower --lr", CHECK_SIGN],
         ),
     ]
     for column in ("fake_gap", "gap"):
@@ -171,7 +173,7 @@ def rules(clip):
                 5,
                 f"the critic lags behind the student: {column} {{{column}:.3g}}, real_gap "
                 "{real_gap:.3g}",
-                "raise --ratio or --lr-fake, or lower --lr",
+                ["raise --ratio", "raise --lr-fake", "lower --lr"],
             )
         )
     for column in ("grad_student", "grad"):
@@ -182,7 +184,7 @@ def rules(clip):
                 lambda line, best, on, column=column: line[column] > MOST_CLIPS * clip,
                 10,
                 f"the gradient is far above --clip {clip:g}: norm {{{column}:.3g}}",
-                "lower --lr; if pictures are good, raise --clip",
+                ["lower --lr", "if pictures are good, raise --clip"],
             )
         )
     found.append(
@@ -192,17 +194,21 @@ def rules(clip):
             lambda line, best, on: line["skipped"] > best.get("skipped", 0),
             3,
             "steps are left out, their gradient is not finite: {skipped} so far",
-            "lower --lr, or --dtype fp32",
+            ["lower --lr", "--dtype fp32"],
         )
     )
     return found
 
 
 class Alarms:
-    """Which alarms of a run are on: a function of the lines of log.jsonl so far."""
+    """Which alarms of a run are on: a function of the lines of log.jsonl so far.
 
-    def __init__(self, clip):
-        self.rules = rules(clip)
+    args: the flags of the run. What needs a flag that the script does not have is not advised.
+    """
+
+    def __init__(self, args):
+        self.rules = rules(args.clip)
+        self.args = args
         self.bad = {}  # {alarm: (iteration of the first, number) of its bad lines in a row}
         self.on = {}  # {alarm: iteration of the first bad line}
         self.best = {}  # {column: greatest value}
@@ -222,11 +228,16 @@ class Alarms:
             if count + 1 == rule.lines:
                 self.on[rule.name] = since
                 seen = rule.seen.format(**line)
-                news.append((rule.name, f"{seen}, since iteration {since}. {rule.cure}"))
+                cures = "; ".join(cure for cure in rule.cures if self.can(cure))
+                news.append((rule.name, f"{seen}, since iteration {since}. {cures}"))
         for name, value in line.items():
             if isinstance(value, (int, float)):
                 self.best[name] = max(value, self.best.get(name, value))
         return news
+
+    def can(self, cure):
+        flags = re.findall(r"--([a-z-]+)", cure)
+        return all(hasattr(self.args, flag.replace("-", "_")) for flag in flags)
 
     def read(self, path):
         """Reads the lines that log.jsonl has already, for a run that is resumed."""

@@ -120,7 +120,7 @@ class Run:
 
         self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
-        self.alarms = Alarms(args.clip)
+        self.alarms = Alarms(args)
         self.figures = {}  # of the newest pictures, for the next line of the log
         self.folder = RunFolder(self.out, args.resume, args.overwrite)
         if self.dry is None:

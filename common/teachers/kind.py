@@ -87,7 +87,8 @@ def refuse_file(name):
     require(
         not os.path.isfile(name),
         f"--teacher {name}: expected a folder, found a file; diffusers makes a folder of it: "
-        "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of SDXL "
+        "StableDiffusionXLPipeline",
     )
 
 
