@@ -57,6 +57,15 @@ def test_blocks_for_pipelines_are_tested(block, name):
     assert ast.dump(ast.parse(block)) == ast.dump(ast.parse(getattr(readme, name)))
 
 
+def test_the_count_of_flops(capsys):
+    """The block of docs/scale.md prints the figure of its table, TFLOPs of a pass of SDXL."""
+    (block,) = code_blocks("docs/scale.md")
+    exec(block, {})
+    expected = block.split("# ")[-1].strip()
+    assert f"{float(capsys.readouterr().out):.2f}" == expected
+    assert f"| SDXL, 1024 px | 2.57B | {expected} |" in (ROOT / "docs" / "scale.md").read_text()
+
+
 def test_there_is_no_other_block():
     assert len(CODE_BLOCKS) == 2
     assert len(TRAVEL) == 3
