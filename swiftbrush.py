@@ -88,7 +88,7 @@ MNIST = dict(  # [O]
     warmup=20,
     ema=2000,
 )
-EMOJI = dict(MNIST, cfg=3.5, batch=32, source="nobody's: mnist's")
+EMOJI = dict(MNIST, cfg=3.5, batch=32, iters=600, source="nobody's: mnist's")
 WHOLE = dict(SD21, lora_fake=None, lora_alpha=None, lora_targets=None, lr_fake=1e-5)  # the critic
 PRESETS = {
     "default": dict(SD21, source="nobody's: sd21's"),
