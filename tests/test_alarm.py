@@ -190,6 +190,14 @@ def test_the_text_says_what_since_when_and_what_to_do():
     assert "raise --ratio" in text
 
 
+def test_brightness_that_is_on_its_way_is_no_alarm():
+    """flowmap on the toy, seed 1: from 0.48 to 0.05. Where it stays, or comes back, there is one."""
+    falls = [0.04, 0.48, 0.44, 0.36, 0.29, 0.24]
+    assert turned_on(pictures(shift=falls)) == []
+    assert turned_on(pictures(shift=[0.04, 0.48, 0.47, 0.46, 0.46])) == [("off", 270)]
+    assert turned_on(pictures(shift=[0.04, 0.48, 0.2, 0.4, 0.39])) == [("off", 360)]
+
+
 def test_only_flags_of_the_script_are_advised():
     """boot has no --ratio."""
     alarms = Alarms(boot.parse_args([]))
@@ -234,7 +242,7 @@ def test_a_resume_has_the_same_state(cut, tmp_path):
 def test_figures_that_wait_for_their_line_outlive_a_resume(monkeypatch, tmp_path):
     """Pictures after 6 iterations, a checkpoint after 8, the next line at 10. So does the count of
     bad lines: with this limit every grid is bad, and the second one turns the alarm on."""
-    monkeypatch.setattr(alarm, "MOST_SHIFT", -1)
+    monkeypatch.setattr(alarm, "MOST_DIVERSITY", -1)
     flags = [*QUICK, "--sample-every", 6, "--save-every", 8, "--log-every", 5]
     run_main(monkeypatch, dmd2, *flags, "--iters", 14, "--out", tmp_path / "whole")
     run_main(monkeypatch, dmd2, *flags, "--iters", 8, "--out", tmp_path / "cut")

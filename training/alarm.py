@@ -7,6 +7,7 @@ stops a run. The limits, and the runs that they were chosen from: docs/alarms.md
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class Rule:
     """When an alarm turns on, and what it says.
 
     needs: columns of log.jsonl; a line without one of them changes nothing. is_bad(line, best, on):
-    best has the greatest value of each column on earlier lines; on: whether the alarm is on. lines:
+    best has the greatest value of each column on earlier lines, of `shift` the least one since
+    FIRST_JUDGED; on: whether the alarm is on. lines:
     bad ones in a row until it is on; a line that is not bad turns it off. seen: what is wrong, with
     {columns} to be filled in. cures: what to try.
     """
@@ -116,11 +118,13 @@ def rules(clip):
         return is_low("diversity", LEAST_DIVERSITY, line, best, on)
 
     def is_off(line, best, on):
+        # So may its brightness be off, but less with every picture.
+        learns = line["shift"] < 0.95 * best.get("shift", math.inf)
         return (
             is_low("contrast", LEAST_CONTRAST, line, best, on)
             or line["contrast"] > MOST_CONTRAST
             or line["diversity"] > MOST_DIVERSITY
-            or line["shift"] > MOST_SHIFT
+            or (line["shift"] > MOST_SHIFT and (on or not learns))
         )
 
     def is_clipped(line, best, on):
@@ -211,7 +215,7 @@ class Alarms:
         self.args = args
         self.bad = {}  # {alarm: (iteration of the first, number) of its bad lines in a row}
         self.on = {}  # {alarm: iteration of the first bad line}
-        self.best = {}  # {column: greatest value}
+        self.best = {}  # {column: greatest value, of shift the least}
 
     def update(self, line):
         """Reads one more line. Returns [(alarm, text)] of those that it turns on."""
@@ -231,8 +235,12 @@ class Alarms:
                 cures = "; ".join(cure for cure in rule.cures if self.can(cure))
                 news.append((rule.name, f"{seen}, since iteration {since}. {cures}"))
         for name, value in line.items():
-            if isinstance(value, (int, float)):
+            if not isinstance(value, (int, float)):
+                continue
+            if name != "shift":
                 self.best[name] = max(value, self.best.get(name, value))
+            elif line["it"] >= FIRST_JUDGED:
+                self.best[name] = min(value, self.best.get(name, value))
         return news
 
     def can(self, cure):
