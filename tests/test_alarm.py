@@ -191,7 +191,7 @@ def test_the_text_says_what_since_when_and_what_to_do():
 
 
 def test_brightness_that_is_on_its_way_is_no_alarm():
-    """flowmap on the toy, seed 1: from 0.48 to 0.05. Where it stays, or comes back, there is one."""
+    """flowmap on the toy, seed 1: from 0.48 to 0.05. If it stays, or comes back, there is one."""
     falls = [0.04, 0.48, 0.44, 0.36, 0.29, 0.24]
     assert turned_on(pictures(shift=falls)) == []
     assert turned_on(pictures(shift=[0.04, 0.48, 0.47, 0.46, 0.46])) == [("off", 270)]

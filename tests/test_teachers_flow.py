@@ -40,7 +40,7 @@ from common.teachers.load import load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
-from tools.rows import make_rows, prompt_kwargs
+from tools.rows import prompt_kwargs
 
 ONE_NETWORK = ["flux", "klein", "lumina", "qwen", "zimage", "wan"]
 
@@ -264,15 +264,6 @@ def test_frames_of_an_image(folders):
     says = "--frames 5: expected a text-to-video teacher, found FluxPipeline"
     with pytest.raises(UserError, match=says):
         load(folders, "flux", frames=5)
-
-
-def test_videos_are_not_measured(folders, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = ["--teacher", folders("wan"), "--prompts", tmp_path / "prompts.txt"]
-    flags += ["--size", 32, "--frames", 5, "--cache-prompts", folders.cache]
-    args = eval_script.parse_args([str(flag) for flag in flags])
-    with pytest.raises(UserError, match="expected a teacher of images.*found one of videos"):
-        make_rows(args, torch.float32)
 
 
 # ---- features, checkpointing, derivatives --------------------------------------------------------
