@@ -410,7 +410,7 @@ def main():
     if args.adm:
         own_images = [images.part(v, k, args.students) for k, v in enumerate(own_labels)]
     for v, part in zip(own_labels, own_images):
-        found = f"found none of {v.tolist()}"
+        found = f"found none of {len(v)} labels from {v[0]} to {v[-1]}"
         require(
             len(part), f"--data: the stage --adm needs images of each student's labels, {found}"
         )
