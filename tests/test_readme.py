@@ -5,8 +5,10 @@ import re
 
 import pytest
 import torch
+import yaml  # comes with transformers
 from helpers import readme
-from helpers.source import FOLDERS
+from helpers.cases import SCRIPTS
+from helpers.source import FOLDERS, source_files
 
 import dmd2
 from common.files import ROOT
@@ -110,3 +112,69 @@ def test_the_assets_page_describes_the_embedded_teacher():
 def test_the_embedded_teacher_is_small():
     weights = ROOT / "assets" / "mnist" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 8 * 2**20
+
+
+# ---- papers --------------------------------------------------------------------------------------
+
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+
+
+def references():
+    """{arXiv id: fields} of docs/references.bib; a field's lines are joined."""
+    found = {}
+    text = (ROOT / "docs" / "references.bib").read_text()
+    for kind, key, body in re.findall(r"@(\w+)\{(\w+),\n(.*?)\n\}", text, re.S):
+        fields = re.findall(r"^  (\w+) = \{(.*?)\},$", body, re.M | re.S)
+        entry = {name: " ".join(value.split()) for name, value in fields}
+        assert entry["eprint"] not in found, f"{key}: {entry['eprint']} is there twice"
+        found[entry["eprint"]] = entry | dict(kind=kind, key=key)
+    assert len(found) == text.count("\n@")
+    return found
+
+
+def venue(entry):
+    """ICML 2024, or arXiv 2025"""
+    name = re.search(r"\((\w+)\)$", entry.get("booktitle", ""))
+    return f"{name[1] if name else entry.get('journal', 'arXiv')} {entry['year']}"
+
+
+def test_papers_that_are_named_are_in_the_references():
+    """All ids in code and pages, and no entry that nothing names."""
+    named = set()
+    for path in [*source_files().values(), *(ROOT / page for page in PAGES)]:
+        named |= set(ARXIV.findall(path.read_text()))
+    assert named == set(references())
+
+
+def test_references_are_complete():
+    for entry in references().values():
+        where = dict(inproceedings="booktitle", article="journal", misc="eprint")[entry["kind"]]
+        for field in ("title", "author", "year", "eprint", where):
+            assert entry.get(field), f"{entry['key']}: {field}"
+        assert entry["archiveprefix"] == "arXiv"
+        # an id begins with the year and month of its first version
+        assert 2000 + int(entry["eprint"][:2]) <= int(entry["year"]), entry["key"]
+        assert all(", " in name for name in entry["author"].split(" and ")), entry["key"]
+    keys = [entry["key"] for entry in references().values()]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_and_its_page_cite_the_paper_as_published(script):
+    """First author, conference and year, in the first lines of both."""
+    doc = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    for text in (doc.split("\n\n")[0], page.split("\n\n")[1].split(" Script: ")[0]):
+        entry = references()[ARXIV.search(text)[0]]
+        assert entry["author"].split(",")[0] in text
+        assert venue(entry) in text
+        assert f"{script}.py" in entry["note"]
+
+
+def test_the_repositorys_own_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for field in ("cff-version", "message", "title", "authors"):  # what the format demands
+        assert citation[field]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## (\d[\d.]*)", changes, re.M)
+    assert citation["version"] == released[0]
