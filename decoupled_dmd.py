@@ -190,6 +190,7 @@ PRESETS = {
     "wan2.1": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
     "wan2.1-14b": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
     "wan2.2": dict(SD3, cfg=4.0, source="nobody's: sd3's"),
+    "wan2.2-5b": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
 }
 
 

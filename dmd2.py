@@ -176,6 +176,13 @@ WAN14B = dict(  # [T]
     WAN, lr=2e-6, lr_fake=2e-6, iters=4000, clip=1.0, source="[T] FastVideo, guidance of FastGen"
 )
 WAN22 = dict(WAN14B, cfg=4.0, lr_fake=4e-7, betas=(0.0, 0.999), iters=20_000)
+WAN5B = dict(  # Wan 2.2 5B, two steps [T] FastGen; its file's shift is 5
+    WAN,
+    nfe=2,
+    step_indices="999,499",
+    shift=1.0,
+    source="[T] FastGen, batch and length nobody's",
+)
 PRESETS = {
     "default": dict(IMAGENET64, source="nobody's: ImageNet-64's"),
     "toy": TOY,
@@ -204,6 +211,7 @@ PRESETS = {
     "wan2.1": WAN,
     "wan2.1-14b": WAN14B,
     "wan2.2": dict(WAN22, source="nobody's: phased_dmd's"),
+    "wan2.2-5b": WAN5B,
 }
 
 

@@ -148,6 +148,7 @@ PRESETS = {
     "wan2.1": dict(TEXT, cfg=5.0),
     "wan2.1-14b": dict(TEXT, cfg=5.0),
     "wan2.2": dict(TEXT, cfg=4.0),
+    "wan2.2-5b": dict(TEXT, cfg=5.0),
 }
 
 # The student's path is compared with the teacher's.

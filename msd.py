@@ -176,6 +176,7 @@ PRESETS = {
     "wan2.1": dict(SD3, cfg=5.0),
     "wan2.1-14b": dict(SD3, cfg=5.0),
     "wan2.2": dict(SD3, cfg=4.0),
+    "wan2.2-5b": dict(SD3, cfg=5.0),
 }
 
 

@@ -168,6 +168,7 @@ PRESETS = {
     "wan2.1": WAN13B,
     "wan2.1-14b": dict(WAN, cfg=5.0, source="[P], guidance nobody's: that of 1.3B"),
     "wan2.2": WAN,
+    "wan2.2-5b": dict(WAN, cfg=5.0, source="nobody's: Wan's"),
 }
 
 

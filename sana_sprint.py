@@ -225,6 +225,7 @@ PRESETS = {
     "wan2.1": WAN,
     "wan2.1-14b": WAN14B,
     "wan2.2": dict(WAN14B, cfg=4.0, cfg_train=[3.5, 4.0, 4.5], source="nobody's: wan2.1-14b's"),
+    "wan2.2-5b": dict(WAN14B, source="nobody's: wan2.1-14b's"),
 }
 
 

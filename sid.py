@@ -192,6 +192,7 @@ PRESETS = {
     "wan2.1": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
     "wan2.1-14b": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
     "wan2.2": dict(SID_DIT, cfg=4.0, source="nobody's: SiD-DiT's"),
+    "wan2.2-5b": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
 }
 
 # What the official code has for each form of (11) [C], where neither flag nor preset says more.

@@ -144,6 +144,7 @@ PRESETS = {
     "wan2.1": dict(OTHER, cfg=5.0),
     "wan2.1-14b": dict(OTHER, cfg=5.0),
     "wan2.2": dict(OTHER, cfg=4.0),
+    "wan2.2-5b": dict(OTHER, cfg=5.0),
 }
 
 

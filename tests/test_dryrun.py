@@ -184,6 +184,7 @@ KINDS = {  # flags that make their samples small
     "zimage": ["--size", 32],
     "wan": ["--size", 16, "--frames", 5],
     "wan22": ["--size", 16, "--frames", 5],
+    "wan5b": ["--size", 16, "--frames", 5],
     "dit": [],
     "sit": [],
 }
@@ -479,6 +480,7 @@ PARAMETERS = {  # published, to the digits in which they are
     "wan2.1": 1.42e9,
     "wan2.1-14b": 14.3e9,
     "wan2.2": 2 * 14.3e9,
+    "wan2.2-5b": 5.0e9,
 }
 
 

@@ -42,7 +42,7 @@ from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
 from tools.rows import prompt_kwargs
 
-ONE_NETWORK = ["flux", "klein", "lumina", "qwen", "zimage", "wan"]
+ONE_NETWORK = ["flux", "klein", "lumina", "qwen", "zimage", "wan", "wan5b"]
 
 
 def saved_model(folder):
@@ -230,15 +230,25 @@ def test_prompts_have_labels(folders):
     assert both.route(2, 1.0, 1.0, model.null(2)).tolist() == [0, 0]
 
 
-def test_wan_with_one_time_per_token(folders):
-    """Wan 2.2 5B: its pipeline gives every token a time, all of them equal in text to video."""
-    model = load(folders, "wan")
-    pipe = plain_pipeline(model, folders("wan"))
-    pipe.register_to_config(expand_timesteps=True)
-    z = noise(0, 1, *model.shape)
-    theirs = run_pipeline(model, pipe, [PROMPTS[1]], z, 2, 3.0)
-    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, model.encode([1]), 2, 3.0)
-    assert relative(ours, theirs) < 1e-5
+def test_wan_22_5b_has_a_size_of_its_own(folders):
+    """Other than the default of its pipeline's call, which a student's lines must not rely on."""
+    model = load(folders, "wan5b", size=None, frames=None)
+    assert model.image_shape == (3, 121, 704, 1280)
+    assert model.shape == (48, 31, 88, 160)
+    given = {key: model.call_options()[key] for key in ("height", "width", "num_frames")}
+    assert given == dict(height=704, width=1280, num_frames=121)
+    assert not load(folders, "wan", size=None, frames=None).call_options().keys() & given.keys()
+
+
+def test_wan_22_5b_gives_a_time_to_each_token(folders):
+    """In its pipeline. test_our_sampler_is_the_pipeline compares that with one time per sample."""
+    model = load(folders, "wan5b")
+    pipe = plain_pipeline(model, folders("wan5b"))
+    shapes = []
+    hook = lambda module, args, kwargs: shapes.append(kwargs["timestep"].shape)
+    pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), 1, 1.0)
+    assert shapes == [(1, 2 * 2 * 2)]
 
 
 def test_frames(folders):

@@ -39,7 +39,7 @@ from common.teachers.load import load_model, load_teacher
 from common.teachers.plain import NotPlain, fit_shift, trace
 
 NEW = ["flux2", "klein", "lumina"]
-KINDS = ["sd15", "sdxl", "sd3", "sana", "flux", *NEW, "qwen", "zimage", "wan", "wan22"]
+KINDS = ["sd15", "sdxl", "sd3", "sana", "flux", *NEW, "qwen", "zimage", "wan", "wan22", "wan5b"]
 PROMPTS = ["a red heart", "dog", "pizza 7"]
 LORA = dict(rank=3, alpha=6, targets=None, seed=0, flag="--lora")
 EVEN = "1.0,0.75,0.5,0.25"
@@ -66,7 +66,7 @@ NO = "no"
 UNET, FLOW, WAN = (
     ["sd15", "sdxl"],
     ["sd3", "sana", "flux", *NEW, "qwen", "zimage"],
-    ["wan", "wan22"],
+    ["wan", "wan22", "wan5b"],
 )
 EXPECTED = {
     "dmd2": (N_ONLY, N_ONLY, N_ONLY),
@@ -209,6 +209,7 @@ def test_two_experts_are_the_two_networks_of_wan(folders, tmp_path):
     sampler = dict(step_shift=5.0)
     ours = our_latents(phased_dmd.sample, student, z, teacher.encode([0]), 4, **sampler)
     assert relative(cards.run_card(tmp_path, teacher, z, PROMPTS[0]), ours) < 1e-5
+    assert "pipeline_tag: text-to-video" in (tmp_path / "README.md").read_text()
     loaded = load_model(tmp_path, record["model"], teacher)
     again = our_latents(phased_dmd.sample, loaded, z, teacher.encode([0]), 4, **sampler)
     assert torch.equal(again, ours)

@@ -45,6 +45,7 @@ ROWS = [
     ("dmd2", "wan2.1", {"": (1,), LORA: (1,), SHARD: (1,)}),
     ("dmd2", "wan2.1-14b", {"": (1,), LORA: (1,), SHARD: (1,)}),
     ("dmd2", "wan2.2", {"": (1,), LORA: (1,), SHARD: (1,)}),
+    ("dmd2", "wan2.2-5b", {LORA: (1,)}),
     ("dmd2", "dit-xl-256", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
     ("sid", "sdxl", {LORA: (1,)}),
     ("decoupled_dmd", "sdxl", {LORA: (1,)}),

@@ -90,10 +90,9 @@ def front_matter(record, call, teacher):
     on_hub = name not in EMBEDDED and (name in HUB or is_hub_name(name))
     model = record.get("model", {})
     text = call is not None or bool(record.get("plain"))
-    video = (record.get("plain") or {}).get("pipeline", "").startswith("Wan")
     task = "unconditional-image-generation"
     if text:
-        task = "text-to-video" if video else "text-to-image"
+        task = "text-to-video" if is_video(record) else "text-to-image"
     tags = ["diffusion-distillation", record["method"]] + (["lora"] if lora else [])
     data = dict(tags=tags, pipeline_tag=task, **licence_of(teacher))
     if model.get("adapter") != "toy":
@@ -207,6 +206,11 @@ def models_of(record):
     return model.get("experts", [model])
 
 
+def is_video(record):
+    """Whether samples are (colours, frames, height, width)."""
+    return len(models_of(record)[0].get("image", [])) == 4
+
+
 def is_stochastic(plain):
     return plain["scheduler"] == "LCMScheduler" or plain.get("stochastic", False)
 
@@ -267,7 +271,7 @@ def loading_lines(record, plain, index):
         arguments.append("latents=latents")
         shape = ", ".join(map(str, latents_shape(record["model"])))
         lines.append(f"latents = {noise!r} * torch.randn({shape})")
-    output = "frames" if plain["pipeline"] == "WanPipeline" else "images"
+    output = "frames" if is_video(record) else "images"
     name = "prompt=" if plain["pipeline"].startswith("Flux2") else ""  # an image comes first there
     call = ", ".join([f'{name}"{PROMPT}"', *arguments])
     lines.append(f"image = pipe({call}).{output}[0]")

@@ -35,6 +35,7 @@ KINDS = dict(
         clip=("CLIPLoader", ["umt5_xxl"], "wan"),
         vae=True,
         lora_only=True,
+        other_channels=[48],  # of Wan 2.2 5B, whose latents are another node's
     ),
 )
 KINDS["qwen-image"] = dict(
@@ -60,6 +61,8 @@ def find_comfyui(student, found):
     kind = KINDS.get(student.adapter)
     vp = student.schedule.unit_norm
     if kind is None or (kind.get("lora_only") and not student.lora):
+        return None
+    if student.shape[0] in kind.get("other_channels", []):
         return None
     if vp and (student.schedule.config | TABLE != student.schedule.config or not is_usual(student)):
         return None

@@ -23,6 +23,7 @@ HUB = {
     "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "dit-xl-256": "facebook/DiT-XL-2-256",
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }

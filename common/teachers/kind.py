@@ -139,14 +139,20 @@ def refine(kind, folder, index):
         two = index.get("transformer_2", absent) != absent
         if two and index.get("boundary_ratio") is not None:
             return "wan2.2", " with two networks"
+        if network_config(folder).get("in_channels") == 48:  # those of its VAE
+            return "wan2.2-5b", " of 48 channels"
         if width(folder, heads=40, head=128) > 2300:  # 1.3B: 1536, 14B: 5120
             return "wan2.1-14b", " of 14B"
     return kind, ""
 
 
+def network_config(folder):
+    return read_json(folder / "transformer" / "config.json", "--teacher")
+
+
 def width(folder, heads, head):
     """Width of a pipeline's transformer. heads, head: the defaults of its class in diffusers."""
-    config = read_json(folder / "transformer" / "config.json", "--teacher")
+    config = network_config(folder)
     count = config.get("num_attention_heads", heads)
     size = config.get("attention_head_dim", head)
     ok = isinstance(count, int) and isinstance(size, int)

@@ -115,7 +115,7 @@ class Pipeline(Model):
             raise UserError(
                 f"--frames {frames}: expected a text-to-video teacher, found {cls.pipeline}"
             )
-        step = vae.scale_factor_temporal
+        step = cls.frame_step(vae)
         if frames < 1 or (frames - 1) % step:
             raise UserError(
                 f"--frames {frames}: expected a multiple of {step}, plus 1, for this teacher"

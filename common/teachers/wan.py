@@ -1,5 +1,8 @@
 """Wan 2.1 and 2.2: text to video.
 
+Wan 2.2 5B has a VAE of its own, with 48 channels and 16 pixels per latent. Its pipeline gives every
+token a time (expand_timesteps), all equal in text to video: one time per sample is the same.
+
 Not reproduced, since it is a matter of the solver and not of the network: the UniPC scheduler of
 Wan's pipeline rounds times down to integers.
 """
@@ -9,15 +12,14 @@ import torch
 from common.model import layers_at
 from common.routed import ByLevel
 from common.teachers.configuration import FLOW_SCHEDULER, flow_schedule
-from common.teachers.pipeline import Pipeline, channel_stats
+from common.teachers.video import Video
+
+CHANNELS_5B = 48  # of the latents of Wan 2.2 5B
 
 
-class Wan(Pipeline):
-    """Wan: latents [C, F, h, w], F = (frames - 1) / 4 + 1; videos uint8 [n, 3, frames, H, W].
-
-    Wan 2.2 A14B has one network for high noise and one for low noise: a ByLevel that changes at the
-    pipeline's boundary_ratio, with one w for both.
-    """
+class Wan(Video):
+    """Wan 2.2 A14B has one network for high noise and one for low noise: a ByLevel that changes at
+    the pipeline's boundary_ratio, with one w for both."""
 
     adapter = "wan"
     lora_names = "wan"
@@ -27,20 +29,14 @@ class Wan(Pipeline):
     expected = dict(scheduler=dict(FLOW_SCHEDULER, use_dynamic_shifting=[False]))
     without = ("transformer_2",)
     since = (0, 37)  # older versions need a further package for text
-    video = True
-    at_once = 1
-    built_for = (480, 832)
+    call_defaults = (480, 832, 81)
     takes_sigmas = False
     unguided = dict(guidance_scale=1.0)
     second_network = "transformer_2"
 
-    def __init__(self, net, vae, scheduler, size=None, frames=81):
-        object.__setattr__(self, "frames", frames)  # latent_shape needs it before Module.__init__
-        super().__init__(net, vae, scheduler, size)
-
-    def latent_shape(self, c, size):
-        channels, h, w = super().latent_shape(c, size)
-        return channels, (self.frames - 1) // self.vae.config.scale_factor_temporal + 1, h, w
+    @classmethod
+    def made_for(cls, c):
+        return (704, 1280, 121) if c.in_channels == CHANNELS_5B else cls.call_defaults
 
     def make_schedule(self, scheduler, shape, c):
         return flow_schedule(scheduler)
@@ -51,12 +47,6 @@ class Wan(Pipeline):
         if index.get("boundary_ratio") is None or index.get("transformer_2", absent) == absent:
             return [cls.part]
         return [cls.part, "transformer_2"]
-
-    def call_options(self):
-        options = super().call_options()
-        if self.frames != 81:  # the pipeline's default
-            options["num_frames"] = self.frames
-        return options
 
     def with_experts(self, folder, index, dtype):
         parts = self.networks(index)
@@ -99,25 +89,3 @@ class Wan(Pipeline):
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.blocks, depths)
-
-    def to_feature_map(self, h):
-        """[B, F h w, D] -> [B, D, F h, w]: the frames one below the other."""
-        width = self.shape[3] // self.net.config.patch_size[2]
-        return h.transpose(1, 2).reshape(len(h), h.shape[2], -1, width)
-
-    @staticmethod
-    def scale(c):
-        return c.scale_factor_spatial
-
-    @property
-    def image_shape(self):
-        return 3, self.frames, self.shape[-2] * self.vae_scale, self.shape[-1] * self.vae_scale
-
-    def latent_stats(self):
-        return channel_stats(self.vae, self.shape)
-
-    def to_pictures(self, x):
-        """First, middle and last frame, one below the other."""
-        video = self.decode(x)
-        shown = dict.fromkeys((0, self.frames // 2, self.frames - 1))  # without repeats
-        return torch.cat([video[:, :, i] for i in shown], 2)

@@ -582,34 +582,31 @@ def zimage(folder):
     return save(pipe, folder)
 
 
+def wan_network(channels):
+    from diffusers import WanTransformer3DModel
+
+    net = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    # Random attention would not notice the prompt among the zeros behind it.
+    for block in net.blocks:
+        block.attn2.norm_k.weight.data *= 8
+    return net
+
+
 def wan(folder, **kw):
     since(0, 37)
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
     torch.manual_seed(0)
-
-    def net():
-        net = WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=32,
-        )
-        # Random attention would not notice the prompt among the zeros behind it.
-        for block in net.blocks:
-            block.attn2.norm_k.weight.data *= 8
-        return net
-
     vae = AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
@@ -624,8 +621,8 @@ def wan(folder, **kw):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     pipe = WanPipeline(
-        transformer=net(),
-        transformer_2=net() if kw else None,
+        transformer=wan_network(4),
+        transformer_2=wan_network(4) if kw else None,
         scheduler=scheduler,
         vae=vae,
         text_encoder=t5("UMT5"),
@@ -637,6 +634,42 @@ def wan(folder, **kw):
 
 def wan22(folder):
     return wan(folder, boundary_ratio=0.875)
+
+
+def wan5b(folder):
+    """Wan 2.2 5B: 48 channels, a VAE of squares of pixels, a time for each token."""
+    since(0, 37)
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=(0.2 * torch.randn(48, generator=generator)).tolist(),
+        latents_std=(0.5 + torch.rand(48, generator=generator)).tolist(),
+        scale_factor_spatial=8,
+    ).eval()
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    pipe = WanPipeline(
+        transformer=wan_network(48),
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=t5("UMT5"),
+        tokenizer=letter_tokenizer(),
+        expand_timesteps=True,
+    )
+    return save(pipe, folder)
 
 
 def save(pipe, folder):
@@ -780,6 +813,7 @@ BUILDERS = dict(
     zimage=zimage,
     wan=wan,
     wan22=wan22,
+    wan5b=wan5b,
     dit=dit,
     sit=sit,
     edm=edm,

@@ -15,7 +15,7 @@ from common.teachers.load import load_pipeline
 
 PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
 OLDER = ["sd15", "sdxl", "sd3", "sana"]
-NEWER = ["flux", "flux2", "klein", "lumina", "qwen", "zimage", "wan", "wan22"]
+NEWER = ["flux", "flux2", "klein", "lumina", "qwen", "zimage", "wan", "wan22", "wan5b"]
 SIZE = dict(  # flags of teachers whose networks have no size of their own
     flux=dict(size=16),
     flux2=dict(size=16),
@@ -24,6 +24,7 @@ SIZE = dict(  # flags of teachers whose networks have no size of their own
     zimage=dict(size=16),
     wan=dict(size=32, frames=5),
     wan22=dict(size=32, frames=5),
+    wan5b=dict(size=32, frames=5),
 )
 PACKED = ("flux", "qwen-image")  # adapters whose pipelines work on packed latents
 FLUX2 = ("flux2", "flux2-klein")  # whose pipelines take our samples, and denoise their pixels
@@ -90,8 +91,8 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
         options.setdefault("guidance_scale", model.guidance)
     else:
         options["guidance_scale"] = w - 1 if name == "z-image" else w
-    if name == "wan":
-        options["num_frames"] = model.frames
+    if model.video:
+        options[model.frames_argument] = model.frames
     if name == "sana":
         options |= dict(complex_human_instruction=None, use_resolution_binning=False)
     out = pipe(
@@ -103,7 +104,7 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
         output_type=output_type,
         **options,
     )
-    out = out.frames if name == "wan" else out.images
+    out = out.frames if model.video else out.images
     return from_output(model, out) if output_type == "latent" else out
 
 
