@@ -150,7 +150,7 @@ def parse_args(argv=None):
     p = Parser(__doc__, few_steps=False)
     p.method.description = "times are shares of the path: 1 is the teacher's noise end, 0 the image"
     add = p.method.add_argument
-    add("--delta", type=float, help="t - s in (6)")
+    add("--delta", type=float, help="step of the bootstrap, t - s in (6)")
     add("--beta", type=float, default=1.0, help="weight of (8) in (9)")
     add("--boundary-frac", type=float, default=0.25, help="share of the batch with (8)")
     add(

@@ -221,10 +221,15 @@ def parse_args(argv=None):
     add("--step-indices", metavar="I,...", help="grid indices of the steps, e.g. 999,749,499,249")
     add("--ratio", type=int, help="critic steps per student step")
     add("--shift", type=float, help="factor on sigma / alpha of all levels drawn in (4), (6), (7)")
-    add("--sim", choices=["backward", "data"], default="backward", help="x_in: (2) or noised data")
-    add("--gan", action="store_true", help="add (8) and (9), which need images")
-    add("--gan-weight", type=float, help="w_G in (10)")
-    add("--cls-weight", type=float, help="w_D in (10)")
+    add(
+        "--sim",
+        choices=["backward", "data"],
+        default="backward",
+        help="input x_in of a step: (2), or noised images",
+    )
+    add("--gan", action="store_true", help="add the GAN losses (8) and (9), which need images")
+    add("--gan-weight", type=float, help="weight w_G of (8) in (10)")
+    add("--cls-weight", type=float, help="weight w_D of (9) in (10)")
     args = p.parse(PRESETS, argv)
     require(args.ratio >= 1, f"--ratio: expected at least 1, found {args.ratio}")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")

@@ -88,7 +88,7 @@ from tools.pictures import sample_rows, save_numbered
 from tools.rows import make_rows
 from tools.scores import KEYS, DinoExtractor, NoFeatures, Scores
 from tools.video import FrameExtractor, frames_of, temporal_metrics
-from training.flags import Help, add_teacher_lora, flag_name, parse_size
+from training.flags import Help, add_teacher_lora, flag_name, head_and_usage, parse_size
 from training.folder import utc_now
 from training.report import dumps, hardware, save_grid
 
@@ -109,8 +109,13 @@ HEADINGS = {  # of the table without --compare
 
 def parse_args(argv=None):
     usage = "python eval.py [RUN ...] [--flag value ...]"
+    head, commands = head_and_usage(__doc__)
     p = argparse.ArgumentParser(
-        description=__doc__, usage=usage, formatter_class=Help, allow_abbrev=False
+        description=f"{head}\n\nWhat the metrics mean: the top of eval.py, docs/evaluate.md.",
+        epilog=commands,
+        usage=usage,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
     p.error = lambda message: p.exit(2, f"eval.py: {message} (--help lists the flags)\n")
     p.add_argument("runs", nargs="*", help="folders of runs, or their student/")
@@ -120,17 +125,18 @@ def parse_args(argv=None):
     add = p.add_argument_group("models").add_argument
     add("--teacher", help="a name or folder; with runs: instead of the teacher of distill.json")
     add_teacher_lora(add)
-    add("--nfe", help=f"list of steps of students [as trained] or a teacher [{TEACHER_NFE}]")
+    add(
+        "--nfe",
+        help=f"numbers of steps, 1,2,4: of students [as trained], of a teacher [{TEACHER_NFE}]",
+    )
     add(
         "--cfg",
-        help="list of guidance scales w of teacher rows, u + w (c - u) [1 for a teacher alone, "
-        "else those of the students' training]",
+        help="guidance scales w of teacher rows [of the students' training, else 1]",
     )
     add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
     add(
         "--prompts",
-        help="text-to-image: prompts, as in training [of the training]; with --images: image i "
-        "belongs to prompt i, modulo their number",
+        help="prompts [of the training]; --images: their prompts in order, again from the first",
     )
     add("--cache-prompts", help="folder for their embeddings [out/prompts]")
     add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH [the pipeline's]")
@@ -142,14 +148,13 @@ def parse_args(argv=None):
     add("--compare", action="store_true", help="also the teacher; one table and one picture")
     add(
         "--teacher-nfe",
-        help=f"list of steps of the teacher's rows [{TEACHER_NFE}; --compare: 50 and students']",
+        help=f"numbers of steps of the teacher [{TEACHER_NFE}; --compare: 50 and students']",
     )
     add(
         "--best-of",
         type=int,
-        help="also the teacher, from the best of this many noises under the student's preview "
-        "(flowmap keeps noise and image paired): the highest log-probability of the label in the "
-        "teacher's classifier, so agreement and fd, which use it too, are biased",
+        help="also the teacher, from the best of N noises in the preview of a student (flowmap: it "
+        "pairs noise and image); the classifier chooses, so agreement and fd are biased",
     )
 
     # the metrics
@@ -159,35 +164,33 @@ def parse_args(argv=None):
     add(
         "--resize",
         choices=["tf1", "clean"],
-        help="to Inception's size: tf1 (default; EDM, ADM, SiD, DMD2) or clean (bicubic; COCO)",
+        help="to Inception's size: tf1 (EDM, SiD, DMD2), clean (COCO) [tf1]",
     )
-    add("--ref", help="reference: .npz of mu and sigma, as EDM's; without KID, precision, recall")
+    add("--ref", help="reference: .npz of mu and sigma, as EDM's; only FID")
     add("--ref-images", help="reference: folder of images, at their own size")
     add("--save-ref", metavar="FILE", help="keep the statistics of --ref-images, for --ref")
     add(
         "--square",
         type=int,
         metavar="SIDE",
-        help="samples and references: the middle square, resized to SIDE pixels (Lanczos), before "
-        "--inception, --dino and scores; COCO of DMD2 and SiD: 256",
+        help="crop samples and references to the middle square and resize it (Lanczos) before they "
+        "are measured; COCO of DMD2 and SiD: 256",
     )
     add(
         "--as-stored",
         action="store_true",
-        help="--images, --ref-images: pixels as pytorch-fid reads them, not as a viewer shows them",
+        help="read images as pytorch-fid does, not as a viewer shows them",
     )
     add(
         "--n",
         "--samples",
         type=int,
-        help="samples [5000; videos: 64; with --images: all files]. torchrun has a flag --n: use "
-        "--samples",
+        help="samples [5000; videos: 64; --images: all]; under torchrun: --samples",
     )
     add(
         "--per-prompt",
         type=int,
-        help="also `similarity` and `vendi`, from this many images of 8 labels or prompts [8 with "
-        "--dino and no reference]",
+        help="also similarity and vendi, N images of 8 labels or prompts [--dino: 8]",
     )
     add("--seed", type=int, default=0, help="of the samples' noise")
     add("--seeds", type=int, default=1, help="number of sampling seeds: --seed, --seed + 1, ...")
@@ -217,12 +220,11 @@ def parse_args(argv=None):
     add("--out", help="file to which results are appended [out/eval.jsonl]")
     add(
         "--save-images",
-        help="new folder for the samples as PNG: 000000.png, ...; videos as animated WebP",
+        help="new folder for the samples, 000000.png, ...; videos: animated WebP",
     )
     add(
         "--grid",
-        help="PNG of 20 samples per row [--compare: compare.png in the folder of --out]; of videos "
-        "4, animated as .webp [compare.webp] or .gif",
+        help="picture, 20 samples a row; videos: 4, .webp or .gif [compare.png]",
     )
     compare.add_flags(p.add_argument_group("--compare"))
 

@@ -163,7 +163,7 @@ def parse_args(argv=None):
     add("--correction", type=float, default=0.25, help="share of the batch with (8); 0: (5) alone")
     add("--euler-steps", type=int, metavar="N", help="(6) instead of (5), with steps of 1 / N")
     add("--k", type=float, default=1.0, help="exponent of (7); 0: plain squared error")
-    add("--eps", type=float, default=1e-3, help="of (7)")
+    add("--eps", type=float, default=1e-3, help="eps of (7)")
     add(
         "--cfg-range",
         type=float,
@@ -171,7 +171,7 @@ def parse_args(argv=None):
         metavar=("LOW", "HIGH"),
         help="train for all scales w of this range, which become an input [only --cfg]",
     )
-    add("--r-mean", type=float, default=0.8, help="mean of the normal number in (8)")
+    add("--r-mean", type=float, default=0.8, help="mean of the normal number of r in (8)")
     add("--r-guided", type=float, default=0.7, help="largest r at which (8) is guided")
     add("--ratio", type=int, default=1, help="steps of aux per student step")
     args = p.parse(PRESETS, argv)

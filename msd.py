@@ -191,8 +191,8 @@ def parse_args(argv=None):
     add("--adm-lr", type=float, help="factor on both learning rates in that share")
     add("--ratio", type=int, help="critic steps per student step")
     add("--shift", type=float, help="factor on sigma / alpha of all levels drawn")
-    add("--gan-weight", type=float, help="w_G in (11)")
-    add("--cls-weight", type=float, help="w_D in (11)")
+    add("--gan-weight", type=float, help="weight w_G of (9) in (11)")
+    add("--cls-weight", type=float, help="weight w_D of (10) in (11)")
     args = p.parse(PRESETS, argv)
     if args.tsm is None:
         args.tsm = 0.4 if args.small else 0.0

@@ -134,12 +134,12 @@ def parse_args(argv=None):
     add(
         "--control", metavar="NAME", help="h in (2): edges, canny, sr, half, ... (controls/maps.py)"
     )
-    add("--factor", type=int, default=4, help="of --control sr")
+    add("--factor", type=int, default=4, help="factor of --control sr")
     add("--control-model", metavar="DIR", help="transformers model for --control depth, image")
     add("--drop", type=float, default=0.0, help="share of empty prompts")
     add("--N", type=int, help="steps from z to eps in (1)")
     add("--distance", choices=["l2", "huber"], default="l2", help="d in (3)")
-    add("--con-weight", type=float, help="w in (6) [N]; 0: no consistency loss")
+    add("--con-weight", type=float, help="weight w of (4) in (6); 0: no consistency loss [N]")
     add("--lambda0", type=float, help="lambda of (6) at the start")
     add("--eta", type=float, help="rate of lambda in (7); 0 keeps it")
     add("--xi", type=float, help="bound of L_bound in (7)")

@@ -238,9 +238,9 @@ def parse_args(argv=None):
     add("--p-adv", type=float, nargs=2, metavar="X", help="the same of s in (10)")
     add("--H", type=int, help="iterations until r of (6) is 1")
     add("--anchor", type=float, help="least t of (1), (9); there r = 0: the student is the teacher")
-    add("--adaptive-weight", choices=["off", "clamped", "full"], help="lv of (8)")
-    add("--adv-weight", type=float, help="w_G in (13); 0: sCM alone")
-    add("--max-time", type=float, help="p of (9)")
+    add("--adaptive-weight", choices=["off", "clamped", "full"], help="learned weight lv of (8)")
+    add("--adv-weight", type=float, help="weight w_G of the GAN loss in (13); 0: sCM alone")
+    add("--max-time", type=float, help="probability p of t = pi/2 in (9)")
     add("--time", choices=["native", "dense"], help="dense: fit the time embedding to 0..1 first")
     args = p.parse(PRESETS, argv)
     args.cfg_train = args.cfg_train or [args.cfg]

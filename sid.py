@@ -225,8 +225,12 @@ def parse_args(argv=None):
     p = Parser(__doc__, critic=True, images=True)
     add = p.method.add_argument
     weights = ["sid_legacy", "1_minus_sigma", "1_over_sigma"]
-    add("--alpha", type=float, help="of (5); 0.5 is exact for a perfect critic, papers: 1 to 1.2")
-    add("--weight", choices=weights, help="w of (5) [by form]")
+    add(
+        "--alpha",
+        type=float,
+        help="alpha of (5); 0.5 is exact for a perfect critic, papers have 1 to 1.2",
+    )
+    add("--weight", choices=weights, help="weight w of (5) [by form]")
     add(
         "--guidance",
         choices=["lsg", "long", "zero"],
@@ -235,9 +239,9 @@ def parse_args(argv=None):
     add("--steps", metavar="T,...", help="times of the steps, e.g. 1,.9,.75,.5 [by form]")
     add("--ratio", type=int, help="critic steps per student step")
     add("--shift", type=float, help="factor on sigma / alpha of all levels drawn in (4), (5)")
-    add("--gan", action="store_true", help="add (8) and (9), which need images")
-    add("--gan-weight", type=float, help="w_G in (10) [by form]")
-    add("--cls-weight", type=float, help="w_D in (10)")
+    add("--gan", action="store_true", help="add the GAN losses (8) and (9), which need images")
+    add("--gan-weight", type=float, help="weight w_G of (9) in (10) [by form]")
+    add("--cls-weight", type=float, help="weight w_D of (8) in (10)")
     add(
         "--gan-warmup",
         type=int,

@@ -153,15 +153,20 @@ def parse_args(argv=None):
     add = p.method.add_argument
     add("--order", type=int, help="N of (4); 0 is plain flow matching, 1 the MeanFlow limit")
     add("--groups", type=int, nargs=4, default=(1, 1, 1, 1), help="rows of e2e, mul, any, adv")
-    add("--target-decay", type=float, help="of F^-, an average by iteration; 0: the student itself")
-    add("--guide", choices=["target", "frozen"], default="target", help="Fg of (3): F^- or teacher")
-    add("--image-free", action="store_true", help="own samples, the teacher's velocity in (3)")
-    add("--rect-weight", type=float, help="mu in (10)")
-    add("--distance", choices=["barron", "l2"], help="d: (7), or m itself")
+    add("--target-decay", type=float, help="decay of the target network F^-; 0: the student itself")
+    add("--guide", choices=["target", "frozen"], default="target", help="Fg of (3), F^- or teacher")
+    add("--image-free", action="store_true", help="own samples instead of images")
+    add("--rect-weight", type=float, help="weight mu of (9) in (10)")
+    add("--distance", choices=["barron", "l2"], help="distance d: that of (7), or its m")
     add(
         "--clamp", type=float, help="elementwise bound of the differences in (5) and (9); 0 is none"
     )
-    add("--mode", choices=["auto", "few", "any", "mul"], default="auto", help="see `sample`")
+    add(
+        "--mode",
+        choices=["auto", "few", "any", "mul"],
+        default="auto",
+        help="times (t, r) of a step, see `sample`",
+    )
     add(
         "--steps", metavar="T,...", help="times of the steps in units of T, falling, e.g. 0.999,0.7"
     )

@@ -6,6 +6,7 @@ import pytest
 
 import boot
 import dmd2
+import sid
 from common.errors import UserError, did_you_mean
 from training.flags import Parser, parse_size
 
@@ -70,10 +71,16 @@ def test_help_shows_the_presets_values(capsys):
     assert "learning rate of the student [0.0005]" in help_of(dmd2, capsys, "--teacher", "toy")
 
 
+def test_help_has_one_default(capsys):
+    """A preset's value stands in the place of the text in brackets."""
+    assert "weight w of (5) [by form]\n" in help_of(sid, capsys, "--teacher", "sdxl")
+    assert "weight w of (5) [1_over_sigma]\n" in help_of(sid, capsys)
+
+
 def test_help_lists_only_what_the_script_accepts(capsys):
     text = help_of(boot, capsys)
     for flag in ("--data", "--lr-fake", "--lora-fake", "--nfe"):
-        assert flag not in text.split("options:")[1]
+        assert flag not in text.split("model:")[1]
 
 
 @pytest.mark.parametrize("text, size", [("512", [512, 512]), ("480x832", [480, 832])])

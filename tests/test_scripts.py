@@ -524,9 +524,24 @@ def test_help(script, scripts, monkeypatch):
             assert re.search(rf"{option}\b", text)
     doc = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))
     assert doc.splitlines()[0] in text
-    for group in ("model:", "method:", "optimisation:", "run:"):
-        assert group in text
-    assert max(map(len, text.splitlines())) <= 100
+    groups = re.findall(r"^([a-z ]+):$", text, re.M)
+    assert groups == ["model", "method", "optimisation", "run", "dry run"]
+    commands = doc.split("\n\nUsage:\n")[1].split("\n\n")[0]
+    assert text.endswith(f"\n\nUsage:\n{commands}\n")
+    assert fits_two_screens(text)
+
+
+def fits_two_screens(text):
+    """Of 50 lines and 100 columns each."""
+    lines = text.splitlines()
+    return len(lines) <= 100 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("script", ["eval", "sample"])
+def test_help_of_what_comes_after_training(script, scripts):
+    text = scripts.run(f"{script}.py", "--help").out
+    assert f"python {script}.py out/dmd2-" in text  # commands
+    assert fits_two_screens(text)
 
 
 @each

@@ -52,7 +52,7 @@ NEUTRAL_FLAGS += ("log_every", "sample_every", "eval_every", "save_every")
 
 def add_flags(group):
     add = group.add_argument
-    add("--sort", help="key of a column: --sort fd, smallest first; --sort=-recall, largest first")
+    add("--sort", help="column: --sort fd, smallest first; --sort=-recall, largest first")
     add("--cache", help="folder of earlier results [measured, in the folder of --out]")
     add("--fresh", action="store_true", help="measure again what the cache has")
 

@@ -26,7 +26,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
             return action.help
         if isinstance(default, (list, tuple)):
             default = " ".join(map(str, default))
-        return f"{action.help} [{default}]"
+        without = re.sub(r" \[[^\]]*\]$", "", action.help)  # [what holds without a default]
+        return f"{without} [{default}]"
+
+
+def head_and_usage(doc):
+    """A script's docstring -> its first paragraph and its paragraph "Usage:", "" if it has none."""
+    paragraphs = doc.strip().split("\n\n")
+    usage = [text for text in paragraphs if text.startswith("Usage:")]
+    return paragraphs[0], "".join(usage[:1])
 
 
 class Several(argparse.Action):
@@ -63,10 +71,18 @@ class Parser(argparse.ArgumentParser):
         lora_fake=None,
         start=True,
     ):
-        usage = "python %(prog)s [--flag value ...]"
-        super().__init__(description=doc, usage=usage, formatter_class=Help, allow_abbrev=False)
+        head, commands = head_and_usage(doc)
+        super().__init__(
+            description=head,
+            epilog=commands,
+            usage="python %(prog)s [--flag value ...]",
+            formatter_class=Help,
+            allow_abbrev=False,
+            add_help=False,  # it stands in the group "run"
+        )
+        about = "Numbers such as (1) are those of the equations at the top of the script."
         self.model = self.add_argument_group("model")
-        self.method = self.add_argument_group("method")
+        self.method = self.add_argument_group("method", about)
         self.optim = self.add_argument_group("optimisation")
         self.run = self.add_argument_group("run")
         self.dry = self.add_argument_group("dry run")
@@ -75,32 +91,40 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(lora_alpha=None, lora_targets=None, shard=False)
 
         add = self.model.add_argument
-        add("--teacher", metavar="NAME", default="mnist", help="a name, a hub name, or a folder")
+        add(
+            "--teacher",
+            metavar="NAME",
+            default="mnist",
+            help="mnist, toy, emoji, sdxl, ...; a hub name; a folder",
+        )
         add_teacher_lora(add)
         if start:
-            add("--start", metavar="RUN", help="folder of a run to start from [the teacher]")
+            add(
+                "--start",
+                metavar="RUN",
+                help="start from student and critic of this run [the teacher]",
+            )
         add("--cfg", type=float, help="guidance scale w of the teacher in u + w (c - u); 1 is none")
         if few_steps:
             add("--nfe", type=int, help="network passes of the student per sample")
         add(
             "--prompts",
             metavar="FILE",
-            help="text-to-image: prompts, one a line, or .csv .tsv .json .jsonl, FILE:COLUMN "
-            "[assets/prompts.txt]",
+            help="one a line; a column of a table: FILE.csv:COLUMN [assets/prompts.txt]",
         )
         add(
             "--cache-prompts",
             metavar="DIR",
-            help="folder for prompt embeddings and latents [out/prompts]",
+            help="folder for embeddings of prompts and latents of images [out/prompts]",
         )
         add(
             "--size",
             type=parse_size,
             metavar="PX",
-            help="pixels, N or HEIGHTxWIDTH [the pipeline's]",
+            help="pixels of an image: N or HEIGHTxWIDTH [the pipeline's]",
         )
-        add("--frames", type=int, help="text-to-video: number of frames [the pipeline's]")
-        add("--embedded-guidance", type=float, help="FLUX.1-dev: its guidance input [3.5]")
+        add("--frames", type=int, help="frames of a video [the pipeline's]")
+        add("--embedded-guidance", type=float, help="FLUX.1-dev: value of its guidance input [3.5]")
         if images:
             add(
                 "--data",
@@ -112,22 +136,42 @@ class Parser(argparse.ArgumentParser):
                 "--lora",
                 type=int,
                 metavar="RANK",
-                help="train adapters of this rank; 0: the weights",
+                help="train LoRA adapters of this rank; 0: the whole weights",
             )
             if critic if lora_fake is None else lora_fake:
                 add("--lora-fake", type=int, metavar="RANK", help="the same for the critic")
-            add("--lora-alpha", type=float, help="the update is alpha / rank B A [the rank]")
-            add("--lora-targets", nargs="+", metavar="NAME", help="layer name endings [attention]")
+            add(
+                "--lora-alpha",
+                type=float,
+                help="adapters are multiplied by alpha / rank [the rank]",
+            )
+            add(
+                "--lora-targets",
+                nargs="+",
+                metavar="NAME",
+                help="layers with adapters, by the ends of their names [attention]",
+            )
 
         add = self.optim.add_argument
         add("--iters", type=int, help="iterations of the loop")
         add("--batch", type=int, help="samples per iteration, over all processes")
-        add("--accumulate", type=int, default=1, metavar="N", help="split each batch in N parts")
+        add(
+            "--accumulate",
+            type=int,
+            default=1,
+            metavar="N",
+            help="split a batch into N passes, which saves memory",
+        )
         add("--lr", type=float, help="learning rate of the student")
         if critic:
             add("--lr-fake", type=float, help="learning rate of the critic or heads")
         add("--warmup", type=int, default=0, help="iterations of linear warm-up")
-        add("--cooldown", type=float, default=0.0, help="last share of the run, rates fall to 0")
+        add(
+            "--cooldown",
+            type=float,
+            default=0.0,
+            help="share of the run, at its end, in which rates fall",
+        )
         add("--clip", type=float, default=10.0, help="maximum gradient norm")
         add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW, all networks")
         add("--weight-decay", type=float, default=0.01, help="AdamW, all networks")
@@ -137,41 +181,50 @@ class Parser(argparse.ArgumentParser):
 
         add = self.run.add_argument
         add("--out", metavar="DIR", help="folder of the run [out/<script>-<teacher>]")
-        add("--seed", type=int, default=0, help="of all random numbers")
+        add("--seed", type=int, default=0, help="seed of all random numbers")
         add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N")
-        add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of network passes")
+        add(
+            "--dtype",
+            default="auto",
+            choices=["auto", "fp32", "bf16"],
+            help="dtype of passes; auto: bf16 on CUDA",
+        )
         add("--deterministic", action="store_true", help="CUDA: the same bits in every run")
         if lora:
-            add("--shard", action="store_true", help="torch's fully_shard instead of DDP")
+            add("--shard", action="store_true", help="spread weights over the GPUs (FSDP2)")
         add("--compile", action="store_true", help="torch.compile the networks")
         add("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
         add(
             "--sample-every",
             type=int,
-            help="iterations between grids; 0: at the end [a tenth of the run, 10 to 500]",
+            help="iterations between pictures; 0: at the end [a tenth of --iters, 10 to 500]",
         )
-        add("--eval-every", type=int, default=0, help="iterations between evaluations of 1000")
+        add(
+            "--eval-every",
+            type=int,
+            default=0,
+            help="iterations between evaluations with 1000 samples; 0: none",
+        )
         add("--eval-n", type=int, default=5000, help="samples of the last evaluation; 0: none")
         add(
             "--save-every",
             type=int,
-            help="iterations between checkpoints [a tenth of the run, 100 to 500]",
+            help="iterations between checkpoints [a tenth of --iters, 100 to 500]",
         )
         add("--resume", action="store_true", help="continue from the newest checkpoint of --out")
         add("--overwrite", action="store_true", help="discard the run that is in --out")
-        add("--smoke", action="store_true", help="three iterations of everything")
+        add("--smoke", action="store_true", help="three iterations, to see that all parts run")
+        add("-h", "--help", action="help", help="print this, with the defaults of --teacher")
 
         add = self.dry.add_argument
         add(
             "--dry-run",
             action="store_true",
-            help="memory, work and waits, without a GPU or weights",
+            help="measure memory and work at full size, without a GPU or weights",
         )
         add("--device-memory", type=float, metavar="GB", help="find the largest --batch that fits")
-        add("--processes", type=int, help="of the run, which share the batch [1]")
-        add(
-            "--tflops", type=float, metavar="X", help="TFLOP/s that a process reaches, for the time"
-        )
+        add("--processes", type=int, help="processes (GPUs) that share the batch [1]")
+        add("--tflops", type=float, help="TFLOP/s that a GPU reaches, to estimate the time")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -404,7 +457,7 @@ def add_teacher_lora(add):
         "--teacher-lora",
         action=Several,
         metavar="FILE",
-        help="a LoRA that becomes part of the teacher: FILE or FILE:SCALE; may be repeated",
+        help="LoRA that becomes part of the teacher, FILE or FILE:SCALE; repeatable",
     )
 
 
