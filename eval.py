@@ -88,7 +88,14 @@ from tools.pictures import sample_rows, save_numbered
 from tools.rows import make_rows
 from tools.scores import KEYS, DinoExtractor, NoFeatures, Scores
 from tools.video import FrameExtractor, frames_of, temporal_metrics
-from training.flags import Help, add_teacher_lora, flag_name, head_and_usage, parse_size
+from training.flags import (
+    Help,
+    add_negative_prompt,
+    add_teacher_lora,
+    flag_name,
+    head_and_usage,
+    parse_size,
+)
 from training.folder import utc_now
 from training.report import dumps, hardware, save_grid
 
@@ -133,6 +140,7 @@ def parse_args(argv=None):
         "--cfg",
         help="guidance scales w of teacher rows [of the students' training, else 1]",
     )
+    add_negative_prompt(add)
     add("--heun", action="store_true", help="Heun's method for teacher rows; --compare: as well")
     add(
         "--prompts",
@@ -272,8 +280,9 @@ def check_args(args):
     )
     if args.images:
         flags = ("--nfe", "--cfg", "--heun", "--compare", "--best-of", "--save-images", "--grid")
-        flags += ("--latency", "--per-prompt", "--teacher-lora")
-        given = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
+        flags += ("--latency", "--per-prompt", "--teacher-lora", "--negative-prompt")
+        value = lambda flag: getattr(args, flag[2:].replace("-", "_"))
+        given = [flag for flag in flags if value(flag) not in (None, False)]
         models = " ".join(args.runs + given)
         require(not models, f"--images measures a folder, {models} a model: leave one out")
         require(
@@ -334,11 +343,11 @@ def check_args(args):
             args.runs and teacher_rows,
             "--teacher-nfe: only with run folders, and --compare, --grid or --best-of",
         )
-    if args.runs and (args.cfg or args.heun):
+    if args.runs and (args.cfg or args.heun or args.negative_prompt is not None):
         require(
             teacher_rows,
-            "--cfg and --heun are for teacher rows, a student's guidance is trained in: "
-            "add --compare",
+            "--cfg, --heun and --negative-prompt are for teacher rows, a student's guidance is "
+            "trained in: add --compare",
         )
     require(args.runs or args.it is None, "--it: expected the folder of a run before it")
     if args.best_of:

@@ -42,7 +42,7 @@ from tools.export import export_temporary
 from tools.pictures import captioned
 from tools.rows import load_student, prompt_kwargs, student_row, teacher_row
 from tools.video import save_animation
-from training.flags import Help, add_teacher_lora, parse_size
+from training.flags import NOT_GUIDED, Help, add_negative_prompt, add_teacher_lora, parse_size
 from training.report import to_image
 
 POINTS = 4000  # of a toy's picture
@@ -62,6 +62,7 @@ def parse_args(argv=None):
     add("--it", help="checkpoint of RUN: its iterations, or best [the finished student]")
     add("--nfe", type=int, help=f"steps [as trained; {TEACHER_NFE} of a teacher]")
     add("--cfg", type=float, help="guidance scale w of a teacher, u + w (c - u)")
+    add_negative_prompt(add)
     add("--size", type=parse_size, help="pixels: SIDE or HEIGHTxWIDTH [the pipeline's]")
     add = p.add_argument_group("images").add_argument
     add("--prompts", metavar="FILE", help="file of prompts, besides those of the command line")
@@ -187,6 +188,7 @@ def load(
     device="auto",
     dtype="auto",
     teacher_lora=None,
+    negative_prompt=None,
 ):
     """A student (run: its folder) or a teacher -> Sampler, which makes images when it is called.
 
@@ -196,7 +198,9 @@ def load(
     _, _, device, dtype = init_processes(SimpleNamespace(device=device, dtype=dtype))
     source = run
     if run is not None:
-        require(cfg is None, "--cfg: expected a teacher; the guidance of a student is trained in")
+        for flag, value in {"--cfg": cfg, "--negative-prompt": negative_prompt}.items():
+            trained = "the guidance of a student is trained in"
+            require(value is None, f"{flag}: expected a teacher; {trained}")
         source = export_temporary(run, it)[0] if it else run
         info = read_student(source)[1]
         teacher = teacher or info["teacher"]
@@ -206,7 +210,12 @@ def load(
         run is not None or cfg is not None or not text,
         f"--cfg: expected the guidance scale of --teacher {teacher} (1 for none), found none",
     )
+    require(
+        run is not None or negative_prompt is None or cfg != 1,
+        f"--negative-prompt: expected --cfg other than 1, {NOT_GUIDED}",
+    )
     options = SimpleNamespace(teacher=teacher, size=size, cache_prompts=cache_prompts)
+    options.negative_prompt = negative_prompt
     options.frames = options.it = None
     options.teacher_lora = teacher_lora
     options.prompts = list(prompts or [""]) if text else None
@@ -274,7 +283,7 @@ def main(argv=None):
     args = parse_args(argv)
     what = args.labels or args.words + (read_prompts(args.prompts) if args.prompts else [])
     names = ("it", "nfe", "cfg", "control", "size", "cache_prompts", "device", "dtype")
-    names += ("teacher_lora",)
+    names += ("teacher_lora", "negative_prompt")
     options = {name: getattr(args, name) for name in names}
     sampler = load(args.run, args.teacher, None if args.labels else what, **options)
     found = sampler.find(what or None)

@@ -80,6 +80,7 @@ class Model(nn.Module):
     blank = False  # --dry-run: there are no weights and no images (dryrun/teachers.py)
     vae = None  # the autoencoder of a teacher of latents
     prompts = None  # list of str of a text-to-image teacher
+    negative = None  # the text of its null condition (--negative-prompt); None: its pipeline's
     loras = ()  # of --teacher-lora, which the weights contain
 
     def __init__(self, net, schedule, prediction, shape, classes=0, sigma_data=0.5):

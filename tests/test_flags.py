@@ -6,6 +6,8 @@ import pytest
 
 import boot
 import dmd2
+import flowmap
+import sana_sprint
 import sid
 from common.errors import UserError, did_you_mean
 from training.flags import Parser, parse_size
@@ -110,6 +112,7 @@ def test_wrong_sizes(text):
         ("--shard --compile", "--shard with --compile"),
         ("--shard --lora 4", "--shard with --lora"),
         ("--lora-alpha 4", "--lora-alpha and --lora-targets need --lora"),
+        ("--negative-prompt x --cfg 1", "--negative-prompt: expected --cfg other than 1"),
         ("--lora -1", "--lora: expected a rank of at least 1"),
         ("--lora 4 --lora-alpha 0", "--lora-alpha: expected a number > 0"),
         ("--resume --overwrite", "--resume keeps the run in --out, --overwrite discards it"),
@@ -118,6 +121,21 @@ def test_wrong_sizes(text):
 def test_mistakes(flags, message):
     with pytest.raises(UserError, match=message):
         parse(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (dmd2, "--cfg 2"),
+        (flowmap, "--cfg 1 --cfg-range 1 3"),
+        (sana_sprint, "--cfg 1 --cfg-train 1 2"),
+    ],
+)
+def test_a_negative_prompt_where_the_teacher_is_guided(script, flags):
+    args = script.parse_args(["--teacher", "emoji", *flags.split(), "--negative-prompt", ""])
+    assert args.negative_prompt == ""
+    with pytest.raises(UserError, match="--negative-prompt: expected --cfg other than 1"):
+        script.parse_args("--teacher toy --negative-prompt x --cfg 1".split())
 
 
 def test_lora_spec():

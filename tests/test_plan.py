@@ -68,8 +68,11 @@ def test_what_will_run_is_printed_and_kept(scripts, tmp_path):
 def test_prompts_and_images(scripts, tmp_path):
     """The embedded text-to-image teacher: the file of its prompts, and their number."""
     flags = "--teacher emoji --smoke --batch 2 --eval-n 0 --sample-every 0".split()
+    flags += ["--negative-prompt", "a blurred one"]
     p = scripts.run("dmd2.py", *flags, "--out", tmp_path / "run")
     plan = plan_of(tmp_path / "run")
+    expected = "w = 3.5 from the negative prompt 'a blurred one'; 4 at t = "
+    assert plan["guidance, steps"].startswith(expected)
     assert plan["preset"] == "emoji (teacher of this repository); source: [O]"
     assert re.fullmatch(r"\d+ prompts in assets/emoji/prompts\.txt", plan["data"])
     lines = [line for line in start_of(p) if not line.startswith("prompts: ")]

@@ -67,6 +67,10 @@ class Stub:
             pooled=numbers[:, None] + 0.5,
         )
 
+    @classmethod
+    def embed_negative(cls, pipe, text):
+        return cls.embed(pipe, [text])
+
 
 def numbered(n):
     return [f"{i} x" for i in range(n)]
@@ -90,10 +94,10 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD", 32)
     monkeypatch.setattr("common.teachers.cache.VISIBLE_AFTER", 0)
 
-    def embed(prompts, say=lambda text: None, cache="cache"):
+    def embed(prompts, say=lambda text: None, cache="cache", negative=None):
         Stub.calls.clear()
         options = ("cpu", torch.float32, tmp_path / cache, say)
-        return embed_prompts(Stub, tmp_path / "t", prompts, *options)
+        return embed_prompts(Stub, tmp_path / "t", prompts, *options, negative=negative)
 
     embed.cache = tmp_path / "cache"
     return embed
@@ -159,6 +163,19 @@ def test_a_second_start_encodes_nothing(stub):
     assert lines[1].startswith("prompts: 50 embeddings read from ")
     for a, b in zip(first.parts, again.parts, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_negative_prompts_share_the_cache(stub):
+    """Each is encoded once, and the prompts are not encoded again for it."""
+    null = stub(numbered(40)).null["pooled"]
+    for negative, number in (("7", 7.5), ("40 x", 40.5)):
+        table = stub(numbered(40), negative=negative)
+        assert Stub.calls == [1]
+        assert table.nulls(2, "cpu")["pooled"].flatten().tolist() == [number] * 2
+        assert table.rows(torch.tensor([39]), "cpu")["pooled"].item() == 39.5
+        stub(numbered(40), negative=negative)
+        assert Stub.calls == []
+    assert torch.equal(stub(numbered(40)).null["pooled"], null)
 
 
 def test_an_interrupted_encoding_keeps_its_parts(stub, monkeypatch):

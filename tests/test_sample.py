@@ -42,8 +42,9 @@ def noise_of(seeds, shape):
     return lambda: noise(*shape)
 
 
-def load_prompts(folder, prompts):
-    return load_pipeline(str(folder), prompts=prompts, say=lambda line: None)
+def load_prompts(folder, prompts, negative=None):
+    options = dict(prompts=prompts, negative=negative)
+    return load_pipeline(str(folder), **options, say=lambda line: None)
 
 
 def close(a, b):
@@ -156,10 +157,11 @@ def test_a_student_of_prompts(pictures):
     close(more[1:], pixels(images)[1:2])
 
 
-def test_a_teacher_of_prompts_with_guidance(pictures):
+@pytest.mark.parametrize("negative", [None, "blurred"])
+def test_a_teacher_of_prompts_with_guidance(negative, pictures):
     _, folder = pictures
-    images = load(teacher=str(folder), nfe=3, cfg=4.0)(["a dog"])
-    teacher = load_prompts(folder, ["a dog"])
+    images = load(teacher=str(folder), nfe=3, cfg=4.0, negative_prompt=negative)(["a dog"])
+    teacher = load_prompts(folder, ["a dog"], negative)
     noise = noise_of([0], teacher.shape)
     expected = teacher_sample(teacher, noise(), teacher.encode(torch.tensor([0])), 3, 4.0)
     close(pixels(images), as_arrays(teacher.decode(expected)))
@@ -336,6 +338,15 @@ def test_file_names():
         ("RUN --batch 0", "--batch: expected at least 1, found 0"),
         ("RUN --seed -1", "--seed: expected a number >= 0, found -1"),
         ("RUN --cfg 2", "--cfg: expected a teacher"),
+        ("RUN --negative-prompt x", "--negative-prompt: expected a teacher"),
+        (
+            "--teacher emoji heart --cfg 1 --negative-prompt x",
+            "--negative-prompt: expected --cfg other than 1",
+        ),
+        (
+            "--teacher mnist --cfg 2 --negative-prompt x",
+            "--negative-prompt: expected a teacher that is a pipeline of diffusers, found mnist",
+        ),
         ("RUN --labels 10", "--labels 10: expected a number from 0 to 9"),
         ("RUN heart --labels 1", "--labels and prompts: expected one of them"),
         ("RUN --nfe 1 --out nowhere/file/x.png --labels x", "--labels x"),

@@ -12,6 +12,7 @@ import torch
 from helpers import pipelines
 from helpers.files import edit
 from helpers.teachers import (
+    NEGATIVE,
     NEWER,
     OLDER,
     PROMPTS,
@@ -30,8 +31,10 @@ from safetensors.torch import load_file, save_file
 
 import dmd2
 from common.errors import UserError
+from common.files import ROOT
 from common.schedules import EDM, VP, Flow, TrigFlow, equal_snr
 from common.teachers import load as loader
+from common.teachers.kind import teacher_kind
 from common.teachers.load import full_config, load_model, load_pipeline, load_teacher
 from common.teachers.pipeline import Pipeline
 from common.teachers.unet import SD15, SDXL
@@ -49,8 +52,8 @@ def wide(model):
     return model
 
 
-def load_wide(folders, name):
-    model = load(folders, name)
+def load_wide(folders, name, **options):
+    model = load(folders, name, **options)
     return wide(model) if name in NEWER else model
 
 
@@ -74,10 +77,13 @@ def test_students_of_a_bf16_teacher_start_in_fp32(name, folders):
 # ---- against the pipeline ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize(
+    "steps, negative", [(2, None), (5, None), (2, NEGATIVE)], ids=["2", "5", "negative"]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_our_sampler_is_the_pipeline(name, steps, folders):
-    model = load_wide(folders, name)
+def test_our_sampler_is_the_pipeline(name, steps, negative, folders):
+    """Also with a negative prompt (FLUX.2-dev's pipeline has none)."""
+    model = load_wide(folders, name, negative=negative)
     pipe = plain_pipeline(model, folders(name))
     z = noise(steps, 2, *model.shape)
     prompts, cond = [PROMPTS[2], PROMPTS[0]], model.encode(torch.tensor([2, 0]))
@@ -89,9 +95,35 @@ def test_our_sampler_is_the_pipeline(name, steps, folders):
             continue
         theirs = run_pipeline(model, pipe, prompts, z, steps, w)
         assert relative(samples[w], theirs) < 1e-5, w
-        if w == guidance and (name in OLDER or steps == 5):
+        if w == guidance and negative is None and (name in OLDER or steps == 5):
             check_other_views(model, theirs, pipe.scheduler, z, cond, steps, w)
     assert relative(samples[3.0], samples[1.0]) > 0.01  # guidance does something
+    if negative is not None:
+        null = load_wide(folders, name)
+        without, _ = sample_as_pipeline(null, pipe.scheduler, z, cond, steps, 3.0)
+        assert relative(samples[3.0], without) > 1e-3
+
+
+def null_of(folders, name, **options):
+    null = load(folders, name, **options).null(1)
+    return {key: value for key, value in null.items() if key != "labels"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_null_condition_is_that_of_the_docs(name, folders):
+    """The table in docs/teachers.md says with which text --negative-prompt changes nothing."""
+    kind = teacher_kind(str(folders(name)))[0]
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    section = page.split("\n## Guidance\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines()]
+    (stated,) = [row[1] for row in rows if f"`{kind}`" in row[0]]
+    null = null_of(folders, name)
+    if stated == "zeros":
+        assert all(value.norm() == 0 for value in null.values())
+        return
+    text = {"empty prompt": "", "a blank": " "}[stated]
+    same = null_of(folders, name, negative=text)
+    assert all(torch.equal(null[key], same[key]) for key in null)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -402,6 +434,7 @@ def test_wrong_size_flag(text, capsys):
     "option, value, flag",
     [
         ("prompts", "p.txt", "--prompts"),
+        ("negative", "", "--negative-prompt"),
         ("size", [32, 32], "--size"),
         ("frames", 5, "--frames"),
         ("guidance", 3.5, "--embedded-guidance"),

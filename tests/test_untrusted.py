@@ -324,10 +324,10 @@ def test_a_student_does_not_choose_where_we_write(tmp_path):
 
 def test_flags_of_wrong_types_are_ignored(tmp_path):
     args = evaluation_script.parse_args([str(tmp_path)])
-    flags = dict(prompts=5, size="x", frames=[1], embedded_guidance="y")
+    flags = dict(prompts=5, size="x", frames=[1], embedded_guidance="y", negative_prompt=[1])
     text = prompt_kwargs(args, dict(flags=flags))
     rest = dict(size=None, frames=None, guidance=None, cache=None, loras=None)
-    assert text == dict(prompts=None) | rest
+    assert text == dict(prompts=None, negative=None) | rest
 
 
 # ---- pipelines -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, require
 from common.features import ClassifierExtractor
 from common.routed import ByLabel
 from common.sampling import TEACHER_NFE, teacher_sample
@@ -14,6 +14,7 @@ from common.teachers.load import load_teacher
 from common.teachers.students import network_of, read_student, sampler_of
 from common.teachers.teacher_lora import loras_of_student, read_teacher_loras
 from tools.export import export_temporary
+from training.flags import NOT_GUIDED
 
 
 @dataclass
@@ -47,6 +48,7 @@ def make_rows(args, dtype):
 
 
 def rows_of_teacher(args):
+    check_negative_prompt(args, args.cfg or [1.0])
     teacher = load_teacher(args.teacher, text=prompt_kwargs(args))
     return [
         teacher_row(teacher, args.teacher, nfe, cfg, args.heun)
@@ -75,6 +77,7 @@ def rows_of_runs(args):
     if cfgs is None:  # the guidance scales that the students were trained with
         trained = [student.info.get("cfg") or 1.0 for student in students]
         cfgs = list(dict.fromkeys(trained if args.compare else trained[:1]))
+    check_negative_prompt(args, cfgs)
     samplers = [
         (nfe, cfg, heun)
         for nfe, heun in teacher_steps(args, [row.facts["nfe"] for row in rows])
@@ -110,6 +113,15 @@ def check_row(row, args):
 # ---- teachers ------------------------------------------------------------------------------------
 
 
+def check_negative_prompt(args, cfgs):
+    """UserError if no row of a teacher uses it. cfgs: their guidance scales."""
+    used = any(cfg != 1 for cfg in cfgs)
+    require(
+        args.negative_prompt is None or used,
+        f"--negative-prompt: expected --cfg other than 1, {NOT_GUIDED}",
+    )
+
+
 def teacher_steps(args, student_nfes):
     """Steps of the teacher's rows, and whether they are Heun's: list of (nfe, heun)."""
     if not args.compare:
@@ -126,6 +138,8 @@ def teacher_row(teacher, name, nfe, cfg, heun):
     title = f"teacher {Path(name).name}"
     facts = dict(name=title, method="teacher", teacher=name, nfe=nfe, cfg=cfg)
     facts |= lora_facts(teacher)
+    if teacher.negative is not None and cfg != 1:
+        facts["negative_prompt"] = teacher.negative
     kind = ""
     if heun:
         facts["heun"] = True
@@ -166,7 +180,7 @@ def load_student(folder, args, teachers, device="cpu", dtype=torch.float32):
     """A student and its teacher. teachers: those loaded so far, by name and --teacher-lora; one is
     added.
 
-    args: teacher, teacher_lora, prompts, cache_prompts, size, frames; and `it`, the checkpoint
+    args: those of prompt_kwargs, and teacher; and `it`, the checkpoint
     whose student it is; None: the finished one.
     """
     source, it = export_temporary(folder, args.it) if args.it else (folder, None)
@@ -189,6 +203,8 @@ def load_student(folder, args, teachers, device="cpu", dtype=torch.float32):
 def prompt_kwargs(args, info=None, loras=None):
     """Prompts, size, frames, guidance for a pipeline: the flags', else those of the training.
 
+    args: prompts, negative_prompt, size, frames, cache_prompts, teacher_lora.
+
     loras: of a student's teacher; None: those of --teacher-lora.
 
     The cache of embeddings is written to, so it is never the one that distill.json names: the
@@ -204,8 +220,12 @@ def prompt_kwargs(args, info=None, loras=None):
     size = of_type("size", int, list)
     if isinstance(size, list) and [type(side) for side in size] != [int, int]:
         size = None
+    negative = args.negative_prompt
+    if negative is None:
+        negative = of_type("negative_prompt", str)
     return dict(
         prompts=args.prompts or of_type("prompts", str),
+        negative=negative,
         size=args.size or size,
         frames=args.frames or of_type("frames", int),
         guidance=of_type("embedded_guidance", int, float),

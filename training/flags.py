@@ -112,6 +112,7 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
             help="one a line; a column of a table: FILE.csv:COLUMN [assets/prompts.txt]",
         )
+        add_negative_prompt(add)
         add(
             "--cache-prompts",
             metavar="DIR",
@@ -398,6 +399,11 @@ def check_flags(args):
     require(not unused, "--lora-alpha and --lora-targets need --lora or --lora-fake")
     ok = alpha is None or 0 < alpha < math.inf
     require(ok, f"--lora-alpha: expected a number > 0, found {alpha}")
+    scales = {args.cfg}
+    for name in ("cfg_range", "cfg_train"):
+        scales |= set(getattr(args, name, None) or ())
+    ok = args.negative_prompt is None or scales - {None, 1}
+    require(ok, f"--negative-prompt: expected --cfg other than 1, {NOT_GUIDED}")
     both = args.resume and args.overwrite
     require(not both, "--resume keeps the run in --out, --overwrite discards it: use one of them")
     check_dry_run(args)
@@ -458,6 +464,18 @@ def add_teacher_lora(add):
         action=Several,
         metavar="FILE",
         help="LoRA that becomes part of the teacher, FILE or FILE:SCALE; repeatable",
+    )
+
+
+NOT_GUIDED = "where the teacher is not guided and no null condition is used"
+
+
+def add_negative_prompt(add):
+    """--negative-prompt. add: of a parser or a group of it."""
+    add(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="text-to-image: of u in u + w (c - u) [the pipeline's null prompt]",
     )
 
 

@@ -48,6 +48,8 @@ def describe_guidance(args, networks):
     if args.cfg is None:
         return None
     text = f"w = {args.cfg:g}"
+    if args.negative_prompt is not None:
+        text += f" from the negative prompt {args.negative_prompt!r}"
     embedded = embedded_guidance(networks.get("teacher"))
     return text if embedded is None else f"{text}, {embedded:g} as an input of the network"
 

@@ -213,6 +213,7 @@ class Run:
         args = self.args
         return dict(
             prompts=args.prompts,
+            negative=args.negative_prompt,
             cache=args.cache_prompts,
             size=args.size,
             frames=args.frames,

@@ -215,16 +215,23 @@ def is_stochastic(plain):
     return plain["scheduler"] == "LCMScheduler" or plain.get("stochastic", False)
 
 
+def trained_guidance(record):
+    flags = record.get("flags")
+    negative = flags.get("negative_prompt") if isinstance(flags, dict) else None
+    text = f"w = {record.get('cfg')}"
+    return text if negative is None else f"{text}, negative prompt {str(negative)!r}"
+
+
 def guidance_text(record, call):
     if "guidance_scale" in call:
         return (
-            f"Guidance is trained in (w = {record.get('cfg')}): leave `guidance_scale` at "
+            f"Guidance is trained in ({trained_guidance(record)}): leave `guidance_scale` at "
             f"{call['guidance_scale']:g}."
         )
     if is_lora(record) or record["model"].get("adapter") == "qwen-image":
-        return f"Guidance is trained in (w = {record.get('cfg')}): give no negative prompt."
+        return f"Guidance is trained in ({trained_guidance(record)}): give no negative prompt."
     return (
-        f"Guidance is trained in (w = {record.get('cfg')}); the pipeline does not guide it, "
+        f"Guidance is trained in ({trained_guidance(record)}); the pipeline does not guide it, "
         "whatever `guidance_scale` is."
     )
 

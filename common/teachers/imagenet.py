@@ -91,7 +91,7 @@ class ClassDiT(Pipeline, DiT):
     def latent_stats(self):
         return 0.0, self.vae.config.scaling_factor  # shift_factor is not used by this pipeline
 
-    def attach(self, folder, table=None, prompts=None):
+    def attach(self, folder, table=None, prompts=None, negative=None):
         self.folder = folder
 
     def load_student(self, folder, info):

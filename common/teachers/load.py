@@ -120,7 +120,8 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
     if not path.is_file():
         raise no_teacher_in(name, folder)
     flags = dict(guidance="--embedded-guidance", loras="--teacher-lora")
-    for option in ("prompts", "size", "frames", "guidance", "loras"):
+    flags["negative"] = "--negative-prompt"
+    for option in ("prompts", "negative", "size", "frames", "guidance", "loras"):
         if options.get(option) is not None:
             flag = flags.get(option, f"--{option}")
             raise UserError(
@@ -176,6 +177,7 @@ def load_pipeline(
     say=print,
     data=None,
     loras=None,
+    negative=None,
     budget=ignore_sizes,
     place=None,
 ):
@@ -188,16 +190,18 @@ def load_pipeline(
     data: folder of images; their captions are embedded together with the prompts, because the text
     encoders are in memory only then.
     loras: list of TeacherLora that become part of the weights, or None.
+    negative: the prompt of the null condition, in the place of the pipeline's; None: that one.
     """
     size = [size, size] if isinstance(size, int) else size
     if is_blank(device):
-        model = load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget)
+        sizes = (size, frames, guidance, budget)
+        model = load_blank_pipeline(name, device, dtype, prompts, negative, *sizes)
         return freeze(model, device, dtype, place)
     folder = download(name)
     silence_libraries()
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
-    prompts, captions = read_texts(name, cls, folder, prompts, data)
+    prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     check_version(name, cls)
     scheduler, _, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
     loras = read_loras(loras, cls, folder, index)
@@ -209,7 +213,7 @@ def load_pipeline(
     table, first_caption = None, 0
     if cls.takes_prompts:
         options = (device, dtype, cache, say, loras)
-        table = embed_prompts(cls, folder, prompts, *options)
+        table = embed_prompts(cls, folder, prompts, *options, negative)
         if captions:
             texts = [text for _, own in captions for text in own]
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
@@ -219,14 +223,14 @@ def load_pipeline(
         model = load_network_and_vae(cls, folder, index, *options)
         if guidance is not None:
             model.guidance = guidance
-        model.attach(folder, table, prompts)
+        model.attach(folder, table, prompts, negative)
         model.cache = cache
         model.captioned = (captions, first_caption)
         model = model.with_experts(folder, index, dtype)
     return freeze(model, device, dtype, place)
 
 
-def load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, budget):
+def load_blank_pipeline(name, device, dtype, prompts, negative, size, frames, guidance, budget):
     """What load_pipeline returns, without values: for --dry-run. Arguments as there."""
     import diffusers
 
@@ -266,20 +270,21 @@ def load_blank_pipeline(name, device, dtype, prompts, size, frames, guidance, bu
         model = make_blank(cls(net, SimpleNamespace(config=vae), scheduler, size, **options))
         if guidance is not None:
             model.guidance = guidance
-        prompts, _ = read_texts(name, cls, folder, prompts, None)
+        prompts, _ = read_texts(name, cls, folder, prompts, negative, None)
         table = blank_embeddings(cls, c, len(prompts), dtype) if cls.takes_prompts else None
-        model.attach(folder, table, prompts)
+        model.attach(folder, table, prompts, negative)
         # of further experts, which have the first one's configuration
         model.load_net = lambda *unused: blank_network(cls, config, device, dtype)
         return model.with_experts(folder, index, dtype)
 
 
-def read_texts(name, cls, folder, prompts, data):
+def read_texts(name, cls, folder, prompts, negative, data):
     """-> prompts (list of str; None for a teacher of labels), captions (list of (file, texts))."""
     if not cls.takes_prompts:
-        if prompts is not None:
-            raise UserError(
-                f"--prompts: expected a teacher that takes text, found {name}, which takes labels"
+        for flag, value in {"--prompts": prompts, "--negative-prompt": negative}.items():
+            require(
+                value is None,
+                f"{flag}: expected a teacher that takes text, found {name}, which takes labels",
             )
         return None, []
     if not isinstance(prompts, list):

@@ -12,9 +12,9 @@ from common.teachers.flow import KeptLength
 
 
 class Lumina2(KeptLength):
-    """Lumina-Image 2.0. Prompts follow the pipeline's system prompt; the null prompt is empty and
-    has none. The guided velocity is scaled row by row of a latent channel, as in its pipeline
-    (cfg_normalization)."""
+    """Lumina-Image 2.0. Prompts follow the pipeline's system prompt; a negative prompt has none and
+    the null prompt is the empty one. The guided velocity is scaled row by row of a latent channel,
+    as in its pipeline (cfg_normalization)."""
 
     adapter = "lumina2"
     pipeline = "Lumina2Pipeline"
@@ -31,9 +31,13 @@ class Lumina2(KeptLength):
     @classmethod
     def embed(cls, pipe, prompts):
         if prompts is None:
-            text, mask = pipe._get_gemma_prompt_embeds([""], device=pipe.device)
-        else:
-            text, mask, _, _ = pipe.encode_prompt(prompts, False, device=pipe.device)
+            return cls.embed_negative(pipe, "")
+        text, mask, _, _ = pipe.encode_prompt(prompts, False, device=pipe.device)
+        return dict(text=text, mask=mask)
+
+    @classmethod
+    def embed_negative(cls, pipe, text):
+        text, mask = pipe._get_gemma_prompt_embeds([text], device=pipe.device)
         return dict(text=text, mask=mask)
 
     @classmethod

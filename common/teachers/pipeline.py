@@ -228,6 +228,11 @@ class Pipeline(Model):
         raise NotImplementedError
 
     @classmethod
+    def embed_negative(cls, pipe, text):
+        """Embedding of a negative prompt, as pipe(..., negative_prompt=text) makes it."""
+        return cls.embed(pipe, [text])
+
+    @classmethod
     def text_shapes(cls, c):
         """Shapes of the longest embedding that `embed` makes of one prompt: {name: shape}.
 
@@ -235,13 +240,14 @@ class Pipeline(Model):
         """
         raise NotImplementedError
 
-    def attach(self, folder, table, prompts):
-        """Adds the prompts. table: their PromptEmbeddings."""
+    def attach(self, folder, table, prompts, negative=None):
+        """Adds the prompts. table: their PromptEmbeddings. negative: of --negative-prompt."""
         if table is not None:
             table.on_host = self.on_host
         self.folder = folder
         self.table = table
         self.prompts = prompts
+        self.negative = negative
         self.classes = len(prompts)
 
     def encode(self, labels):

@@ -38,6 +38,7 @@ FORMAT = 2  # of the cache; another one is another folder
 LARGEST_PART = 2**28  # bytes of such a file
 BATCH = 16  # prompts that are encoded together
 PLAN = "plan.json"  # written when everything but the parts is there
+NULL = "null.safetensors"
 
 
 class PromptEmbeddings:
@@ -121,22 +122,26 @@ def pad(v, dim, length):
 # ---- encoding ------------------------------------------------------------------------------------
 
 
-def embed_prompts(cls, folder, prompts, device, dtype, cache, say, loras=()):
+def embed_prompts(cls, folder, prompts, device, dtype, cache, say, loras=(), negative=None):
     """PromptEmbeddings of a list of prompts by the text encoders of a pipeline, or from the cache.
 
     All processes call this and share the encoding. cls: a subclass of Pipeline. say: prints a line.
-    loras: of --teacher-lora, those that change text encoders count.
+    loras: of --teacher-lora, those that change text encoders count. negative: of --negative-prompt,
+    in the place of the pipeline's null prompt.
     UserError: the text encoders cannot be loaded, the cache cannot be read or written, or is not
     seen by all processes, the disk is too small.
     """
     rank, world = rank_and_world()
     require_same(digest_of(prompts), "--prompts or captions of --data")
+    require_same(negative, "--negative-prompt")
     loras = [lora for lora in loras if lora.changes_text]
     encoders = TextEncoders(cls, folder, device, dtype, loras)
     # Process 0 decides: files may have other dates on another machine, and be seen there later.
     key = (cls, folder, prompts, dtype, cache, loras)
     home, plan, missing = on_rank0(lambda: make_plan(cache_of(*key), encoders, prompts))
-    on_all_ranks(lambda: wait_until_visible(home, [home / PLAN]))
+    null_path = on_rank0(lambda: make_null(home, encoders, negative))
+    written = [home / PLAN] + [null_path] * (negative is not None)
+    on_all_ranks(lambda: wait_until_visible(home, written))
 
     say(describe_prompts(plan))
     if missing:
@@ -151,7 +156,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say, loras=()):
     paths = [part_path(home, k) for k in range(count_parts(plan))]
     on_all_ranks(lambda: wait_until_visible(home, paths))
     with cache_errors(home, "embeddings"):
-        null = load_file(home / "null.safetensors")
+        null = load_file(null_path)
         sizes = [len(rows_of(k, plan, prompts)) for k in range(len(paths))]
         parts = [read_part(path, n, null) for path, n in zip(paths, sizes)]
         return PromptEmbeddings(parts, null)
@@ -182,6 +187,12 @@ class TextEncoders:
         """Embeddings of prompts (None: the null prompt): dict of tensors [n, ...] on the CPU."""
         pipe = self.load()
         return {name: v.cpu() for name, v in self.cls.embed(pipe, prompts).items()}
+
+    @torch.no_grad()
+    def embed_negative(self, text):
+        """The same for one negative prompt."""
+        pipe = self.load()
+        return {name: v.cpu() for name, v in self.cls.embed_negative(pipe, text).items()}
 
     def count_cut(self, prompts):
         """How many prompts are longer than a tokenizer's limit, by limit."""
@@ -234,13 +245,25 @@ def make_plan(home, encoders, prompts):
                 cut=encoders.count_cut(prompts),
             )
             null = {name: v[:1] for name, v in encoders.embed(None).items()}
-            save_weights(home / "null.safetensors", null)
+            save_weights(home / NULL, null)
             write_json(home / PLAN, plan)
         missing = [k for k in range(count_parts(plan)) if not part_path(home, k).is_file()]
         count = sum(len(rows_of(k, plan, prompts)) for k in missing)
         what = f"the embeddings of {count} prompts"
         require_space(home, what, count * plan["row_bytes"], ", or fewer prompts")
     return home, plan, missing
+
+
+def make_null(home, encoders, negative):
+    """On rank 0 -> file of what stands for "no prompt": the pipeline's null prompt, which came with
+    the plan, or a negative prompt, which is added when it is first used."""
+    if negative is None:
+        return home / NULL
+    path = home / f"negative-{digest_of([negative])}.safetensors"
+    with cache_errors(home, "embeddings"):
+        if not path.is_file():
+            save_weights(path, encoders.embed_negative(negative))
+    return path
 
 
 def read_plan(home, prompts):

@@ -14,6 +14,7 @@ from common.teachers.flow import pack, unpack
 from common.teachers.load import load_pipeline
 
 PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
+NEGATIVE = "blurred 9, and more of it"
 OLDER = ["sd15", "sdxl", "sd3", "sana"]
 NEWER = ["flux", "flux2", "klein", "lumina", "qwen", "zimage", "wan", "wan22", "wan5b"]
 SIZE = dict(  # flags of teachers whose networks have no size of their own
@@ -81,10 +82,17 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     """pipe(...) from noise z with guidance w in our convention -> latents as ours, or images."""
     name = model.adapter
     height, width = model.image_shape[-2:]
+    negative = model.negative
+    if name in PACKED and negative is None:  # they guide only if there is one
+        negative = "" if name == "flux" else " "
+    if w > 1 and negative is not None:
+        negatives = [negative] * len(prompts)
+        if name == "flux2-klein":  # its pipeline takes embeddings only
+            options["negative_prompt_embeds"] = pipe.encode_prompt(negatives)[0]
+        else:
+            options["negative_prompt"] = negatives
     if name in PACKED:
         options["true_cfg_scale"] = w
-        if w > 1:
-            options["negative_prompt"] = ["" if name == "flux" else " "] * len(prompts)
         if name == "flux":
             options.setdefault("guidance_scale", model.guidance)
     elif name == "flux2":  # its pipeline has no guidance but the network's input
