@@ -75,13 +75,14 @@ def save_video(path, video):
     save_animation(path, [to_image(frame) for frame in video.transpose(0, 1)])
 
 
-def save_animation(path, frames):
-    """frames: list of PIL images of one size."""
+def save_animation(path, frames, seconds=1 / FPS):
+    """frames: list of PIL images of one size. seconds: how long a frame is shown, or a list."""
     kind = ANIMATED[Path(path).suffix.lower()]
     options = dict(lossless=True) if kind == "WEBP" else {}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as f:
-        duration = round(1000 / FPS)
+        several = isinstance(seconds, list)
+        duration = [round(1000 * s) for s in seconds] if several else round(1000 * seconds)
         frames[0].save(
             f, kind, save_all=True, append_images=frames[1:], duration=duration, loop=0, **options
         )
