@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 from helpers.cases import SCRIPTS
@@ -82,6 +82,36 @@ def equations_named_by_tests(script):
 def test_every_equation_has_a_test(script):
     missing = set(docstring_equations(script_path(script))) - equations_named_by_tests(script)
     assert not missing, f"tests/test_{script}.py: no test names equation {sorted(missing)}"
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+OBJECTS = ("run", "teacher", "student", "critic", "schedule", "draw", "images", "ema", "report")
+
+
+def names_in_main(script):
+    """run.loop, teacher.copy, ...: attributes of what all scripts name alike."""
+    (main,) = (
+        node
+        for node in parse(script_path(script)).body
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+    )
+    found = set()
+    for node in ast.walk(main):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in OBJECTS:
+                found.add(f"{node.value.id}.{node.attr}")
+    return found
+
+
+def test_names_that_several_scripts_use_are_explained():
+    """In README or in the tables of CONTRIBUTING.md, in backticks."""
+    used = Counter(name for script in SCRIPTS for name in names_in_main(script))
+    shared = {name for name, count in used.items() if count >= 3}
+    assert {"run.loop", "teacher.copy", "ema.update"} <= shared
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    explained = set(re.findall(r"[a-z]+\.\w+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+    assert shared - explained == set()
 
 
 # ---- imports -------------------------------------------------------------------------------------
