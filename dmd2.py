@@ -216,7 +216,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, critic=True, images=True)
+    p = Parser(__doc__, critic=True, images=True, small=True)
     add = p.method.add_argument
     add("--step-indices", metavar="I,...", help="grid indices of the steps, e.g. 999,749,499,249")
     add("--ratio", type=int, help="critic steps per student step")
@@ -387,8 +387,8 @@ def main():
     # Networks: student and critic start as the teacher or as another run's, the head from scratch.
     use_images = args.gan or args.sim == "data"
     images = load_images(args.data, teacher, run.print) if use_images else None
-    student = teacher.copy(args.lora)
-    critic = Critic(teacher.copy(args.lora_fake))
+    student = teacher.copy(args.lora, args.small)
+    critic = Critic(teacher.copy(args.lora_fake, args.small_fake))
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic.fake, run.print)
     if args.gan:

@@ -5,8 +5,8 @@ for its own part only. A sample still costs one pass of one network, which its l
 networks share what must be learned. Students never meet: here one is trained after the other, in
 one loop, and all processes share each student's batch. Each student goes through distribution
 matching (the losses of DMD2), then the same with a GAN term (--adm). Students smaller than their
-teacher (--small) cannot start from its weights. They start with teacher score matching (3), which
-is done once for all of them.
+teacher (--small) start with those of its weights that fit, and with teacher score matching (3),
+which is done once for all of them.
 
 Notation: x_t = alpha_t x + sigma_t eps; mu(x_t, t, c) is a network's estimate of the clean x; c is
 the label, one of C; w is the guidance scale --cfg; sg[] stops gradients. All times t are indices
@@ -181,10 +181,9 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, critic=True, images=True, few_steps=False)
+    p = Parser(__doc__, critic=True, images=True, few_steps=False, small=True)
     add = p.method.add_argument
     add("--students", type=int, help="K, the number of students that share the labels")
-    add("--small", nargs="+", metavar="KEY=VALUE", help="changes to the teacher's config.json")
     add("--tsm", type=float, help="share of all iterations for (3) [0.4 with --small, else 0]")
     add("--tsm-lr", type=float, help="learning rate of (3)")
     add("--adm", type=float, help="last share of each student's iterations, with (9) and (10)")
@@ -207,8 +206,6 @@ def parse_args(argv=None):
     require(args.adm_lr >= 0, f"--adm-lr: expected a number >= 0, found {args.adm_lr}")
     ok = args.small or not args.tsm
     require(ok, "--tsm: a student of the teacher's size starts as the teacher: add --small")
-    both = args.lora and args.small
-    require(not both, "--lora: needs the teacher's network, --small has another")
     unused = args.data and not (args.adm or args.tsm)
     require(not unused, f"--data {args.data}: this run uses no images; add --adm or --small")
     if args.smoke:
@@ -387,7 +384,7 @@ def cls_loss(logit_fake, logit_real):
 def main():
     args = parse_args()
     run = Run(__file__, args)
-    load = run.teacher_kwargs(students=0 if args.small else args.students, critics=1)
+    load = run.teacher_kwargs(students=args.students, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
     schedule, shape = teacher.schedule, teacher.shape
     most = count_conditions(teacher)
@@ -416,19 +413,19 @@ def main():
             len(part), f"--data: the stage --adm needs images of each student's labels, {found}"
         )
 
-    # Networks: students start as the teacher, or from scratch if they are smaller; the critic
-    # starts as the teacher, anew for each student, and the head from scratch.
-    start_net = teacher.resized(args.small, args.seed) if args.small else teacher
-    student = ByLabel([start_net.copy(args.lora) for _ in range(args.students)], table)
+    # Networks: students and critic start as the teacher, or with what fits of its weights if they
+    # are smaller; the critic anew for each student. The head starts from scratch.
+    students = [teacher.copy(args.lora, args.small) for _ in range(args.students)]
+    student = ByLabel(students, table)
     if args.start and not args.resume:
         start_from(args.start, teacher, student, say=run.print)
     if args.grad_checkpoint:
         student.experts[0].checkpoint_activations()  # a network that cannot do it fails here
-    critic = Critic(teacher.copy(args.lora_fake))
+    critic = Critic(teacher.copy(args.lora_fake, args.small_fake))
     if args.adm:
         zeros = torch.zeros(1, *shape, device=run.device)
         with torch.no_grad():
-            features = teacher(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
+            features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
         critic.head = run.to_device(Head(features[-1]))
     opt_g = adamw(student, args.lr, args)
@@ -483,7 +480,8 @@ def main():
             student.experts = nn.ModuleList(net.copy() for net in averaged)
             ema.load_state_dict(dict(images=0, model=student.state_dict()))
             goes_on = (last_k, last_stage) == (k, "dm")
-            critic.fake = (critic.fake if goes_on else teacher).copy(args.lora_fake)
+            source = critic.fake if goes_on else teacher
+            critic.fake = source.copy(args.lora_fake, args.small_fake)
             if args.adm:
                 torch.manual_seed(args.seed + k)  # the head starts equal on all processes
                 critic.head = run.to_device(Head(features[-1]))

@@ -173,7 +173,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, critic=True)
+    p = Parser(__doc__, critic=True, small=True)
     add = p.method.add_argument
     add("--phases", type=int, help="K, the number of experts, which share the steps evenly")
     add(
@@ -374,9 +374,9 @@ def main():
     # Networks: experts and critic start as the teacher or as another run's. The step at the level
     # s_k itself belongs to the next expert.
     table = [float(times[end] / (1 - times[end])) for end in ends[:-1]]
-    experts = [net.copy(args.lora) for net in starts_as(teacher, times, ends)]
+    experts = [net.copy(args.lora, args.small) for net in starts_as(teacher, times, ends)]
     student = ByLevel(experts, table)
-    critic = teacher.copy(args.lora_fake)
+    critic = teacher.copy(args.lora_fake, args.small_fake)
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic, run.print)
     critic_ddp = run.train(critic)  # DDP around it; for passes that train weights
@@ -402,7 +402,9 @@ def main():
         # teacher again.
         if it == start and it > 0 and run.microstep == 0:
             student.load_state_dict(ema.model.state_dict())
-            fresh = teacher.copy(args.lora_fake) if args.lora_fake else teacher
+            fresh = teacher
+            if args.lora_fake or args.small_fake:
+                fresh = teacher.copy(args.lora_fake, args.small_fake)
             critic.load_state_dict(fresh.state_dict())
             opt_c.state.clear()
         if it in (first, start) and run.microstep == 0:

@@ -222,7 +222,7 @@ FORMS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, critic=True, images=True)
+    p = Parser(__doc__, critic=True, images=True, small=True)
     add = p.method.add_argument
     weights = ["sid_legacy", "1_minus_sigma", "1_over_sigma"]
     add(
@@ -467,8 +467,8 @@ def main():
 
     # Networks: student and critic start as the teacher or as another run's.
     images = load_images(args.data, teacher, run.print) if args.gan else None
-    student = teacher.copy(args.lora)
-    critic = Critic(teacher.copy(args.lora_fake))
+    student = teacher.copy(args.lora, args.small)
+    critic = Critic(teacher.copy(args.lora_fake, args.small_fake))
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic.fake, run.print)
     student_ddp = run.train(student)  # DDP around both; for passes that train weights

@@ -105,7 +105,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, critic=True, few_steps=False)
+    p = Parser(__doc__, critic=True, few_steps=False, small=True)
     add = p.method.add_argument
     add("--null-share", type=float, metavar="X", help="share of samples without condition in (6)")
     args = p.parse(PRESETS, argv)
@@ -171,8 +171,8 @@ def main():
     grid = schedule.grid(N)
 
     # Networks: student and critic start as the teacher, or as another run's.
-    student = teacher.copy(args.lora)
-    critic = teacher.copy(args.lora_fake)
+    student = teacher.copy(args.lora, args.small)
+    critic = teacher.copy(args.lora_fake, args.small_fake)
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic, run.print)
     student_ddp = run.train(student)  # DDP around both; for passes that train weights

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import lora
-from common.errors import UserError, did_you_mean
+from common import lora, small
+from common.errors import UserError
 from common.files import WEIGHTS, load_weights, write_folder
 from common.schedules import equal_snr, expand, native_weight, to_x0
 
@@ -100,6 +99,7 @@ class Model(nn.Module):
         self.extra = None  # sum of their embeddings during a pass
         self.lora = None  # rank, alpha and targets, if the network has LoRA adapters
         self.base = []  # then: the weights under them, which are shared with the teacher
+        self.copied_share = None  # of a smaller network's parameters, those that were the teacher's
         self.sharding = None  # --shard: what spreads modules over processes (training/shard.py)
         self.skeleton = None  # --shard: this model without weights
 
@@ -331,12 +331,16 @@ class Model(nn.Module):
 
     # -- copies
 
-    def copy(self, adapters=None):
+    def copy(self, adapters=None, changes=None):
         """A trainable copy with its own network weights in fp32; everything else is shared.
 
         adapters: the specification that --lora gives (common/lora.py). Then the copy has LoRA
         adapters of its own, on the weights of this model. So has a copy of a model with adapters.
+        changes: those that --small gives (common/small.py). Then the copy has a network of another
+        size. So has a copy of such a model.
         """
+        if changes and self.copied_share is None:
+            return self.resized(changes)
         if self.sharding:
             return self.sharding.copy(self)
         if self.lora:
@@ -376,40 +380,55 @@ class Model(nn.Module):
         are in the CPU memory of rank 0."""
         return self.sharding.unsharded(self) if self.sharding else self
 
-    def resized(self, changes, seed=0):
-        """A model like this one with a fresh network of another size.
+    def resized(self, changes):
+        """A trainable model like this one with a network of another size, fp32.
 
-        changes: ["KEY=VALUE", ...] to the network's configuration, values as in JSON or words.
+        It starts with the weights of this one where they fit. changes: see common/small.py.
+        UserError if there is no such network, or if it is not for the same samples and conditions.
         """
-        flag = f"--small {' '.join(changes)}"
-        config = dict(self.net_config())
-        for change in changes:
-            key, _, value = change.partition("=")
-            if key not in config:
-                raise UserError(
-                    f"{flag}: {key}: expected a key of the network's config.json"
-                    f"{did_you_mean(key, config)}"
-                )
-            try:
-                config[key] = json.loads(value)
-            except ValueError:
-                config[key] = value
-        model = (self.skeleton or self).copy()
-        torch.manual_seed(seed)  # equal on all processes
+        net = small.build(self.network, self.net_config(), changes, self.device)
+        model = (self.skeleton or self).with_network(net)
+        self.check_resized(model, changes)
+        names = small.teacher_names(net, self.net)
+        parameters = dict(net.named_parameters())
+        copied = sum(p.numel() for name, p in parameters.items() if name in names)
+        model.copied_share = copied / sum(p.numel() for p in parameters.values())
+        if self.sharding:
+            model = self.sharding(model)
+        self.give_weights(model.net, names)
+        return model.requires_grad_(True)
+
+    def check_resized(self, model, changes):
+        """UserError unless the network of `model` takes and returns samples of this one."""
+        t = self.schedule.grid(2)[:1].to(device=self.device, dtype=torch.float32)
+        zeros = torch.zeros(1, *self.shape, device=self.device)
         try:
-            model.net = self.network(config).to(self.device)
-            found = model.expected_shape()
-        except Exception as e:  # diffusers and torch raise many kinds for an unusable configuration
-            reason = " ".join(str(e).split())[:200]
+            with torch.no_grad():
+                found = tuple(model.predict(zeros, t, self.encode([0])).shape[1:])
+        except Exception as e:  # of many kinds, as for an unusable configuration
+            raise small.cannot(changes, "no network for the teacher's samples", e) from None
+        classes = self.classes
+        if self.prompts is None:
+            found, classes = model.expected_shape()
+        if (found, classes) != (self.shape, self.classes):
             raise UserError(
-                f"{flag}: no network can be built: {type(e).__name__}: {reason}"
-            ) from None
-        if found != (self.shape, self.classes):
-            raise UserError(
-                f"{flag}: expected a network for samples {list(self.shape)} of {self.classes} "
-                f"classes, found one for {list(found[0])} of {found[1]}"
+                f"{small.flag_text(changes)}: expected a network for samples {list(self.shape)} of "
+                f"{self.classes} classes, found one for {list(found)} of {classes}"
             )
-        return self.sharding(model) if self.sharding else model
+
+    @torch.no_grad()
+    def give_weights(self, net, names):
+        """Copies weights of this network into another one.
+
+        names: {name of a tensor there: name of the tensor here}.
+        """
+        if self.sharding and self.is_rounded():
+            self.sharding.scatter(self.read_weights, net, names)
+            return
+        own = self.read_weights() if self.is_rounded() else self.net.state_dict()
+        tensors = net.state_dict()
+        for name, own_name in names.items():
+            tensors[name].copy_(own[own_name])
 
     # -- files
 

@@ -83,8 +83,9 @@ class Routed(nn.Module):
     cond_and_uncond = Model.cond_and_uncond
     save = Model.save
 
-    def copy(self, adapters=None):
-        return type(self)([expert.copy(adapters) for expert in self.experts], self.table)
+    def copy(self, adapters=None, changes=None):
+        copies = [expert.copy(adapters, changes) for expert in self.experts]
+        return type(self)(copies, self.table)
 
     def unsharded(self):
         return type(self)([expert.unsharded() for expert in self.experts], self.table)

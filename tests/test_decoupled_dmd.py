@@ -698,6 +698,13 @@ BY_HAND = {
         "--regulariser none --nfe 2 --step-indices 800,100 --floor 0.3",
         dict(regulariser="none", nfe=2, indices=[800, 100], floor=0.3, ratio=1),
     ),
+    "edm, small": (
+        EDM(),
+        "edm",
+        "--nfe 2 --cfg 2 --floor 0.1 --gan --gan-weight 0.7 --cls-weight 0.4 --ratio 1"
+        " --small depth=2 --small-fake width=12 depth=2",
+        dict(nfe=2, w=2, floor=0.1, gan=(0.7, 0.4), ratio=1),
+    ),
     "flow, no guidance": (Flow(), "flow", "--nfe 1 --cfg 1 --floor 0.7", dict(w=1, floor=0.7)),
 }
 
@@ -724,7 +731,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     by_hand = ByHand(steps, schedule, images, **case)
     if by_hand.gan:
         torch.manual_seed(2)  # the head starts equal on all processes
-        width = steps.teacher.net.config["width"]
+        width = steps.critic.fake.net.config["width"]
         head = weights(dd.Head(torch.zeros(1, width)))
         assert torch.equal(steps[0].before["critic"][-len(head) :], head)
 

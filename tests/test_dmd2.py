@@ -732,6 +732,9 @@ BY_HAND = {
     "--cfg 2.5 --shift 0.3 --ratio 1": dict(w=2.5, shift=0.3, ratio=1),
     "--gan --gan-weight 0.7 --cls-weight 0.3 --nfe 2 --cfg 2": dict(gan=(0.7, 0.3), nfe=2, w=2.0),
     "--sim data --nfe 3 --ratio 1": dict(data=True, nfe=3, ratio=1),
+    "--gan --gan-weight 0.7 --cls-weight 0.3 --small depth=2 --small-fake width=24 depth=4": dict(
+        gan=(0.7, 0.3)
+    ),
 }
 
 

@@ -299,7 +299,9 @@ def test_flags(flags, message, capsys):
         ("boot", "--lora-fake 4", "unrecognized arguments: --lora-fake 4"),
         ("twinflow", "--lora-fake 4", "unrecognized arguments: --lora-fake 4"),
         ("sana_sprint", "--lora-fake 4", "unrecognized arguments: --lora-fake 4"),
-        ("msd", "--lora 4 --small width=16", "--lora.*--small"),
+        ("msd", "--lora 4 --small width=16", "--small with --lora: adapters"),
+        ("dmd2", "--lora-fake 4 --small-fake depth=2", "--small-fake with --lora-fake: adapters"),
+        ("twinflow", "--small depth=2", "unrecognized arguments: --small"),
     ],
 )
 def test_contradictions(script, flags, message, capsys):

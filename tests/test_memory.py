@@ -25,8 +25,8 @@ from training.memory import estimate_memory, refuse_if_too_large
 def estimate(world=1, experts=1, students=1, critics=1, averages=0, single=False, **flags):
     """Bytes by part for a network of 1,000 parameters and a VAE of 100 in bf16."""
     args = dict(teacher="toy", ema=0, ema_cpu=False, lora=None, lora_fake=None, shard=False)
-    args = SimpleNamespace(**args | flags)
-    sizes = dict(network=1000, width=2, vae=100, experts=experts)
+    args = SimpleNamespace(**dict(args, small=None, small_fake=None) | flags)
+    sizes = dict(network=1000, width=2, vae=100, experts=experts, count_small=len)
     return estimate_memory(args, world, sizes, students, critics, averages, single)
 
 
@@ -58,6 +58,15 @@ def test_students_of_a_teacher_of_two_experts():
 def test_adapters_are_not_counted():
     assert estimate(lora=dict(rank=4), ema=100) == BASE | dict(students=0)
     assert estimate(lora_fake=dict(rank=4)) == BASE | dict(critics=0)
+
+
+def test_smaller_networks_have_their_own_size():
+    """count_small is `len` here: 300 and 200 parameters; of two experts, twice as many."""
+    small, small_fake = range(300), range(200)
+    assert estimate(small=small, ema=100) == BASE | dict(students=4800, averages=1200)
+    assert estimate(small_fake=small_fake) == BASE | dict(critics=3200)
+    assert estimate(small=small, experts=2) == BASE | dict(students=9600)
+    assert estimate(small=small, experts=2, single=True) == BASE | dict(students=4800)
 
 
 def test_shards_are_estimated_by_process():
@@ -120,6 +129,8 @@ def test_a_pipeline_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="too large"):
             load_quietly(folder, dtype=torch.bfloat16, budget=refuse_all)
     model = load_quietly(folder)
+    whole = dict(flag="--small", changes=[], seed=0)
+    assert given.pop("count_small")(whole) == count(model)
     assert given == dict(network=count(model), vae=count(model.vae), width=2, experts=1)
 
 

@@ -6,6 +6,7 @@ import torch
 from helpers import byhand
 from helpers.gaussian import Gauss, f64, normal
 from helpers.runs import log
+from helpers.teachers import changed
 from helpers.trace import Trace, weights
 
 import dmd2
@@ -219,7 +220,7 @@ def test_eq03_is_zero_for_a_copy():
 
 def test_eq03_trains_another_network_and_leaves_the_teacher_alone():
     teacher = load_teacher("toy-cond").copy()
-    phi = teacher.resized(["width=16", "depth=2"])
+    phi = teacher.copy(None, changed("width=16", "depth=2"))
     loss, by_hand = tsm_of(phi, teacher)
     assert loss > 0
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -364,7 +365,7 @@ def test_eq03_first_gradient_by_hand(trace):
     it), the teacher's own weight."""
     steps = trace(*ALL)
     teacher, draw = load_teacher("toy-cond"), BatchRandom(0, 0, 16)
-    phi = teacher.resized(["width=8", "depth=2"], seed=0)
+    phi = teacher.copy(None, changed("width=8", "depth=2"))
     x, labels = load_images(None, teacher).batch(0, 16)
     s = teacher.schedule.grid(1000)[draw.randint(0, 1000)]
     x_t = (x + s[:, None] * draw.randn(2)).float()
@@ -564,7 +565,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, tmp_path, flags):
 
     monkeypatch.setattr(msd, "Head", noted)
     steps = trace(*flags, record=[(Toy, "resized")])
-    assert all(call.args[2] == 3 for call in steps.calls["resized"])
+    assert all(call.args[1]["seed"] == 3 for call in steps.calls["resized"])
     hand = Hand(steps, **case)
     iters = hand.pieces[-1][1]
     assert byhand.compare_iterations(steps, hand.losses, hand.optimisers, 1e-4) == iters
@@ -621,7 +622,7 @@ def test_eq01_a_mixed_batch_keeps_its_order():
 def test_eq05_the_critic_has_to_move_first(small, w, is_zero):
     """While the critic equals the teacher there is no gradient without guidance."""
     teacher = load_teacher("toy-cond").copy()
-    student = teacher.resized(small) if small else teacher.copy()
+    student = teacher.copy(None, changed(*small) if small else None)
     cond = teacher.encode(torch.arange(8))
     s = torch.linspace(0.1, 9, 8).double()
     x = msd.one_step(student, student.schedule, torch.randn(8, 2), cond)
@@ -655,18 +656,18 @@ def count(module):
 
 
 def test_small_students_of_a_transformer(transformer):
-    half = transformer.resized(["num_layers=2"], seed=1)
-    narrow = transformer.resized(["num_layers=2", "num_attention_heads=1"], seed=1)
+    half = transformer.copy(None, changed("num_layers=2"))
+    narrow = transformer.copy(None, changed("num_layers=2", "num_attention_heads=1"))
     assert count(half) == count(transformer) - count(transformer.net.transformer_blocks) // 2
     assert count(narrow) < count(half)
     assert transformer.net.config.num_layers == 4
     assert all(p.requires_grad for p in half.parameters())
-    again = transformer.resized(["num_layers=2"], seed=1)
+    again = transformer.copy(None, changed("num_layers=2"))
     assert torch.equal(weights(half), weights(again))
 
 
 def test_small_students_are_saved(transformer, tmp_path):
-    small = transformer.resized(["num_layers=2"], seed=1)
+    small = transformer.copy(None, changed("num_layers=2"))
     ByLabel([small, small.copy()], msd.partition(4, 2)).save(tmp_path, {})
     loaded = load_model(tmp_path, read_json(tmp_path / "distill.json")["model"])
     x, cond = torch.randn(4, 1, 8, 8), small.encode(torch.arange(4))
@@ -685,7 +686,7 @@ def test_small_students_are_saved(transformer, tmp_path):
 )
 def test_wrong_changes_of_the_configuration(transformer, change, expected):
     with pytest.raises(UserError, match=expected):
-        transformer.resized([change])
+        transformer.copy(None, changed(change))
 
 
 # ---- metrics of each student ---------------------------------------------------------------------

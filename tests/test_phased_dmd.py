@@ -546,7 +546,7 @@ class FlowToy(Toy):
 
     double_precision = False
 
-    def copy(self, adapters=None):
+    def copy(self, adapters=None, changes=None):
         twin = super().copy()
         if self.double_precision:
             nn.Module.double(twin)
@@ -720,8 +720,8 @@ class Born(byhand.Tiny):
 
     born = ()
 
-    def copy(self, adapters=None):
-        twin = super().copy(adapters)
+    def copy(self, adapters=None, changes=None):
+        twin = super().copy(adapters, changes)
         if self.is_teacher:
             self.born = [*self.born, weights(twin)]
         return twin
@@ -777,6 +777,12 @@ BY_HAND = {
         "--phases 4 --phase-iters 3 --iters 12 --cfg 2 --lora 4 --shift 0.3 --ema 8",
         dict(ends=(1, 2, 3, 4), starts=(0, 3, 6, 9), iters=12, w=2.0, shift=0.3, halflife=8),
     ),
+    "edm, small": (
+        EDM(),
+        "edm",
+        "--iters 6 --phase-iters 3 --cfg 2 --small width=12 --small-fake depth=2",
+        dict(w=2.0),
+    ),
     "trigflow, one phase": (
         TrigFlow(0.5),
         "trigflow",
@@ -815,7 +821,7 @@ def test_whole_iterations_by_hand(trace, monkeypatch, capsys, name):
     first = [steps[0].before[f"student{k}"] for k in range(phases)] + [steps[0].before["critic"]]
     assert all(torch.equal(a, b) for a, b in zip(first, teacher.born))
     resets = [weights(teacher)] * phases
-    if "--lora-fake" in flags:
+    if {"--lora-fake", "--small-fake"} & set(flags):
         resets = teacher.born[phases + 1 :]
     compare_phases(steps, by_hand, resets, by_hand.halflife)
 

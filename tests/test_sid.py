@@ -1189,6 +1189,12 @@ BY_HAND = {
         "--gan --gan-warmup 16 --cls-weight 2 --shift 2",
         dict(weight="one_minus", gan=(1, 2, 16), shift=2),
     ),
+    "flow, small": (
+        Flow(),
+        "flow",
+        "--gan --gan-warmup 16 --shift 2 --small width=12 --small-fake depth=2",
+        dict(weight="one_minus", gan=(1, 1, 16), shift=2),
+    ),
     "trigflow": (
         TrigFlow(0.5),
         "trigflow",

@@ -291,8 +291,8 @@ class VPToy(byhand.Tiny):
     def __init__(self):
         super().__init__(VP1000, "eps")
 
-    def copy(self, adapters=None):
-        return Toy.copy(self, adapters)
+    def copy(self, adapters=None, changes=None):
+        return Toy.copy(self, adapters, changes)
 
 
 def test_a_fresh_critic_gives_no_gradient(trace):
@@ -408,6 +408,7 @@ BY_HAND = {
     "": dict(kind="edm"),
     "--cfg 4.5": dict(kind="vp", w=4.5),
     "--cfg 2 --null-share 0.5 --lora 4": dict(kind="flow", w=2, share=0.5),
+    "--cfg 2 --small depth=2 --small-fake width=24": dict(kind="edm", w=2),
     "--cfg 0.5 --null-share 0 --lora-fake 4 --lora-alpha 6.75": dict(
         kind="trigflow", w=0.5, share=0
     ),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import pipelines
 from helpers.files import Bomb, edit
 from helpers.teachers import (
+    changed,
     check_other_views,
     copy_of,
     noise,
@@ -178,7 +179,7 @@ def test_sit_has_dense_times(folders):
 
 def test_a_smaller_student(folders, tmp_path):
     model = load(folders("dit"))
-    model.copy().resized(["num_layers=1"]).save(tmp_path, {})
+    model.copy(None, changed("num_layers=1")).save(tmp_path, {})
     info = saved_model(tmp_path)
     assert len(load_model(tmp_path, info, model).net.transformer_blocks) == 1
 

@@ -59,6 +59,7 @@ class Parser(argparse.ArgumentParser):
     critic: a second trained network. lora_fake: that network may be trained as LoRA (default: as
     critic). images: losses that need images. few_steps: students of more than one step.
     lora: the student may be trained as LoRA or sharded. start: it may begin as another run's.
+    small: student and critic may be smaller than the teacher.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Parser(argparse.ArgumentParser):
         lora=True,
         lora_fake=None,
         start=True,
+        small=False,
     ):
         head, commands = head_and_usage(doc)
         super().__init__(
@@ -89,6 +91,7 @@ class Parser(argparse.ArgumentParser):
         # what common code reads although the script has no such flag
         self.set_defaults(nfe=1, data=None, lr_fake=None, lora=None, lora_fake=None)
         self.set_defaults(lora_alpha=None, lora_targets=None, shard=False)
+        self.set_defaults(small=None, small_fake=None)
 
         add = self.model.add_argument
         add(
@@ -152,6 +155,14 @@ class Parser(argparse.ArgumentParser):
                 metavar="NAME",
                 help="layers with adapters, by the ends of their names [attention]",
             )
+        if small:
+            add(
+                "--small",
+                nargs="+",
+                metavar="KEY=VALUE",
+                help="a student smaller than the teacher: changes to its config.json",
+            )
+            add("--small-fake", nargs="+", metavar="KEY=VALUE", help="the same for the critic")
 
         add = self.optim.add_argument
         add("--iters", type=int, help="iterations of the loop")
@@ -272,6 +283,8 @@ class Parser(argparse.ArgumentParser):
         check_flags(args)
         args.lora = lora_spec(args, "--lora", args.lora)
         args.lora_fake = lora_spec(args, "--lora-fake", args.lora_fake)
+        args.small = small_spec(args, "--small", args.small)
+        args.small_fake = small_spec(args, "--small-fake", args.small_fake)
         return args
 
     def use_preset(self, presets, given):
@@ -310,8 +323,8 @@ class Parser(argparse.ArgumentParser):
             if name in NOT_KEPT or name not in found:
                 continue
             value = found[name]
-            if isinstance(value, dict):  # --lora: see lora_spec
-                value = value.get("rank")
+            if isinstance(value, dict):  # --lora, --small: see lora_spec, small_spec
+                value = value.get("rank", value.get("changes"))
             ok = value is None or is_value_of(action, value)
             require(
                 ok,
@@ -404,6 +417,13 @@ def check_flags(args):
         scales |= set(getattr(args, name, None) or ())
     ok = args.negative_prompt is None or scales - {None, 1}
     require(ok, f"--negative-prompt: expected --cfg other than 1, {NOT_GUIDED}")
+    for lora, small in (("lora", "small"), ("lora_fake", "small_fake")):
+        both = getattr(args, lora) and getattr(args, small)
+        require(
+            not both,
+            f"{flag_name(small)} with {flag_name(lora)}: adapters need the teacher's own network; "
+            f"use one of them ({flag_name(lora)} 0: none, also where a preset has them)",
+        )
     both = args.resume and args.overwrite
     require(not both, "--resume keeps the run in --out, --overwrite discards it: use one of them")
     check_dry_run(args)
@@ -455,6 +475,11 @@ def lora_spec(args, name, rank):
     require(rank >= 1, f"{name}: expected a rank of at least 1, found {rank}")
     alpha = args.lora_alpha or rank
     return dict(rank=rank, alpha=alpha, targets=args.lora_targets, seed=args.seed, flag=name)
+
+
+def small_spec(args, name, changes):
+    """What Model.copy takes to make a network of another size, as a dict; None without --small."""
+    return dict(changes=list(changes), seed=args.seed, flag=name) if changes else None
 
 
 def add_teacher_lora(add):

@@ -265,9 +265,9 @@ def changed_flags(old, new):
 
 
 def plain(value):
-    """A flag as JSON has it; of --lora, the rank."""
+    """A flag as JSON has it; of --lora the rank, of --small the changes."""
     if isinstance(value, dict):
-        return value.get("rank")
+        return value.get("rank", value.get("changes"))
     return json.loads(json.dumps(value))
 
 

@@ -60,11 +60,18 @@ def estimate_memory(args, world, sizes, students=1, critics=0, averages=0, singl
     """Bytes by part, without activations, that the networks of a run will take in one process.
 
     sizes: of the teacher, known before it is loaded: parameters of its network (all experts) and
-    of its vae, width (bytes of a frozen parameter), number of experts.
-    students, critics, averages: how many networks of the teacher's size the script makes.
+    of its vae, width (bytes of a frozen parameter), number of experts; count_small, a function:
+    parameters of one network that --small makes.
+    students, critics, averages: how many networks the script makes, of the teacher's size or of
+    that of --small and --small-fake.
     single: each student is one network, also where the teacher has several experts.
     """
     network, width = sizes["network"], sizes["width"]
+    student = critic = network
+    if args.small:
+        student = sizes["count_small"](args.small) * sizes.get("experts", 1)
+    if args.small_fake:
+        critic = sizes["count_small"](args.small_fake) * sizes.get("experts", 1)
     ways = world if args.shard else 1  # processes that share each network
     if single:
         students = students / sizes.get("experts", 1)
@@ -77,9 +84,9 @@ def estimate_memory(args, world, sizes, students=1, critics=0, averages=0, singl
     trained = 4 + 4 + 8  # fp32 weight, gradient, two moments
     return {
         "teacher": network * width / ways,
-        "students": students * network * trained / ways,
-        "critics": critics * network * trained / ways,
-        "averages": averages * network * 4 / ways,
+        "students": students * student * trained / ways,
+        "critics": critics * critic * trained / ways,
+        "averages": averages * student * 4 / ways,
         "VAE": sizes.get("vae", 0) * width,
     }
 

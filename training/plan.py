@@ -39,6 +39,7 @@ def describe_run(run, images, networks, facts):
         "batch": describe_batch(run),
         "data": describe_data(args, images, networks),
         "networks": describe_networks(networks),
+        "smaller": describe_smaller(networks),
         **facts,
     }
     return {name.replace("_", " "): str(text) for name, text in plan.items() if text}
@@ -117,6 +118,18 @@ def describe_networks(networks):
         (trained if is_trained(net) else frozen).append(text)
     text = f"trained: {', '.join(trained)}"
     return f"{text}; frozen: {', '.join(frozen)}" if frozen else text
+
+
+def describe_smaller(networks):
+    """Of networks that are smaller than the teacher: how much of them starts as it."""
+    found = []
+    for name, net in networks.items():
+        for model in net.modules():
+            if isinstance(model, Model) and model.copied_share is not None:
+                share = f"{100 * model.copied_share:.3g} %"
+                found.append(f"{share} of the {name}'s parameters start as the teacher's")
+                break
+    return "; ".join(found)
 
 
 def base_weights(net):

@@ -95,11 +95,18 @@ class Sharding:
             self.scatter(model.read_weights, copied.net)
         return copied
 
-    def scatter(self, read_weights, net):
-        """Weights of a sharded network from a state_dict that rank 0 alone reads."""
+    def scatter(self, read_weights, net, names=None):
+        """Weights of a sharded network from a state_dict that rank 0 alone reads.
+
+        names: {name of a parameter: its name in the state_dict}, others stay as they are; None: all
+        of the network, by the same names.
+        """
         weights = read_weights() if dist.get_rank() == 0 else {}
         for name, p in net.named_parameters():
-            whole = weights[name] if weights else torch.empty(p.shape)
+            if names is not None and name not in names:
+                continue
+            read_name = name if names is None else names[name]
+            whole = weights[read_name] if weights else torch.empty(p.shape)
             p.to_local().copy_(local_part(whole, p).to_local())
 
     def unsharded(self, model):

@@ -11,12 +11,13 @@ before it is used (common/teachers/formats.py).
 import inspect
 import math
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from common import lora, schedules
+from common import lora, schedules, small
 from common.distributed import require_same
 from common.errors import UserError, describe, require
 from common.files import (
@@ -135,7 +136,11 @@ def load_own_teacher(name, folder, device, dtype, options, budget, place):
         teacher = load_sit(folder, model, dtype, options.get("cache"))
     else:
         teacher = load_model(folder, model)
-    budget(network=sum(p.numel() for p in teacher.parameters()), width=4)
+    budget(
+        network=sum(p.numel() for p in teacher.parameters()),
+        width=4,
+        count_small=partial(small.count_parameters, teacher.network, teacher.net_config()),
+    )
     teacher.evaluation = read_evaluation(folder, info)
     if isinstance(teacher, Toy):  # toy and toy-cond share a folder
         teacher.exact = True
@@ -203,7 +208,7 @@ def load_pipeline(
     cls = PIPELINES[index["_class_name"]]
     prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     check_version(name, cls)
-    scheduler, _, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    scheduler, c, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
     loras = read_loras(loras, cls, folder, index)
     for part in (*cls.networks(index), "vae"):
         weights = find_weights(folder / part, name)
@@ -219,6 +224,7 @@ def load_pipeline(
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
+        budget = partial(budget, count_small=count_small(cls, c))
         options = (scheduler, dtype, size, frames, budget, loras)
         model = load_network_and_vae(cls, folder, index, *options)
         if guidance is not None:
@@ -265,6 +271,7 @@ def load_blank_pipeline(name, device, dtype, prompts, negative, size, frames, gu
             vae=getattr(vae, "parameters", 0),
             width=dtype.itemsize,
             experts=experts,
+            count_small=count_small(cls, c),
         )
         options = {} if frames is None else dict(frames=frames)
         model = make_blank(cls(net, SimpleNamespace(config=vae), scheduler, size, **options))
@@ -334,6 +341,12 @@ def check_pipeline(name, cls, folder, index, size, frames, guidance):
         check_configurations(name, cls, scheduler, net, vae)
         cls.check(name, net, vae, size, frames, guidance)
     return scheduler, net, vae
+
+
+def count_small(cls, c):
+    """Function that counts the parameters of a network that --small makes. c: configuration of the
+    teacher's network."""
+    return partial(small.count_parameters, cls.network, vars(c))
 
 
 def read_loras(loras, cls, folder, index):

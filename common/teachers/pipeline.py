@@ -139,6 +139,13 @@ class Pipeline(Model):
     # -- loading
 
     @classmethod
+    def network(cls, config):
+        """The network of a configuration (dict), with random weights."""
+        import diffusers
+
+        return getattr(diffusers, cls.network_class).from_config(config).eval()
+
+    @classmethod
     def text_pipeline(cls, folder, dtype, **parts):
         """The diffusers pipeline without network and VAE, for `embed`. parts: loaded already."""
         import diffusers

@@ -57,10 +57,10 @@ class Toy(Model):
     def null(self, n):
         return dict(labels=torch.full((n,), self.classes, device=self.device))
 
-    def copy(self, adapters=None):
+    def copy(self, adapters=None, changes=None):
         if adapters and not adapters["targets"]:  # it has no attention: all layers but the last
             adapters = dict(adapters, targets=["inp", "hidden.0", "hidden.1"])
-        copy = super().copy(adapters)
+        copy = super().copy(adapters, changes)
         copy.exact = False
         return copy
 

@@ -111,7 +111,8 @@ def whole_files(student, teacher, sample, sampler, nfe):
     plain["stochastic"] = found.stochastic
     plain["networks"] = parts
     settings = find_comfyui(experts[0], found)
-    if settings is not None:
+    is_small = experts[0].copied_share is not None  # ComfyUI knows networks by their sizes
+    if settings is not None and not is_small:
         changed = [user_lora.changes_text for user_lora in teacher.loras]
         plain["comfyui"] = settings | (dict(text_loras=changed) if changed else {})
     return files, dict(model=model, plain=plain)

@@ -241,8 +241,8 @@ class Tiny(Toy):
         x = x * expand((alpha**2 + sigma**2).rsqrt(), x).to(x.dtype)
         return self.net(x, t / self.schedule.t_max + 0.05, cond["labels"])
 
-    def copy(self, adapters=None):
-        twin = super().copy(adapters)
+    def copy(self, adapters=None, changes=None):
+        twin = super().copy(adapters, changes)
         if self.is_teacher:
             self.copies += 1
             generator = torch.Generator().manual_seed(self.copies)

@@ -49,8 +49,9 @@ def required_flags(script):
 SECOND_FLAGS = {
     "dmd2": "--gan --nfe 2 --ema 1000",
     "sid": "--gan --gan-warmup 32 --nfe 2 --ema 1000 --cfg 2",
-    "decoupled_dmd": "--teacher toy-cond --gan --nfe 4 --levels constrained --ema 1000",
-    "phased_dmd": "--phases 3 --phase-iters 1 2 --ema 1000 --normaliser paper",
+    "decoupled_dmd": "--teacher toy-cond --gan --nfe 4 --levels constrained --ema 1000"
+    " --small width=64 --small-fake depth=2",
+    "phased_dmd": "--phases 3 --phase-iters 1 2 --ema 1000 --normaliser paper --small-fake depth=2",
     "msd": "--teacher toy-cond --students 2 --small width=32 depth=2 --tsm 0.2 --adm 0.5"
     " --ema 1000 --ratio 2",
     "sana_sprint": "--cfg-train 1 1.5 2 --cfg 1.5 --adaptive-weight clamped --nfe 2 --ema 1000",
@@ -110,6 +111,10 @@ MISTAKES = {
             " found 1 x 3",
         ),
         ("--data {tmp}", "--data"),
+        ("--small wide=16", "--small wide=16: wide: expected a key .*did you mean width"),
+        ("--small-fake depth=x", "--small-fake depth=x: no network can be built: TypeError"),
+        ("--small-fake classes=9", "--small-fake classes=9: expected a network for samples"),
+        ("--small depth=2 --lora 4", "--small with --lora: adapters need the teacher's own"),
         ("--gan --data {tmp}/nowhere", "--data .*nowhere"),
         ("--gan --data {tmp}/file", "--data .*file"),
         ("--gan --data {tmp}/pictures", "--data .*pictures"),

@@ -45,6 +45,11 @@ def load(folders, name, prompts=PROMPTS, **options):
     )
 
 
+def changed(*changes, seed=0, flag="--small"):
+    """What --small gives to Model.copy. changes: KEY=VALUE."""
+    return dict(changes=list(changes), seed=seed, flag=flag)
+
+
 def size_flags(name):
     """Flags of SIZE for a script."""
     flags = []
