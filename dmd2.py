@@ -203,8 +203,10 @@ PRESETS = {
     "sana-0.6b": dict(SD3, cfg=4.5, source="nobody's: sd3's"),
     "flux": FLUX,
     # as LoRA [T] LightX2V: --lora 16 --lr 1e-4 --lr-fake 2e-5 --ratio 2 --warmup 10
+    "chroma": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
     "flux2": dict(FLUX, source="nobody's: flux's"),
     "flux2-klein": dict(FLUX, cfg=4.0, source="[T] DiffSynth-Studio, batch and length nobody's"),
+    "hunyuan-image": dict(SD3, cfg=3.5, source="nobody's: sd3's"),
     "lumina2": dict(SD3, source="nobody's: sd3's"),
     "qwen-image": QWEN,  # as LoRA [A]: --lora 64 --lora-alpha 8 --lr 5e-5 --lr-fake 4e-7
     "z-image": dict(SD3, cfg=6.0, source="nobody's: sd3's"),

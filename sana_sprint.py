@@ -196,6 +196,8 @@ CIFAR10 = dict(  # [T] FastGen's sCD, whose losses --adv-weight 0 gives
 IMAGENET64 = dict(  # [T] FastGen's sCD
     CIFAR10, p_scm=(-1.0, 1.6), lr=7e-5, lr_fake=7e-5, clip=10.0, batch=1024, iters=600_000
 )
+# The paper's teachers have dense times and QK norm; SANA itself has neither.
+ADAPTED = "[P, C] of the adapted teachers, sana-sprint-teacher"
 # For other pipelines: SANA's numbers, guidance of the pipeline and 0.5 on both sides.
 OTHER = dict(SANA, source="nobody's: SANA's")
 PRESETS = {
@@ -214,11 +216,13 @@ PRESETS = {
     "sd21": dict(OTHER, cfg=7.5, cfg_train=[7.0, 7.5, 8.0]),
     "sdxl": dict(OTHER, cfg=5.0, cfg_train=[4.5, 5.0, 5.5]),
     "sd3": dict(OTHER, cfg=7.0, cfg_train=[6.5, 7.0, 7.5]),
-    "sana": SANA,
-    "sana-0.6b": SANA,
+    "sana": dict(SANA, source=ADAPTED),
+    "sana-0.6b": dict(SANA, source=ADAPTED),
     "flux": dict(OTHER, cfg=1.0, cfg_train=None),  # its network has an input for guidance already
+    "chroma": dict(OTHER, cfg=5.0, cfg_train=[4.5, 5.0, 5.5]),
     "flux2": dict(OTHER, cfg=1.0, cfg_train=None),
     "flux2-klein": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
+    "hunyuan-image": dict(OTHER, cfg=3.5, cfg_train=[3.0, 3.5, 4.0]),
     "lumina2": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
     "qwen-image": dict(OTHER, cfg=4.0, cfg_train=[3.5, 4.0, 4.5]),
     "z-image": dict(OTHER, cfg=6.0, cfg_train=[5.5, 6.0, 6.5]),
@@ -313,10 +317,13 @@ def with_dense_time(teacher, args):
 
     The fast waves of an embedding of 0..1000, which a derivative along t magnifies, are gone.
     """
-    adapts = hasattr(teacher, "adapt")
-    require(adapts, f"--time dense: {args.teacher} has no fast time embedding; use --time native")
-    if teacher.dense:
+    if getattr(teacher, "dense", False):
         return teacher
+    require(
+        hasattr(teacher, "adapt"),
+        "--time dense: expected a teacher made by recipes/pretrain.py, which can be fitted, or one "
+        f"that has dense times, as sana-sprint-teacher, found {args.teacher}; use --time native",
+    )
     require(not args.lora, "--time dense: --lora keeps the network's weights; use --time native")
     return teacher.copy().adapt().fit_time().requires_grad_(False)
 

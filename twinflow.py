@@ -136,8 +136,10 @@ PRESETS = {
     "sana": dict(SANA, betas=(0.9, 0.99)),  # [P]
     "sana-0.6b": SANA,
     "flux": dict(OTHER, cfg=1.0),  # its network has an input for guidance already
+    "chroma": dict(OTHER, cfg=5.0),
     "flux2": dict(OTHER, cfg=1.0),
     "flux2-klein": dict(OTHER, cfg=4.0),
+    "hunyuan-image": dict(OTHER, cfg=3.5),
     "lumina2": dict(OTHER, cfg=4.0),
     "qwen-image": QWEN,
     "z-image": dict(QWEN, source="[A] about Qwen-Image's"),

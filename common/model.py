@@ -278,12 +278,12 @@ class Model(nn.Module):
                 f"found {type(self.net).__name__}, which does not offer it"
             )
 
-        def checkpoint(block, *args):
+        def checkpoint(block, *args, **kw):
             extra = self.extra  # of this pass; by the time of the backward there may be another
 
             def run(*args):
                 with self.attention(), self.adding_to_time(extra):
-                    return block(*args)
+                    return block(*args, **kw)
 
             return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 
@@ -319,7 +319,10 @@ class Model(nn.Module):
         if extra is None or extra is self.extra:  # nothing to add, or added already
             yield
             return
-        add = lambda module, args, out: out + self.extra.to(out.dtype)
+
+        def add(module, args, out):  # out: [B, width], or [B, rows, width] of equal time
+            return out + self.extra.to(out.dtype).view(len(out), *[1] * (out.ndim - 2), -1)
+
         handles = [module.register_forward_hook(add) for module in self.time_embedders()[0]]
         self.extra = extra
         try:

@@ -4,10 +4,10 @@ They are on the device without memory (dryrun/ghost.py). Nothing is downloaded b
 are not in HUB, configurations.
 
 networks.json has the public configurations of HUB: sd15, sdxl, sana and sd3 as published, with the
-published numbers of parameters; FLUX, Lumina 2, Qwen-Image, Z-Image and Wan are the defaults of
-diffusers' classes, changed where the published network differs. Sizes of FLUX.2-klein are
-partly those of other programs that read its files, partly a guess (of 9B most of them): only the
-numbers of parameters that they give were compared with the published ones.
+published numbers of parameters; SANA-1.5 and the teachers of SANA-Sprint as diffusers' conversion
+script makes them; FLUX, Chroma, HunyuanImage, Lumina 2, Qwen-Image, Z-Image and Wan are the
+defaults of diffusers' classes, changed where the published network differs. Sizes of FLUX.2-klein
+are those of its config.json as several other programs quote it.
 """
 
 import json
@@ -49,7 +49,7 @@ def blank_embeddings(cls, config, n, dtype):
     """Embeddings of n prompts, without values, of the greatest length. config: of the network."""
     tensors = {}
     for name, shape in cls.text_shapes(config).items():
-        if name == "mask":  # all tokens count
+        if name.endswith("mask"):  # all tokens count
             tensors[name] = torch.ones(1, *shape, dtype=torch.int64)
         elif name == "length":
             tensors[name] = torch.full((1,), tensors["text"].shape[1])

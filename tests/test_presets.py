@@ -19,6 +19,7 @@ from common.teachers.kind import (
     EMBEDDED,
     KIND_OF_SHORT_NAME,
     PIPELINE_KINDS,
+    STUDENTS,
     kind_of_folder,
     teacher_kind,
 )
@@ -37,8 +38,10 @@ FOLDERS = {
     "sana": ("sana", {"transformer/config.json": dict(num_attention_heads=70)}),
     "sana-0.6b": ("sana", {"transformer/config.json": dict(num_attention_heads=36)}),
     "flux": ("flux", {}),
+    "chroma": ("chroma", {}),
     "flux2": ("flux2", {}),
     "flux2-klein": ("klein", {}),
+    "hunyuan-image": ("hunyuan", {}),
     "lumina2": ("lumina", {}),
     "qwen-image": ("qwen", {}),
     "z-image": ("zimage", {}),
@@ -213,6 +216,9 @@ def test_what_says_so_is_named(folder_of):
 
 def test_all_pipelines_that_load_have_a_kind():
     assert set(PIPELINE_KINDS) == set(PIPELINES)
+    assert not STUDENTS.keys() & PIPELINES.keys()
+    for words in STUDENTS.values():
+        assert words.removeprefix("--teacher ") in HUB
 
 
 @pytest.mark.parametrize("short", HUB)
@@ -236,6 +242,11 @@ def test_short_names_are_of_the_kind_that_their_files_would_give(short, tmp_path
         (dict(_class_name="FluxPipelin"), "expected one of the pipelines .*did you mean Flux"),
         (dict(_class_name=["FluxPipeline"]), "expected one of the pipelines"),
         (dict(_class_name="WanPipeline"), "transformer.*config.json"),
+        (
+            dict(_class_name="SanaSprintPipeline"),
+            "expected a teacher of many steps, found SanaSprintPipeline, a student of few; "
+            "give its teacher, --teacher sana-sprint-teacher",
+        ),
     ],
 )
 def test_pipelines_that_are_none(change, message, folder_of):

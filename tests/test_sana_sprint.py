@@ -1310,7 +1310,10 @@ def test_dense_time_of_a_copy():
     assert teacher.done == []
     teacher.dense = True
     assert sana_sprint.with_dense_time(teacher, args) is teacher
-    with pytest.raises(UserError, match="no fast time embedding"):
+    with pytest.raises(
+        UserError,
+        match="which can be fitted, or one that has dense times, as sana-sprint-teacher, found x",
+    ):
         sana_sprint.with_dense_time(nn.Linear(1, 1), args)
     with pytest.raises(UserError, match="--lora"):
         sana_sprint.with_dense_time(Waves(), SimpleNamespace(teacher="x", lora=4))

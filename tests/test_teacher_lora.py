@@ -36,7 +36,20 @@ from tools.cache import ResultCache
 from tools.export import export
 from tools.rows import load_student, student_row, teacher_row
 
-KINDS = ["sd15", "sdxl", "sd3", "sana", "flux", "flux2", "lumina", "qwen", "zimage", "wan"]
+KINDS = [
+    "sd15",
+    "sdxl",
+    "sd3",
+    "sana",
+    "flux",
+    "chroma",
+    "flux2",
+    "hunyuan",
+    "lumina",
+    "qwen",
+    "zimage",
+    "wan",
+]
 WITH_TEXT = ["sd15", "sdxl", "sd3", "flux"]  # pipelines whose text encoders take LoRA
 NETWORK = ("to_q", "to_v", "to_out.0", "conv1")
 TEXT = ("q_proj", "v_proj", "fc1")

@@ -139,7 +139,7 @@ def test_one_sample_without_guidance_is_the_pipelines(name, folders):
 @pytest.mark.parametrize("name", OLDER)
 def test_another_size_is_the_pipelines(name, folders):
     """--size 24x16: height, then width. SANA's pipeline takes multiples of 32 only."""
-    height, width = (64, 32) if name == "sana" else (24, 16)
+    height, width = (64, 32) if name in ("sana", "sprint") else (24, 16)
     model = load(folders, name, size=[height, width])
     assert model.image_shape == (3, height, width)
     assert model.decode(torch.zeros(1, *model.shape)).shape == (1, 3, height, width)

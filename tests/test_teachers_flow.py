@@ -3,11 +3,13 @@ are those of their own pipelines is in test_teachers.py. Here is what only some 
 scripts on them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.cards import same_as_card
+from helpers.cards import same_as_card, write_as_run
+from helpers.files import edit
 from helpers.runs import close, one_line, run_processes
 from helpers.teachers import (
     OLDER,
@@ -31,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dmd2
 import eval as eval_script
 import phased_dmd
+import sana_sprint
 from common.errors import UserError
 from common.files import WEIGHTS
 from common.model import Model
@@ -42,7 +45,7 @@ from common.teachers.students import read_student, sampler_of
 from common.teachers.wan import Wan
 from tools.rows import prompt_kwargs
 
-ONE_NETWORK = ["flux", "klein", "lumina", "qwen", "zimage", "wan", "wan5b"]
+ONE_NETWORK = ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage", "wan", "wan5b"]
 
 
 def saved_model(folder):
@@ -67,7 +70,7 @@ def test_a_token_is_a_square_of_latents():
     assert token.tolist() == x[1, :, 2:4, 2:4].flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["flux", "klein", "lumina", "qwen", "zimage"])
+@pytest.mark.parametrize("name", ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage"])
 def test_time_shift_is_the_schedulers(name, folders):
     """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it.
     FLUX.2's shift depends on n: ours is that of 50."""
@@ -289,7 +292,7 @@ def test_features_are_where_the_pixels_are(name, folders):
     model = wide(load(folders, name))
     cond, x = model.encode([0]), noise(0, 1, *model.shape)
     y = x.clone()
-    p = 1 if name in ("flux2", "klein") else 2
+    p = 1 if name in ("klein", "hunyuan") else 2  # latents of a token along a side
     y[..., -p:, p : 2 * p] += 5  # last row of patches, second column
     (before,) = model(x, 0.6, 0.8, cond, features=True)
     (after,) = model(y, 0.6, 0.8, cond, features=True)
@@ -335,6 +338,37 @@ def test_guidance_that_flux2_is_told(folders):
     assert relative(other, theirs) > 1e-4
 
 
+def test_the_first_name_of_luminas_pipeline(folders, tmp_path):
+    """As in older folders. The student's folder has the name that diffusers has today."""
+    folder = copy_of(folders, "lumina", tmp_path)
+    edit(folder / "model_index.json", _class_name="Lumina2Text2ImgPipeline")
+    options = dict(prompts=PROMPTS, cache=folders.cache, say=quiet)
+    model, same = load_pipeline(str(folder), **options), load(folders, "lumina")
+    x = noise(0, 2, *model.shape)
+    with torch.no_grad():
+        assert torch.equal(
+            model(x, 0.6, 0.8, model.encode([0, 1])), same(x, 0.6, 0.8, same.encode([0, 1]))
+        )
+    write_as_run(tmp_path / "student", model.copy(), model, "dmd2", dmd2, 4, {})
+    index = json.loads((tmp_path / "student" / "model_index.json").read_text())
+    assert index["_class_name"] == "Lumina2Pipeline"
+
+
+def test_which_teachers_have_dense_times(folders, monkeypatch):
+    """--time dense takes a teacher of SANA-Sprint as it is, and names it for SANA."""
+    args = SimpleNamespace(teacher="x", lora=None)
+    for name in ("sprint", "lumina"):
+        model = load(folders, name)
+        assert sana_sprint.with_dense_time(model, args) is model
+        seen = []
+        monkeypatch.setattr(model.net, "forward", lambda *a, **kw: seen.append(kw["timestep"]))
+        with pytest.raises(TypeError):  # of what the network returns
+            model(noise(0, 1, *model.shape), 0.25, 0.75, model.encode([0]))
+        assert float(seen[0].abs()) <= 1
+    with pytest.raises(UserError, match="has dense times, as sana-sprint-teacher, found x"):
+        sana_sprint.with_dense_time(load(folders, "sana"), args)
+
+
 @pytest.mark.parametrize("name", ONE_NETWORK)
 def test_checkpointing_changes_nothing(name, folders):
     model = load(folders, name)
@@ -352,7 +386,12 @@ def test_checkpointing_changes_nothing(name, folders):
     expected = gradients()
     student.checkpoint_activations()
     recompute, calls = student.net._gradient_checkpointing_func, []
-    student.net._gradient_checkpointing_func = lambda *args: calls.append(1) or recompute(*args)
+
+    def count(*args, **kw):
+        calls.append(1)
+        return recompute(*args, **kw)
+
+    student.net._gradient_checkpointing_func = count
     found = gradients()
     assert calls
     for a, b in zip(expected, found, strict=True):

@@ -38,7 +38,7 @@ from common.teachers.bake import UNBAKED, UNBAKED_LORA, bake
 from common.teachers.load import load_model, load_teacher
 from common.teachers.plain import NotPlain, fit_shift, trace
 
-NEW = ["flux2", "klein", "lumina"]
+NEW = ["chroma", "flux2", "klein", "hunyuan", "lumina"]
 KINDS = ["sd15", "sdxl", "sd3", "sana", "flux", *NEW, "qwen", "zimage", "wan", "wan22", "wan5b"]
 PROMPTS = ["a red heart", "dog", "pizza 7"]
 LORA = dict(rank=3, alpha=6, targets=None, seed=0, flag="--lora")

@@ -314,10 +314,10 @@ def lora_lines(networks, loras):
 
 
 def latents_shape(model):
-    """Of one sample, as the pipeline takes it: FLUX and Qwen-Image take tokens of 2 x 2 latents."""
+    """Of one sample, as the pipeline takes it: in some, tokens of 2 x 2 latents."""
     first = model.get("experts", [model])[0]
     shape = first["shape"]
-    if first["adapter"] in ("flux", "qwen-image"):
+    if first["adapter"] in ("flux", "chroma", "qwen-image"):
         channels, height, width = shape
         return 1, height * width // 4, 4 * channels
     return 1, *shape

@@ -110,13 +110,21 @@ class Sana(Pipeline):
     def text_shapes(cls, c):
         return dict(text=(300, c.caption_channels), mask=(300,))
 
+    @property
+    def timestep_scale(self):
+        """1, or 0.001 in SANA-Sprint's teachers, whose networks get times of 0..1."""
+        return getattr(self.net.config, "timestep_scale", 1.0)  # absent in older configurations
+
+    @property
+    def dense(self):
+        return self.timestep_scale == 0.001
+
     def predict(self, x, t, cond):
-        scale = getattr(self.net.config, "timestep_scale", 1.0)  # absent in older configurations
         out = self.net(
             x,
             encoder_hidden_states=cond["text"].to(x.dtype),
             encoder_attention_mask=cond["mask"],
-            timestep=t * 1000 * scale,
+            timestep=t * 1000 * self.timestep_scale,
             return_dict=False,
         )[0]
         return out[:, : self.shape[0]]  # without the learned variance, where there is one
@@ -142,6 +150,14 @@ def unpack(y, h, w):
     b, _, c = y.shape
     squares = y.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return squares.reshape(b, c // 4, h, w)
+
+
+def grid_positions(h, w, device):
+    """Places of the tokens of h x w latents in FLUX.1: (unused, row, column), [h w / 4, 3]."""
+    places = torch.zeros(h // 2, w // 2, 3, device=device)
+    places[..., 1] = torch.arange(h // 2, device=device)[:, None]
+    places[..., 2] = torch.arange(w // 2, device=device)
+    return places.view(-1, 3)
 
 
 class Flux(Pipeline):
@@ -189,9 +205,6 @@ class Flux(Pipeline):
 
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
-        positions = torch.zeros(h // 2, w // 2, 3, device=x.device)  # (unused, row, column)
-        positions[..., 1] = torch.arange(h // 2, device=x.device)[:, None]
-        positions[..., 2] = torch.arange(w // 2, device=x.device)
         guidance = None
         if self.net.config.guidance_embeds:
             guidance = torch.full((len(x),), float(self.guidance), device=x.device)
@@ -201,7 +214,7 @@ class Flux(Pipeline):
             pooled_projections=cond["pooled"].to(x.dtype),
             timestep=t,
             guidance=guidance,
-            img_ids=positions.view(-1, 3),
+            img_ids=grid_positions(h, w, x.device),
             txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x.device),
             return_dict=False,
         )[0]

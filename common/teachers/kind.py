@@ -23,7 +23,12 @@ EMBEDDED = {  # folder in assets/
 # Kinds whose name is not the short name of HUB.
 KIND_OF_SHORT_NAME = {
     "sd3.5": "sd3",
+    "sana-1.5": "sana",
+    "sana-1.5-4.8b": "sana",
+    "sana-sprint-teacher": "sana",
+    "sana-sprint-teacher-0.6b": "sana-0.6b",
     "flux2-klein-9b": "flux2-klein",
+    "qwen-image-2512": "qwen-image",
     "dit-xl-256": "dit",
     "dit-xl-512": "dit",
 }
@@ -36,13 +41,19 @@ PIPELINE_KINDS = {
     "StableDiffusion3Pipeline": "sd3",
     "SanaPipeline": "sana",
     "FluxPipeline": "flux",
+    "ChromaPipeline": "chroma",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2-klein",
+    "HunyuanImagePipeline": "hunyuan-image",
     "Lumina2Pipeline": "lumina2",
+    "Lumina2Text2ImgPipeline": "lumina2",
     "QwenImagePipeline": "qwen-image",
     "ZImagePipeline": "z-image",
     "WanPipeline": "wan2.1",
 }
+
+# Few-step students of others, which are no teachers -> what to take in their place.
+STUDENTS = {"SanaSprintPipeline": "--teacher sana-sprint-teacher"}
 
 # "adapter" in teacher.json -> kind. own: of recipes/pretrain.py, from a user's images.
 ADAPTER_KINDS = {"toy": "toy", "dit": "own", "sit": "sit", "edm": "edm-imagenet64"}
@@ -117,6 +128,11 @@ def kind_of_folder(name, folder):
 def kind_of_pipeline(name, folder):
     index = read_json(folder / "model_index.json", "--teacher")
     found = index.get("_class_name")
+    if isinstance(found, str) and found in STUDENTS:
+        raise UserError(
+            f"--teacher {name}: expected a teacher of many steps, found {found}, a student of few; "
+            f"give its teacher, {STUDENTS[found]}"
+        )
     require(
         isinstance(found, str) and found in PIPELINE_KINDS,
         f"--teacher {name}: expected one of the pipelines {', '.join(PIPELINE_KINDS)}, "

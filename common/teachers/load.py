@@ -32,6 +32,7 @@ from common.model import load_extras
 from common.routed import ByLabel, ByLevel, Routed
 from common.schema import check
 from common.teachers.bake import UNBAKED_LORA
+from common.teachers.chroma import Chroma
 from common.teachers.configuration import (
     check_configurations,
     full_config,
@@ -51,6 +52,7 @@ from common.teachers.formats import (
     wrong_route,
 )
 from common.teachers.hub import CONFIGS, HUB, download, is_hub_name
+from common.teachers.hunyuan_image import HunyuanImage
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
 from common.teachers.kind import (
     EMBEDDED,
@@ -70,9 +72,11 @@ from data.image_folder import read_captions
 
 # Every teacher class. A class with a `pipeline` loads the folders of that diffusers pipeline, the
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.
-IMAGES = (SD15, SDXL, SD3, Sana, Flux, Flux2, Flux2Klein, Lumina2, QwenImage, ZImage)
+IMAGES = (SD15, SDXL, SD3, Sana, Flux, Chroma, Flux2, Flux2Klein)
+IMAGES += (HunyuanImage, Lumina2, QwenImage, ZImage)
 CLASSES = (*IMAGES, Wan, ClassDiT, DiT, Toy, EDMUNet)
 PIPELINES = {cls.pipeline: cls for cls in CLASSES if cls.pipeline}
+PIPELINES["Lumina2Text2ImgPipeline"] = Lumina2  # its first name in diffusers
 OWN_FORMAT = {cls.adapter: cls for cls in CLASSES if not cls.pipeline}
 
 

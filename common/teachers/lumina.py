@@ -23,6 +23,7 @@ class Lumina2(KeptLength):
     expected = dict(scheduler=FLOW_SCHEDULER)
     passes_sigmas = True
     unguided = dict(guidance_scale=1.0)
+    dense = True  # times of 0..1
     text_lengths = None  # [B], of the samples of a pass
 
     def make_schedule(self, scheduler, shape, c):

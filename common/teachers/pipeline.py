@@ -31,6 +31,7 @@ class Pipeline(Model):
     pipeline = None  # diffusers class of the pipeline
     network_class = None  # diffusers class of the network
     part = "transformer"  # the network's subfolder
+    guiders = ()  # components that guide; a student's folder has none
     without = ()  # further components that are not needed for embedding prompts
     since = (0, 35)  # version of diffusers
     takes_prompts = True

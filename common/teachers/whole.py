@@ -74,9 +74,11 @@ def whole_files(student, teacher, sample, sampler, nfe):
         raise NotPlain("no scheduler of diffusers has its steps")
     index = read_json(Path(teacher.folder) / INDEX)
     scheduler = plain["scheduler"]
+    index["_class_name"] = experts[0].pipeline  # an older folder may have an older name
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for part in parts:
         index[part] = index[parts[0]]
+    index |= dict.fromkeys(experts[0].guiders, ABSENT)
     if len(parts) > 1:
         index["boundary_ratio"] = boundary(found)
 

@@ -246,7 +246,8 @@ def gemma2(layers=2):
     ).eval()
 
 
-def sana(folder):
+def sana(folder, **options):
+    """options: of the network."""
     from diffusers import (
         AutoencoderDC,
         DPMSolverMultistepScheduler,
@@ -267,6 +268,7 @@ def sana(folder):
         cross_attention_dim=16,
         caption_channels=8,
         sample_size=16,
+        **options,
     )
     vae = AutoencoderDC(
         in_channels=3,
@@ -301,6 +303,11 @@ def sana(folder):
         scheduler=scheduler,
     )
     return save(pipe, folder)
+
+
+def sprint(folder):
+    """A teacher of SANA-Sprint. SANA-1.5 has the norms, and times of 0..1000."""
+    return sana(folder, qk_norm="rms_norm_across_heads", timestep_scale=0.001)
 
 
 def t5(kind="T5", size=16):
@@ -339,6 +346,33 @@ def flux(folder):
         tokenizer=clip_tokenizer(folder / "words"),
         text_encoder_2=t5(),
         tokenizer_2=letter_tokenizer(),
+    )
+    return save(pipe, folder)
+
+
+def chroma(folder):
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(0)
+    net = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=64,
+        approximator_hidden_dim=24,
+        approximator_layers=2,
+    )
+    pipe = ChromaPipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=t5(),
+        tokenizer=letter_tokenizer(),
     )
     return save(pipe, folder)
 
@@ -482,6 +516,87 @@ def lumina(folder):
     return save(pipe, folder)
 
 
+def qwen2_vl(layers):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
+    text = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_scaling=rope,
+        rope_theta=1e6,
+        vocab_size=110,
+    )
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
+    tokens = dict(
+        vision_start_token_id=0,
+        vision_end_token_id=0,
+        vision_token_id=0,
+        image_token_id=0,
+        video_token_id=0,
+    )
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens, **text)
+    ).eval()
+
+
+def hunyuan(folder):
+    since(0, 36)
+    from diffusers import (
+        AdaptiveProjectedMixGuidance,
+        AutoencoderKLHunyuanImage,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanImagePipeline,
+        HunyuanImageTransformer2DModel,
+    )
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    net = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=24,
+        rope_axes_dim=(4, 4),
+    )
+    # Random attention would not notice the prompt among the tokens of its template.
+    for block in net.transformer_blocks:
+        block.attn.norm_added_k.weight.data *= 8
+        block.attn.add_v_proj.weight.data *= 8
+        block.attn.to_out[0].weight.data *= 8
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
+        scaling_factor=0.7,
+    ).eval()
+    letters = T5Config(vocab_size=384, d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    pipe = HunyuanImagePipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen2_vl(layers=3),  # the pipeline takes the output of the last but two
+        tokenizer=letter_tokenizer(padding_side="right"),
+        text_encoder_2=T5EncoderModel(letters).eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=AdaptiveProjectedMixGuidance(),
+        ocr_guider=AdaptiveProjectedMixGuidance(),
+    )
+    return save(pipe, folder)
+
+
 def qwen(folder):
     since(0, 37)
     from diffusers import (
@@ -490,7 +605,6 @@ def qwen(folder):
         QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
     net = QwenImageTransformer2DModel(
@@ -506,28 +620,7 @@ def qwen(folder):
     # Random attention would not notice the few tokens of the prompt among those of the template.
     for block in net.transformer_blocks:
         block.attn.norm_added_k.weight.data *= 8
-    rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
-    text = dict(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        rope_scaling=rope,
-        rope_theta=1e6,
-        vocab_size=110,
-    )
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
-    tokens = dict(
-        vision_start_token_id=0,
-        vision_end_token_id=0,
-        vision_token_id=0,
-        image_token_id=0,
-        video_token_id=0,
-    )
-    encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens, **text)
-    ).eval()
+    encoder = qwen2_vl(layers=1)
     vae = AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -805,9 +898,12 @@ BUILDERS = dict(
     sdxl=sdxl,
     sd3=sd3,
     sana=sana,
+    sprint=sprint,
     flux=flux,
+    chroma=chroma,
     flux2=flux2,
     klein=klein,
+    hunyuan=hunyuan,
     lumina=lumina,
     qwen=qwen,
     zimage=zimage,

@@ -15,22 +15,25 @@ from common.teachers.load import load_pipeline
 
 PROMPTS = ["a red heart on the left of a dog", "dog", "pizza 7"]
 NEGATIVE = "blurred 9, and more of it"
-OLDER = ["sd15", "sdxl", "sd3", "sana"]
-NEWER = ["flux", "flux2", "klein", "lumina", "qwen", "zimage", "wan", "wan22", "wan5b"]
+OLDER = ["sd15", "sdxl", "sd3", "sana", "sprint"]
+NEWER = ["flux", "chroma", "flux2", "klein", "hunyuan", "lumina", "qwen", "zimage"]
+NEWER += ["wan", "wan22", "wan5b"]
 SIZE = dict(  # flags of teachers whose networks have no size of their own
     flux=dict(size=16),
+    chroma=dict(size=16),
     flux2=dict(size=16),
     klein=dict(size=16),
+    hunyuan=dict(size=16),
     qwen=dict(size=16),
     zimage=dict(size=16),
     wan=dict(size=32, frames=5),
     wan22=dict(size=32, frames=5),
     wan5b=dict(size=32, frames=5),
 )
-PACKED = ("flux", "qwen-image")  # adapters whose pipelines work on packed latents
+PACKED = ("flux", "chroma", "qwen-image")  # adapters whose pipelines work on packed latents
 FLUX2 = ("flux2", "flux2-klein")  # whose pipelines take our samples, and denoise their pixels
 # whose pipelines give their scheduler sigmas of their own
-OWN_SIGMAS = (*PACKED, *FLUX2, "z-image", "lumina2")
+OWN_SIGMAS = (*PACKED, *FLUX2, "z-image", "lumina2", "hunyuan-image")
 
 
 def quiet(*text):
@@ -88,7 +91,7 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     name = model.adapter
     height, width = model.image_shape[-2:]
     negative = model.negative
-    if name in PACKED and negative is None:  # they guide only if there is one
+    if name in ("flux", "qwen-image") and negative is None:  # they guide only if there is one
         negative = "" if name == "flux" else " "
     if w > 1 and negative is not None:
         negatives = [negative] * len(prompts)
@@ -96,10 +99,13 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
             options["negative_prompt_embeds"] = pipe.encode_prompt(negatives)[0]
         else:
             options["negative_prompt"] = negatives
-    if name in PACKED:
+    if name in ("flux", "qwen-image"):
         options["true_cfg_scale"] = w
         if name == "flux":
             options.setdefault("guidance_scale", model.guidance)
+    elif name == "hunyuan-image":  # its guidance is components of the pipeline
+        for part in model.guiders:
+            setattr(pipe, part, getattr(pipe, part).new(guidance_scale=w))
     elif name == "flux2":  # its pipeline has no guidance but the network's input
         options.setdefault("guidance_scale", model.guidance)
     else:
