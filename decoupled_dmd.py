@@ -459,13 +459,13 @@ def cls_loss(logit_fake, logit_real):
 
 def main():
     args = parse_args()
+    indices = step_indices(args.nfe, args.step_indices)
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
     schedule, shape = teacher.schedule, teacher.shape
 
     # Noise levels: those of the student's steps, and the grid from which all others are drawn.
-    indices = step_indices(args.nfe, args.step_indices)
     grid = schedule.grid(N)
     times = grid[indices]
     if args.shift != 1:

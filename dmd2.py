@@ -372,6 +372,7 @@ def cls_loss(logit_fake, logit_real):
 
 def main():
     args = parse_args()
+    indices = step_indices(args.nfe, args.step_indices)
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
@@ -379,7 +380,6 @@ def main():
 
     # Noise levels: those of the student's steps, and the grid from which all others are drawn,
     # which --shift moves.
-    indices = step_indices(args.nfe, args.step_indices)
     grid = schedule.grid(N)
     times = grid[indices]
     if args.shift != 1:

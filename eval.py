@@ -733,7 +733,8 @@ def join_seeds(results, seeds):
 
 def check_outputs(args):
     """Tries every place that will be written, before the first sample."""
-    for flag, path in (("--out", args.out), ("--grid", args.grid)):
+    outputs = {"--out": args.out, "--grid": args.grid, "--save-ref": args.save_ref}
+    for flag, path in outputs.items():
         if path:
             with writable(flag, path):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)

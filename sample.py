@@ -29,6 +29,7 @@ import torch
 
 from common.distributed import init_processes
 from common.errors import UserError, did_you_mean, launch, require
+from common.files import require_writable
 from common.rng import PerImageNoise
 from common.sampling import TEACHER_NFE
 from common.teachers.kind import ADAPTER_KINDS, teacher_kind
@@ -94,7 +95,18 @@ def parse_args(argv=None):
         require(value is None or value >= 1, f"--{name}: expected at least 1, found {value}")
     require(0 <= args.seed < 2**31, f"--seed: expected a number >= 0, found {args.seed}")
     require(not (args.labels and args.words), "--labels and prompts: expected one of them")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args):
+    """UserError for places that cannot be written, before anything is sampled."""
+    if args.dir:
+        require_writable("--dir", args.dir)
+    if args.out:
+        out = Path(args.out)
+        require_writable("--out", out.parent)
+        require(not out.is_dir(), f"--out {out}: expected the name of a file, found a folder")
 
 
 class Sampler:

@@ -51,6 +51,23 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
+def require_writable(flag, folder):
+    """UserError if a folder, which may not exist yet, cannot be made or written. flag: its name."""
+    home = Path(folder).absolute()
+    while not os.path.lexists(home):
+        home = home.parent
+    reason = None
+    if not home.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(home, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    require(reason is None, not_writable(flag, folder, reason and os.strerror(reason)))
+
+
+def not_writable(flag, folder, reason):
+    return f"{flag} {folder}: expected a folder that can be written, found: {reason}"
+
+
 def sync(descriptor):
     """fsync, where the file system has one: some network and FUSE file systems refuse it."""
     try:

@@ -410,14 +410,22 @@ def test_no_pass_in_fp32_no_line(dry, capsys):
         ("--dry-run --processes 3 --batch 4", "expected a multiple of the number of processes"),
         ("--dry-run --teacher sdxl --size 100", "--size 100: expected a multiple of"),
         ("--dry-run --teacher sdxxl", "did you mean sdxl"),
+        ("--dry-run --out {tmp}/file", "--out .*file: expected a folder that can be written"),
+        (
+            "--dry-run --out {tmp}/file/below",
+            "--out .*below: expected a folder that can be written",
+        ),
     ],
 )
-def test_mistakes(flags, message, monkeypatch, tmp_path):
+def test_mistakes(flags, message, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = flags.format(tmp=tmp_path).split()
     try:
         with pytest.raises(UserError, match=message):
-            run_main(monkeypatch, dmd2, *TOY, "--out", tmp_path, *flags.split())
+            run_main(monkeypatch, dmd2, *TOY, "--out", tmp_path, *flags)
     finally:
         leave_device()
+    assert "iteration" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("slope, base", [(1, 0), (3, 10), (7, 50), (40, 1)])

@@ -695,6 +695,7 @@ def workplace(home, tmp_path, monkeypatch):
         ("dmd2-digits --as-stored", "--as-stored"),
         ("dmd2-digits --save-images A", "empty folder"),
         ("dmd2-digits --grid A", "--grid"),
+        ("--images A --teacher teacher --ref-images B --save-ref A", "--save-ref A: expected a"),
         ("--teacher teacher --best-of 4", "--best-of: expected folders of runs"),
         ("dmd2-digits --best-of 1", "--best-of: expected at least 2"),
         ("dmd2-toy --best-of 4", "--best-of: the verifier"),

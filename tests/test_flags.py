@@ -3,8 +3,10 @@
 import argparse
 
 import pytest
+from helpers.trace import run_main
 
 import boot
+import decoupled_dmd
 import dmd2
 import flowmap
 import sana_sprint
@@ -136,6 +138,27 @@ def test_a_negative_prompt_where_the_teacher_is_guided(script, flags):
     assert args.negative_prompt == ""
     with pytest.raises(UserError, match="--negative-prompt: expected --cfg other than 1"):
         script.parse_args("--teacher toy --negative-prompt x --cfg 1".split())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--out {tmp}/file", "--out .*file: expected a folder that can be written"),
+        ("--gan --data {tmp}/file", "--data .*file: expected a folder of images, found a file"),
+        ("--start {tmp}/nowhere", "nowhere: expected the folder of a run, found nothing"),
+        ("--nfe 2 --step-indices 5,7", "--step-indices 5,7: expected 2 falling indices"),
+    ],
+)
+@pytest.mark.parametrize("script", [dmd2, decoupled_dmd])
+def test_mistakes_that_are_found_before_the_teacher_is_loaded(
+    script, flags, message, monkeypatch, tmp_path
+):
+    """Loading a large one takes minutes."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(script, "load_teacher", None)  # a call would fail
+    flags = ["--out", tmp_path / "run", *flags.format(tmp=tmp_path).split()]
+    with pytest.raises(UserError, match=message):
+        run_main(monkeypatch, script, "--teacher", "mnist", *flags)
 
 
 def test_lora_spec():

@@ -313,6 +313,21 @@ def hub(monkeypatch, tmp_path):
     return publish
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(size=[33, 33]), "--size 33: expected a multiple of"),
+        (dict(frames=5), "--frames 5: expected a text-to-video teacher"),
+        (dict(prompts="nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_found_before_weights_are_downloaded(options, message, hub, folders, tmp_path):
+    hub(folders("sd15"))
+    with pytest.raises(UserError, match=message):
+        load_pipeline("a/b", cache=tmp_path / "cache", say=quiet, **options)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("form", ["plain", "fp16", "bin", "fp16_shards"])
 def test_what_is_downloaded(form, hub, folders, tmp_path):
     """Weights in the best form that there is, and nothing that is never loaded."""

@@ -350,10 +350,14 @@ def test_file_names():
         ("RUN --labels 10", "--labels 10: expected a number from 0 to 9"),
         ("RUN heart --labels 1", "--labels and prompts: expected one of them"),
         ("RUN --nfe 1 --out nowhere/file/x.png --labels x", "--labels x"),
+        ("RUN --out file/x.png", "--out file: expected a folder that can be written"),
+        ("RUN --out .", "--out .: expected the name of a file, found a folder"),
+        ("RUN --dir file", "--dir file: expected a folder that can be written"),
     ],
 )
 def test_mistakes(flags, message, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     words = [str(digits) if word == "RUN" else word for word in flags.split()]
     with pytest.raises(UserError, match=message):
         sample_script.main(words)

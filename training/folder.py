@@ -13,7 +13,7 @@ import torch
 
 from common.checkpoint import delete_oldest, iterations_of, list_checkpoints
 from common.errors import UserError, require
-from common.files import atomic, git_revision
+from common.files import atomic, git_revision, not_writable, require_writable
 from common.teachers.kind import EMBEDDED
 
 try:
@@ -67,7 +67,7 @@ class RunFolder:
             self._refuse_other_runs()
             return
         require(not self.resume, self._no_checkpoint())
-        self._require_writable()
+        require_writable("--out", self.path)
 
     def start(self):
         """On rank 0, once all flags have proven right: makes and locks a new folder."""
@@ -123,19 +123,7 @@ class RunFolder:
         return f"--resume: no checkpoint in {self.path / 'ckpt'}"
 
     def _not_writable(self, reason):
-        return UserError(
-            f"--out {self.path}: expected a folder that can be written, found: {reason}"
-        )
-
-    def _require_writable(self):
-        """UserError if the folder, which may not exist yet, cannot be made or written."""
-        home = self.path.absolute()
-        while not os.path.lexists(home):
-            home = home.parent
-        if not home.is_dir():
-            raise self._not_writable(os.strerror(errno.ENOTDIR))
-        if not os.access(home, os.W_OK | os.X_OK):
-            raise self._not_writable(os.strerror(errno.EACCES))
+        return UserError(not_writable("--out", self.path, reason))
 
     def after_open(self):
         """On all ranks. A restart whose first attempt ended before it discarded the old run must

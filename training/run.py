@@ -29,11 +29,13 @@ from common.checkpoint import (
 )
 from common.distributed import bar_interval, init_processes, on_rank0
 from common.errors import Interrupted, RunError, UserError, first_line, require
-from common.files import format_bytes, sync
+from common.files import format_bytes, require_writable, sync
 from common.model import Model
 from common.rng import BatchRandom, derive_seed
 from common.routed import Routed
+from common.teachers.students import read_student
 from common.teachers.teacher_lora import read_teacher_loras
+from data.image_folder import existing_folder
 from training.alarm import FIGURES, Alarms
 from training.folder import (
     RunFolder,
@@ -83,8 +85,11 @@ class Run:
         check_batch(args)
         if args.deterministic:
             set_deterministic()
+        check_places(args)
+        self.out = Path(args.out or default_folder(script, args.teacher))
         self.dry = None
         if args.dry_run:
+            require_writable("--out", self.out)
             from dryrun.run import DryRun  # takes a second to import
 
             self.dry = DryRun(args, self.method)
@@ -118,7 +123,6 @@ class Run:
         self.record = {}  # facts for the student's distill.json
         self.plan = {}  # lines of print_summary
 
-        self.out = Path(args.out or default_folder(script, args.teacher))
         self.log_file = Log(self.out / "log.jsonl", self.world)
         self.alarms = Alarms(args)
         self.figures = {}  # of the newest pictures, for the next line of the log
@@ -676,6 +680,14 @@ def check_batch(args):
         "--shard: expected several processes to spread the weights over "
         "(torchrun --nproc_per_node=N), found one; a resumed run takes --no-shard",
     )
+
+
+def check_places(args):
+    """UserError for folders of flags that are read much later, after the teacher was loaded."""
+    if args.data:
+        existing_folder(args.data)
+    if getattr(args, "start", None) and not args.resume:
+        read_student(args.start)
 
 
 def set_deterministic():

@@ -206,18 +206,32 @@ def load_pipeline(
         sizes = (size, frames, guidance, budget)
         model = load_blank_pipeline(name, device, dtype, prompts, negative, *sizes)
         return freeze(model, device, dtype, place)
-    folder = download(name)
+    if prompts is not None and not isinstance(prompts, list):
+        prompts = read_prompts(prompts)
+    # the configurations first: a mistake in the flags is found before weights are downloaded
+    folder = download(name, CONFIGS)
     silence_libraries()
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
-    prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     check_version(name, cls)
     scheduler, c, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    folder = download(name)
+    prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     loras = read_loras(loras, cls, folder, index)
-    for part in (*cls.networks(index), "vae"):
+    parts = cls.networks(index)
+    counts = {}
+    for part in (*parts, "vae"):
         weights = find_weights(folder / part, name)
         if weights.variant:
             say(f"{part}: weights in {weights.variant}, the folder has no others")
+        counts[part] = weights.count_parameters()
+    budget(
+        network=sum(counts[part] for part in parts),
+        vae=counts["vae"],
+        width=dtype.itemsize,
+        experts=len(parts),
+        count_small=count_small(cls, c),
+    )
 
     table, first_caption = None, 0
     if cls.takes_prompts:
@@ -228,8 +242,7 @@ def load_pipeline(
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
-        budget = partial(budget, count_small=count_small(cls, c))
-        options = (scheduler, dtype, size, frames, budget, loras)
+        options = (scheduler, dtype, size, frames, loras)
         model = load_network_and_vae(cls, folder, index, *options)
         if guidance is not None:
             model.guidance = guidance
@@ -371,15 +384,8 @@ def read_loras(loras, cls, folder, index):
     return loras
 
 
-def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, budget, loras):
+def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, loras):
     """Model of the pipeline's first network."""
-    parts = cls.networks(index)
-    budget(
-        network=sum(find_weights(folder / part, folder).count_parameters() for part in parts),
-        vae=find_weights(folder / "vae", folder).count_parameters(),
-        width=dtype.itemsize,
-        experts=len(parts),
-    )
     net = cls.load_net(folder, dtype, cls.part)
     for user_lora in loras:
         user_lora.add_to_network(net)
