@@ -1,15 +1,17 @@
 """training/plan.py: what a run says before its first step, in the terminal and in run.jsonl."""
 
+import importlib
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.cases import SCRIPTS
 from helpers.runs import QUICK, ROOT
 
 from common import schedules
-from training.plan import describe_steps, is_unguided_by_mistake
+from training.plan import describe_steps, is_unguided_by_mistake, spelled_out
 
 LINES = 12  # of a new run, in a terminal of 100 columns, and those of the method
 EXTRA = {"sid": 1, "phased_dmd": 1, "msd": 2, "sana_sprint": 1, "twinflow": 1, "flowmap": 1}
@@ -51,7 +53,7 @@ def test_what_will_run_is_printed_and_kept(scripts, tmp_path):
     flags = "--teacher toy-cond --gan --nfe 2 --cfg 2 --ema 500 --warmup 1 --iters 4 --lr 1e-3"
     p = scripts.run("dmd2.py", *QUICK, *flags.split(), "--out", tmp_path / "run")
     plan = plan_of(tmp_path / "run")
-    assert plan["preset"] == "toy-cond (teacher of this repository); source: [O]"
+    assert plan["preset"] == "toy-cond (teacher of this repository); source: measured here"
     assert plan["guidance, steps"].startswith("w = 2; 2 at t = 20 ")
     expected = "student 0.001, critic 0.0005, ratio 5, warm-up 1"
     assert plan["rates"].startswith(expected)
@@ -65,6 +67,19 @@ def test_what_will_run_is_printed_and_kept(scripts, tmp_path):
     assert shown["folder"] == str(tmp_path / "run")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sources_are_printed_in_words(script):
+    for preset in importlib.import_module(script).PRESETS.values():
+        assert not re.search(r"\[|nobody", spelled_out(preset["source"]))
+
+
+def test_sources():
+    assert spelled_out("[P, C]") == "paper, official code"
+    text = "[T] DiffSynth-Studio, batch nobody's"
+    assert spelled_out(text) == "others' code: DiffSynth-Studio, batch not published"
+    assert spelled_out("[Z] of a copy") == "Z of a copy"
+
+
 def test_prompts_and_images(scripts, tmp_path):
     """The embedded text-to-image teacher: the file of its prompts, and their number."""
     flags = "--teacher emoji --smoke --batch 2 --eval-n 0 --sample-every 0".split()
@@ -73,7 +88,7 @@ def test_prompts_and_images(scripts, tmp_path):
     plan = plan_of(tmp_path / "run")
     expected = "w = 3.5 from the negative prompt 'a blurred one'; 4 at t = "
     assert plan["guidance, steps"].startswith(expected)
-    assert plan["preset"] == "emoji (teacher of this repository); source: [O]"
+    assert plan["preset"] == "emoji (teacher of this repository); source: measured here"
     assert re.fullmatch(r"\d+ prompts in assets/emoji/prompts\.txt", plan["data"])
     lines = [line for line in start_of(p) if not line.startswith("prompts: ")]
     assert len(lines) <= LINES, "\n".join(lines)

@@ -1,5 +1,7 @@
 """What a run is going to do: lines that are printed before the first step and kept in run.jsonl."""
 
+import re
+
 import torch
 
 from common.files import ROOT
@@ -7,6 +9,15 @@ from common.model import Model
 from common.teachers.load import default_prompts
 
 LONGEST = 8  # steps that are listed one by one
+SOURCES = {  # of the numbers of a preset
+    "P": "paper",
+    "C": "official code",
+    "A": "an author's answer:",
+    "T": "others' code:",
+    "D": "DMD2's",
+    "F": "MeanFlow in FastGen",
+    "O": "measured here",
+}
 
 
 def describe_steps(schedule, times):
@@ -32,7 +43,7 @@ def describe_run(run, images, networks, facts):
     guidance = facts.pop("guidance", None) or describe_guidance(args, networks)
     steps = facts.pop("steps", None)
     plan = {
-        "preset": f"{args.preset} ({args.preset_from}); source: {args.preset_source}",
+        "preset": f"{args.preset} ({args.preset_from}); source: {spelled_out(args.preset_source)}",
         "teacher lora": ", ".join(lora.argument() for lora in run.loras),
         "guidance, steps": "; ".join(text for text in (guidance, steps) if text),
         "rates": describe_rates(args, networks),
@@ -43,6 +54,17 @@ def describe_run(run, images, networks, facts):
         **facts,
     }
     return {name.replace("_", " "): str(text) for name, text in plan.items() if text}
+
+
+def spelled_out(source):
+    """The source of a preset's numbers, as scripts write it, in words: [P, C] -> paper, official
+    code."""
+
+    def words(match):
+        return ", ".join(SOURCES.get(letter, letter) for letter in match[1].split(", "))
+
+    text = re.sub(r"\[([A-Z](?:, [A-Z])*)\]", words, source)
+    return text.replace("nobody's", "not published")
 
 
 def describe_guidance(args, networks):
