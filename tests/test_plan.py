@@ -86,12 +86,12 @@ def test_prompts_and_images(scripts, tmp_path):
     flags += ["--negative-prompt", "a blurred one"]
     p = scripts.run("dmd2.py", *flags, "--out", tmp_path / "run")
     plan = plan_of(tmp_path / "run")
-    expected = "w = 3.5 from the negative prompt 'a blurred one'; 4 at t = "
-    assert plan["guidance, steps"].startswith(expected)
+    assert plan["guidance, steps"].startswith("w = 3.5; 4 at t = ")
+    assert plan["negative prompt"] == "'a blurred one'"
     assert plan["preset"] == "emoji (teacher of this repository); source: measured here"
     assert re.fullmatch(r"\d+ prompts in assets/emoji/prompts\.txt", plan["data"])
     lines = [line for line in start_of(p) if not line.startswith("prompts: ")]
-    assert len(lines) <= LINES, "\n".join(lines)
+    assert len(lines) <= LINES + 1, "\n".join(lines)  # the negative prompt
     assert max(map(len, lines)) <= 100, "\n".join(lines)
 
 

@@ -46,6 +46,7 @@ def describe_run(run, images, networks, facts):
         "preset": f"{args.preset} ({args.preset_from}); source: {spelled_out(args.preset_source)}",
         "teacher lora": ", ".join(lora.argument() for lora in run.loras),
         "guidance, steps": "; ".join(text for text in (guidance, steps) if text),
+        "negative prompt": args.negative_prompt and f"{args.negative_prompt!r:.70}",
         "rates": describe_rates(args, networks),
         "batch": describe_batch(run),
         "data": describe_data(args, images, networks),
@@ -71,8 +72,6 @@ def describe_guidance(args, networks):
     if args.cfg is None:
         return None
     text = f"w = {args.cfg:g}"
-    if args.negative_prompt is not None:
-        text += f" from the negative prompt {args.negative_prompt!r}"
     embedded = embedded_guidance(networks.get("teacher"))
     return text if embedded is None else f"{text}, {embedded:g} as an input of the network"
 
