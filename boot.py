@@ -345,6 +345,8 @@ class PathDistance:
 
     def states(self, sampler, model):
         """[READOUTS, n, *shape]"""
+        if model.sizes:
+            model.sizes.use(0)  # of several --size the same one each time
         batches = generate(sampler, model, self.n, self.args.seed, batch=32)
         return torch.cat([x for _, _, x in batches], 1)
 
@@ -402,7 +404,7 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
 
     # The samples of (8) in each part of the batch.
     count = int(args.boundary_frac * args.batch)
@@ -439,7 +441,7 @@ def main():
         run.set_rates(it, (opt_g, args.lr))
         is_boundary = boundary[run.data_shard[0]]
         cond = teacher.random_cond(draw)
-        eps = draw.randn(*shape)
+        eps = draw.randn(*teacher.shape)
         u_t, u_s = time_pairs(draw.rand(), args.delta, it, args.horizon_warmup)
         u_t = torch.where(is_boundary, 1.0, u_t)
         u_s = torch.where(is_boundary, 1.0, u_s)

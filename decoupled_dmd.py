@@ -53,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.errors import launch, require
-from common.schedules import add_noise, expand, initial_noise
+from common.schedules import add_noise, expand, initial_noise, shifted_grid
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
@@ -463,15 +463,13 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
 
-    # Noise levels: those of the student's steps, and the grid from which all others are drawn.
-    grid = schedule.grid(N)
-    times = grid[indices]
-    if args.shift != 1:
-        snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
-        grid = schedule.t_from_snr(snr)
-    term_grid, low, high = term_levels(schedule, grid)
+    # Noise levels: those of the student's steps, and the grid from which all others are drawn. They
+    # may depend on the size, which several --size change; how many are cleaner does not.
+    times = schedule.grid(N)[indices]
+    grid = shifted_grid(schedule, N, args.shift)
+    _, low, high = term_levels(schedule, grid)
     cleaner = count_cleaner(schedule, grid, indices)
 
     # The parts of this run.
@@ -487,7 +485,7 @@ def main():
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic.fake, run.print)
     if args.gan:
-        zeros = torch.zeros(1, *shape, device=run.device)
+        zeros = torch.zeros(1, *teacher.shape, device=run.device)
         with torch.no_grad():
             features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
@@ -508,6 +506,9 @@ def main():
     it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters, show=["ca", "dm", "fake"]):
         draw = run.draw(it)
+        times = schedule.grid(N)[indices]  # of this iteration's size
+        grid = shifted_grid(schedule, N, args.shift)
+        term_grid, _, _ = term_levels(schedule, grid)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.random_cond(draw)
         if images:
@@ -523,7 +524,7 @@ def main():
         student_turn = it % args.ratio == 0
         k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
-        noise = lambda: draw.randn(*shape)
+        noise = lambda: draw.randn(*teacher.shape)
         x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
         if student_turn:
             x = student_ddp(x_in, alpha_k, sigma_k, cond)  # (1)

@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.errors import launch, require
-from common.schedules import add_noise, expand, initial_noise
+from common.schedules import add_noise, expand, initial_noise, shifted_grid
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
@@ -376,15 +376,11 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
 
     # Noise levels: those of the student's steps, and the grid from which all others are drawn,
-    # which --shift moves.
-    grid = schedule.grid(N)
-    times = grid[indices]
-    if args.shift != 1:
-        snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
-        grid = schedule.t_from_snr(snr)
+    # which --shift moves. They may depend on the size, which several --size change.
+    times = schedule.grid(N)[indices]
 
     # Networks: student and critic start as the teacher or as another run's, the head from scratch.
     use_images = args.gan or args.sim == "data"
@@ -394,7 +390,7 @@ def main():
     if args.start and not args.resume:
         start_from(args.start, teacher, student, critic.fake, run.print)
     if args.gan:
-        zeros = torch.zeros(1, *shape, device=run.device)
+        zeros = torch.zeros(1, *teacher.shape, device=run.device)
         with torch.no_grad():
             features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
@@ -413,6 +409,8 @@ def main():
     it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters, show=["dm", "fake"]):
         draw = run.draw(it)
+        times = schedule.grid(N)[indices]  # of this iteration's size
+        grid = shifted_grid(schedule, N, args.shift)
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.random_cond(draw)
         if images:
@@ -429,10 +427,10 @@ def main():
         k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
         if args.sim == "backward" or k == 0:
-            noise = lambda: draw.randn(*shape)
+            noise = lambda: draw.randn(*teacher.shape)
             x_in = backward_simulation(student, schedule, times, k, cond, noise(), noise)
         else:  # the paper's ablation
-            x_in, cond = add_noise(x_real, alpha_k, sigma_k, draw.randn(*shape)), cond_real
+            x_in, cond = add_noise(x_real, alpha_k, sigma_k, draw.randn(*teacher.shape)), cond_real
         if student_turn:
             x = student_ddp(x_in, alpha_k, sigma_k, cond)  # (1)
         else:

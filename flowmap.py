@@ -478,7 +478,7 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
     low, high = args.cfg_range
 
     # Which samples have a correction; the others have a prediction.
@@ -524,13 +524,13 @@ def main():
         logs = {}
 
         # Student. One forward pass serves both kinds of samples.
-        z = draw.randn(*shape)
+        z = draw.randn(*teacher.shape)
         cond = teacher.random_cond(draw)
         w = random_guidance(draw, low, high)
         d = durations(draw.rand(), args.euler_steps)
         d = torch.where(is_corrected, 1.0, d)  # a correction needs the image
         r = torch.sigmoid(args.r_mean + draw.randn().double())
-        n = draw.randn(*shape)
+        n = draw.randn(*teacher.shape)
         u_avg = average_velocity(student_ddp, z, d, cond, w)
         g = torch.empty_like(z)
         if len(predicted):
@@ -565,8 +565,8 @@ def main():
         for _ in range(aux_steps):
             cond = teacher.random_cond(draw)
             w = random_guidance(draw, low, high)
-            x = sample(student, draw.randn(*shape), cond, w=w)
-            n = draw.randn(*shape)
+            x = sample(student, draw.randn(*teacher.shape), cond, w=w)
+            n = draw.randn(*teacher.shape)
             r = draw.rand()
             x_r = flow_map(x, r, n - x)  # (1 - r) x + r n
             prediction = velocity(aux_ddp, schedule, x_r, r, cond | guidance_input(w, r))

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from common.errors import launch, require
 from common.routed import ByLabel
-from common.schedules import add_noise, expand, initial_noise
+from common.schedules import add_noise, expand, initial_noise, shifted_grid
 from common.teachers.load import load_teacher
 from common.teachers.students import start_from
 from data.images import load_images
@@ -388,19 +388,13 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=args.students, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
     most = count_conditions(teacher)
     require(
         args.students <= most,
         f"--students {args.students}: expected at most {most}, the number of different conditions "
         f"of --teacher {args.teacher}",
     )
-
-    # Noise levels: the grid from which all are drawn.
-    grid = schedule.grid(N)
-    if args.shift != 1:
-        snr = (schedule.alpha(grid) / schedule.sigma(grid) / args.shift) ** 2
-        grid = schedule.t_from_snr(snr)
 
     # Labels of each student, and the images with these labels.
     table = partition(max(teacher.classes, 1), args.students)
@@ -425,7 +419,7 @@ def main():
         student.experts[0].checkpoint_activations()  # a network that cannot do it fails here
     critic = Critic(teacher.copy(args.lora_fake, args.small_fake))
     if args.adm:
-        zeros = torch.zeros(1, *shape, device=run.device)
+        zeros = torch.zeros(1, *teacher.shape, device=run.device)
         with torch.no_grad():
             features = critic.fake(zeros, 1.0, 1.0, teacher.encode([0]), features=True)
         torch.manual_seed(args.seed)  # the head starts equal on all processes
@@ -499,6 +493,7 @@ def main():
             labels = own_labels[k]
 
         draw = run.draw(it)
+        grid = shifted_grid(schedule, N, args.shift)  # of this iteration's size
         lr, lr_fake = rates[stage]
         run.set_rates(it, (opt_g, lr), (opt_c, lr_fake), span=(start, end))
         if stage != "dm":
@@ -528,7 +523,7 @@ def main():
         # Sample of the student. One forward pass serves both turns.
         student_turn = it % args.ratio == 0
         cond = teacher.encode(labels[draw.randint(0, len(labels))])
-        z = draw.randn(*shape)
+        z = draw.randn(*teacher.shape)
         if student_turn:
             x = one_step(student_ddp, schedule, z, cond)
         else:

@@ -51,6 +51,7 @@ from common.errors import launch, require
 from common.files import ROOT, write_json
 from common.schedules import add_noise
 from common.teachers.load import load_teacher
+from common.teachers.sizes import sizes_of
 from common.teachers.students import teacher_of
 from controls.controlled import hash_model, load_controlled, load_generator, make_controlled
 from controls.maps import Control
@@ -295,6 +296,8 @@ def main():
         f"--generator {args.generator}: expected the folder of a finished one-step run, "
         f"found none; `python dmd2.py --teacher {args.teacher}` makes one",
     )
+    sizes = sizes_of(args.size)
+    require(len(sizes) < 2, f"--size: expected one size, that of --generator, found {len(sizes)}")
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, averages=1)  # averages: the generator
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)

@@ -362,7 +362,6 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=args.phases, critics=1, single=True)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    shape = teacher.shape
 
     # Steps and phases, and the grid from which all other noise levels are drawn.
     times = step_times(args.nfe, args.step_shift)
@@ -428,7 +427,7 @@ def main():
         # Sample of the student. One forward pass serves both turns.
         student_turn = (it - start) % args.ratio == 0
         j = draw.shared_randint(begin, end)  # on all processes, for equally many passes
-        x_j = backward_simulation(student, times, j, cond, draw.randn(*shape))
+        x_j = backward_simulation(student, times, j, cond, draw.randn(*teacher.shape))
         if student_turn:
             x_s, x0 = euler_step(expert_ddp, x_j, times[j], s, cond)  # (2)
         else:

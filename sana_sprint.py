@@ -501,7 +501,7 @@ def main():
     load = run.teacher_kwargs(students=1)
     loaded = load_teacher(args.teacher, run.device, run.dtype, **load)
     teacher = with_dense_time(loaded, args) if args.time == "dense" else loaded
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
     images = load_images(args.data, teacher, run.print)
 
     # TrigFlow coordinates: deviation of the data, range of times, times of the steps.
@@ -522,11 +522,11 @@ def main():
         student.extend("guidance")
     if args.start and not args.resume:
         start_from(args.start, teacher, student, say=run.print)
-    zeros = torch.zeros(1, *shape, device=run.device)
+    zeros = torch.zeros(1, *teacher.shape, device=run.device)
     features = teacher(zeros, 1.0, 1.0, teacher.encode([0]), features=DEPTHS)
     heads = run.to_device(Heads(map(Head, features)).eval())
     log_var = run.to_device(ScalarEmbedding(32))  # lv = lv0 + the mean of its output
-    lv0 = -math.log(math.prod(shape))  # log of the mean square of g for |g| = 1
+    lv0 = -math.log(math.prod(teacher.shape))  # log of the mean square of g for |g| = 1
     student_net = run.train(student, ddp=False)  # a JVP bypasses DDP's hooks: `average_gradients`
     trained = nn.ModuleList([student, log_var])
     opt_g = adamw(trained, args.lr, args)

@@ -459,7 +459,6 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    shape = teacher.shape
 
     # What follows from the teacher's schedule and the guidance.
     form, schedule = form_of(teacher.schedule)
@@ -499,7 +498,7 @@ def main():
         # The student's step in both turns.
         k = draw.shared_randint(0, args.nfe)  # on all processes, for equally many passes
         alpha_k, sigma_k = schedule.alpha(times[k]), schedule.sigma(times[k])
-        noise = lambda: draw.randn(*shape)
+        noise = lambda: draw.randn(*teacher.shape)
 
         # Critic. Its turn comes first: at the start it is the teacher, where (5) has no gradient.
         if args.gan:

@@ -167,8 +167,7 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
-    grid = schedule.grid(N)
+    schedule = teacher.schedule
 
     # Networks: student and critic start as the teacher, or as another run's.
     student = teacher.copy(args.lora, args.small)
@@ -181,7 +180,7 @@ def main():
     opt_c = adamw(critic, args.lr_fake, args)
     ema = EMA(student, args.ema, args.ema_cpu)
     report = Report(run, teacher, ema, sample, {})
-    facts = dict(steps=describe_steps(schedule, grid[-1:]))
+    facts = dict(steps=describe_steps(schedule, schedule.grid(1)))
     run.print_summary(None, student=student, critic=critic, teacher=teacher, **facts)
 
     state = dict(student=student, opt_g=opt_g, ema=ema, critic=critic, opt_c=opt_c)
@@ -189,6 +188,7 @@ def main():
     it = first - 1  # if no iteration is left
     for it in run.loop(first, args.iters, show=["vsd", "critic"]):
         draw = run.draw(it)
+        grid = schedule.grid(N)  # of this iteration's size
         run.set_rates(it, (opt_g, args.lr), (opt_c, args.lr_fake))
         cond = teacher.random_cond(draw)
 
@@ -198,7 +198,7 @@ def main():
             return add_noise(x, alpha, sigma, draw.randn_like(x)), alpha, sigma
 
         # Student.
-        x = student_ddp(*first_input(schedule, draw.randn(*shape)), cond)  # (1)
+        x = student_ddp(*first_input(schedule, draw.randn(*teacher.shape)), cond)  # (1)
         x_t, alpha, sigma = noised(x.detach(), draw.randint(20, 981))
         g, r, f = vsd_gradient(x_t, alpha, sigma, cond, teacher, critic, args.cfg)
         loss = vsd_loss(x, g)

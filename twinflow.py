@@ -431,7 +431,7 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, averages=1 if args.target_decay else 0)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    schedule, shape = teacher.schedule, teacher.shape
+    schedule = teacher.schedule
     T = end_time(schedule)
     clamp = args.clamp or math.inf
     k = guidance_strength(args.cfg, args.guide, args.image_free)
@@ -489,7 +489,7 @@ def main():
 
         # Inputs. x is an image; in the rows of adv, and without images, a one-step sample.
         t, r = times(draw.rand(), draw.rand(), rows, T)
-        z0 = draw.randn(*shape)
+        z0 = draw.randn(*teacher.shape)
         if images:
             x, cond = images.samples(run, teacher, it)
             x = x.clone()
@@ -497,7 +497,7 @@ def main():
         else:
             cond = teacher.random_cond(draw)
             x = one_step(student, z0, cond, T)
-        z = draw.randn(*shape)  # fresh: with z0 again, (8) would be biased
+        z = draw.randn(*teacher.shape)  # fresh: with z0 again, (8) would be biased
         x_t = mix(x, z, t)
         v = z - x
         t[adv], r[adv] = -t[adv], -r[adv]  # the fake velocity
@@ -538,7 +538,7 @@ def main():
         # Rectification: fake minus real velocity around the one-step samples of the e2e rows.
         x1 = x_t - T * pred.detach()
         if args.rect_weight:
-            z1, s = draw.randn(*shape), T * draw.rand()
+            z1, s = draw.randn(*teacher.shape), T * draw.rand()
             twice = pick(cond, e2e, e2e)
             net = lambda y, t, r: velocity(student, y, t, r, twice)
             x1_e2e, z1_e2e, pred_e2e = (take_rows(a, e2e) for a in (x1, z1, pred))

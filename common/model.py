@@ -77,6 +77,7 @@ class Model(nn.Module):
     settings = ()  # attributes that are inputs of the network, numbers >= 0; saved with a student
     video = False  # samples are videos
     blank = False  # --dry-run: there are no weights and no images (dryrun/teachers.py)
+    sizes = None  # of a run with several --size (common/teachers/sizes.py)
     vae = None  # the autoencoder of a teacher of latents
     prompts = None  # list of str of a text-to-image teacher
     negative = None  # the text of its null condition (--negative-prompt); None: its pipeline's

@@ -279,6 +279,15 @@ def from_config(config):
     return schedule
 
 
+def shifted_grid(schedule, n, shift):
+    """The levels of schedule.grid(n) with `shift` times their sigma / alpha, as times."""
+    grid = schedule.grid(n)
+    if shift == 1:
+        return grid
+    snr = (schedule.alpha(grid) / schedule.sigma(grid) / shift) ** 2
+    return schedule.t_from_snr(snr)
+
+
 # ---- noisy samples -------------------------------------------------------------------------------
 
 

@@ -72,17 +72,22 @@ def test_a_token_is_a_square_of_latents():
 
 @pytest.mark.parametrize("name", ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage"])
 def test_time_shift_is_the_schedulers(name, folders):
-    """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it.
+    """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it, at
+    each size of one model.
     FLUX.2's shift depends on n: ours is that of 50."""
-    model = load(folders, name)
+    model = load(folders, name, size=[[16, 16], [32, 16]])
     pipe = plain_pipeline(model, folders(name))
     config = pipe.scheduler.config
     pipe.scheduler = type(pipe.scheduler).from_config(config, shift_terminal=None)
     n = 50 if name == "klein" else 4
-    run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), n, 1.0)
-    sigmas = pipe.scheduler.sigmas[:-1].double()
-    assert torch.allclose(sigmas, model.schedule.grid(n).flip(0), atol=1e-6)
-    assert model.schedule.shift > 1.5
+    shifts = []
+    for _ in model.sizes.each():
+        run_pipeline(model, pipe, PROMPTS[:1], torch.zeros(1, *model.shape), n, 1.0)
+        sigmas = pipe.scheduler.sigmas[:-1].double()
+        assert torch.allclose(sigmas, model.schedule.grid(n).flip(0), atol=1e-6)
+        shifts.append(model.schedule.shift)
+    assert shifts[0] > 1.5
+    assert (shifts[1] > shifts[0]) == (name in ("flux", "klein", "qwen"))  # by the number of tokens
 
 
 # ---- guidance ------------------------------------------------------------------------------------

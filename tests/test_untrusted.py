@@ -319,7 +319,7 @@ def test_a_student_does_not_choose_where_we_write(tmp_path):
     text = prompt_kwargs(args, dict(flags=flags))
     assert text["cache"] is None
     assert text["prompts"] == "p.txt"
-    assert text["size"] == 64
+    assert text["size"] == [64, 64]
 
 
 def test_flags_of_wrong_types_are_ignored(tmp_path):

@@ -11,6 +11,7 @@ from common.features import ClassifierExtractor
 from common.routed import ByLabel
 from common.sampling import TEACHER_NFE, teacher_sample
 from common.teachers.load import load_teacher
+from common.teachers.sizes import sizes_of
 from common.teachers.students import network_of, read_student, sampler_of
 from common.teachers.teacher_lora import loras_of_student, read_teacher_loras
 from tools.export import export_temporary
@@ -217,16 +218,14 @@ def prompt_kwargs(args, info=None, loras=None):
         value = trained.get(key)
         return value if isinstance(value, types) else None
 
-    size = of_type("size", int, list)
-    if isinstance(size, list) and [type(side) for side in size] != [int, int]:
-        size = None
+    sizes = sizes_of(trained.get("size"))  # of several, the first one
     negative = args.negative_prompt
     if negative is None:
         negative = of_type("negative_prompt", str)
     return dict(
         prompts=args.prompts or of_type("prompts", str),
         negative=negative,
-        size=args.size or size,
+        size=args.size or (sizes[0] if sizes else None),
         frames=args.frames or of_type("frames", int),
         guidance=of_type("embedded_guidance", int, float),
         cache=args.cache_prompts,

@@ -8,6 +8,7 @@ import sys
 
 from common.errors import require
 from common.teachers.kind import teacher_kind
+from common.teachers.sizes import sizes_of
 from training.folder import NOT_KEPT, default_folder, flags_of, read_starts
 
 
@@ -123,9 +124,9 @@ class Parser(argparse.ArgumentParser):
         )
         add(
             "--size",
-            type=parse_size,
+            type=parse_sizes,
             metavar="PX",
-            help="pixels of an image: N or HEIGHTxWIDTH [the pipeline's]",
+            help="N or HEIGHTxWIDTH; several with commas: one an iteration [the pipeline's]",
         )
         add("--frames", type=int, help="frames of a video [the pipeline's]")
         add("--embedded-guidance", type=float, help="FLUX.1-dev: value of its guidance input [3.5]")
@@ -459,8 +460,10 @@ def is_value_of(action, value):
     """Whether a value from a JSON file is one that the flag of an argparse action has."""
     if isinstance(action, argparse._StoreTrueAction):
         return isinstance(value, bool)
-    kinds = {None: str, int: int, float: (int, float), parse_size: int}[action.type]
-    several = action.nargs is not None or action.type is parse_size or isinstance(action, Several)
+    if action.type is parse_sizes:
+        return bool(sizes_of(value))
+    kinds = {None: str, int: int, float: (int, float)}[action.type]
+    several = action.nargs is not None or isinstance(action, Several)
     if several != isinstance(value, list):
         return False
     values = value if several else [value]
@@ -520,3 +523,9 @@ def parse_size(text):
         raise argparse.ArgumentTypeError(f"expected pixels, as 512 or HEIGHTxWIDTH, found {text!r}")
     height, width = match[1], match[2] or match[1]
     return [int(height), int(width)]
+
+
+def parse_sizes(text):
+    """--size of a training: as parse_size, or several of them with commas -> list of them."""
+    sizes = [parse_size(part) for part in text.split(",")]
+    return sizes[0] if len(sizes) == 1 else sizes

@@ -50,6 +50,7 @@ def describe_run(run, images, networks, facts):
         "rates": describe_rates(args, networks),
         "batch": describe_batch(run),
         "data": describe_data(args, images, networks),
+        "sizes": describe_sizes(networks.get("teacher")),
         "networks": describe_networks(networks),
         "smaller": describe_smaller(networks),
         **facts,
@@ -117,6 +118,11 @@ def describe_data(args, images, networks):
         file = args.prompts or default_prompts(teacher.folder)
         found.append(f"{len(teacher.prompts)} prompts in {short_path(file)}")
     return "; ".join(found)
+
+
+def describe_sizes(teacher):
+    sizes = getattr(teacher, "sizes", None)
+    return f"one of {sizes}, by chance for each iteration" if sizes else None
 
 
 def short_path(path):

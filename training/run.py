@@ -122,6 +122,7 @@ class Run:
         self.loras = read_teacher_loras(args.teacher_lora)
         self.record = {}  # facts for the student's distill.json
         self.plan = {}  # lines of print_summary
+        self.sizes = None  # of the teacher, if --size has several
 
         self.log_file = Log(self.out / "log.jsonl", self.world)
         self.alarms = Alarms(args)
@@ -155,10 +156,14 @@ class Run:
         return self.past_images + (it - self.first) * self.args.batch
 
     def draw(self, it):
-        """Random numbers of iteration `it`. Also seeds torch's global generator (dropout)."""
+        """Random numbers of iteration `it`. Also seeds torch's global generator (dropout), and
+        draws the size of the iteration's samples where --size has several."""
         torch.manual_seed(derive_seed(self.args.seed, it, 4, self.data_shard[0]))
         kind = BatchRandom if self.dry is None else self.dry.random
-        return kind(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
+        draw = kind(self.args.seed, it, self.args.batch, *self.data_shard, self.device)
+        if self.sizes:
+            self.sizes.draw(draw)
+        return draw
 
     def barrier(self):
         """Waits for all processes."""
@@ -272,6 +277,9 @@ class Run:
         networks = {k: v for k, v in facts.items() if isinstance(v, torch.nn.Module)}
         others = {k: v for k, v in facts.items() if k not in networks}
         self.models |= networks
+        self.sizes = getattr(teacher, "sizes", None)
+        if self.sizes:
+            self.sizes.use(0)
         trained = {name: count_trained(net) for name, net in networks.items()}
         self.record = dict(
             images=len(images or ()), networks={name: n for name, n in trained.items() if n}
@@ -402,6 +410,8 @@ class Run:
             return
         args = self.args
         self.log(it, logs)
+        if self.sizes:  # pictures, metrics and the student's folder are of the first size
+            self.sizes.use(0)
         if self.counter:  # sampling for pictures and metrics is not part of an iteration
             self.counter.paused = True
         if self.due(it, args.sample_every) or self.is_first_picture(it):

@@ -163,6 +163,8 @@ def use_of_a_pipeline(record, plain, index):
             "configuration holds this grid, so the call has it."
         )
     notes.append(text)
+    if "sizes" in plain:
+        notes.append(sizes_text(plain))
     if "nearly" in plain:
         notes.append(
             "In training they were rounded to thousandths; those of the scheduler are not, which "
@@ -184,6 +186,15 @@ def use_of_a_pipeline(record, plain, index):
     if "comfyui" in plain and not plain.get("merged"):
         notes.append(comfyui_text(record, plain))
     return ["```python\n" + lines + "\n```", *notes]
+
+
+def sizes_text(plain):
+    """The arguments for each of several sizes."""
+    calls = []
+    for call in plain["sizes"]:
+        names = [name for name in ("height", "width", "sigmas", "timesteps") if name in call]
+        calls.append("`" + ", ".join(f"{name}={call[name]!r}" for name in names) + "`")
+    return f"It was trained at several sizes, whose arguments are {'; '.join(calls)}."
 
 
 def lora_text(record, plain):

@@ -30,6 +30,7 @@ class Flux2Klein(Pipeline):
     since = (0, 37)
     built_for = (1024, 1024)
     passes_sigmas = True
+    shift_of_steps = True
     unguided = dict(guidance_scale=1.0)
 
     @staticmethod

@@ -32,6 +32,36 @@ from data.images import Images
 BATCH = 16  # images that are read and encoded together
 
 
+class ImagesOfSizes:
+    """The same images in several sizes: list of Images, of which `samples` takes those of the size
+    in use. All else is the first one's. sizes: of the teacher."""
+
+    def __init__(self, sets, sizes):
+        self.sets = sets
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sets[0])
+
+    def __getattr__(self, name):  # of what is not defined here
+        return getattr(self.sets[0], name)
+
+    def samples(self, run, teacher, it):
+        return self.sets[self.sizes.index].samples(run, teacher, it)
+
+    def part(self, labels, k, n):
+        return ImagesOfSizes([images.part(labels, k, n) for images in self.sets], self.sizes)
+
+
+def load_sizes(teacher, load):
+    """load() -> Images of the teacher's size; of several --size, all of them."""
+    if not teacher.sizes:
+        return load()
+    sets = [load() for _ in teacher.sizes.each()]
+    teacher.sizes.use_smallest()
+    return ImagesOfSizes(sets, teacher.sizes)
+
+
 class Shards:
     """Rows of several tensors [n_i, ...] behind one index: row numbers or a mask, as for a tensor.
 

@@ -64,6 +64,7 @@ from common.teachers.kind import (
 from common.teachers.lumina import Lumina2
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
+from common.teachers.sizes import sizes_of
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
 from common.teachers.wan import Wan
@@ -194,17 +195,19 @@ def load_pipeline(
 
     prompts: list of str, or a file of them; default: the folder's prompts.txt, or ours.
     cache: folder of cached embeddings and latents.
-    size: in pixels, [height, width] or one number for both; default: the network's own.
+    size: in pixels, [height, width] or one number for both, or a list of several [height, width],
+    of which the model has one at a time (Sizes); default: the network's own.
     frames: of a video. guidance: see Flux. say: prints a line of progress.
     data: folder of images; their captions are embedded together with the prompts, because the text
     encoders are in memory only then.
     loras: list of TeacherLora that become part of the weights, or None.
     negative: the prompt of the null condition, in the place of the pipeline's; None: that one.
     """
-    size = [size, size] if isinstance(size, int) else size
-    if is_blank(device):
-        sizes = (size, frames, guidance, budget)
-        model = load_blank_pipeline(name, device, dtype, prompts, negative, *sizes)
+    sizes = sizes_of(size)
+    if is_blank(device):  # the largest size takes the most memory
+        size = max(sizes, key=math.prod, default=None)
+        options = (size, frames, guidance, budget)
+        model = load_blank_pipeline(name, device, dtype, prompts, negative, *options)
         return freeze(model, device, dtype, place)
     if prompts is not None and not isinstance(prompts, list):
         prompts = read_prompts(prompts)
@@ -214,7 +217,7 @@ def load_pipeline(
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
     check_version(name, cls)
-    scheduler, c, _ = check_pipeline(name, cls, folder, index, size, frames, guidance)
+    scheduler, c, _ = check_pipeline(name, cls, folder, index, sizes, frames, guidance)
     folder = download(name)
     prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     loras = read_loras(loras, cls, folder, index)
@@ -242,7 +245,7 @@ def load_pipeline(
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
     with load_errors(f"--teacher {name}: not loaded"):
-        options = (scheduler, dtype, size, frames, loras)
+        options = (scheduler, dtype, sizes, frames, loras)
         model = load_network_and_vae(cls, folder, index, *options)
         if guidance is not None:
             model.guidance = guidance
@@ -278,7 +281,8 @@ def load_blank_pipeline(name, device, dtype, prompts, negative, size, frames, gu
         index = read_index(name, folder, PIPELINES)
         cls = PIPELINES[index["_class_name"]]
         check_version(name, cls)
-        scheduler, c, vae = check_pipeline(name, cls, folder, index, size, frames, guidance)
+        sizes = [size] if size else []
+        scheduler, c, vae = check_pipeline(name, cls, folder, index, sizes, frames, guidance)
         config = vars(c)
     experts = len(cls.networks(index))
     with load_errors(f"--teacher {name}: not loaded"):
@@ -344,7 +348,7 @@ def check_version(name, cls):
         )
 
 
-def check_pipeline(name, cls, folder, index, size, frames, guidance):
+def check_pipeline(name, cls, folder, index, sizes, frames, guidance):
     """-> configurations of scheduler (dict), network and VAE, checked, and flags against them.
 
     Needs the configuration files only, so that a mistake is found before anything is loaded.
@@ -356,7 +360,8 @@ def check_pipeline(name, cls, folder, index, size, frames, guidance):
         net = full_config(getattr(diffusers, index[cls.part][1]), folder / cls.part)
         vae = full_config(getattr(diffusers, index["vae"][1]), folder / "vae")
         check_configurations(name, cls, scheduler, net, vae)
-        cls.check(name, net, vae, size, frames, guidance)
+        for size in sizes or [None]:
+            cls.check(name, net, vae, size, frames, guidance)
     return scheduler, net, vae
 
 
@@ -384,14 +389,17 @@ def read_loras(loras, cls, folder, index):
     return loras
 
 
-def load_network_and_vae(cls, folder, index, scheduler, dtype, size, frames, loras):
+def load_network_and_vae(cls, folder, index, scheduler, dtype, sizes, frames, loras):
     """Model of the pipeline's first network."""
     net = cls.load_net(folder, dtype, cls.part)
     for user_lora in loras:
         user_lora.add_to_network(net)
     vae = cls.load_vae(folder, dtype, index["vae"][1])
     options = {} if frames is None else dict(frames=frames)
-    model = cls(net, vae, scheduler, size, **options)
+    model = cls(net, vae, scheduler, sizes[0] if sizes else None, **options)
+    if len(sizes) > 1:
+        model.offer_sizes(sizes, scheduler)
+        model.sizes.use_smallest()
     model.read_weights = cls.weights_of(folder, cls.part, loras)
     model.loras = loras
     model.vae_folder = folder / "vae"

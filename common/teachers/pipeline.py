@@ -12,7 +12,8 @@ from common.errors import UserError
 from common.files import load_errors, load_weights, read_json
 from common.model import Model, layers_at, load_extras
 from common.teachers.bake import UNBAKED, name_of
-from common.teachers.latents import load_latents
+from common.teachers.latents import load_latents, load_sizes
+from common.teachers.sizes import Sizes, size_text
 from common.teachers.weights import find_weights, text_options
 from data.image_folder import image_files
 
@@ -45,6 +46,7 @@ class Pipeline(Model):
     at_once = 4  # samples that the VAE decodes or encodes at a time
     takes_sigmas = True  # pipe(...) accepts times of the steps: sigmas, or timesteps
     passes_sigmas = False  # pipe(...) gives its scheduler 1, (n - 1) / n, ..., 1 / n
+    shift_of_steps = False  # its dynamic time shift depends on the number of steps too
     unguided = {}  # arguments of pipe(...) for the conditional estimate alone
     second_network = None  # name of the pipeline's network for low noise, where it may have one
 
@@ -59,6 +61,24 @@ class Pipeline(Model):
         object.__setattr__(self, "vae", vae)
         shape = self.latent_shape(net.config, size)
         super().__init__(net, self.make_schedule(scheduler, shape, net.config), prediction, shape)
+
+    # -- sizes
+
+    @property
+    def shape(self):
+        """Of one sample, without batch; of several --size, that of the one in use."""
+        return self.sizes.shape if self.sizes else self.one_shape
+
+    @shape.setter
+    def shape(self, shape):
+        self.one_shape = shape
+
+    def offer_sizes(self, sizes, scheduler):
+        """Samples may have several sizes from now on, see Sizes. scheduler: of read_scheduler."""
+        c = self.net.config
+        shapes = [self.latent_shape(c, size) for size in sizes]
+        schedules = [self.make_schedule(scheduler, shape, c) for shape in shapes]
+        self.sizes = Sizes(sizes, shapes, schedules, self.schedule, scheduler)
 
     # -- from the configuration files alone; c: a configuration, with its fields as attributes
 
@@ -125,7 +145,7 @@ class Pipeline(Model):
     @classmethod
     def check_size(cls, size, c, vae):
         height, width = size
-        flag = f"--size {height}" if height == width else f"--size {height}x{width}"
+        flag = f"--size {size_text(size)}"
         unit = cls.scale(vae) * cls.patch(c)  # pixels of a token
         tokens = getattr(c, "pos_embed_max_size", None) or math.inf
         if min(size) < 1 or height % unit or width % unit:
@@ -335,7 +355,8 @@ class Pipeline(Model):
         labels = first + counts.cumsum(0) - counts  # row of each image's first caption
         notes = Counter()
         image_files(Path(folder), notes)  # what the folder has besides
-        return load_latents(folder, self, files, labels, [], say, counts, notes)
+        load = lambda: load_latents(folder, self, files, labels, [], say, counts, notes)
+        return load_sizes(self, load)
 
     # -- the network
 

@@ -100,13 +100,52 @@ def find_plain(student, found):
     where there is one, is the relative difference of its samples from the sampler's own: the steps
     are rounded to thousandths, and the pipeline accepts no times.
     """
+    candidates = candidates_of(student, found)
+    exact = next(working(student, found, candidates), None)
+    if exact is not None or student.takes_sigmas or not candidates:
+        return exact
+    scheduler, call = candidates[0]
+    if "num_inference_steps" not in call:
+        return None
+    _, result = simulate(student, found, scheduler, call)
+    times = scheduler.sigmas[: len(found.times)].tolist()
+    if max(abs(a - b) for a, b in zip(times, found.times, strict=True)) > ROUNDED:
+        return None
+    difference = relative(result, found.sample)
+    return dict(scheduler=configuration(scheduler), call=call, nearly=difference)
+
+
+def find_plain_of_sizes(student, traces):
+    """find_plain of a student with several sizes, one scheduler for all of them, and the call of
+    each size; None if there is no such scheduler. traces: a Trace for each of student.sizes."""
+    sizes = student.sizes
+    sizes.use(0)
+    if all(found.times == traces[0].times for found in traces):
+        plain = find_plain(student, traces[0])
+        return plain, [dict(plain["call"])] * len(traces) if plain else None
+    for plain in working(student, traces[0], candidates_of(student, traces[0])):
+        calls = []
+        for i, found in enumerate(traces):
+            sizes.use(i)
+            others = working(student, found, candidates_of(student, found))
+            calls += [p["call"] for p in others if p["scheduler"] == plain["scheduler"]][:1]
+        sizes.use(0)
+        if len(calls) == len(traces):
+            return plain, calls
+    return None, None
+
+
+def candidates_of(student, found):
+    """list of (scheduler, call) that may have a student's samples."""
     falling = found.times == sorted(set(found.times), reverse=True)
     if not falling:  # two steps at one end of the schedule, which schedulers take for one
-        return None
-    if student.schedule.unit_norm:
-        candidates = list(vp_candidates(student, found))
-    else:
-        candidates = list(flow_candidates(student, found))
+        return []
+    candidates = vp_candidates if student.schedule.unit_norm else flow_candidates
+    return list(candidates(student, found))
+
+
+def working(student, found, candidates):
+    """Yields the dict of find_plain for each candidate that has the student's samples."""
     for with_factor in (False, True):
         for scheduler, call in candidates:
             if not student.takes_sigmas and "num_inference_steps" not in call:
@@ -118,18 +157,7 @@ def find_plain(student, found):
             _, result = simulate(student, found, scheduler, call, factor)
             if relative(result, found.sample) < TOLERANCE:
                 noise = dict(noise=round(factor, 7)) if with_factor else {}
-                return dict(scheduler=configuration(scheduler), call=call | noise)
-    if student.takes_sigmas:
-        return None
-    scheduler, call = candidates[0]
-    if "num_inference_steps" not in call:
-        return None
-    _, result = simulate(student, found, scheduler, call)
-    times = scheduler.sigmas[: len(found.times)].tolist()
-    if max(abs(a - b) for a, b in zip(times, found.times, strict=True)) > ROUNDED:
-        return None
-    difference = relative(result, found.sample)
-    return dict(scheduler=configuration(scheduler), call=call, nearly=difference)
+                yield dict(scheduler=configuration(scheduler), call=call | noise)
 
 
 def configuration(scheduler):
@@ -156,6 +184,8 @@ def simulate(student, found, scheduler, call, factor=1.0):
         settings["sigmas"] = [1 - k / n for k in range(n)]
     elif n:
         settings["num_inference_steps"] = n
+    if scheduler.config.get("use_dynamic_shifting"):
+        settings["mu"] = shift_argument(scheduler, student.schedule.shift)
     scheduler.set_timesteps(**settings)
     unit = 1.0 if student.schedule.unit_norm else 1000.0  # of the scheduler's times
     x = factor * found.z * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -168,6 +198,11 @@ def simulate(student, found, scheduler, call, factor=1.0):
             first = scaled if first is None else first
             x = scheduler.step(found.stub(scaled, t / unit), t, x, return_dict=False)[0]
     return first, x
+
+
+def shift_argument(scheduler, shift):
+    """mu, with which a scheduler of dynamic shifting has this shift."""
+    return shift if scheduler.config.get("time_shift_type") == "linear" else math.log(shift)
 
 
 def vp_candidates(student, found):
@@ -214,6 +249,9 @@ def flow_candidates(student, found):
 
     options = dict(stochastic_sampling=found.stochastic and len(found.steps) > 1)
     n = len(found.steps)
+    if student.sizes and student.sizes.dynamic and not student.shift_of_steps:
+        scheduler = FlowMatchEulerDiscreteScheduler(**student.sizes.dynamic, **options)
+        yield scheduler, dict(num_inference_steps=n)
     fitted = fit_shift(found.times, student.passes_sigmas)
     if fitted is not None:
         shift, terminal = fitted

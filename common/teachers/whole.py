@@ -34,7 +34,7 @@ from common.teachers.comfyui import WORKFLOW, find_comfyui, make_workflow
 from common.teachers.hub import HUB, is_hub_name
 from common.teachers.kind import EMBEDDED
 from common.teachers.pipeline import Pipeline
-from common.teachers.plain import NotPlain, find_plain, trace
+from common.teachers.plain import NotPlain, find_plain, find_plain_of_sizes, trace
 from common.teachers.teacher_lora import file_in_student, merge
 from common.teachers.weights import NAME, OTHER_FORMATS, find_weights
 
@@ -68,8 +68,18 @@ def student_files(student, teacher, sample, sampler, nfe):
 def whole_files(student, teacher, sample, sampler, nfe):
     """`student_files` of a student that plain diffusers can sample. NotPlain for others."""
     experts, parts = networks_of(student)
-    found = trace(student, sample, sampler, nfe)
-    plain = find_plain(experts[0], found)
+    find_trace = lambda: trace(student, sample, sampler, nfe)
+    sizes = experts[0].sizes
+    if sizes:
+        traces = [find_trace() for _ in sizes.each()]
+        found = traces[0]
+        plain, calls = find_plain_of_sizes(experts[0], traces)
+        fixed = all(other.times == found.times for other in traces)
+        if experts[0].extras and not fixed:
+            raise NotPlain("its new inputs are folded in for the steps of one size")
+    else:
+        found = find_trace()
+        plain = find_plain(experts[0], found)
     if plain is None:
         raise NotPlain("no scheduler of diffusers has its steps")
     index = read_json(Path(teacher.folder) / INDEX)
@@ -108,6 +118,11 @@ def whole_files(student, teacher, sample, sampler, nfe):
         model = dict(student.config(), experts=entries)
     options = experts[0].call_options()
     plain = dict(plain, scheduler=scheduler["_class_name"], call=plain["call"] | options)
+    if sizes:
+        plain["sizes"] = [
+            calls[i] | experts[0].call_options() | dict(zip(("height", "width"), sizes.sizes[i]))
+            for i in sizes.each()
+        ]
     plain["pipeline"] = experts[0].pipeline
     plain["times"] = found.times
     plain["stochastic"] = found.stochastic
