@@ -52,7 +52,8 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, s):
         weight = self.layers[0].weight
-        s = s.to(device=weight.device, dtype=weight.dtype, non_blocking=True)
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # bf16 would round the number
+        s = s.to(device=weight.device, dtype=dtype, non_blocking=True)
         factor = 1
         if s.ndim == 2:
             s, factor = s[:, 0], s[:, 1:]

@@ -61,8 +61,8 @@ class DryRun:
 
     # ---- several processes
 
-    def sharding(self, device):
-        return GhostSharding(self.traffic, device)
+    def sharding(self, device, dtype, size):
+        return GhostSharding(self.traffic, device, dtype, size)
 
     def data_parallel(self, module):
         return GhostDDP(module, self.traffic) if self.traffic.processes > 1 else module

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
+from common.model import Model
 from dryrun.ghost import Storage
 from training.shard import Sharding, copy_views, units
 
@@ -44,13 +45,14 @@ class Traffic:
         for ddp in self.wrapped:
             ddp.restart()
 
-    def all_reduce(self, n):
-        """n: bytes."""
-        self.sent[ALL_REDUCED] += 2 * (self.processes - 1) * n / self.processes
+    def all_reduce(self, n, processes=None):
+        """n: bytes. processes: those that take part; None: all."""
+        processes = processes or self.processes
+        self.sent[ALL_REDUCED] += 2 * (processes - 1) * n / processes
 
-    def spread(self, kind, n):
+    def spread(self, kind, n, processes):
         """A gather or a reduce-scatter. n: bytes of one process's part."""
-        self.sent[kind] += (self.processes - 1) * n
+        self.sent[kind] += (processes - 1) * n
 
     def buckets(self):
         """{id of a parameter: where DDP keeps its gradient}."""
@@ -101,11 +103,15 @@ class GhostDDP(torch.nn.Module):
 
 
 class Unit:
-    """What fully_shard gathers at a time. params: its own, not those of units inside it."""
+    """What fully_shard gathers at a time. params: its own, not those of units inside it.
 
-    def __init__(self, params, processes, outermost):
+    part: bytes of one process's part as it is sent, in the dtype of the network's passes.
+    """
+
+    def __init__(self, params, processes, outermost, dtype):
         self.fractions = {id(p): fraction(p, processes) for p in params}
-        self.part = sum(self.fractions[id(p)] * p.numel() * p.element_size() for p in params)
+        size = lambda p: min(p.element_size(), dtype.itemsize)
+        self.part = sum(self.fractions[id(p)] * p.numel() * size(p) for p in params)
         self.whole = self.part * processes
         self.outermost = outermost
         self.in_backward = False
@@ -125,9 +131,11 @@ class GhostSharding(Sharding):
     units are held at a time, as the next one is fetched while one computes.
     """
 
-    def __init__(self, traffic, device):
+    def __init__(self, traffic, device, dtype, size):
         self.traffic = traffic
         self.device = device
+        self.dtype = dtype
+        self.size = size or traffic.processes  # processes that share one copy
         # not hooks of the modules: copies of a module would have them too
         self.units = weakref.WeakKeyDictionary()
         traffic.gpu.hooks += [
@@ -141,10 +149,11 @@ class GhostSharding(Sharding):
     def spread(self, module):
         module.to(self.device)
         inner = set()
+        dtype = self.dtype if isinstance(module, Model) else torch.float32
         for part in units(module):
             params = [p for p in part.parameters() if id(p) not in inner]
             inner |= {id(p) for p in params}
-            unit = Unit(params, self.traffic.processes, part is module)
+            unit = Unit(params, self.size, part is module, dtype)
             self.units[part] = unit
             for p in params:
                 p.storage.share(unit.fractions[id(p)])
@@ -161,15 +170,19 @@ class GhostSharding(Sharding):
         return self(copied)
 
     def reduce(self, p):
-        part = fraction(p, self.traffic.processes)
+        part = fraction(p, self.size)
         p.grad.storage.share(part)
-        self.traffic.spread(SCATTERED, part * p.grad.numel() * p.grad.element_size())
+        n = part * p.grad.numel() * p.grad.element_size()
+        self.traffic.spread(SCATTERED, n, self.size)
+        copies = self.traffic.processes // self.size
+        if copies > 1:
+            self.traffic.all_reduce(n, copies)
 
     # ---- passes
 
     def gather(self, unit, kind):
         held = self.traffic.held
-        self.traffic.spread(kind, unit.part)
+        self.traffic.spread(kind, unit.part, self.size)
         inner = [entry for entry in held if not entry[0].outermost]
         if not unit.outermost and len(inner) == 2:
             held.remove(inner[0])

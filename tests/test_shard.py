@@ -1,5 +1,5 @@
-"""--shard on two gloo processes: the numbers of whole networks, checkpoints that any number of
-processes can resume, a whole student."""
+"""--shard on two and four gloo processes: the numbers of whole networks, checkpoints that any
+number of processes can resume, a whole student."""
 
 import shutil
 import types
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import pipelines
 from helpers.cases import SCRIPTS, SECOND_FLAGS
-from helpers.runs import QUICK, close, one_line, run_processes, same
+from helpers.runs import QUICK, close, log, one_line, processes, run_processes, same
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,13 +31,13 @@ SHARDED = [script for script in SCRIPTS if script != "nct"]  # which has no --sh
 slow = pytest.mark.slow
 
 
-def run_sharded(scripts, script, args, out):
-    """The script on two processes with --shard -> the finished first process."""
+def run_sharded(scripts, script, args, out, n=2):
+    """The script on n processes with --shard -> the finished first process."""
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip(f"torch {torch.__version__} cannot shard on CPUs")
-    first, second = run_processes(scripts, 2, f"{script}.py", *args, "--shard", "--out", out)
+    first, *others = run_processes(scripts, n, f"{script}.py", *args, "--shard", "--out", out)
     assert "UserWarning" not in first.err  # diffusers has a FutureWarning of its own
-    assert second.out == ""
+    assert all(process.out == "" for process in others)
     return first
 
 
@@ -86,6 +86,47 @@ def test_toy(script, scripts, tmp_path):
     if script == "swiftbrush":
         args += ["--lora-fake", 0]  # adapters are not sharded
     compare(scripts, tmp_path, script, args, 5)
+
+
+@slow
+def test_two_copies_on_four_processes(scripts, tmp_path):
+    """--shard-size: gradients are means over the copies too, and both copies stay the same."""
+    args = [*QUICK, *FLAGS["dmd2"], "--iters", 5, "--log-every", 1, "--batch", 16]
+    one, two = tmp_path / "one", tmp_path / "two"
+    scripts.run("dmd2.py", *args, "--out", one)
+    run_sharded(scripts, "dmd2", [*args, "--shard-size", 2], two, n=4)
+    close(one, two, 5)
+
+
+@slow
+def test_bf16(scripts, tmp_path):
+    """Gathered in bf16, weights are rounded as autocast rounds those of whole networks; only norms
+    and biases differ. The critic is frozen in its first pass. A resumed run has the same bits."""
+    args = [
+        "--teacher",
+        "mnist",
+        "--batch",
+        4,
+        "--log-every",
+        1,
+        "--cooldown",
+        0,
+        "--dtype",
+        "bf16",
+    ]
+    args += ["--gan", "--ratio", 2, "--ema", 1000, "--sample-every", 0, "--eval-n", 0]
+    one, two, parts = tmp_path / "one", tmp_path / "two", tmp_path / "parts"
+    scripts.run("dmd2.py", *args, "--iters", 4, "--out", one)
+    run_sharded(scripts, "dmd2", [*args, "--iters", 4], two)
+    expected, found = average(one, 4), average(two, 4)
+    difference = sum((found[name] - expected[name]).square().sum() for name in expected)
+    assert difference <= 1e-4 * sum(value.square().sum() for value in expected.values())
+    for a, b in zip(log(one), log(two), strict=True):
+        assert b == pytest.approx(a, rel=0.05, abs=0.01)
+
+    run_sharded(scripts, "dmd2", [*args, "--iters", 2], parts)
+    run_sharded(scripts, "dmd2", [*args, "--iters", 4, "--resume"], parts)
+    same(two, parts, 4)
 
 
 def test_checkpoints(scripts, tmp_path):
@@ -260,11 +301,22 @@ def test_processes_make_as_many_batches(n, batch, world):
         ([], "--shard: expected several processes .*found one"),
         (["--compile"], "--shard with --compile"),
         (["--ema-cpu"], "--shard with --ema-cpu"),
+        (["--no-shard", "--shard-size", 2], "--shard-size needs --shard"),
     ],
 )
 def test_refused(flags, message, scripts, tmp_path):
     process = scripts.start("dmd2.py", *QUICK, "--out", tmp_path / "run", "--shard", *flags)
     one_line(process, message, "dmd2")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_refused_sizes(size, scripts, tmp_path):
+    flags = [*QUICK, "--out", tmp_path / "run", "--shard", "--shard-size", size]
+    first, second = processes(scripts, 2, "dmd2.py", *flags)
+    one_line(
+        first, f"--shard-size {size}: expected a divisor above 1 of the processes, found 2", "dmd2"
+    )
+    assert second.wait() == 2
 
 
 # ---- states of optimisers ------------------------------------------------------------------------

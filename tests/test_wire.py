@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 sent = dict(reduced=0, gathered=0, scattered=0)
 lines = open(os.environ["SENT"] + os.environ["RANK"], "w")
 
-def count(kind, tensor, times=1):
-    n = dist.get_world_size()
+def count(kind, tensor, times=1, group=None):
+    n = dist.get_world_size(group)
     sent[kind] += times * (n - 1) / n * tensor.numel() * tensor.element_size()
 
 def count_ddp(state, bucket):
@@ -41,7 +41,7 @@ def replace(name, kind):
         names = ("output", "input", "output_tensor", "input_tensor")
         tensors = [*args, *(kwargs[k] for k in names if k in kwargs)]
         sizes = [t for t in tensors if torch.is_tensor(t)]
-        count(kind, max(sizes, key=torch.Tensor.numel))
+        count(kind, max(sizes, key=torch.Tensor.numel), group=kwargs.get("group"))
         return original(*args, **kwargs)
     if original is not None:
         setattr(dist, name, counting)
@@ -50,6 +50,13 @@ for name in ("all_gather_single", "all_gather_into_tensor"):
     replace(name, "gathered")
 for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
     replace(name, "scattered")
+
+all_reduce = dist.all_reduce
+def from_copy_to_copy(tensor, *args, **kwargs):
+    if dist.get_world_size(kwargs.get("group")) < dist.get_world_size():
+        count("reduced", tensor, 2, kwargs["group"])
+    return all_reduce(tensor, *args, **kwargs)
+dist.all_reduce = from_copy_to_copy
 
 init = DDP.__init__
 def with_hook(self, *args, **kwargs):
@@ -65,7 +72,6 @@ def note(self, *args, **kwargs):
         lines.flush()
     return after(self, *args, **kwargs)
 run.Run.after = note
-all_reduce = dist.all_reduce
 def counting(flat):
     count("reduced", flat, 2)
     return all_reduce(flat)
@@ -80,11 +86,11 @@ def dry(monkeypatch, tmp_path):
     leave_device()
 
 
-def really_sent(scripts, tmp_path, script, *flags):
-    """Bytes by iteration and kind that the first of two processes sends."""
+def really_sent(scripts, tmp_path, n, script, *flags):
+    """Bytes by iteration and kind that the first of n processes sends."""
     quiet = ["--save-every", 0, "--sample-every", 0, "--eval-n", 0, "--log-every", 1000]
     env = dict(BEFORE=COUNT, SENT=tmp_path / "sent")
-    run_processes(scripts, 2, f"{script}.py", *flags, *quiet, "--out", tmp_path / "real", **env)
+    run_processes(scripts, n, f"{script}.py", *flags, *quiet, "--out", tmp_path / "real", **env)
     sums = [json.loads(line) for line in (tmp_path / "sent0").read_text().splitlines()]
     return [{k: b[k] - a[k] for k in b} for a, b in zip(sums, sums[1:])]
 
@@ -95,7 +101,9 @@ MNIST = [*DMD2, "--teacher", "mnist", "--batch", 4]
 CASES = [
     pytest.param("dmd2", [*TOY, *DMD2], id="toy"),
     pytest.param("dmd2", [*TOY, *DMD2, "--accumulate", 2], id="toy-accumulate"),
+    pytest.param("dmd2", [*TOY, *DMD2, "--dtype", "bf16"], id="toy-bf16"),
     pytest.param("dmd2", [*MNIST, "--gan"], marks=slow, id="mnist"),
+    pytest.param("dmd2", [*MNIST, "--gan", "--dtype", "bf16"], marks=slow, id="mnist-bf16"),
     pytest.param("dmd2", [*MNIST, "--grad-checkpoint"], marks=slow, id="mnist-checkpoint"),
     pytest.param("sana_sprint", [*TOY, "--H", 1], id="sana_sprint"),
 ]
@@ -104,9 +112,20 @@ CASES = [
 @pytest.mark.parametrize("script, flags", CASES)
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "shard"])
 def test_what_is_sent(script, flags, shard, dry, scripts, tmp_path):
-    flags = [*flags, *shard, "--iters", 4, "--warmup", 0]
-    found = {t["it"]: t["sent"] for t in dry(script, *flags, "--processes", 2)["turns"]}
-    real_turns = dict(enumerate(really_sent(scripts, tmp_path, script, *flags), 1))
+    compare(2, script, [*flags, *shard], dry, scripts, tmp_path)
+
+
+@slow
+def test_what_is_sent_between_two_copies(dry, scripts, tmp_path):
+    flags = [*TOY, *DMD2, "--shard", "--shard-size", 2]
+    compare(4, "dmd2", flags, dry, scripts, tmp_path)
+
+
+def compare(n, script, flags, dry, scripts, tmp_path):
+    """A dry run for n processes and what n processes send, in iterations that both have."""
+    flags = [*flags, "--iters", 4, "--warmup", 0]
+    found = {t["it"]: t["sent"] for t in dry(script, *flags, "--processes", n)["turns"]}
+    real_turns = dict(enumerate(really_sent(scripts, tmp_path, n, script, *flags), 1))
     assert len(real_turns.keys() & found.keys()) >= 2
     for it in real_turns.keys() & found.keys():
         real, sent = real_turns[it], found[it]

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         self.dry = self.add_argument_group("dry run")
         # what common code reads although the script has no such flag
         self.set_defaults(nfe=1, data=None, lr_fake=None, lora=None, lora_fake=None)
-        self.set_defaults(lora_alpha=None, lora_targets=None, shard=False)
+        self.set_defaults(lora_alpha=None, lora_targets=None, shard=False, shard_size=None)
         self.set_defaults(small=None, small_fake=None)
 
         add = self.model.add_argument
@@ -205,6 +205,7 @@ class Parser(argparse.ArgumentParser):
         add("--deterministic", action="store_true", help="CUDA: the same bits in every run")
         if lora:
             add("--shard", action="store_true", help="spread weights over the GPUs (FSDP2)")
+            add("--shard-size", type=int, help="processes that share one copy of the weights [all]")
         add("--compile", action="store_true", help="torch.compile the networks")
         add("--log-every", type=int, default=10, help="iterations between lines of log.jsonl")
         add(
@@ -370,7 +371,7 @@ def tenth(iters, least):
 
 
 STEPS = {"steps", "step_indices"}  # belong to a number of steps: given with --nfe, or left out
-AT_LEAST = dict.fromkeys(["iters", "batch", "accumulate", "nfe", "log_every"], 1)
+AT_LEAST = dict.fromkeys(["iters", "batch", "accumulate", "nfe", "log_every", "shard_size"], 1)
 AT_LEAST |= dict.fromkeys(["lr", "lr_fake", "ema", "cfg", "embedded_guidance", "warmup"], 0)
 AT_LEAST |= dict.fromkeys(["weight_decay", "sample_every", "eval_every", "save_every", "eval_n"], 0)
 NOT_WITH_SHARD = {

@@ -72,7 +72,7 @@ def estimate_memory(args, world, sizes, students=1, critics=0, averages=0, singl
         student = sizes["count_small"](args.small) * sizes.get("experts", 1)
     if args.small_fake:
         critic = sizes["count_small"](args.small_fake) * sizes.get("experts", 1)
-    ways = world if args.shard else 1  # processes that share each network
+    ways = (args.shard_size or world) if args.shard else 1  # processes that share each network
     if single:
         students = students / sizes.get("experts", 1)
     if args.ema and not args.ema_cpu:

@@ -190,10 +190,10 @@ class Run:
         """Function that puts a module on the device: with --shard, spread over the processes."""
         if self.args.shard:
             if self.dry:
-                return self.dry.sharding(self.device)
+                return self.dry.sharding(self.device, self.dtype, self.args.shard_size)
             from training.shard import Sharding  # takes a second to import
 
-            return Sharding(self.device)
+            return Sharding(self.device, self.dtype, self.args.shard_size)
         device = self.device  # not self: a run that refers to itself would keep its lock
         return lambda module: module.to(device)
 
@@ -689,6 +689,12 @@ def check_batch(args):
         world > 1 or not args.shard,
         "--shard: expected several processes to spread the weights over "
         "(torchrun --nproc_per_node=N), found one; a resumed run takes --no-shard",
+    )
+    size = args.shard_size
+    require(args.shard or size is None, "--shard-size needs --shard")
+    require(
+        size is None or 1 < size and world % size == 0,
+        f"--shard-size {size}: expected a divisor above 1 of the processes, found {world}",
     )
 
 

@@ -1,9 +1,11 @@
 """--shard: weights, gradients and optimiser states spread over processes by fully_shard (FSDP2).
 
 A unit, i.e. what is gathered before its pass and freed after it, is a block of a network; what is
-left of the network is one more. Weights are gathered in the dtype they are kept in (bf16 of a
-frozen teacher, fp32 of trained networks), so the results are those of whole networks. All processes
-must call a network equally often and in the same order.
+left of the network is one more. With --dtype bf16 the weights of networks are gathered in bf16,
+half of the bytes; each process keeps its part in fp32, gradients are averaged in fp32. Autocast
+would round the weights of matrices and convolutions in the same way, so only norms and other small
+layers differ from a run with whole networks. What is not a Model (heads, embeddings of new inputs)
+stays in fp32. All processes must call a network equally often and in the same order.
 
 Checkpoints hold whole tensors, so that any number of processes can resume them, with --shard or
 without. torch.distributed.checkpoint.state_dict would name optimiser states by parameters instead
@@ -25,9 +27,9 @@ from common.model import Model
 from common.routed import Routed
 
 try:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 except ImportError:  # early builds of torch 2.6
-    from torch.distributed._composable.fsdp import FSDPModule, fully_shard
+    from torch.distributed._composable.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 UNIT = re.compile(r"(.*\.)?(\w*blocks\.\d+|mid_block)")  # names of blocks in diffusers' networks
 
@@ -35,17 +37,23 @@ UNIT = re.compile(r"(.*\.)?(\w*blocks\.\d+|mid_block)")  # names of blocks in di
 class Sharding:
     """sharding(module) spreads a module over the processes, in place, and returns it.
 
-    All processes must hold the same weights beforehand.
+    All processes must hold the same weights beforehand. dtype: of the network passes. size: number
+    of processes that share one copy of the weights; None: all. With several copies, as on several
+    machines with a slow network between them, only gradients travel from copy to copy.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, dtype=torch.float32, size=None):
         if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise UserError(
                 f"--shard: expected a newer torch for CPUs (2.13 can do it), "
                 f"found {torch.__version__}"
             )
         self.device = device
-        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        world = dist.get_world_size()
+        copies = world // (size or world)
+        shape = (world,) if copies == 1 else (copies, size)  # fully_shard spreads over the last one
+        self.mesh = init_device_mesh(device.type, shape)
+        self.mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
 
     def __call__(self, module):
         sharded = [m for m in module.modules() if self.is_sharded(m)]
@@ -68,13 +76,15 @@ class Sharding:
         if isinstance(module, Model):
             # in __dict__, since the skeleton is no part of the module
             module.__dict__["skeleton"] = make_skeleton(module)
+        precision = self.mixed if isinstance(module, Model) else MixedPrecisionPolicy()
         for unit in units(module):
             materialise(unit, self.device)
             unit.register_forward_hook(copy_views_hook)
-            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
+            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=precision)
         module.register_forward_hook(reshard_hook)
         # in front of the hook of fully_shard
         module.register_forward_pre_hook(self.move_inputs, prepend=True)
+        NoteGradients(module)
         module.register_load_state_dict_pre_hook(load_hook)
 
     def move_inputs(self, module, args):
@@ -147,6 +157,29 @@ def materialise(module, device):
 
 
 # ---- hooks of a sharded module -------------------------------------------------------------------
+
+
+class NoteGradients:
+    """Hook before the passes of a network, until the first one that trains it.
+
+    torch notes at a network's first pass in which dtype its gradients are averaged, and notes none
+    for a network that is frozen then (pytorch#186998). Gathering a unit makes it note again.
+    """
+
+    def __init__(self, module):
+        self.was_frozen = False
+        self.handle = module.register_forward_pre_hook(self, prepend=True)
+
+    def __call__(self, module, args):
+        if not next(module.parameters()).requires_grad:
+            self.was_frozen = True
+            return
+        self.handle.remove()
+        if self.was_frozen:
+            for unit in module.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.unshard()
+                    unit.reshard()
 
 
 def copy_views_hook(module, args, out):
