@@ -123,7 +123,7 @@ def test_what_is_sent_between_two_copies(dry, scripts, tmp_path):
 
 def compare(n, script, flags, dry, scripts, tmp_path):
     """A dry run for n processes and what n processes send, in iterations that both have."""
-    flags = [*flags, "--iters", 4, "--warmup", 0]
+    flags = ["--dtype", "fp32", *flags, "--iters", 4, "--warmup", 0]
     found = {t["it"]: t["sent"] for t in dry(script, *flags, "--processes", n)["turns"]}
     real_turns = dict(enumerate(really_sent(scripts, tmp_path, n, script, *flags), 1))
     assert len(real_turns.keys() & found.keys()) >= 2

@@ -691,7 +691,6 @@ def check_batch(args):
         "(torchrun --nproc_per_node=N), found one; a resumed run takes --no-shard",
     )
     size = args.shard_size
-    require(args.shard or size is None, "--shard-size needs --shard")
     require(
         size is None or 1 < size and world % size == 0,
         f"--shard-size {size}: expected a divisor above 1 of the processes, found {world}",

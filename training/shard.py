@@ -51,8 +51,10 @@ class Sharding:
         self.device = device
         world = dist.get_world_size()
         copies = world // (size or world)
-        shape = (world,) if copies == 1 else (copies, size)  # fully_shard spreads over the last one
-        self.mesh = init_device_mesh(device.type, shape)
+        shape, names = (copies, world // copies), ("copies", "parts")  # spread over the last one
+        if copies == 1:
+            shape, names = shape[1:], names[1:]
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
 
     def __call__(self, module):
