@@ -90,11 +90,13 @@ def test_toy(script, scripts, tmp_path):
 
 @slow
 def test_two_copies_on_four_processes(scripts, tmp_path):
-    """--shard-size: gradients are means over the copies too, and both copies stay the same."""
-    args = [*QUICK, *FLAGS["dmd2"], "--iters", 5, "--log-every", 1, "--batch", 16]
+    """--shard-size: gradients are means over the copies too; also of a run that was resumed."""
+    args = [*QUICK, *FLAGS["dmd2"], "--log-every", 1, "--batch", 16]
     one, two = tmp_path / "one", tmp_path / "two"
-    scripts.run("dmd2.py", *args, "--out", one)
-    run_sharded(scripts, "dmd2", [*args, "--shard-size", 2], two, n=4)
+    scripts.run("dmd2.py", *args, "--iters", 5, "--out", one)
+    args += ["--shard-size", 2]
+    run_sharded(scripts, "dmd2", [*args, "--iters", 3], two, n=4)
+    run_sharded(scripts, "dmd2", [*args, "--iters", 5, "--resume"], two, n=4)
     close(one, two, 5)
 
 
