@@ -193,6 +193,9 @@ PRESETS = {
     "wan2.1-14b": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
     "wan2.2": dict(SD3, cfg=4.0, source="nobody's: sd3's"),
     "wan2.2-5b": dict(SD3, cfg=5.0, source="nobody's: sd3's"),
+    "sana-video": dict(SD3, cfg=6.0, source="nobody's: sd3's"),
+    "ltx-video": dict(SD3, cfg=3.0, source="nobody's: sd3's"),
+    "hunyuanvideo-1.5": dict(SD3, cfg=6.0, source="nobody's: sd3's"),
 }
 
 

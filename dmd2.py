@@ -214,6 +214,9 @@ PRESETS = {
     "wan2.1-14b": WAN14B,
     "wan2.2": dict(WAN22, source="nobody's: phased_dmd's"),
     "wan2.2-5b": WAN5B,
+    "sana-video": dict(FLUX, cfg=6.0, iters=6000, source="nobody's: wan2.1's"),
+    "ltx-video": dict(FLUX, cfg=3.0, iters=6000, source="nobody's: wan2.1's"),
+    "hunyuanvideo-1.5": dict(FLUX, cfg=6.0, iters=6000, source="nobody's: wan2.1's"),
 }
 
 

@@ -151,6 +151,9 @@ PRESETS = {
     "wan2.1-14b": dict(TEXT, cfg=5.0),
     "wan2.2": dict(TEXT, cfg=4.0),
     "wan2.2-5b": dict(TEXT, cfg=5.0),
+    "sana-video": dict(TEXT, cfg=6.0),
+    "ltx-video": dict(TEXT, cfg=3.0),
+    "hunyuanvideo-1.5": dict(TEXT, cfg=6.0),
 }
 
 # The student's path is compared with the teacher's.

@@ -179,6 +179,9 @@ PRESETS = {
     "wan2.1-14b": dict(SD3, cfg=5.0),
     "wan2.2": dict(SD3, cfg=4.0),
     "wan2.2-5b": dict(SD3, cfg=5.0),
+    "sana-video": dict(SD3, cfg=6.0),
+    "ltx-video": dict(SD3, cfg=3.0),
+    "hunyuanvideo-1.5": dict(SD3, cfg=6.0),
 }
 
 

@@ -171,6 +171,9 @@ PRESETS = {
     "wan2.1-14b": dict(WAN, cfg=5.0, source="[P], guidance nobody's: that of 1.3B"),
     "wan2.2": WAN,
     "wan2.2-5b": dict(WAN, cfg=5.0, source="nobody's: Wan's"),
+    "sana-video": dict(WAN, cfg=6.0, step_shift=8.0, shift=8.0, source="nobody's: Wan's"),
+    "ltx-video": dict(WAN, cfg=3.0, step_shift=25.3, shift=25.3, source="nobody's: Wan's"),
+    "hunyuanvideo-1.5": dict(WAN, cfg=6.0, source="nobody's: Wan's"),
 }
 
 

@@ -230,6 +230,9 @@ PRESETS = {
     "wan2.1-14b": WAN14B,
     "wan2.2": dict(WAN14B, cfg=4.0, cfg_train=[3.5, 4.0, 4.5], source="nobody's: wan2.1-14b's"),
     "wan2.2-5b": dict(WAN14B, source="nobody's: wan2.1-14b's"),
+    "sana-video": dict(OTHER, cfg=6.0, cfg_train=[5.5, 6.0, 6.5]),
+    "ltx-video": dict(OTHER, cfg=3.0, cfg_train=[2.5, 3.0, 3.5]),
+    "hunyuanvideo-1.5": dict(OTHER, cfg=6.0, cfg_train=[5.5, 6.0, 6.5]),
 }
 
 

@@ -195,6 +195,9 @@ PRESETS = {
     "wan2.1-14b": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
     "wan2.2": dict(SID_DIT, cfg=4.0, source="nobody's: SiD-DiT's"),
     "wan2.2-5b": dict(SID_DIT, cfg=5.0, source="nobody's: SiD-DiT's"),
+    "sana-video": dict(SID_DIT, cfg=6.0, source="nobody's: SiD-DiT's"),
+    "ltx-video": dict(SID_DIT, cfg=3.0, source="nobody's: SiD-DiT's"),
+    "hunyuanvideo-1.5": dict(SID_DIT, cfg=6.0, source="nobody's: SiD-DiT's"),
 }
 
 # What the official code has for each form of (11) [C], where neither flag nor preset says more.

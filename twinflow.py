@@ -147,6 +147,9 @@ PRESETS = {
     "wan2.1-14b": dict(OTHER, cfg=5.0),
     "wan2.2": dict(OTHER, cfg=4.0),
     "wan2.2-5b": dict(OTHER, cfg=5.0),
+    "sana-video": dict(OTHER, cfg=6.0),
+    "ltx-video": dict(OTHER, cfg=3.0),
+    "hunyuanvideo-1.5": dict(OTHER, cfg=6.0),
 }
 
 

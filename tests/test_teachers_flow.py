@@ -1,6 +1,6 @@
-"""common/teachers/{flow,wan}.py: FLUX.1, Qwen-Image, Z-Image, Wan 2.1 and 2.2. That their samples
-are those of their own pipelines is in test_teachers.py. Here is what only some of them have, and
-scripts on them."""
+"""common/teachers/{flow,wan,ltx,sana_video,hunyuan_video}.py: FLUX.1, Qwen-Image, Z-Image, videos.
+That their samples are those of their own pipelines is in test_teachers.py. Here is what only some
+of them have, and scripts on them."""
 
 import json
 from types import SimpleNamespace
@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from helpers import pipelines
 from helpers.cards import same_as_card, write_as_run
 from helpers.files import edit
 from helpers.runs import close, one_line, run_processes
@@ -15,6 +17,7 @@ from helpers.teachers import (
     OLDER,
     PROMPTS,
     SIZE,
+    as_tensor,
     copy_of,
     draw,
     load,
@@ -46,6 +49,7 @@ from common.teachers.wan import Wan
 from tools.rows import prompt_kwargs
 
 ONE_NETWORK = ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage", "wan", "wan5b"]
+ONE_NETWORK += ["sanavideo", "ltx", "hunyuanvideo"]
 
 
 def saved_model(folder):
@@ -259,6 +263,63 @@ def test_wan_22_5b_gives_a_time_to_each_token(folders):
     assert shapes == [(1, 2 * 2 * 2)]
 
 
+def test_sana_video_of_720p(folders, tmp_path):
+    """It has another autoencoder."""
+    folder = copy_of(folders, "sanavideo", tmp_path)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(sample_size=22)))
+    with pytest.raises(UserError, match="sample_size: expected 30, found '22'"):
+        load_pipeline(str(folder), prompts=PROMPTS, cache=tmp_path / "cache", say=quiet)
+
+
+@torch.no_grad()
+def test_the_autoencoder_of_ltx_that_takes_a_time(tmp_path):
+    """That of LTX-Video 0.9.1. Its pipeline's decode_timestep is 0, without noise."""
+    folder = pipelines.ltx(tmp_path / "ltx", timestep_conditioning=True)
+    options = dict(prompts=PROMPTS, cache=tmp_path / "cache", say=quiet)
+    model = load_pipeline(str(folder), **options, **SIZE["ltx"])
+    pipe = plain_pipeline(model, folder)
+    z = noise(0, 1, *model.shape)
+    latents = run_pipeline(model, pipe, PROMPTS[:1], z, 2, 1.0)
+    theirs = as_tensor(run_pipeline(model, pipe, PROMPTS[:1], z, 2, 1.0, "pil")[0])
+    ours = model.decode(latents)[0]
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert not torch.equal(ours, decode_at(model, latents, 0.5)[0])
+
+
+def decode_at(model, latents, time):
+    shift, scale = model.latent_stats()
+    images = model.vae.decode(latents / scale + shift, torch.full((1,), time), return_dict=False)[0]
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def test_words_in_quotes_are_read_letter_by_letter(folders):
+    """HunyuanVideo 1.5, beside a prompt without any: what is left out of padding is masked."""
+    prompts = ['a sign that says "ok"', "dog"]
+    model = load(folders, "hunyuanvideo", prompts)
+    cond = model.encode([0, 1])
+    assert cond["glyph_mask"].sum(1).tolist() == [len('Text "ok". ') + 1, 0]
+    assert cond["text"].shape[1] == cond["mask"].sum(1).max()
+    pipe = DiffusionPipeline.from_pretrained(folders("hunyuanvideo"))  # with all of its padding
+    z = noise(0, 2, *model.shape)
+    theirs = run_pipeline(model, pipe, prompts, z, 2, 3.0)
+    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, cond, 2, 3.0)
+    assert relative(ours, theirs) < 1e-5
+    cond["glyphs"] = -cond["glyphs"]
+    other, _ = sample_as_pipeline(model, pipe.scheduler, z, cond, 2, 3.0)
+    assert relative(other[:1], theirs[:1]) > 1e-4
+    assert relative(other[1:], theirs[1:]) < 1e-5
+
+
+def test_hunyuan_video_is_made_for_16_to_9(folders):
+    model = load(folders, "hunyuanvideo", size=None, frames=None)
+    assert model.image_shape[1] == 121
+    height, width = model.image_shape[2:]
+    assert height < width
+    assert height * width == pytest.approx(640**2, rel=0.05)
+
+
 def test_frames(folders):
     assert load(folders, "wan", frames=9).shape == (4, 3, 8, 8)
     assert load(folders, "wan", frames=5, size=[16, 24]).image_shape == (3, 5, 16, 24)
@@ -297,12 +358,13 @@ def test_features_are_where_the_pixels_are(name, folders):
     model = wide(load(folders, name))
     cond, x = model.encode([0]), noise(0, 1, *model.shape)
     y = x.clone()
-    p = 1 if name in ("klein", "hunyuan") else 2  # latents of a token along a side
+    one = ("klein", "hunyuan", "ltx", "hunyuanvideo")
+    p = 1 if name in one else 2  # latents of a token along a side
     y[..., -p:, p : 2 * p] += 5  # last row of patches, second column
     (before,) = model(x, 0.6, 0.8, cond, features=True)
     (after,) = model(y, 0.6, 0.8, cond, features=True)
     h, w = model.shape[-2] // p, model.shape[-1] // p
-    frames = 2 if model.video else 1
+    frames = model.shape[1] if model.video else 1
     assert before.shape[2:] == (frames * h, w)
     change = (before - after).square().sum(1).view(frames, h, w)
     for frame in change:

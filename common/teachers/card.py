@@ -5,6 +5,7 @@ Both are made from distill.json, the teacher's folder and metrics.json, and hold
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -281,7 +282,7 @@ def loading_lines(record, plain, index):
     ]
     if is_lora(record):
         loras = [] if plain.get("merged") else record.get("teacher_lora", [])
-        lines += lora_lines(len(plain["networks"]), loras)
+        lines += lora_lines(plain["pipeline"], len(plain["networks"]), loras)
     call = dict(plain["call"])
     noise = call.pop("noise", None)
     arguments = [f"{name}={value!r}" for name, value in call.items()]
@@ -296,8 +297,13 @@ def loading_lines(record, plain, index):
     return "\n".join(lines)
 
 
-def lora_lines(networks, loras):
-    """loras: entries of distill.json on the teacher's LoRAs, which lie in the folder."""
+def lora_lines(pipeline, networks, loras):
+    """pipeline: name of its class. loras: entries of distill.json on the teacher's LoRAs, which lie
+    in the folder."""
+    import diffusers
+
+    if not hasattr(getattr(diffusers, pipeline), "load_lora_weights"):  # its network can do it
+        return [f"pipe.transformer.load_lora_adapter(folder, weight_name={FILE!r})"]
     if networks == 1 and not loras:
         return ["pipe.load_lora_weights(folder)"]
     if networks == 1:
@@ -325,9 +331,12 @@ def lora_lines(networks, loras):
 
 
 def latents_shape(model):
-    """Of one sample, as the pipeline takes it: in some, tokens of 2 x 2 latents."""
+    """Of one sample, as the pipeline takes it: in some, tokens of one or of 2 x 2 latents."""
     first = model.get("experts", [model])[0]
     shape = first["shape"]
+    if first["adapter"] == "ltx-video":
+        channels, *grid = shape
+        return 1, math.prod(grid), channels
     if first["adapter"] in ("flux", "chroma", "qwen-image"):
         channels, height, width = shape
         return 1, height * width // 4, 4 * channels

@@ -134,14 +134,13 @@ def check_values(name, path, config, expected):
 
 def check_channels(name, cls, net, vae):
     """The network's input and output are the VAE's latents, the VAE's are RGB images."""
-    patch = getattr(vae, "patch_size", None)  # Wan 2.2's takes squares of pixels
-    pixels = 3 * patch**2 if isinstance(patch, int) else 3  # FLUX.2's are of latents
-    rgb = dict.fromkeys(("in_channels", "out_channels", "input_channels"), [pixels])
+    names = ("in_channels", "out_channels", "input_channels")
+    rgb = dict.fromkeys(names, [cls.pixel_channels(vae)])
     check_values(name, "vae/config.json", vars(vae), rgb)
 
     path = f"--teacher {name}: {cls.part}/config.json"
     latents = cls.latent_channels(vae)
-    expected = latents * cls.packed**2
+    expected = cls.input_channels(latents)
     if net.in_channels != expected:
         raise UserError(
             f"{path}: in_channels: expected {expected} for the {latents} channels of the VAE, "

@@ -31,6 +31,9 @@ HUB = {
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     "wan2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "sana-video": "Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+    "ltx-video": "Lightricks/LTX-Video",
+    "hunyuanvideo-1.5": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
     "dit-xl-256": "facebook/DiT-XL-2-256",
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }

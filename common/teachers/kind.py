@@ -50,6 +50,9 @@ PIPELINE_KINDS = {
     "QwenImagePipeline": "qwen-image",
     "ZImagePipeline": "z-image",
     "WanPipeline": "wan2.1",
+    "SanaVideoPipeline": "sana-video",
+    "LTXPipeline": "ltx-video",
+    "HunyuanVideo15Pipeline": "hunyuanvideo-1.5",
 }
 
 # Few-step students of others, which are no teachers -> what to take in their place.

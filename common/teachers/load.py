@@ -53,6 +53,7 @@ from common.teachers.formats import (
 )
 from common.teachers.hub import CONFIGS, HUB, download, is_hub_name
 from common.teachers.hunyuan_image import HunyuanImage
+from common.teachers.hunyuan_video import HunyuanVideo15
 from common.teachers.imagenet import ClassDiT, EDMUNet, load_sit
 from common.teachers.kind import (
     EMBEDDED,
@@ -61,9 +62,11 @@ from common.teachers.kind import (
     refuse_file,
     which_is_taken,
 )
+from common.teachers.ltx import LTXVideo
 from common.teachers.lumina import Lumina2
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
+from common.teachers.sana_video import SanaVideo
 from common.teachers.sizes import sizes_of
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
@@ -75,7 +78,8 @@ from data.image_folder import read_captions
 # others load folders in our own format that name their `adapter`. SiT has a loader of its own.
 IMAGES = (SD15, SDXL, SD3, Sana, Flux, Chroma, Flux2, Flux2Klein)
 IMAGES += (HunyuanImage, Lumina2, QwenImage, ZImage)
-CLASSES = (*IMAGES, Wan, ClassDiT, DiT, Toy, EDMUNet)
+VIDEOS = (Wan, SanaVideo, LTXVideo, HunyuanVideo15)
+CLASSES = (*IMAGES, *VIDEOS, ClassDiT, DiT, Toy, EDMUNet)
 PIPELINES = {cls.pipeline: cls for cls in CLASSES if cls.pipeline}
 PIPELINES["Lumina2Text2ImgPipeline"] = Lumina2  # its first name in diffusers
 OWN_FORMAT = {cls.adapter: cls for cls in CLASSES if not cls.pipeline}

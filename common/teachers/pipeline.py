@@ -106,6 +106,16 @@ class Pipeline(Model):
         return c.latent_channels if hasattr(c, "latent_channels") else c.z_dim
 
     @classmethod
+    def input_channels(cls, latents):
+        """Channels that the network must have for latents of so many."""
+        return latents * cls.packed**2
+
+    @staticmethod
+    def pixel_channels(c):
+        """Channels that the VAE's configuration must have for images in colour. c: of the VAE."""
+        return 3
+
+    @classmethod
     def output_channels(cls, c):
         """Values that out_channels may have. c: of the network."""
         return [c.in_channels, None]
@@ -242,6 +252,10 @@ class Pipeline(Model):
         if self.shape != self.latent_shape(self.net.config, None):
             options |= dict(zip(("height", "width"), self.image_shape[-2:]))
         return options
+
+    def further_files(self):
+        """{path: contents} of components that a student's folder has in place of the teacher's."""
+        return {}
 
     def without_guidance(self, files):
         """`files` of a student with whole weights, such that the pipeline never guides it, where

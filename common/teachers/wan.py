@@ -38,6 +38,10 @@ class Wan(Video):
     def made_for(cls, c):
         return (704, 1280, 121) if c.in_channels == CHANNELS_5B else cls.call_defaults
 
+    @staticmethod
+    def pixel_channels(c):
+        return 3 * (c.patch_size or 1) ** 2  # the VAE of 5B takes squares of pixels
+
     def make_schedule(self, scheduler, shape, c):
         return flow_schedule(scheduler)
 

@@ -112,6 +112,7 @@ def whole_files(student, teacher, sample, sampler, nfe):
         entries.append(entry)
         files |= {str(Path(home) / name): contents for name, contents in own.items()}
     files |= {"scheduler/scheduler_config.json": scheduler, INDEX: index}
+    files |= experts[0].further_files()
 
     model = entries[0]
     if isinstance(student, ByLevel):
@@ -183,7 +184,7 @@ def write_student(home, files, teacher=None, metrics=None, copy=False, loras=())
         others[WORKFLOW] = make_workflow(record, PROMPT)
     write_folder(home, others, make_metadata(record))
     if index and teacher is not None:
-        own = set() if is_lora(files) else set(record["plain"]["networks"])
+        own = {Path(name).parts[0] for name in files} & index.keys()
         if is_lora(files) and not record["plain"].get("merged"):
             for i, lora in enumerate(loras):
                 add_file(lora.path, home / file_in_student(i, lora.record()), copy)

@@ -310,11 +310,11 @@ def sprint(folder):
     return sana(folder, qk_norm="rms_norm_across_heads", timestep_scale=0.001)
 
 
-def t5(kind="T5", size=16):
+def t5(kind="T5", size=16, vocab=110):
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=110, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+        vocab_size=vocab, d_model=size, d_kv=4, d_ff=16, num_layers=1, num_heads=2
     )
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
@@ -695,12 +695,10 @@ def wan_network(channels):
     return net
 
 
-def wan(folder, **kw):
-    since(0, 37)
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+def wan_vae():
+    from diffusers import AutoencoderKLWan
 
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
+    return AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1],
@@ -710,6 +708,14 @@ def wan(folder, **kw):
         latents_std=[1.5, 0.7, 1.0, 2.0],
         scale_factor_spatial=4,
     ).eval()
+
+
+def wan(folder, **kw):
+    since(0, 37)
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    torch.manual_seed(0)
+    vae = wan_vae()
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
@@ -761,6 +767,166 @@ def wan5b(folder):
         text_encoder=t5("UMT5"),
         tokenizer=letter_tokenizer(),
         expand_timesteps=True,
+    )
+    return save(pipe, folder)
+
+
+def sanavideo(folder):
+    since(0, 36)
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        SanaVideoPipeline,
+        SanaVideoTransformer3DModel,
+    )
+
+    torch.manual_seed(0)
+    net = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=8,
+        mlp_ratio=2.0,
+        rope_max_seq_len=32,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=8.0,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=1,
+    )
+    pipe = SanaVideoPipeline(
+        tokenizer=letter_tokenizer(padding_side="right"),
+        text_encoder=gemma2(layers=1),
+        vae=wan_vae(),
+        transformer=net,
+        scheduler=scheduler,
+    )
+    return save(pipe, folder)
+
+
+def ltx(folder, **vae):
+    """vae: further options of its VAE."""
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    torch.manual_seed(0)
+    net = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=16,
+    )
+    # Random attention would not notice the prompt.
+    for block in net.transformer_blocks:
+        block.attn2.norm_k.weight.data *= 8
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False, False, False),
+        downsample_type=("conv", "conv"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        scaling_factor=1.5,
+        **vae,
+    ).eval()
+    vae.latents_mean.normal_(0, 0.2)
+    vae.latents_std.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=4,
+        max_image_seq_len=128,
+        base_shift=0.95,
+        max_shift=2.05,
+        shift_terminal=0.1,
+    )
+    pipe = LTXPipeline(
+        transformer=net,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=t5(),
+        tokenizer=letter_tokenizer(),
+    )
+    return save(pipe, folder)
+
+
+def hunyuanvideo(folder):
+    since(0, 36)
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    torch.manual_seed(0)
+    net = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 2, 2),
+    )
+    # Random attention would not notice the prompt.
+    for block in net.transformer_blocks:
+        block.attn.norm_added_k.weight.data *= 8
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    ).eval()
+    text = Qwen2_5_VLTextConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,  # the pipeline takes the output of the last but two
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_scaling=dict(mrope_section=[1, 1, 2], rope_type="default", type="default"),
+        rope_theta=1e6,
+        vocab_size=110,
+    )
+    # The pipeline drops the first 108 tokens, those of its template.
+    tokens = letter_tokenizer(
+        padding_side="right", chat_template="{{ 'x' * 108 }}{{ messages[1].content }}"
+    )
+    letters = t5(size=8, vocab=384)
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(text).eval(),
+        tokenizer=tokens,
+        transformer=net,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=letters,
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
     )
     return save(pipe, folder)
 
@@ -910,6 +1076,9 @@ BUILDERS = dict(
     wan=wan,
     wan22=wan22,
     wan5b=wan5b,
+    sanavideo=sanavideo,
+    ltx=ltx,
+    hunyuanvideo=hunyuanvideo,
     dit=dit,
     sit=sit,
     edm=edm,

@@ -18,6 +18,7 @@ NEGATIVE = "blurred 9, and more of it"
 OLDER = ["sd15", "sdxl", "sd3", "sana", "sprint"]
 NEWER = ["flux", "chroma", "flux2", "klein", "hunyuan", "lumina", "qwen", "zimage"]
 NEWER += ["wan", "wan22", "wan5b"]
+NEWER += ["sanavideo", "ltx", "hunyuanvideo"]
 SIZE = dict(  # flags of teachers whose networks have no size of their own
     flux=dict(size=16),
     chroma=dict(size=16),
@@ -29,11 +30,15 @@ SIZE = dict(  # flags of teachers whose networks have no size of their own
     wan=dict(size=32, frames=5),
     wan22=dict(size=32, frames=5),
     wan5b=dict(size=32, frames=5),
+    sanavideo=dict(size=64, frames=5),
+    ltx=dict(size=64, frames=5),
+    hunyuanvideo=dict(size=16, frames=5),
 )
 PACKED = ("flux", "chroma", "qwen-image")  # adapters whose pipelines work on packed latents
 FLUX2 = ("flux2", "flux2-klein")  # whose pipelines take our samples, and denoise their pixels
+TOKENS = (*FLUX2, "ltx-video")  # whose schedulers get a sample's pixels as tokens
 # whose pipelines give their scheduler sigmas of their own
-OWN_SIGMAS = (*PACKED, *FLUX2, "z-image", "lumina2", "hunyuan-image")
+OWN_SIGMAS = (*PACKED, *TOKENS, "z-image", "lumina2", "hunyuan-image", "hunyuanvideo-1.5")
 
 
 def quiet(*text):
@@ -83,6 +88,9 @@ def plain_pipeline(model, folder):
     absent = [part for part, value in index.items() if value == [None, None]]
     pipe = getattr(diffusers, model.pipeline).from_pretrained(folder, **dict.fromkeys(absent))
     pipe.set_progress_bar_config(disable=True)
+    if model.adapter == "hunyuanvideo-1.5":  # less padding, which is masked: faster
+        pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 64, 32
+        pipe.vision_num_semantic_tokens = 8
     return pipe
 
 
@@ -106,13 +114,15 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     elif name == "hunyuan-image":  # its guidance is components of the pipeline
         for part in model.guiders:
             setattr(pipe, part, getattr(pipe, part).new(guidance_scale=w))
+    elif name == "hunyuanvideo-1.5":
+        pipe.guider = pipe.guider.new(guidance_scale=w)
     elif name == "flux2":  # its pipeline has no guidance but the network's input
         options.setdefault("guidance_scale", model.guidance)
     else:
         options["guidance_scale"] = w - 1 if name == "z-image" else w
     if model.video:
         options[model.frames_argument] = model.frames
-    if name == "sana":
+    if name in ("sana", "sana-video"):
         options |= dict(complex_human_instruction=None, use_resolution_binning=False)
     out = pipe(
         prompt=list(prompts),  # a copy: Z-Image's pipeline writes to it
@@ -129,6 +139,8 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
 
 def to_argument(model, z):
     """Noise as the pipeline takes it in `latents`."""
+    if model.adapter == "ltx-video":
+        return to_tokens(model, z).contiguous()
     return pack(z) if model.adapter in PACKED else z
 
 
@@ -142,14 +154,14 @@ def from_output(model, y):
 
 def to_tokens(model, x):
     """Our samples as the pipeline's scheduler gets them."""
-    if model.adapter in FLUX2:
+    if model.adapter in TOKENS:
         return x.flatten(2).transpose(1, 2)
     return to_argument(model, x)
 
 
 def from_tokens(model, y):
-    if model.adapter in FLUX2:
-        return y.transpose(1, 2).unflatten(2, model.shape[-2:])
+    if model.adapter in TOKENS:
+        return y.transpose(1, 2).unflatten(2, model.shape[1:])
     return unpack(y, *model.shape[-2:]) if model.adapter in PACKED else y
 
 
