@@ -342,9 +342,9 @@ class Model(nn.Module):
         adapters: the specification that --lora gives (common/lora.py). Then the copy has LoRA
         adapters of its own, on the weights of this model. So has a copy of a model with adapters.
         changes: those that --small gives (common/small.py). Then the copy has a network of another
-        size. So has a copy of such a model.
+        size.
         """
-        if changes and self.copied_share is None:
+        if changes:
             return self.resized(changes)
         if self.sharding:
             return self.sharding.copy(self)
@@ -405,7 +405,7 @@ class Model(nn.Module):
 
     def check_resized(self, model, changes):
         """UserError unless the network of `model` takes and returns samples of this one."""
-        t = self.schedule.grid(2)[:1].to(device=self.device, dtype=torch.float32)
+        t = self.schedule.grid(2)[:1].to(self.device, torch.float32, non_blocking=True)
         zeros = torch.zeros(1, *self.shape, device=self.device)
         try:
             with torch.no_grad():

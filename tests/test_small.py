@@ -66,7 +66,6 @@ def load_any(folders, kind):
 def deepened(teacher, keys, blocks):
     """A frozen teacher like this one with more blocks."""
     deep = teacher.copy(None, changed(*[f"{key}={blocks}" for key in keys]))
-    deep.copied_share = None
     return deep.requires_grad_(False)
 
 
@@ -238,6 +237,17 @@ def test_a_dry_run_of_smaller_networks(monkeypatch, tmp_path):
         assert result["estimate"][network] == 16 * count
     assert result["tflop_per_iteration"] < 0.7 * whole["tflop_per_iteration"]
     assert sum(turn["waits"] == {} for turn in result["turns"]) == len(result["turns"])
+
+
+def test_a_new_phase_does_not_make_the_host_wait(monkeypatch, tmp_path):
+    """Its critic is a new small network, which is tried with one pass."""
+    flags = "--teacher toy-cond --batch 8 --iters 8 --warmup 0 --phases 2 --phase-iters 4".split()
+    try:
+        result = dry_run(monkeypatch, "phased_dmd", tmp_path, *flags, "--small-fake", "depth=2")
+    finally:
+        leave_device()
+    assert 4 in [turn["it"] for turn in result["turns"]]
+    assert not any(turn["waits"] for turn in result["turns"])
 
 
 # ---- export --------------------------------------------------------------------------------------
