@@ -44,7 +44,6 @@ KINDS = [
     "flux",
     "chroma",
     "flux2",
-    "hunyuan",
     "lumina",
     "qwen",
     "zimage",

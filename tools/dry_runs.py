@@ -39,6 +39,8 @@ ROWS = [
     ("dmd2", "sd3", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
     ("dmd2", "sana", {"": (1, 8), LORA: (1, 8), SHARD: (1,)}),
     ("dmd2", "flux", {"": (1,), LORA: (1, 8), SHARD: (1,)}),
+    ("dmd2", "chroma", {LORA: (1,)}),
+    ("dmd2", "hunyuan-image", {LORA: (1,)}),
     ("dmd2", "lumina2", {LORA: (1,)}),
     ("dmd2", "qwen-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
     ("dmd2", "z-image", {"": (1,), LORA: (1,), SHARD: (1,)}),
@@ -55,6 +57,7 @@ ROWS = [
     ("phased_dmd", "wan2.2", {LORA: (1,)}),
     ("msd", "sdxl", {LORA: (1,)}),
     ("sana_sprint", "sana", {"": (1,)}),
+    ("sana_sprint", "sana-sprint-teacher", {"": (1,)}),
     ("twinflow", "sana", {"": (4,)}),  # one sample for each of its groups
     ("twinflow", "qwen-image", {ONE_LORA: (4,)}),
     ("flowmap", "sdxl", {LORA: (1,)}),
