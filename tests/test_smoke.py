@@ -71,6 +71,10 @@ SLOW = cases("""
     sana    4   lora    gan
     flux    1   full    gan
     flux    4   lora    gan
+    chroma  4   full    gan
+    hunyuan 1   lora    gan
+    lumina  4   full    gan
+    klein   1   lora    gan
     zimage  4   full    gan
     zimage  1   lora    gan
     wan     4   full    gan

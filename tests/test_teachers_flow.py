@@ -28,6 +28,7 @@ from helpers.teachers import (
     run_pipeline,
     sample_as_pipeline,
     size_flags,
+    write_captioned,
 )
 from safetensors.torch import load_file
 from test_teachers import wide
@@ -380,6 +381,25 @@ def test_features_of_lumina_whatever_the_length_of_the_text(folders):
     for i in (0, 1):
         (alone,) = model(x[i : i + 1], 0.6, 0.8, model.encode([i]), features=True)
         assert relative(both[i : i + 1], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_hunyuan_reads_what_stands_in_quotes(folders):
+    """By an encoder of its own. The padding of both texts, to 1000 and 128 tokens, is cut off."""
+    prompts = ['a "dog 7" on the left', "pizza", "an 'x'"]
+    model = load(folders, "hunyuan", prompts)
+    pipe = plain_pipeline(model, folders("hunyuan"))
+    z, cond = noise(0, 3, *model.shape), model.encode([0, 1, 2])
+    quoted = cond["glyph_mask"].sum(1).tolist()
+    assert quoted[0] > quoted[2] > quoted[1] == 0
+    assert cond["glyphs"].shape[1] == quoted[0]
+    assert cond["text"].shape[1] == cond["mask"].sum(1).max() < 200
+    theirs = run_pipeline(model, pipe, prompts, z, 2, 3.0)
+    ours, _ = sample_as_pipeline(model, pipe.scheduler, z, cond, 2, 3.0)
+    assert relative(ours, theirs) < 1e-5
+    unread = dict(cond, glyph_mask=torch.zeros_like(cond["glyph_mask"]))
+    change = (model(z, 0.4, 0.6, cond) - model(z, 0.4, 0.6, unread)).abs().amax((1, 2, 3))
+    assert (change > 1e-4).tolist() == [True, False, True]
 
 
 @torch.no_grad()
@@ -806,9 +826,13 @@ METHODS = dict(
 )
 
 
+ON_KINDS = [(script, name) for name in ("sd15", "sdxl", "sd3", "wan22") for script in METHODS]
+ON_KINDS += [("sid", "chroma"), ("phased_dmd", "lumina"), ("twinflow", "hunyuan")]
+ON_KINDS += [("decoupled_dmd", "klein"), ("swiftbrush", "flux2")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "wan22"])
-@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("script, name", ON_KINDS)
 def test_every_method_without_images(script, name, folders, scripts, tmp_path):
     """Run, export, reload: the student that is read back is the teacher's network, trained."""
     out = tmp_path / "run"
@@ -853,3 +877,16 @@ def distances(student, teacher):
         return max(float((after[k] - before[k]).abs().max()) for k in common)
 
     return [min(distance(a, b) for b in networks(teacher)) for a in networks(student)]
+
+
+@pytest.mark.slow
+def test_sana_sprint_on_the_teacher_it_needs(folders, scripts, tmp_path):
+    """Dense times and QK norm: --time dense fits nothing. The student in plain diffusers."""
+    out = tmp_path / "run"
+    flags = ["--teacher", folders("sprint"), *prompt_flags(tmp_path), "--time", "dense"]
+    flags += ["--data", write_captioned(tmp_path / "images"), "--batch", 4, "--lr", 1e-3]
+    scripts.run("sana_sprint.py", *flags, "--warmup", 0, "--smoke", "--out", out)
+    teacher = load_with(tmp_path, folders, "sprint")
+    home, info = read_student(out)
+    student = load_model(home, info["model"], teacher)
+    same_as_card(home, teacher, student, sana_sprint.sample, 2, PROMPTS[0], 0, **info["sampler"])
