@@ -307,7 +307,7 @@ EXPECTED = {  # kind -> scripts with a workflow, and of these: those with steps 
     "sd15": ("dmd2 decoupled_dmd sid boot sana_sprint_1 swiftbrush", "sid"),
     "sd3": (
         "dmd2 decoupled_dmd sid phased_dmd twinflow_steps flowmap boot sana_sprint sana_sprint_1 "
-        "swiftbrush",
+        "swiftbrush anyflow",
         "sana_sprint",
     ),
 }

@@ -315,6 +315,7 @@ SCRIPTS = dict(
     decoupled_dmd=["--nfe", 1, "--cfg", 3],
     phased_dmd=[],
     msd=["--students", 2, "--adm", 0],
+    anyflow=["--image-free", "--velocity", "teacher"],
     swiftbrush=["--lora-fake", 4],  # the preset's 64 is above the width of the tiny networks
 )
 

@@ -11,6 +11,7 @@ from helpers.cases import required_flags
 from helpers.dry import dry_run, leave_device
 from helpers.trace import run_main
 
+import anyflow
 import boot
 import dmd2
 import flowmap
@@ -193,14 +194,14 @@ KINDS = {  # flags that make their samples small
     "sit": [],
 }
 SCRIPTS = "dmd2 swiftbrush sid decoupled_dmd phased_dmd msd".split()
-SCRIPTS += "sana_sprint twinflow flowmap boot".split()
+SCRIPTS += "sana_sprint twinflow flowmap boot anyflow".split()
 # By default every script on the toy, and dmd2 on a UNet and a transformer. Slow: dmd2 on all kinds,
 # every other script on one. All pairs take about 25 minutes of a core: DISTIL_DRYRUN=full.
 QUICK = {(script, "toy-cond") for script in SCRIPTS} | {("dmd2", "sd3"), ("dmd2", "sd15")}
 SLOW = {("dmd2", kind) for kind in KINDS}
 SLOW |= {("sid", "sd3"), ("decoupled_dmd", "sdxl"), ("phased_dmd", "wan22"), ("msd", "sd15")}
 SLOW |= {("sana_sprint", "sana"), ("twinflow", "wan22"), ("flowmap", "sit"), ("boot", "flux")}
-SLOW |= {("swiftbrush", "sdxl")}
+SLOW |= {("swiftbrush", "sdxl"), ("anyflow", "wan")}
 if os.environ.get("DISTIL_DRYRUN") == "full":
     SLOW = {(script, kind) for script in SCRIPTS for kind in KINDS}
 PAIRS = [
@@ -208,7 +209,7 @@ PAIRS = [
     for pair in sorted(QUICK | SLOW)
 ]
 # Products in fp32 although passes are bf16: forward-mode derivatives, which are taken in fp32.
-IN_FP32 = ("sana_sprint", "flowmap")
+IN_FP32 = ("sana_sprint", "flowmap", "anyflow")
 # Waits inside diffusers that no argument avoids: file, the text of the line, and whether it waits
 # in every pass or only in the first of a network. docs/scale.md has the same list.
 MODELS = "diffusers/models/transformers"
@@ -331,6 +332,7 @@ LOSSES = [
     (msd, "dm_loss"),
     (boot, "squared_errors"),
     (swiftbrush, "vsd_loss"),
+    (anyflow, "squared_error"),
 ]
 
 

@@ -277,9 +277,13 @@ def test_healthy_values_of_a_page():
     assert healthy("../README", "mnist") == {}
 
 
+NOT_ON_MNIST = ("anyflow",)  # it has values of the toy only
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_methods_page_has_healthy_values(script):
-    bands = [band_of(values) for _, values, _ in healthy(script, "mnist").values()]
+    teacher = "toy" if script in NOT_ON_MNIST else "mnist"
+    bands = [band_of(values) for _, values, _ in healthy(script, teacher).values()]
     assert sum(band is not None for band in bands) >= 4
     assert all(low <= high for low, high in filter(None, bands))
 

@@ -89,6 +89,10 @@ PUBLISHED = [
     ("flowmap", "sit", dict(cfg=1.5, cfg_range=(1, 3), batch=256, iters=1_500_000)),
     ("nct", "sd15", dict(lr=1e-5, betas=(0.9, 0.95), batch=128)),
     ("swiftbrush", "sd21", dict(cfg=4.5, lr=1e-6, lr_fake=1e-3, lora_fake=64, lora_alpha=108)),
+    ("anyflow", "wan2.1", dict(cfg=3, dm_cfg=4, shift=5, velocity="data", rows="balanced")),
+    ("anyflow", "wan2.1", dict(map_iters=6000, iters=7200, lr=5e-5, lr_dm=2e-6, lr_fake=2e-6)),
+    ("anyflow", "wan2.1", dict(rollouts=[2, 4, 8, 16, 50], batch=32, warmup=1000, clip=1)),
+    ("anyflow", "wan2.1-14b", dict(map_iters=4000, iters=5200, batch=16)),
     ("swiftbrush", "sd21", dict(iters=65_000, clip=1, null_share=0.1, betas=(0.9, 0.999))),
 ]
 

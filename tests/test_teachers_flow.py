@@ -822,6 +822,7 @@ METHODS = dict(
     twinflow=["--image-free", "--guide", "frozen", "--cfg", 3],
     flowmap=[],
     boot=["--cfg", 2],
+    anyflow=["--image-free", "--velocity", "teacher"],
     swiftbrush=["--lora-fake", 4],  # the preset's 64 is above the width of the tiny networks
 )
 

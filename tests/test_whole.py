@@ -17,6 +17,7 @@ from helpers.teachers import load
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import anyflow
 import boot
 import decoupled_dmd
 import dmd2
@@ -59,6 +60,7 @@ CASES = {
     "sana_sprint": (sana_sprint, 2, dict(rho=0.6, cfg=4.5), ("guidance",)),
     "sana_sprint --nfe 1": (sana_sprint, 1, dict(rho=1.0, cfg=4.5), ("guidance",)),
     "swiftbrush": (swiftbrush, 1, {}, ()),
+    "anyflow": (anyflow, 4, dict(shift=5.0), ("r",)),
 }
 N_ONLY = "n"  # pipe(prompt, num_inference_steps=n)
 IN_CALL = "times in the call"
@@ -82,6 +84,7 @@ EXPECTED = {
     "sana_sprint": (NO, IN_CALL, NO),
     "sana_sprint --nfe 1": (N_ONLY, N_ONLY, N_ONLY),
     "swiftbrush": (N_ONLY, N_ONLY, N_ONLY),
+    "anyflow": (IN_CALL, N_ONLY, N_ONLY),
 }
 
 

@@ -22,6 +22,7 @@ SCRIPTS = (
     "boot",
     "nct",
     "swiftbrush",
+    "anyflow",
 )
 PAGE = ROOT / "docs" / "teachers.md"
 FIRST, LAST = "<!-- presets: python -m tools.presets --write -->\n", "<!-- end of presets -->\n"

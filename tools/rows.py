@@ -103,7 +103,7 @@ def check_row(row, args):
         )
     needs_images = (args.save_images, args.inception, args.ref, args.ref_images, args.per_prompt)
     needs_images += (args.dino,)
-    if any(needs_images) or args.n > 20000:
+    if any(needs_images) or (args.n or 0) > 20000:
         raise UserError(
             "toy: its samples are points, measured against the exact mixture: --save-images, "
             "--inception, --dino, --ref, --ref-images, --per-prompt need images, and --n goes to "

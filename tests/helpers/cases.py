@@ -34,6 +34,7 @@ def toy_generator():
 # are those of its warm-up's first iteration: at higher ones it amplifies rounding.
 SHORT = {
     "phased_dmd.py": ["--phase-iters", "1"],
+    "anyflow.py": ["--map-iters", "1"],
     "sana_sprint.py": "--H 0 --warmup 0 --lr 1e-5 --lr-fake 1e-5".split(),
 }
 
@@ -60,6 +61,7 @@ SECOND_FLAGS = {
     "boot": "--teacher toy-cond --cfg 2 --horizon-warmup 3 --distance-every 4 --ema 1000",
     "nct": "--N 4 --distance huber --eta 1 --xi 0.01 --ema 1000",
     "swiftbrush": "--teacher toy-cond --cfg 2 --null-share 0.3 --lora-fake 4 --ema 1000",
+    "anyflow": "--teacher toy-cond --cfg 2 --velocity data --shift 3 --nfe 2 --dm-cfg 3 --lr 1e-5",
 }
 SECOND_FLAGS = {script: flags.split() for script, flags in SECOND_FLAGS.items()}
 
@@ -299,6 +301,15 @@ MISTAKES = {
         ("--null-share nan", "--null-share"),
         ("--lora-fake 99", "--lora-fake 99: expected a rank of at most"),
     ],
+    "anyflow": [
+        ("--map-iters 9 --iters 8", "--map-iters: expected 0 to --iters 8, found 9"),
+        ("--map-iters -1", "--map-iters"),
+        ("--shift 0", "--shift: expected a number > 0"),
+        ("--shift nan", "--shift"),
+        ("--lr-dm 0", "--lr-dm: expected a number > 0"),
+        ("--dm-cfg -1", "--dm-cfg: expected a number >= 0"),
+        ("--rollouts 4 0", "--rollouts: expected numbers of at least 1, found 0"),
+    ],
 }
 
 # ---- convergence on the toy ----------------------------------------------------------------------
@@ -315,6 +326,7 @@ EXPERT_BOUND = 0.005
 # The presets' own values, in place of `SHORT`.
 SANA = "--H 200 --warmup 100 --lr 1e-3 --lr-fake 1e-3".split()
 TOY_FLAGS = {"phased_dmd": ["--phase-iters", 600], "sana_sprint": SANA}
+TOY_FLAGS |= {"anyflow": ["--map-iters", 2000]}
 
 # Iterations after which the bounds hold with a factor of two to spare, and the energy distances
 # that were measured then for seeds 0, 1, 2.
@@ -330,6 +342,7 @@ TOY_ITERS = {
     "boot": 1000,  # 0.0021, 0.0019, 0.0018
     "nct": 1000,
     "swiftbrush": 2000,  # 0.0049, 0.0029, 0.0047
+    "anyflow": 2600,  # 0.0017 (seed 0)
 }
 SCRIPTS = list(TOY_ITERS)
 

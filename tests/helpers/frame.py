@@ -28,6 +28,7 @@ def check_frame(monkeypatch, script, out, *flags, show, rates=RATES, critic_of=c
         started.append(inspect.signature(start_from).bind(*args, **kwargs).arguments)
 
     monkeypatch.setattr(script, "start_from", note_start)
+    monkeypatch.setattr("training.run.read_student", lambda folder: None)  # it has no student
     common = ["--iters", 2, "--save-every", 1, "--start", out, "--warmup", 0, "--cooldown", 0]
     for name, rate in rates.items():
         common += [f"--{name.replace('_', '-')}", rate]
