@@ -75,12 +75,16 @@ def test_a_token_is_a_square_of_latents():
     assert token.tolist() == x[1, :, 2:4, 2:4].flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage"])
+@pytest.mark.parametrize(
+    "name",
+    ["flux", "chroma", "klein", "hunyuan", "lumina", "qwen", "zimage", "ltx", "hunyuanvideo"],
+)
 def test_time_shift_is_the_schedulers(name, folders):
     """Our grid of n levels is the scheduler's table, apart from Qwen-Image's stretching of it, at
     each size of one model.
     FLUX.2's shift depends on n: ours is that of 50."""
-    model = load(folders, name, size=[[16, 16], [32, 16]])
+    side = 32 if name == "ltx" else 16
+    model = load(folders, name, size=[[side, side], [2 * side, side]])
     pipe = plain_pipeline(model, folders(name))
     config = pipe.scheduler.config
     pipe.scheduler = type(pipe.scheduler).from_config(config, shift_terminal=None)
@@ -92,7 +96,7 @@ def test_time_shift_is_the_schedulers(name, folders):
         assert torch.allclose(sigmas, model.schedule.grid(n).flip(0), atol=1e-6)
         shifts.append(model.schedule.shift)
     assert shifts[0] > 1.5
-    assert (shifts[1] > shifts[0]) == (name in ("flux", "klein", "qwen"))  # by the number of tokens
+    assert (shifts[1] > shifts[0]) == (name in ("flux", "klein", "qwen", "ltx"))  # by tokens
 
 
 # ---- guidance ------------------------------------------------------------------------------------
@@ -551,7 +555,7 @@ def load_with(tmp_path, folders, name):
 
 
 FAST = [("flux", 1), ("wan22", 4)]
-OTHERS = [("klein", 4), ("lumina", 1)]
+OTHERS = [("klein", 4), ("lumina", 1), ("ltx", 4)]
 PAIRS = [(name, nfe) for name in ("flux", "qwen", "zimage", "wan", "wan22") for nfe in (1, 4)]
 SLOW = OTHERS + [pair for pair in PAIRS if pair not in FAST]
 
@@ -586,7 +590,7 @@ def test_dmd2_on_it(name, nfe, folders, scripts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, nfe", PAIRS + [("flux2", 4), ("lumina", 4)])
+@pytest.mark.parametrize("name, nfe", PAIRS + [("flux2", 4), ("lumina", 4), ("sanavideo", 4)])
 def test_dmd2_lora_on_it(name, nfe, folders, scripts, tmp_path):
     """Adapters on student and critic; the LoRA file in the plain pipeline is our network."""
     out = tmp_path / "run"
