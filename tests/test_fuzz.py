@@ -101,6 +101,7 @@ LIKELY_OF_FLAG = dict(
     device=["cpu", "auto", "tpu"],
     lora_targets=["hidden.0", "inp", "none"],
     small=["width=16", "depth=2", "wide=1", "depth=x"],
+    small_fake=["width=16", "depth=2", "wide=1", "depth=x"],
     control=["class", "edges"],
     nfe=["1", "2", "4", "0"],
     students=["1", "2", "9"],
