@@ -220,7 +220,7 @@ def parse_args(argv=None):
         check_without_dm(args)
         if not args.gan:
             args.ratio = 1  # no critic to train: every iteration is a student step
-    unused = args.data and not args.gan
+    unused = args.data and not args.gan and not args.from_image
     require(not unused, f"--data {args.data}: this run uses no images; add --gan")
     return args
 
@@ -399,7 +399,7 @@ def gradients(x, ca, dm, cond, teacher, fake, cfg, floor):
     # c and u at t_ca, c at t_dm: all from one pass of the teacher
     calls = []
     if ca is not None:
-        calls += [(*ca, cond), (*ca, cond | teacher.null(len(x)))]
+        calls += [(*ca, cond), (*ca, teacher.unconditional(cond, len(x)))]
     if dm is not None and dm is not ca:
         calls += [(*dm, cond)]
     estimates = in_one_pass(teacher, calls)  # (3)

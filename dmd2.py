@@ -238,7 +238,7 @@ def parse_args(argv=None):
     args = p.parse(PRESETS, argv)
     require(args.ratio >= 1, f"--ratio: expected at least 1, found {args.ratio}")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")
-    unused = args.data and not args.gan and args.sim == "backward"
+    unused = args.data and not args.gan and args.sim == "backward" and not args.from_image
     require(not unused, f"--data {args.data}: this run uses no images; add --gan")
     return args
 

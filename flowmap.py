@@ -237,7 +237,7 @@ def guided_velocity(teacher, x_t, t, cond, w, t_guided=1.0):
     c = velocity(teacher, teacher.schedule, x_t, t, cond)
     if not torch.is_tensor(w) and w == 1:
         return c
-    u = velocity(teacher, teacher.schedule, x_t, t, cond | teacher.null(len(x_t)))
+    u = velocity(teacher, teacher.schedule, x_t, t, teacher.unconditional(cond, len(x_t)))
     t = f64(t).to(x_t.device, non_blocking=True)
     w = f64(w).to(x_t.device, non_blocking=True)
     w = torch.where(t <= t_guided, w, 1.0)

@@ -211,7 +211,7 @@ def parse_args(argv=None):
     require(args.adm_lr >= 0, f"--adm-lr: expected a number >= 0, found {args.adm_lr}")
     ok = args.small or not args.tsm
     require(ok, "--tsm: a student of the teacher's size starts as the teacher: add --small")
-    unused = args.data and not (args.adm or args.tsm)
+    unused = args.data and not (args.adm or args.tsm or args.from_image)
     require(not unused, f"--data {args.data}: this run uses no images; add --adm or --small")
     if args.smoke:
         shorten_stages(args)

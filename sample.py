@@ -6,6 +6,7 @@ Usage:
     python sample.py out/dmd2-emoji --prompts prompts.txt --dir pictures
     python sample.py out/dmd2-mnist --it 500                          # of a checkpoint, or: best
     python sample.py out/nct-mnist-edges --control drawing.png --labels 3
+    python sample.py out/dmd2-flux-kontext --image photo.png "make it night"
     python sample.py --teacher emoji "red heart" --nfe 16 --cfg 3.5
 
 In Python:
@@ -32,7 +33,7 @@ from common.errors import UserError, did_you_mean, launch, require
 from common.files import require_writable
 from common.rng import PerImageNoise
 from common.sampling import TEACHER_NFE
-from common.teachers.kind import ADAPTER_KINDS, teacher_kind
+from common.teachers.kind import ADAPTER_KINDS, FROM_IMAGE, teacher_kind
 from common.teachers.load import load_teacher
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
@@ -69,6 +70,7 @@ def parse_args(argv=None):
     add("--prompts", metavar="FILE", help="file of prompts, besides those of the command line")
     add("--labels", nargs="+", metavar="LABEL", help="numbers or names of classes [the first 10]")
     add("--control", metavar="FILE", help="image from which nct.py's condition is made")
+    add("--image", metavar="FILE", help="source image, of a teacher that takes one")
     add("--n", type=int, default=1, help="images of each prompt or label")
     add("--seed", type=int, default=0, help="of the first of them")
     add = p.add_argument_group("output").add_argument
@@ -120,9 +122,11 @@ class Sampler:
         self.options = options
         self.is_toy = self.teacher.adapter == "toy"
         self.is_video = self.teacher.video
+        self.image = None  # path of the source image
         self.rows = {}  # prompt -> its row in the teacher's embeddings
         if self.teacher.prompts is not None:
-            self.rows = {prompt: i for i, prompt in enumerate(self.teacher.prompts)}
+            prompts = getattr(self.teacher, "image_prompts", self.teacher.prompts)
+            self.rows = {prompt: i for i, prompt in enumerate(prompts)}
 
     @torch.no_grad()
     def __call__(self, what=None, n=1, seed=0, batch=8):
@@ -154,8 +158,11 @@ class Sampler:
         """Prompts or labels -> list of (number, caption). UserError: not known to the teacher."""
         if self.teacher.prompts is not None:
             require(what, f"{self.name}: expected prompts, found none")
-            self.embed([prompt for prompt in dict.fromkeys(what) if prompt not in self.rows])
-            return [(self.rows[prompt], prompt) for prompt in what]
+            prompts = list(what)
+            if self.teacher.takes_image:
+                prompts = self.teacher.with_source(prompts, self.image)
+            self.embed([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows])
+            return [(self.rows[prompt], text) for prompt, text in zip(prompts, what)]
         names = self.teacher.class_names()  # several of each class
         label_of = {name: label for label, synonyms in enumerate(names) for name in synonyms}
         classes = self.teacher.classes
@@ -201,6 +208,7 @@ def load(
     dtype="auto",
     teacher_lora=None,
     negative_prompt=None,
+    image=None,
 ):
     """A student (run: its folder) or a teacher -> Sampler, which makes images when it is called.
 
@@ -231,6 +239,19 @@ def load(
     options.frames = options.it = None
     options.teacher_lora = teacher_lora
     options.prompts = list(prompts or [""]) if text else None
+    takes_image = teacher_kind(teacher)[0] in FROM_IMAGE
+    if takes_image:
+        require(
+            image is not None,
+            f"--image FILE: expected the image that --teacher {teacher} takes, found none",
+        )
+        options.prompts = [(prompt, image) for prompt in options.prompts]
+    else:
+        require(
+            image is None,
+            f"--image {image}: expected a teacher that takes an image ({', '.join(FROM_IMAGE)}), "
+            f"found {teacher}",
+        )
     options.fixed_prompts = False
     if run is None:
         model = load_teacher(teacher, device, dtype, text=prompt_kwargs(options))
@@ -247,7 +268,9 @@ def load(
         row.sampler = with_control(student, control)
     else:
         require(control is None, f"--control {control}: expected a student of nct.py, found none")
-    return Sampler(row, options)
+    sampler = Sampler(row, options)
+    sampler.image = image
+    return sampler
 
 
 def takes_prompts(teacher):
@@ -295,7 +318,7 @@ def main(argv=None):
     args = parse_args(argv)
     what = args.labels or args.words + (read_prompts(args.prompts) if args.prompts else [])
     names = ("it", "nfe", "cfg", "control", "size", "cache_prompts", "device", "dtype")
-    names += ("teacher_lora", "negative_prompt")
+    names += ("teacher_lora", "negative_prompt", "image")
     options = {name: getattr(args, name) for name in names}
     sampler = load(args.run, args.teacher, None if args.labels else what, **options)
     found = sampler.find(what or None)

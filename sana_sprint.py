@@ -438,7 +438,7 @@ def teacher_derivative(teacher, u, t, cond, rho, w):
     f = velocity(teacher, u, t, cond, rho)
     if w is None:
         return SD * f
-    f_null = velocity(teacher, u, t, teacher.null(len(u)), rho)
+    f_null = velocity(teacher, u, t, teacher.unconditional(cond, len(u)), rho)
     return SD * (f_null + expand(w, u) * (f - f_null)).to(u.dtype)  # (4)
 
 

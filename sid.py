@@ -255,7 +255,7 @@ def parse_args(argv=None):
     args = p.parse(PRESETS, argv)
     require(args.ratio >= 1, f"--ratio: expected at least 1, found {args.ratio}")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")
-    unused = args.data and not args.gan
+    unused = args.data and not args.gan and not args.from_image
     require(not unused, f"--data {args.data}: this run uses no images; add --gan")
     if args.guidance == "zero":
         ok = args.cfg in (1, p.get_default("cfg"))

@@ -195,7 +195,7 @@ def parse_args(argv=None):
     require(ok, f"--target-decay: expected 0 <= decay < 1, found {args.target_decay}; {hint}")
     ok = not args.image_free or args.guide == "frozen"
     require(ok, "--image-free: the velocity comes from the frozen teacher; add --guide frozen")
-    unused = args.image_free and args.data
+    unused = args.image_free and args.data and not args.from_image
     require(not unused, f"--data {args.data}: this run uses no images (--image-free)")
     ok = args.guide == "target" or args.cfg != 1 or args.image_free
     require(ok, "--guide frozen: nothing is guided at --cfg 1")
@@ -369,7 +369,7 @@ def sample(student, z, cond, nfe, noise, mode="auto", steps=None):
 @torch.no_grad()
 def guided(v, net, x_t, t, cond, null, k, image_free=False):
     """v of (3) [B, *shape] from z - x; image_free: from Fg(e) instead. net: Fg."""
-    both = {name: torch.cat([cond[name], null.get(name, cond[name])]) for name in cond}
+    both = {name: torch.cat([cond[name], null[name]]) for name in cond}
     t = torch.cat([t, t])
     v_c, v_e = velocity(net, torch.cat([x_t, x_t]), t, t, both).chunk(2)
     return (v_e if image_free else v) + k * (v_c - v_e)  # (3)
@@ -513,7 +513,7 @@ def main():
         target = v.clone()  # (8)
         if k or args.image_free:
             at_rows = (take_rows(x_t, guided_rows), t[guided_rows], pick(cond, guided_rows))
-            null = teacher.null(len(guided_rows))
+            null = teacher.unconditional(at_rows[2], len(guided_rows))
             v_guided = take_rows(v, guided_rows)
             v_guided = guided(v_guided, guide, *at_rows, null, k, args.image_free)
             put_rows(target, guided_rows, v_guided)

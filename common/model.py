@@ -140,6 +140,12 @@ class Model(nn.Module):
         """cond of n unconditional samples."""
         raise NotImplementedError
 
+    def unconditional(self, cond, n):
+        """cond of n samples with the null condition in its place. What the null condition does not
+        have stays: scalar conditions, and the image of an edit."""
+        null = self.null(n)
+        return {name: null.get(name, value) for name, value in cond.items()}
+
     def decode(self, x):
         """Samples [n, *shape] -> uint8 images [n, C, H, W]."""
         raise NotImplementedError
@@ -205,8 +211,7 @@ class Model(nn.Module):
         if w == 1:
             return self(x_t, alpha, sigma, cond)
         if w == 0:
-            null = self.null(len(x_t))
-            return self(x_t, alpha, sigma, {name: null.get(name, cond[name]) for name in cond})
+            return self(x_t, alpha, sigma, self.unconditional(cond, len(x_t)))
         c, u = self.cond_and_uncond(x_t, alpha, sigma, cond)
         return u + w * (c - u)
 
@@ -215,8 +220,8 @@ class Model(nn.Module):
 
         Scalar conditions (`extend`) are the same in both.
         """
-        null = self.null(len(x_t))
-        both = {name: torch.cat([cond[name], null.get(name, cond[name])]) for name in cond}
+        null = self.unconditional(cond, len(x_t))
+        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
         twice = lambda a: torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a
         return self(torch.cat([x_t, x_t]), twice(alpha), twice(sigma), both).chunk(2)
 
@@ -229,9 +234,11 @@ class Model(nn.Module):
 
     def drop_condition(self, cond, empty):
         """cond with the null condition in the samples where `empty` [n] is true."""
-        null = self.null(len(empty))
+        null = self.unconditional(cond, len(empty))
         dropped = dict(cond)
-        for name in null.keys() & cond.keys():
+        for name in cond:
+            if null[name] is cond[name]:  # no part of the null condition
+                continue
             rows = empty.view(-1, *[1] * (cond[name].ndim - 1))
             rows = rows.to(cond[name].device, non_blocking=True)
             dropped[name] = torch.where(rows, null[name], cond[name])

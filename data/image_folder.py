@@ -9,11 +9,19 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
 from data.image_file import NOT_READ, SUFFIXES
 
 LONGEST = 4000  # characters of a prompt or caption; text encoders read a few hundred tokens
+
+# Columns of metadata.jsonl for teachers that take an image: the usual names of edit data sets. Of
+# several that a line has, the first counts.
+SOURCES = ("source_file_name", "input_file_name", "source_image", "input_image")
+SOURCES += ("original_image", "edit_image")
+TARGETS = ("file_name", "target_file_name", "output_file_name", "edited_image", "image")
+TEXTS = ("text", "edit_prompt", "prompt", "caption")
 
 # Folders of operating systems and tools, beside those whose names begin with a dot
 JUNK = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
@@ -109,44 +117,96 @@ def read_captions(folder):
 
 def read_metadata(folder, table):
     captions = []
-    for i, line in enumerate(read_lines(folder, table, 16 * LONGEST), 1):
-        if not line.strip():
-            continue
-        where = f"{table}: line {i}"
-        name, texts = parse_entry(line, where)
-        path = folder / name
-        try:
-            is_below = ".." not in path.relative_to(folder).parts
-        except ValueError:  # an absolute path
-            is_below = False
-        if not is_below:
+    for where, entry in read_entries(folder, table):
+        name, texts = entry.get("file_name"), list_of_texts(entry.get("text"))
+        if not isinstance(name, str) or not texts:
             raise UserError(
-                f"--data {where}: expected a file in this folder, "
-                f"found a way out of it: {name[:100]!r}"
+                f"--data {where}: expected a JSON object with file_name and text, both text "
+                "(or a list of texts)"
             )
-        if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
-            raise UserError(f"--data {where}: no such file: {name[:100]!r}")
-        texts = [clean_caption(text.encode("utf-8", "surrogatepass"), where) for text in texts]
-        captions.append((path, texts))
+        captions.append((file_below(folder, name, where), clean_captions(texts, where)))
     return captions
 
 
-def parse_entry(line, where):
-    """file_name (str) and text (list of str) of a line of metadata.jsonl."""
+def read_entries(folder, table):
+    """Yields (where, object) of the lines of metadata.jsonl; {} for a line that is no object."""
+    for i, line in enumerate(read_lines(folder, table, 16 * LONGEST), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        yield f"{table}: line {i}", entry if isinstance(entry, dict) else {}
+
+
+def list_of_texts(value):
+    """A text or a list of texts -> list of str; [] for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    are_texts = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return texts if are_texts else []
+
+
+def file_below(folder, name, where):
+    """Path of a file that a line of metadata.jsonl names."""
+    path = folder / name
     try:
-        entry = json.loads(line)
-        name, texts = entry["file_name"], entry["text"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        name = texts = None
-    if isinstance(texts, str):
-        texts = [texts]
-    are_texts = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-    if not isinstance(name, str) or not are_texts:
+        is_below = ".." not in path.relative_to(folder).parts
+    except ValueError:  # an absolute path
+        is_below = False
+    if not is_below:
         raise UserError(
-            f"--data {where}: expected a JSON object with file_name and text, both text "
-            "(or a list of texts)"
+            f"--data {where}: expected a file in this folder, found a way out of it: {name[:100]!r}"
         )
-    return name, texts
+    if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
+        raise UserError(f"--data {where}: no such file: {name[:100]!r}")
+    return path
+
+
+def clean_captions(texts, where):
+    return [clean_caption(text.encode("utf-8", "surrogatepass"), where) for text in texts]
+
+
+class Edit(NamedTuple):
+    """A line of metadata.jsonl for a teacher that takes an image."""
+
+    source: Path  # the image that the teacher is given
+    texts: list  # of str, at least one: what is to be done with it
+    target: Path | None  # what comes out; None: not known
+
+
+def read_edits(folder):
+    """Edits of a folder, from its metadata.jsonl: a column of SOURCES, one of TEXTS and, if the
+    result is known, one of TARGETS."""
+    folder = existing_folder(folder)
+    table = folder / "metadata.jsonl"
+    if not table.is_file():
+        raise UserError(
+            f"--data {folder}: expected metadata.jsonl, whose lines name source image and text, "
+            "found none (docs/data.md)"
+        )
+    edits = []
+    for where, entry in read_entries(folder, table):
+        source, target, texts = (column(entry, names) for names in (SOURCES, TARGETS, TEXTS))
+        texts = list_of_texts(texts)
+        if not isinstance(source, str) or not texts or not isinstance(target, str | None):
+            raise UserError(
+                f"--data {where}: expected a JSON object with the source image "
+                f"({', '.join(SOURCES)}), a text ({', '.join(TEXTS)}) and, where it is known, the "
+                f"result ({', '.join(TARGETS)}), found {', '.join(map(str, entry)) or 'none'}"[:400]
+            )
+        if target is not None:
+            target = file_below(folder, target, where)
+        source = file_below(folder, source, where)
+        edits.append(Edit(source, clean_captions(texts, where), target))
+    if not edits:
+        raise UserError(f"--data {table}: expected a line for each edit, found none")
+    return edits
+
+
+def column(entry, names):
+    """The value of the first of some columns that a line has; None: it has none of them."""
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
 
 
 def read_text_files(folder):

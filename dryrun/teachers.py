@@ -45,10 +45,10 @@ def blank_network(cls, config, device, dtype):
         return kind(**config).to(device=device, dtype=dtype).eval()
 
 
-def blank_embeddings(cls, config, n, dtype):
-    """Embeddings of n prompts, without values, of the greatest length. config: of the network."""
+def blank_embeddings(shapes, n, dtype):
+    """Embeddings of n prompts, without values, of the greatest length. shapes: {name: shape}."""
     tensors = {}
-    for name, shape in cls.text_shapes(config).items():
+    for name, shape in shapes.items():
         if name.endswith("mask"):  # all tokens count
             tensors[name] = torch.ones(1, *shape, dtype=torch.int64)
         elif name == "length":

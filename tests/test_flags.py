@@ -56,7 +56,7 @@ def test_smoke():
     assert (args.iters, args.log_every, args.save_every, args.eval_n) == (3, 1, 3, 64)
 
 
-@pytest.mark.parametrize("flag", ["--lr-fake", "--data", "--nfe", "--lora", "--shard"])
+@pytest.mark.parametrize("flag", ["--lr-fake", "--nfe", "--lora", "--shard"])
 def test_flags_that_a_script_cannot_use_do_not_exist(flag, capsys):
     with pytest.raises(SystemExit) as end:
         parse(flag, "1", lora=False)
@@ -83,7 +83,7 @@ def test_help_has_one_default(capsys):
 
 def test_help_lists_only_what_the_script_accepts(capsys):
     text = help_of(boot, capsys)
-    for flag in ("--data", "--lr-fake", "--lora-fake", "--nfe"):
+    for flag in ("image folder", "--lr-fake", "--lora-fake", "--nfe"):
         assert flag not in text.split("model:")[1]
 
 

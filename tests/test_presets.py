@@ -17,6 +17,7 @@ from common.teachers.hub import HUB
 from common.teachers.kind import (
     ASSETS,
     EMBEDDED,
+    FROM_IMAGE,
     KIND_OF_SHORT_NAME,
     PIPELINE_KINDS,
     STUDENTS,
@@ -39,15 +40,20 @@ FOLDERS = {
     "sana-0.6b": ("sana", {"transformer/config.json": dict(num_attention_heads=36)}),
     "flux": ("flux", {}),
     "chroma": ("chroma", {}),
+    "flux-kontext": ("kontext", {}),
     "flux2": ("flux2", {}),
     "flux2-klein": ("klein", {}),
     "hunyuan-image": ("hunyuan", {}),
     "lumina2": ("lumina", {}),
     "qwen-image": ("qwen", {}),
+    "qwen-image-edit": ("qwen_edit", {}),
+    "qwen-image-edit-plus": ("qwen_plus", {}),
     "z-image": ("zimage", {}),
     "wan2.1": ("wan", {"transformer/config.json": dict(num_attention_heads=12)}),
     "wan2.1-14b": ("wan", {"transformer/config.json": dict(num_attention_heads=40)}),
     "wan2.2": ("wan22", {}),
+    "wan2.1-i2v": ("wan_i2v", {}),
+    "wan2.2-i2v": ("wan_i2v22", {}),
     "wan2.2-5b": ("wan5b", {}),
     "sana-video": ("sanavideo", {}),
     "ltx-video": ("ltx", {}),
@@ -59,6 +65,7 @@ FOLDERS = {
 }
 HEAD_SIZE = {"sana": 32, "wan": 128}  # of the published networks
 TEXT = [kind for kind in FOLDERS if kind not in ("dit", "sit") and not kind.startswith("edm")]
+TOLD = ("flux", "flux2", "flux-kontext")  # whose network has guidance as an input
 KINDS = [*EMBEDDED, "own", *FOLDERS]
 
 # Numbers of papers and of code, typed a second time.
@@ -189,14 +196,17 @@ def test_every_spelling_of_a_kind_gives_the_same_flags(kind, folder_of, offline)
     for script in table.SCRIPTS:
         first = flags_of(script, names[0])
         presets = importlib.import_module(script).PRESETS
-        assert first["preset"] == (kind if kind in presets else "default")
-        preset = presets[first["preset"]]
+        relative = FROM_IMAGE.get(kind, kind)
+        assert first["preset"] == (relative if relative in presets else "default")
+        preset = dict(presets[first["preset"]])
+        if kind in FROM_IMAGE and relative in presets:
+            preset["source"] = f"nobody's: {relative}'s"
         assert first["cfg"] == preset["cfg"]
         assert (first["lr"], first["batch"]) == (preset["lr"], preset["batch"])
         assert first["preset_source"] == preset["source"]
         for name in names[1:]:
             assert flags_of(script, name) == first, (script, name)
-        if kind in TEXT and kind not in ("flux", "flux2") and script != "nct":  # nct guides nothing
+        if kind in TEXT and kind not in TOLD and script != "nct":  # nct guides nothing
             assert first["cfg"] > 1.2, script
 
 
@@ -233,7 +243,7 @@ def test_short_names_are_of_the_kind_that_their_files_would_give(short, tmp_path
     """The table of short names against the published configurations."""
     known = read_json(ROOT / "dryrun" / "networks.json")[short]
     index = dict(_class_name=known["pipeline"], boundary_ratio=known.get("boundary_ratio"))
-    if short == "wan2.2":
+    if "boundary_ratio" in known:
         index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
     write_json(tmp_path / "model_index.json", index)
     for part, config in (("transformer", "network"), ("scheduler", "scheduler")):

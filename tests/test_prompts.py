@@ -41,6 +41,7 @@ class Stub:
 
     part = "transformer"
     text_needs_network = False
+    takes_image = False
     most_tokens = {}
     calls = []  # numbers of prompts of each call
     tokens = {}  # limit of each tokenizer

@@ -153,6 +153,7 @@ class TwoClasses:
 
     sharding = None
     guided, cond_and_uncond = Gauss.guided, Gauss.cond_and_uncond
+    unconditional = Gauss.unconditional
 
     def null(self, n):
         return dict(labels=torch.full((n,), 2))

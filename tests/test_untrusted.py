@@ -137,6 +137,7 @@ class FakePipeline:
 
     most_tokens = {}
     text_needs_network = False
+    takes_image = False
 
     @classmethod
     def text_pipeline(cls, folder, dtype):

@@ -229,6 +229,7 @@ def prompt_kwargs(args, info=None, loras=None):
         frames=args.frames or of_type("frames", int),
         guidance=of_type("embedded_guidance", int, float),
         cache=args.cache_prompts,
+        edits=of_type("data", str),
         loras=(read_teacher_loras(args.teacher_lora) if loras is None else loras) or None,
     )
 

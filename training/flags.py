@@ -7,7 +7,7 @@ import re
 import sys
 
 from common.errors import require
-from common.teachers.kind import teacher_kind
+from common.teachers.kind import FROM_IMAGE, teacher_kind
 from common.teachers.sizes import sizes_of
 from training.folder import NOT_KEPT, default_folder, flags_of, read_starts
 
@@ -93,6 +93,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(nfe=1, data=None, lr_fake=None, lora=None, lora_fake=None)
         self.set_defaults(lora_alpha=None, lora_targets=None, shard=False, shard_size=None)
         self.set_defaults(small=None, small_fake=None)
+        self.images = images
 
         add = self.model.add_argument
         add(
@@ -130,12 +131,13 @@ class Parser(argparse.ArgumentParser):
         )
         add("--frames", type=int, help="frames of a video [the pipeline's]")
         add("--embedded-guidance", type=float, help="FLUX.1-dev: value of its guidance input [3.5]")
-        if images:
-            add(
-                "--data",
-                metavar="DIR",
-                help="image folder: a subfolder per class, or captions [the teacher's]",
-            )
+        add(
+            "--data",
+            metavar="DIR",
+            help="images: a subfolder per class, or captions [the teacher's]; edits"
+            if images
+            else "sources and prompts, of teachers that edit images",
+        )
         if lora:
             add(
                 "--lora",
@@ -270,6 +272,12 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         args.preset, args.preset_from, args.preset_source = preset
         args.cfg_given = "cfg" in given
+        args.from_image = self.kind in FROM_IMAGE
+        require(
+            self.images or args.from_image or not args.data,
+            f"--data {args.data}: expected a teacher that takes an image "
+            f"({', '.join(FROM_IMAGE)}), found {args.teacher}; this script uses no other images",
+        )
         if args.smoke:
             shorten(args)
         if "warmup" not in typed and args.warmup >= args.iters:  # that of a longer run
@@ -292,10 +300,16 @@ class Parser(argparse.ArgumentParser):
     def use_preset(self, presets, given):
         """Takes the preset of the teacher as defaults -> its name, what says so, its source."""
         kind, found = teacher_kind(given.get("teacher", self.get_default("teacher")))
-        preset = dict(presets.get(kind, presets["default"]))
+        self.kind = kind
+        borrowed = kind not in presets and FROM_IMAGE.get(kind) in presets
+        name = FROM_IMAGE[kind] if borrowed else kind
+        preset = dict(presets.get(name, presets["default"]))
         source = preset.pop("source", "")
+        if borrowed:
+            source = f"nobody's: {name}'s"
         if kind not in presets:
             found += f"; {self.prog} has none for {kind}"
+        kind = name
         if given.get("nfe", preset.get("nfe")) != preset.get("nfe"):
             for name in STEPS:
                 preset.pop(name, None)

@@ -34,7 +34,7 @@ RESULTS = (
 )
 LOGS = ("log.jsonl", "eval.jsonl", "run.jsonl")
 NOT_KEPT = ("resume", "overwrite", "smoke", "out")  # flags of one start, not of the run
-NOT_KEPT += ("preset", "preset_from", "preset_source", "cfg_given")  # facts of one start
+NOT_KEPT += ("preset", "preset_from", "preset_source", "cfg_given", "from_image")  # facts of it
 NOT_KEPT += ("dry_run", "device_memory", "processes", "tflops")  # a dry run leaves no run
 PATH_FLAGS = ("teacher", "start", "generator", "data", "prompts", "cache_prompts", "control_model")
 PATH_LISTS = ("teacher_lora",)

@@ -116,6 +116,8 @@ def describe_data(args, images, networks):
     teacher = networks.get("teacher")
     if getattr(teacher, "takes_prompts", False):
         file = args.prompts or default_prompts(teacher.folder)
+        if teacher.takes_image:
+            file = f"{args.data}, each with an image"
         found.append(f"{len(teacher.prompts)} prompts in {short_path(file)}")
     return "; ".join(found)
 

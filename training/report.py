@@ -43,6 +43,7 @@ class Report:
         self.sampler = sampler
         self.teacher_row = None
         self.teacher_figures = None
+        self.sources = None  # of a teacher that takes an image
 
     def student_sampler(self, student, z, cond, noise):
         return self.sample(student, z, cond, self.run.args.nfe, noise, **self.sampler)
@@ -62,11 +63,20 @@ class Report:
             run.note_pictures(compare(student_figures, self.teacher_figures))
             nfe = run.args.nfe
             steps = "1 step" if nfe == 1 else f"{nfe} steps"
-            rows = [
+            rows = self.source_row(len(student_row)) + [
                 (f"teacher, {TEACHER_NFE} steps, w = {run.args.cfg}", self.teacher_row),
                 (f"{run.method}, {steps}, iteration {it}", student_row),
             ]
             save_grid(run.out / "samples" / f"{it:08d}.png", rows, self.column_names(rows))
+
+    def source_row(self, n):
+        """The source images of n pictures, where the teacher takes an image: a list of one row."""
+        if not getattr(self.teacher, "takes_image", False):
+            return []
+        if self.sources is None:
+            rows = [i % self.conditions(n) for i in range(n)]
+            self.sources = self.teacher.source_pictures(rows)
+        return [("source", self.sources)]
 
     def column_names(self, rows):
         """Names of the pictures' classes, where the teacher has labels and knows their names."""

@@ -94,6 +94,7 @@ def front_matter(record, call, teacher):
     task = "unconditional-image-generation"
     if text:
         task = "text-to-video" if is_video(record) else "text-to-image"
+        task = "image-to-image" if "source" in models_of(record)[0] else task
     tags = ["diffusion-distillation", record["method"]] + (["lora"] if lora else [])
     data = dict(tags=tags, pipeline_tag=task, **licence_of(teacher))
     if model.get("adapter") != "toy":
@@ -174,6 +175,10 @@ def use_of_a_pipeline(record, plain, index):
     if "noise" in call:
         notes.append("The first noise is scaled as in training, so the call has `latents`.")
     notes.append(guidance_text(record, call))
+    if plain["pipeline"].startswith("QwenImageEdit"):
+        notes.append("Its processor needs torchvision.")
+    if plain["pipeline"] == "WanImageToVideoPipeline":
+        notes.append("Its pipeline needs the package ftfy.")
     if plain["pipeline"] == "ZImagePipeline":
         notes.append("The grid is for diffusers 0.39 or newer: older pipelines make another one.")
     if any("extras" in part for part in models_of(record)):
@@ -240,7 +245,7 @@ def guidance_text(record, call):
             f"Guidance is trained in ({trained_guidance(record)}): leave `guidance_scale` at "
             f"{call['guidance_scale']:g}."
         )
-    if is_lora(record) or record["model"].get("adapter") == "qwen-image":
+    if is_lora(record) or record["model"].get("adapter", "").startswith("qwen-image"):
         return f"Guidance is trained in ({trained_guidance(record)}): give no negative prompt."
     return (
         f"Guidance is trained in ({trained_guidance(record)}); the pipeline does not guide it, "
@@ -290,8 +295,16 @@ def loading_lines(record, plain, index):
         arguments.append("latents=latents")
         shape = ", ".join(map(str, latents_shape(record["model"])))
         lines.append(f"latents = {noise!r} * torch.randn({shape})")
+    source = models_of(record)[0].get("source")
+    if source:
+        height, width = source
+        lines[1:1] = ["from PIL import Image, ImageOps"]
+        file = 'Image.open("source.png").convert("RGB")'
+        lines.append(f"source = ImageOps.fit({file}, ({width}, {height}), Image.LANCZOS)")
+        arguments[:0] = ["image=source"]
     output = "frames" if is_video(record) else "images"
-    name = "prompt=" if plain["pipeline"].startswith("Flux2") else ""  # an image comes first there
+    image_first = source or plain["pipeline"].startswith("Flux2")
+    name = "prompt=" if image_first else ""
     call = ", ".join([f'{name}"{PROMPT}"', *arguments])
     lines.append(f"image = pipe({call}).{output}[0]")
     return "\n".join(lines)
@@ -337,7 +350,8 @@ def latents_shape(model):
     if first["adapter"] == "ltx-video":
         channels, *grid = shape
         return 1, math.prod(grid), channels
-    if first["adapter"] in ("flux", "chroma", "qwen-image"):
+    packed = ("flux", "flux-kontext", "chroma", "qwen-image", "qwen-image-edit")
+    if first["adapter"] in (*packed, "qwen-image-edit-plus"):
         channels, height, width = shape
         return 1, height * width // 4, 4 * channels
     return 1, *shape

@@ -20,6 +20,7 @@ from common.files import read_json
 from common.model import layers_at
 from common.schedules import equal_snr, expand
 from common.teachers.configuration import FLOW_SCHEDULER, flow_schedule
+from common.teachers.from_image import FromImage
 from common.teachers.pipeline import Pipeline, channel_stats
 
 
@@ -160,6 +161,13 @@ def grid_positions(h, w, device):
     return places.view(-1, 3)
 
 
+def positions_of(x, number):
+    """The same for a latent image [B, C, H, W]: (number of the image, row, column)."""
+    places = grid_positions(*x.shape[-2:], x.device)
+    places[:, 0] = number
+    return places
+
+
 class Flux(Pipeline):
     """FLUX.1, on packed latents.
 
@@ -203,22 +211,27 @@ class Flux(Pipeline):
     def text_shapes(cls, c):
         return dict(text=(512, c.joint_attention_dim), pooled=(c.pooled_projection_dim,))
 
+    def images(self, x, cond):
+        """Images [B, C, h, w] that the network is given, first the samples."""
+        return [x]
+
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
+        images = self.images(x, cond)
         guidance = None
         if self.net.config.guidance_embeds:
             guidance = torch.full((len(x),), float(self.guidance), device=x.device)
         out = self.net(
-            pack(x),
+            torch.cat([pack(image) for image in images], 1),
             encoder_hidden_states=cond["text"].to(x.dtype),
             pooled_projections=cond["pooled"].to(x.dtype),
             timestep=t,
             guidance=guidance,
-            img_ids=grid_positions(h, w, x.device),
+            img_ids=torch.cat([positions_of(image, i) for i, image in enumerate(images)]),
             txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x.device),
             return_dict=False,
         )[0]
-        return unpack(out, h, w)
+        return unpack(out[:, : h * w // 4], h, w)
 
     def time_embedders(self):
         return [self.net.time_text_embed], self.net.inner_dim
@@ -237,6 +250,37 @@ class Flux(Pipeline):
         options = super().call_options()
         if self.net.config.guidance_embeds:
             options["guidance_scale"] = self.guidance
+        return options
+
+
+class FluxKontext(FromImage, Flux):
+    """FLUX.1 Kontext: FLUX.1 that edits an image, whose tokens follow those of the sample.
+
+    The pipeline gives a source that size of a list, about 1024 x 1024 pixels, whose format is the
+    nearest, whatever size the samples have.
+    """
+
+    adapter = "flux-kontext"
+    pipeline = "FluxKontextPipeline"
+    built_for = (1024, 1024)
+
+    @classmethod
+    def source_size(cls, size, vae):
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        ratio = size[1] / size[0]
+        unit = cls.scale(vae) * cls.packed
+        sizes = [(abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS]
+        _, width, height = min(sizes)
+        return height // unit * unit, width // unit * unit
+
+    def images(self, x, cond):
+        return [x, cond["source"].to(x.dtype)]
+
+    def call_options(self):
+        options = super().call_options()
+        if "height" in options:  # the pipeline enlarges or reduces all samples to this area
+            options["max_area"] = options["height"] * options["width"]
         return options
 
 
@@ -305,17 +349,22 @@ class QwenImage(KeptLength):
     def text_shapes(cls, c):
         return dict(text=(512, c.joint_attention_dim), mask=(512,))
 
+    def images(self, x, cond):
+        """Images [B, C, h, w] that the network is given, first the samples."""
+        return [x]
+
     def predict(self, x, t, cond):
         h, w = x.shape[-2:]
+        images = self.images(x, cond)
         out = self.net(
-            pack(x),
+            torch.cat([pack(image) for image in images], 1),
             encoder_hidden_states=cond["text"].to(x.dtype),
             encoder_hidden_states_mask=cond["mask"],
             timestep=t,
-            img_shapes=[[(1, h // 2, w // 2)]] * len(x),
+            img_shapes=[[(1, i.shape[-2] // 2, i.shape[-1] // 2) for i in images]] * len(x),
             return_dict=False,
         )[0]
-        return unpack(out, h, w)
+        return unpack(out[:, : h * w // 4], h, w)
 
     def lengths(self, v):
         # of each token, a square of 2 x 2 latents

@@ -19,6 +19,7 @@ HUB = {
     "sd3.5": "stabilityai/stable-diffusion-3.5-medium",
     "flux": "black-forest-labs/FLUX.1-dev",
     "chroma": "lodestones/Chroma1-HD",
+    "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
     "flux2": "black-forest-labs/FLUX.2-dev",
     "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
     "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-base-9B",
@@ -26,6 +27,8 @@ HUB = {
     "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
     "qwen-image": "Qwen/Qwen-Image",
     "qwen-image-2512": "Qwen/Qwen-Image-2512",
+    "qwen-image-edit": "Qwen/Qwen-Image-Edit",
+    "qwen-image-edit-plus": "Qwen/Qwen-Image-Edit-2509",
     "z-image": "Tongyi-MAI/Z-Image",
     "wan2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
@@ -34,6 +37,8 @@ HUB = {
     "sana-video": "Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
     "ltx-video": "Lightricks/LTX-Video",
     "hunyuanvideo-1.5": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+    "wan2.1-i2v": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    "wan2.2-i2v": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     "dit-xl-256": "facebook/DiT-XL-2-256",
     "dit-xl-512": "facebook/DiT-XL-2-512",
 }
@@ -43,7 +48,7 @@ FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*.jinja"]
 CONFIGS = ["model_index.json", "teacher.json", "*/config.json", "*/scheduler_config.json"]
 
 # Not needed: components that no teacher class loads, and further variants of the same weights.
-UNUSED = ["safety_checker/*", "feature_extractor/*", "image_encoder/*"]
+UNUSED = ["safety_checker/*", "feature_extractor/*"]
 VARIANTS = [f"*.{name}{mark}*" for name in ("fp16", "bf16", "non_ema") for mark in ".-"]
 
 

@@ -42,17 +42,31 @@ PIPELINE_KINDS = {
     "SanaPipeline": "sana",
     "FluxPipeline": "flux",
     "ChromaPipeline": "chroma",
+    "FluxKontextPipeline": "flux-kontext",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2-klein",
     "HunyuanImagePipeline": "hunyuan-image",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
     "QwenImagePipeline": "qwen-image",
+    "QwenImageEditPipeline": "qwen-image-edit",
+    "QwenImageEditPlusPipeline": "qwen-image-edit-plus",
     "ZImagePipeline": "z-image",
     "WanPipeline": "wan2.1",
     "SanaVideoPipeline": "sana-video",
     "LTXPipeline": "ltx-video",
     "HunyuanVideo15Pipeline": "hunyuanvideo-1.5",
+    "WanImageToVideoPipeline": "wan2.1-i2v",
+}
+
+# Kinds whose prompts come with an image, and the kind for text alone whose recipe they share: no
+# recipe has been published for them, or none that differs.
+FROM_IMAGE = {
+    "flux-kontext": "flux",
+    "qwen-image-edit": "qwen-image",
+    "qwen-image-edit-plus": "qwen-image",
+    "wan2.1-i2v": "wan2.1-14b",
+    "wan2.2-i2v": "wan2.2",
 }
 
 # Few-step students of others, which are no teachers -> what to take in their place.
@@ -153,11 +167,12 @@ def refine(kind, folder, index):
             return "sd21", " with v_prediction"
     if kind == "sana" and width(folder, heads=70, head=32) < 1700:  # 0.6B: 1152, 1.6B: 2240
         return "sana-0.6b", " of 0.6B"
-    if kind == "wan2.1":
+    if kind in ("wan2.1", "wan2.1-i2v"):
         absent = [None, None]
         two = index.get("transformer_2", absent) != absent
         if two and index.get("boundary_ratio") is not None:
-            return "wan2.2", " with two networks"
+            return kind.replace("2.1", "2.2"), " with two networks"
+    if kind == "wan2.1":
         if network_config(folder).get("in_channels") == 48:  # those of its VAE
             return "wan2.2-5b", " of 48 channels"
         if width(folder, heads=40, head=128) > 2300:  # 1.3B: 1536, 14B: 5120

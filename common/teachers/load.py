@@ -41,7 +41,7 @@ from common.teachers.configuration import (
     with_defaults,
 )
 from common.teachers.dit import DiT
-from common.teachers.flow import SD3, Flux, QwenImage, Sana, ZImage
+from common.teachers.flow import SD3, Flux, FluxKontext, QwenImage, Sana, ZImage
 from common.teachers.flux2 import Flux2, Flux2Klein
 from common.teachers.formats import (
     LORA,
@@ -51,6 +51,7 @@ from common.teachers.formats import (
     read_index,
     wrong_route,
 )
+from common.teachers.from_image import read_image_prompts
 from common.teachers.hub import CONFIGS, HUB, download, is_hub_name
 from common.teachers.hunyuan_image import HunyuanImage
 from common.teachers.hunyuan_video import HunyuanVideo15
@@ -66,11 +67,12 @@ from common.teachers.ltx import LTXVideo
 from common.teachers.lumina import Lumina2
 from common.teachers.prompt_files import read_prompts
 from common.teachers.prompts import embed_prompts
+from common.teachers.qwen_edit import QwenImageEdit, QwenImageEditPlus
 from common.teachers.sana_video import SanaVideo
 from common.teachers.sizes import sizes_of
 from common.teachers.toy import Toy
 from common.teachers.unet import SD15, SDXL
-from common.teachers.wan import Wan
+from common.teachers.wan import Wan, WanImage
 from common.teachers.weights import find_weights
 from data.image_folder import read_captions
 
@@ -79,7 +81,8 @@ from data.image_folder import read_captions
 IMAGES = (SD15, SDXL, SD3, Sana, Flux, Chroma, Flux2, Flux2Klein)
 IMAGES += (HunyuanImage, Lumina2, QwenImage, ZImage)
 VIDEOS = (Wan, SanaVideo, LTXVideo, HunyuanVideo15)
-CLASSES = (*IMAGES, *VIDEOS, ClassDiT, DiT, Toy, EDMUNet)
+FROM_IMAGE = (FluxKontext, QwenImageEdit, QwenImageEditPlus, WanImage)
+CLASSES = (*IMAGES, *VIDEOS, *FROM_IMAGE, ClassDiT, DiT, Toy, EDMUNet)
 PIPELINES = {cls.pipeline: cls for cls in CLASSES if cls.pipeline}
 PIPELINES["Lumina2Text2ImgPipeline"] = Lumina2  # its first name in diffusers
 OWN_FORMAT = {cls.adapter: cls for cls in CLASSES if not cls.pipeline}
@@ -190,6 +193,7 @@ def load_pipeline(
     guidance=None,
     say=print,
     data=None,
+    edits=None,
     loras=None,
     negative=None,
     budget=ignore_sizes,
@@ -197,13 +201,15 @@ def load_pipeline(
 ):
     """Frozen Model of a diffusers pipeline: a folder or a name on the hub.
 
-    prompts: list of str, or a file of them; default: the folder's prompts.txt, or ours.
+    prompts: list of str, or a file of them; default: the folder's prompts.txt, or ours. Of a
+    teacher that takes an image: list of (text, file of the source); default: those of `data`.
     cache: folder of cached embeddings and latents.
     size: in pixels, [height, width] or one number for both, or a list of several [height, width],
     of which the model has one at a time (Sizes); default: the network's own.
     frames: of a video. guidance: see Flux. say: prints a line of progress.
     data: folder of images; their captions are embedded together with the prompts, because the text
-    encoders are in memory only then.
+    encoders are in memory only then. Of a teacher that takes an image: see read_image_prompts.
+    edits: `data` of a student's training, for teachers that take an image and nothing else.
     loras: list of TeacherLora that become part of the weights, or None.
     negative: the prompt of the null condition, in the place of the pipeline's; None: that one.
     """
@@ -221,9 +227,14 @@ def load_pipeline(
     index = read_index(name, folder, PIPELINES)
     cls = PIPELINES[index["_class_name"]]
     check_version(name, cls)
-    scheduler, c, _ = check_pipeline(name, cls, folder, index, sizes, frames, guidance)
+    scheduler, c, vae = check_pipeline(name, cls, folder, index, sizes, frames, guidance)
     folder = download(name)
-    prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
+    if cls.takes_image:
+        require(len(sizes) <= 1, f"--size: expected one size for {name}, which takes images")
+        facts = (cls.sample_shape(c, sizes[0] if sizes else None, frames), vae, negative)
+        prompts, captions = read_image_prompts(name, cls, prompts, data or edits, *facts)
+    else:
+        prompts, captions = read_texts(name, cls, folder, prompts, negative, data)
     loras = read_loras(loras, cls, folder, index)
     parts = cls.networks(index)
     counts = {}
@@ -244,7 +255,7 @@ def load_pipeline(
     if cls.takes_prompts:
         options = (device, dtype, cache, say, loras)
         table = embed_prompts(cls, folder, prompts, *options, negative)
-        if captions:
+        if captions and not cls.takes_image:  # which has them among its prompts
             texts = [text for _, own in captions for text in own]
             first_caption = table.append(embed_prompts(cls, folder, texts, *options))
 
@@ -303,7 +314,10 @@ def load_blank_pipeline(name, device, dtype, prompts, negative, size, frames, gu
         if guidance is not None:
             model.guidance = guidance
         prompts, _ = read_texts(name, cls, folder, prompts, negative, None)
-        table = blank_embeddings(cls, c, len(prompts), dtype) if cls.takes_prompts else None
+        table = None
+        if cls.takes_prompts:
+            shapes = cls.text_shapes(c) | model.source_shapes()
+            table = blank_embeddings(shapes, len(prompts), dtype)
         model.attach(folder, table, prompts, negative)
         # of further experts, which have the first one's configuration
         model.load_net = lambda *unused: blank_network(cls, config, device, dtype)

@@ -36,6 +36,7 @@ class Pipeline(Model):
     without = ()  # further components that are not needed for embedding prompts
     since = (0, 35)  # version of diffusers
     takes_prompts = True
+    takes_image = False  # its prompts come with an image (FromImage)
     text_needs_network = False  # `embed` depends on the network's config.json
     most_tokens = {}  # that `embed` reads, where the tokenizer of this name allows more
     built_for = None  # (height, width) in pixels, where the network's configuration has no size
@@ -266,7 +267,10 @@ class Pipeline(Model):
 
     @classmethod
     def embed(cls, pipe, prompts):
-        """Embeddings of prompts (list of str; None: the null prompt): dict of tensors [n, ...]."""
+        """Embeddings of prompts (list of str; None: the null prompt): dict of tensors [n, ...].
+
+        FromImage: list of ImagePrompt.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -281,6 +285,10 @@ class Pipeline(Model):
         c: configuration of the network. For --dry-run, which has no text encoders.
         """
         raise NotImplementedError
+
+    def source_shapes(self):
+        """Shapes of what a prompt's image adds to its embedding, as text_shapes."""
+        return {}
 
     def attach(self, folder, table, prompts, negative=None):
         """Adds the prompts. table: their PromptEmbeddings. negative: of --negative-prompt."""

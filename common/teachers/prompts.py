@@ -132,7 +132,7 @@ def embed_prompts(cls, folder, prompts, device, dtype, cache, say, loras=(), neg
     seen by all processes, the disk is too small.
     """
     rank, world = rank_and_world()
-    require_same(digest_of(prompts), "--prompts or captions of --data")
+    require_same(digest_of(keys_of(prompts)), "--prompts or captions of --data")
     require_same(negative, "--negative-prompt")
     loras = [lora for lora in loras if lora.changes_text]
     encoders = TextEncoders(cls, folder, device, dtype, loras)
@@ -184,7 +184,10 @@ class TextEncoders:
 
     @torch.no_grad()
     def embed(self, prompts):
-        """Embeddings of prompts (None: the null prompt): dict of tensors [n, ...] on the CPU."""
+        """Embeddings of prompts (None: the null prompt): dict of tensors [n, ...] on the CPU.
+
+        prompts: list of str, or of ImagePrompt (from_image.py).
+        """
         pipe = self.load()
         return {name: v.cpu() for name, v in self.cls.embed(pipe, prompts).items()}
 
@@ -197,6 +200,7 @@ class TextEncoders:
     def count_cut(self, prompts):
         """How many prompts are longer than a tokenizer's limit, by limit."""
         pipe = self.load()
+        prompts = texts_of(prompts)
         cut = {}
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             tokenizer = getattr(pipe, name, None)
@@ -234,7 +238,7 @@ def make_plan(home, encoders, prompts):
             row = encoders.embed(prompts[:BATCH])
             row_bytes = sum(v[0].nbytes for v in row.values())
             batches = max(1, min(SHARD, LARGEST_PART // row_bytes) // BATCH)
-            lengths = [len(prompt) for prompt in prompts]
+            lengths = [len(text) for text in texts_of(prompts)]
             plan = dict(
                 prompts=len(prompts),
                 rows=batches * BATCH,
@@ -244,7 +248,9 @@ def make_plan(home, encoders, prompts):
                 longest=max(lengths),
                 cut=encoders.count_cut(prompts),
             )
-            null = {name: v[:1] for name, v in encoders.embed(None).items()}
+            # zeros for what the null prompt does not have: the image of a prompt
+            null = {name: torch.zeros_like(v[:1]) for name, v in row.items()}
+            null |= {name: v[:1] for name, v in encoders.embed(None).items()}
             save_weights(home / NULL, null)
             write_json(home / PLAN, plan)
         missing = [k for k in range(count_parts(plan)) if not part_path(home, k).is_file()]
@@ -262,8 +268,18 @@ def make_null(home, encoders, negative):
     path = home / f"negative-{digest_of([negative])}.safetensors"
     with cache_errors(home, "embeddings"):
         if not path.is_file():
-            save_weights(path, encoders.embed_negative(negative))
+            save_weights(path, load_file(home / NULL) | encoders.embed_negative(negative))
     return path
+
+
+def texts_of(prompts):
+    """The texts of prompts with or without images."""
+    return [getattr(prompt, "text", prompt) for prompt in prompts]
+
+
+def keys_of(prompts):
+    """What the embeddings of prompts depend on, for JSON."""
+    return [getattr(prompt, "key", prompt) for prompt in prompts]
 
 
 def read_plan(home, prompts):
@@ -338,13 +354,16 @@ def cache_of(cls, folder, prompts, dtype, cache, loras=()):
     --teacher-lora adds to them, the libraries or the format do."""
     folder = Path(folder)
     parts = [p for p in folder.glob("t*/") if p.name.startswith(("text_encoder", "tokenizer"))]
+    if cls.takes_image:
+        names = ("vae", "processor", "image_processor", "image_encoder")
+        parts += [folder / name for name in names]
     files = sorted(p for part in parts for p in part.rglob("*") if p.is_file())
     files.append(folder / "model_index.json")  # says what the null prompt is
     if cls.text_needs_network:
         files.append(folder / cls.part / "config.json")
     key = [FORMAT, library_versions(), cls.__name__, str(folder), stamp_files(files, folder)]
     added = [[lora.sha256, lora.scale] for lora in loras]
-    return cache_folder(cache, folder.name, [*key, str(dtype), *added, *prompts])
+    return cache_folder(cache, folder.name, [*key, str(dtype), *added, *keys_of(prompts)])
 
 
 def read_part(path, n, null):

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video.
+"""Wan 2.1 and 2.2: text to video, and image to video.
 
 Wan 2.2 5B has a VAE of its own, with 48 channels and 16 pixels per latent. Its pipeline gives every
 token a time (expand_timesteps), all equal in text to video: one time per sample is the same.
@@ -7,11 +7,15 @@ Not reproduced, since it is a matter of the solver and not of the network: the U
 Wan's pipeline rounds times down to integers.
 """
 
+from types import MethodType
+
 import torch
 
+from common.errors import require
 from common.model import layers_at
 from common.routed import ByLevel
 from common.teachers.configuration import FLOW_SCHEDULER, flow_schedule
+from common.teachers.from_image import FromImage
 from common.teachers.video import Video
 
 CHANNELS_5B = 48  # of the latents of Wan 2.2 5B
@@ -93,3 +97,89 @@ class Wan(Video):
 
     def feature_layers(self, depths=(0.5,)):
         return layers_at(self.net.blocks, depths)
+
+
+class WanImage(FromImage, Wan):
+    """Wan 2.1 and 2.2 A14B, image to video: the source is the first frame.
+
+    cond["source"]: [B, 4 + C, F, h, w], further channels of the network's input: the latents of a
+    video that goes on in grey, behind a mask of the frames that are given. cond["seen"]: what the
+    image encoder of Wan 2.1 makes of the source.
+    """
+
+    adapter = "wan-image"
+    pipeline = "WanImageToVideoPipeline"
+    kept = ("source", "seen")
+
+    @classmethod
+    def sample_shape(cls, c, size, frames):
+        height, width, own_frames = cls.made_for(c)
+        return *(size or (height, width)), frames or own_frames
+
+    @classmethod
+    def source_size(cls, size, vae):
+        return tuple(size)
+
+    @classmethod
+    def input_channels(cls, latents):
+        return 2 * latents + 4  # four of the mask
+
+    @classmethod
+    def output_channels(cls, c):
+        return [(c.in_channels - 4) // 2]
+
+    @classmethod
+    def text_pipeline(cls, folder, dtype, **parts):
+        from diffusers import WanPipeline
+
+        pipe = super().text_pipeline(folder, dtype, **parts)
+        # The same code, but this pipeline's own does not run without the package ftfy.
+        pipe._get_t5_prompt_embeds = MethodType(WanPipeline._get_t5_prompt_embeds, pipe)
+        return pipe
+
+    @classmethod
+    def embed_sources(cls, pipe, sources, frames):
+        found = dict(source=[], seen=[])
+        for source in sources:
+            size = (source.height, source.width)
+            pixels = pipe.video_processor.preprocess(source, *size).to(pipe.device)
+            # The noise is not used, and not drawn.
+            shape = (1, pipe.vae.config.z_dim, *size, frames, torch.float32, pipe.device, None)
+            _, latents = pipe.prepare_latents(pixels, *shape, latents=pixels.new_zeros(1))
+            found["source"].append(latents)
+            if pipe.image_encoder is not None:
+                found["seen"].append(pipe.encode_image(source, pipe.device))
+        return {name: torch.cat(rows) for name, rows in found.items() if rows}
+
+    def source_shapes(self):
+        mask = self.vae.config.scale_factor_temporal
+        shapes = dict(source=(mask + self.shape[0], *self.shape[1:]))
+        if self.net.config.image_dim is not None:
+            shapes["seen"] = (257, self.net.config.image_dim)  # a class token and 16 x 16 patches
+        return shapes
+
+    def source_pictures(self, labels):
+        """As tall as the pictures of samples, which have several frames."""
+        shown = dict.fromkeys((0, self.frames // 2, self.frames - 1))
+        return torch.cat([super().source_pictures(labels)] * len(shown), 2)
+
+    @classmethod
+    def networks(cls, index):
+        require(
+            not index.get("expand_timesteps"),
+            f"--teacher: model_index.json: expand_timesteps: expected false for {cls.pipeline}, "
+            "found true: times that differ between tokens are not supported",
+        )
+        return super().networks(index)
+
+    def predict(self, x, t, cond):
+        seen = cond.get("seen")
+        return self.net(
+            torch.cat([x, cond["source"].to(x.dtype)], 1),
+            timestep=t * 1000,
+            encoder_hidden_states=cond["text"].to(x.dtype),
+            encoder_hidden_states_image=None if seen is None else seen.to(x.dtype),
+            return_dict=False,
+        )[0]
+
+    to_feature_map = Wan.to_feature_map  # the source adds channels, not tokens

@@ -49,6 +49,7 @@ class Gauss(nn.Module):
 
     guided = Model.guided
     cond_and_uncond = Model.cond_and_uncond
+    unconditional = Model.unconditional
 
     def __init__(self, mean=0.0, std=1.0, schedule=None):
         super().__init__()

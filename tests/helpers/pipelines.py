@@ -319,8 +319,8 @@ def t5(kind="T5", size=16, vocab=110):
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
-def flux(folder):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def flux(folder, pipeline="FluxPipeline"):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     torch.manual_seed(0)
     net = FluxTransformer2DModel(
@@ -338,7 +338,9 @@ def flux(folder):
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
     )
-    pipe = FluxPipeline(
+    if pipeline == "FluxKontextPipeline":
+        notice_sources(net)
+    pipe = getattr(diffusers, pipeline)(
         transformer=net,
         scheduler=scheduler,
         vae=kl_vae(shift_factor=0.1, scaling_factor=1.5),
@@ -375,6 +377,19 @@ def chroma(folder):
         tokenizer=letter_tokenizer(),
     )
     return save(pipe, folder)
+
+
+def notice_sources(net):
+    """Random attention would not notice the tokens of a source image among those of the text."""
+    for name, module in net.named_modules():
+        if name.endswith("attn.norm_k"):
+            module.weight.data *= 8
+        if name.endswith(("attn.to_out.0", "proj_out")) and "blocks" in name:
+            module.weight.data *= 8
+
+
+def kontext(folder):
+    return flux(folder, "FluxKontextPipeline")
 
 
 def qwen3(size, layers, kind="Qwen3Model"):
@@ -516,7 +531,7 @@ def lumina(folder):
     return save(pipe, folder)
 
 
-def qwen2_vl(layers):
+def qwen2_vl(layers, tokens=None):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
@@ -531,7 +546,7 @@ def qwen2_vl(layers):
         vocab_size=110,
     )
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
-    tokens = dict(
+    tokens = tokens or dict(
         vision_start_token_id=0,
         vision_end_token_id=0,
         vision_token_id=0,
@@ -597,12 +612,11 @@ def hunyuan(folder):
     return save(pipe, folder)
 
 
-def qwen(folder):
-    since(0, 37)
+def qwen_parts(tokens=None, **network):
+    """Parts of a pipeline of Qwen-Image. tokens: options of the text encoder."""
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
 
@@ -616,11 +630,12 @@ def qwen(folder):
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(2, 2, 4),
+        **network,
     )
     # Random attention would not notice the few tokens of the prompt among those of the template.
     for block in net.transformer_blocks:
         block.attn.norm_added_k.weight.data *= 8
-    encoder = qwen2_vl(layers=1)
+    encoder = qwen2_vl(1, tokens)
     vae = AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -638,14 +653,43 @@ def qwen(folder):
         max_shift=0.9,
         shift_terminal=0.02,
     )
-    pipe = QwenImagePipeline(
-        transformer=net,
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=letter_tokenizer(padding_side="right"),
-    )
-    return save(pipe, folder)
+    return dict(transformer=net, scheduler=scheduler, vae=vae, text_encoder=encoder)
+
+
+def qwen(folder):
+    since(0, 37)
+    from diffusers import QwenImagePipeline
+
+    tokenizer = letter_tokenizer(padding_side="right")
+    return save(QwenImagePipeline(tokenizer=tokenizer, **qwen_parts()), folder)
+
+
+def qwen_edit(folder, pipeline="QwenImageEditPipeline", **network):
+    """The text encoder sees at most 2 x 2 tokens of a source."""
+    since(0, 37)
+    from transformers import Qwen2VLImageProcessor
+
+    tokenizer = letter_tokenizer(padding_side="right")
+    words = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens(dict(additional_special_tokens=words))
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = tokenizer.convert_tokens_to_ids(words)
+    tokens = {f"{name}_token_id": i for name, i in zip(names, ids)}
+    parts = qwen_parts(tokens, **network)
+    notice_sources(parts["transformer"])
+    pipe = getattr(diffusers, pipeline)(tokenizer=tokenizer, processor=None, **parts)
+    save(pipe, folder)
+    # The class of the processor needs torchvision.
+    size = dict(shortest_edge=28**2, longest_edge=4 * 28**2)
+    Qwen2VLImageProcessor(size=size).save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def qwen_plus(folder, **network):
+    return qwen_edit(folder, "QwenImageEditPlusPipeline", **network)
 
 
 def zimage(folder):
@@ -675,19 +719,20 @@ def zimage(folder):
     return save(pipe, folder)
 
 
-def wan_network(channels):
+def wan_network(channels, inputs=None, **kw):
     from diffusers import WanTransformer3DModel
 
     net = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=channels,
+        in_channels=inputs or channels,
         out_channels=channels,
         text_dim=16,
         freq_dim=32,
         ffn_dim=32,
         num_layers=2,
         rope_max_seq_len=32,
+        **kw,
     )
     # Random attention would not notice the prompt among the zeros behind it.
     for block in net.blocks:
@@ -729,6 +774,48 @@ def wan(folder, **kw):
         **kw,
     )
     return save(pipe, folder)
+
+
+def wan_i2v(folder, experts=False):
+    """Wan 2.1, which has an image encoder. experts: 2.2, which has none."""
+    since(0, 37)
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    parts = wan_parts()
+    if experts:
+        nets = dict(transformer=wan_network(4, 12), transformer_2=wan_network(4, 12))
+        return save(WanImageToVideoPipeline(boundary_ratio=0.9, **nets, **parts), folder)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+    )
+    parts |= dict(
+        transformer=wan_network(4, 12, image_dim=16, added_kv_proj_dim=24),
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(size=224, crop_size=224),
+    )
+    return save(WanImageToVideoPipeline(**parts), folder)
+
+
+def wan_i2v22(folder):
+    return wan_i2v(folder, experts=True)
+
+
+def wan_parts():
+    """VAE, scheduler, text encoder and tokenizer."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    text = dict(text_encoder=t5("UMT5"), tokenizer=letter_tokenizer())
+    return dict(scheduler=scheduler, vae=wan_vae(), **text)
 
 
 def wan22(folder):
@@ -1067,14 +1154,19 @@ BUILDERS = dict(
     sprint=sprint,
     flux=flux,
     chroma=chroma,
+    kontext=kontext,
     flux2=flux2,
     klein=klein,
     hunyuan=hunyuan,
     lumina=lumina,
     qwen=qwen,
+    qwen_edit=qwen_edit,
+    qwen_plus=qwen_plus,
     zimage=zimage,
     wan=wan,
     wan22=wan22,
+    wan_i2v=wan_i2v,
+    wan_i2v22=wan_i2v22,
     wan5b=wan5b,
     sanavideo=sanavideo,
     ltx=ltx,

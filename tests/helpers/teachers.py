@@ -34,7 +34,9 @@ SIZE = dict(  # flags of teachers whose networks have no size of their own
     ltx=dict(size=64, frames=5),
     hunyuanvideo=dict(size=16, frames=5),
 )
-PACKED = ("flux", "chroma", "qwen-image")  # adapters whose pipelines work on packed latents
+# adapters whose pipelines guide by true_cfg_scale, and only with a negative prompt
+TRUE_CFG = ("flux", "flux-kontext", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus")
+PACKED = (*TRUE_CFG, "chroma")  # whose pipelines work on packed latents
 FLUX2 = ("flux2", "flux2-klein")  # whose pipelines take our samples, and denoise their pixels
 TOKENS = (*FLUX2, "ltx-video")  # whose schedulers get a sample's pixels as tokens
 # whose pipelines give their scheduler sigmas of their own
@@ -99,17 +101,17 @@ def run_pipeline(model, pipe, prompts, z, steps, w, output_type="latent", **opti
     name = model.adapter
     height, width = model.image_shape[-2:]
     negative = model.negative
-    if name in ("flux", "qwen-image") and negative is None:  # they guide only if there is one
-        negative = "" if name == "flux" else " "
+    if name in TRUE_CFG and negative is None:
+        negative = "" if name.startswith("flux") else " "
     if w > 1 and negative is not None:
         negatives = [negative] * len(prompts)
         if name == "flux2-klein":  # its pipeline takes embeddings only
             options["negative_prompt_embeds"] = pipe.encode_prompt(negatives)[0]
         else:
             options["negative_prompt"] = negatives
-    if name in ("flux", "qwen-image"):
+    if name in TRUE_CFG:
         options["true_cfg_scale"] = w
-        if name == "flux":
+        if name.startswith("flux"):
             options.setdefault("guidance_scale", model.guidance)
     elif name == "hunyuan-image":  # its guidance is components of the pipeline
         for part in model.guiders:
