@@ -344,12 +344,13 @@ class PathDistance:
     def __init__(self, teacher, args, n):
         self.args = args
         self.n = n
+        self.sizes = teacher.sizes
         self.real = self.states(self.teacher_states, teacher)
 
     def states(self, sampler, model):
         """[READOUTS, n, *shape]"""
-        if model.sizes:
-            model.sizes.use(0)  # of several --size the same one each time
+        if self.sizes:
+            self.sizes.use(0)  # of several --size the same one each time
         batches = generate(sampler, model, self.n, self.args.seed, batch=32)
         return torch.cat([x for _, _, x in batches], 1)
 
