@@ -166,7 +166,7 @@ def parse_args(argv=None):
     require(ok, f"--map-iters: expected 0 to --iters {args.iters}, found {args.map_iters}")
     ok = not args.image_free or args.velocity == "teacher"
     require(ok, "--image-free: without images the velocity is the teacher's; --velocity teacher")
-    unused = args.image_free and args.data
+    unused = args.image_free and args.data and not args.from_image
     require(not unused, f"--data {args.data}: this run uses no images (--image-free)")
     require(args.shift > 0, f"--shift: expected a number > 0, found {args.shift}")
     require(args.lr_dm > 0, f"--lr-dm: expected a number > 0, found {args.lr_dm}")
@@ -274,8 +274,8 @@ def data_velocity(student, x, z, x_t, t, cond, w):
     """v of (5) [B, *shape], from a sample x and its noise z. The student guides itself."""
     if w == 1:
         return z - x
-    null = student.null(len(x))
-    both = {name: torch.cat([cond[name], null.get(name, cond[name])]) for name in cond}
+    null = student.unconditional(cond, len(x))
+    both = {name: torch.cat([cond[name], null[name]]) for name in cond}
     t = torch.cat([t, t])
     c, u = velocity(student, torch.cat([x_t, x_t]), t, t, both).chunk(2)
     return z - x + (w - 1) * (c - u)  # (5)

@@ -386,6 +386,7 @@ def test_eq12_guidance_is_the_teachers_alone():
     class Net:
         sharding = None
         guided, cond_and_uncond = Gauss.guided, Gauss.cond_and_uncond
+        unconditional = Gauss.unconditional
         null = lambda self, n: dict(labels=torch.zeros(n, dtype=torch.int64))
 
         def __call__(self, x, alpha, sigma, cond):
