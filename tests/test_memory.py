@@ -25,7 +25,8 @@ from training.memory import estimate_memory, refuse_if_too_large
 def estimate(world=1, experts=1, students=1, critics=1, averages=0, single=False, **flags):
     """Bytes by part for a network of 1,000 parameters and a VAE of 100 in bf16."""
     args = dict(teacher="toy", ema=0, ema_cpu=False, lora=None, lora_fake=None, shard=False)
-    args = SimpleNamespace(**dict(args, small=None, small_fake=None) | flags)
+    args |= dict(small=None, small_fake=None, shard_size=None)
+    args = SimpleNamespace(**args | flags)
     sizes = dict(network=1000, width=2, vae=100, experts=experts, count_small=len)
     return estimate_memory(args, world, sizes, students, critics, averages, single)
 
