@@ -260,6 +260,7 @@ def test_every_script_on_every_teacher(script, kind, dry, folders):
     """No tensor is on the wrong device, no iteration waits, passes are bf16."""
     teacher = kind if kind in ("toy-cond", "mnist") else folders(kind)
     flags = dict(phased_dmd=["--phases", 2, "--phase-iters", 4], sana_sprint=["--H", 4])
+    flags["anyflow"] = ["--map-iters", 4]
     if kind != "toy-cond":  # the preset's rank, 64, is above the width of the tiny networks
         flags["swiftbrush"] = ["--lora-fake", 4]
         flags["msd"] = ["--adm", 0] if kind in ("dit", "sit") else []  # images of all 1,000 labels
