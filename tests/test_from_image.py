@@ -357,7 +357,7 @@ def flags_of(folders, name, triples, *more):
     return [*flags, "--cfg", 3, "--nfe", 2, "--warmup", 0, *more]
 
 
-@pytest.mark.parametrize("name", ["kontext", pytest.param("qwen_edit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["kontext"])
 def test_a_run_from_a_folder_of_triples(name, folders, triples, scripts, tmp_path):
     """dmd2 with the GAN term: prompts and sources for the student, results as real images. Resumed
     it is the same run, and plain diffusers samples its student."""
@@ -433,6 +433,8 @@ def test_scripts(script, name, targets, folders, scripts, tmp_path):
     flags = flags_of(folders, name, home, *SCRIPTS[script])
     if script in ("twinflow", "sana_sprint"):
         flags += ["--batch", 4]
+    if script == "sana_sprint" and name.startswith("qwen"):
+        flags += ["--cfg", 4]  # within the preset's --cfg-train
     if script == "twinflow":
         at = flags.index("--lr-fake")
         del flags[at : at + 2]
@@ -443,7 +445,7 @@ def test_scripts(script, name, targets, folders, scripts, tmp_path):
     teacher = load(folders, name, data=str(home), size=[16, 16], **options)
     student = load_model(out / "student", info["model"], teacher)
     assert (student.adapter, student.shape) == (teacher.adapter, teacher.shape)
-    assert (out / "student" / FILE).is_file() == ("--lora" in flags)
+    assert any((out / "student").rglob(FILE)) == ("--lora" in flags)
 
 
 MISTAKES = [
