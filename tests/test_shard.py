@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import pipelines
 from helpers.cases import SCRIPTS, SECOND_FLAGS
 from helpers.runs import (
@@ -87,6 +88,26 @@ def test_a_torch_that_cannot_shard_on_cpus(monkeypatch):
         shard.Sharding(torch.device("cpu"))
 
 
+def test_a_network_that_is_frozen_at_first(tmp_path):
+    """Its gradients are averaged in fp32 like those of any other: a group of one process."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} cannot shard on CPUs")
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        place = shard.Sharding(torch.device("cpu"), torch.bfloat16)
+        net = load_teacher("mnist", torch.device("cpu"), torch.bfloat16, place=place).copy()
+        x, alpha, sigma = torch.randn(2, *net.shape), torch.full((2,), 0.6), torch.full((2,), 0.8)
+        net.requires_grad_(False)
+        loss = net(x.requires_grad_(), alpha, sigma, net.encode([1, 2])).square().mean()
+        loss.backward()
+        net.requires_grad_(True)
+        net(x.detach(), alpha, sigma, net.encode([1, 2])).square().mean().backward()
+        assert {p.grad.dtype for p in net.parameters() if p.grad is not None} == {torch.float32}
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "script", [s if s == "dmd2" else pytest.param(s, marks=slow) for s in SHARDED]
 )
@@ -112,7 +133,7 @@ def test_two_copies_on_four_processes(scripts, tmp_path):
 @slow
 def test_bf16(scripts, tmp_path):
     """Gathered in bf16, weights are rounded as autocast rounds those of whole networks; only norms
-    and biases differ. The critic is frozen in its first pass. A resumed run has the same bits."""
+    and biases differ. A resumed run has the same bits."""
     args = [
         "--teacher",
         "mnist",
