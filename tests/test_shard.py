@@ -128,6 +128,7 @@ def test_two_copies_on_four_processes(scripts, tmp_path):
     run_sharded(scripts, "dmd2", [*args, "--iters", 3], two, n=4)
     run_sharded(scripts, "dmd2", [*args, "--iters", 5, "--resume"], two, n=4)
     close(one, two, 5)
+    scripts.run("dmd2.py", *args, "--iters", 6, "--resume", "--no-shard", "--out", two)
 
 
 @slow

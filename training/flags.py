@@ -423,7 +423,8 @@ def check_flags(args):
     for name, reason in NOT_WITH_SHARD.items():
         both = args.shard and getattr(args, name)
         require(not both, f"--shard with {flag_name(name)}: {reason}; use one of them")
-    unused = args.shard_size is not None and not args.shard
+    # a run that is resumed with --no-shard still has its --shard-size
+    unused = args.shard_size is not None and not args.shard and not args.resume
     require(not unused, "--shard-size needs --shard")
     alpha = args.lora_alpha
     unused = not (args.lora or args.lora_fake) and (alpha is not None or args.lora_targets)

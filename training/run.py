@@ -690,7 +690,7 @@ def check_batch(args):
         "--shard: expected several processes to spread the weights over "
         "(torchrun --nproc_per_node=N), found one; a resumed run takes --no-shard",
     )
-    size = args.shard_size
+    size = args.shard_size if args.shard else None
     require(
         size is None or 1 < size and world % size == 0,
         f"--shard-size {size}: expected a divisor above 1 of the processes, found {world}",
