@@ -218,6 +218,14 @@ IN_DIFFUSERS = [
     (f"{MODELS}/transformer_qwenimage.py", "torch.as_tensor(text_seq_len, device=", "every"),
     # the lengths of the prompts come to the host, for the places of text and image
     (f"{MODELS}/transformer_lumina2.py", "attention_mask.sum(dim=1).tolist()", "every"),
+    # zeros in the place of a guidance scale
+    (
+        f"{MODELS}/transformer_chroma.py",
+        "guidance_proj = self.guidance_proj(torch.tensor(",
+        "every",
+    ),
+    # valid tokens of both encoders before the padding, sample by sample
+    (f"{MODELS}/transformer_hunyuanimage.py", "text_mask", "every"),
     # is there an image; valid tokens before the padding, sample by sample
     (f"{MODELS}/transformer_hunyuan_video15.py", "if is_t2v:", "every"),
     (f"{MODELS}/transformer_hunyuan_video15.py", "mask", "every"),
@@ -269,7 +277,7 @@ def test_every_script_on_every_teacher(script, kind, dry, folders):
     result = dry(script, *flags)
     waits = [(line, turn["it"]) for turn in result["turns"] for line in turn["waits"]]
     waits = [line for line, it in waits if not is_in_diffusers(line, it, script)]
-    if kind == "hunyuanvideo":  # gradients of the valid tokens
+    if kind in ("hunyuan", "hunyuanvideo"):  # gradients of the valid tokens
         waits = [line for line in waits if line != "the backward pass indexes with a mask"]
     if script == "msd":  # each of these iterations begins a stage
         waits = [line for line in waits if line not in where_a_stage_begins()]
