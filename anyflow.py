@@ -28,7 +28,7 @@ gradients. F(x_t, t, r, c) is the student, F(x_t, t, t, c) its velocity at x_t.
                                                     a quarter any r                             (10)
     x: jumps from z along T, t_k, t_{k+1}, 0        N of --rollouts, k ~ U{0..N-1}; t_i: (4)    (11)
     r = mu_teacher(x_t, t, c), guided (--dm-cfg)    f = mu_critic(x_t, t, c), not guided        (12)
-    g = (f - r) / mean|x - r|                       t = T S(U(0,1))                             (13)
+    g = (f - r) / mean|x - r|                       t = T S(U(0,1)); r is that of (12)          (13)
     L_dm = mean (x - sg[x - g])^2                   student of the second stage: L_dm + L_map   (14)
     L_critic = mean |F_critic(x_t, t, c) - (z - x)|^2       x: (11) anew; t = T S(sigmoid(N(0,1)))
                                                                                                 (15)
@@ -412,12 +412,12 @@ def main():
         else:
             v = data_velocity(student, x, z, x_t, t, cond, args.cfg)
         target = v.clone()
-        rows = (r < t).nonzero().flatten()  # where r = t the target is v
-        own = {name: take_rows(value, rows) for name, value in cond.items()}
-        at_rows = (take_rows(x_t, rows), take_rows(v, rows), t[rows], r[rows])
-        dF = slope(student, *at_rows, own, T)
-        target[rows.to(run.device, non_blocking=True)] = map_target(
-            at_rows[1], dF, t[rows], r[rows]
+        jumps = (r < t).nonzero().flatten()  # rows of the batch; where r = t the target is v
+        own = {name: take_rows(value, jumps) for name, value in cond.items()}
+        at_jumps = (take_rows(x_t, jumps), take_rows(v, jumps), t[jumps], r[jumps])
+        dF = slope(student, *at_jumps, own, T)
+        target[jumps.to(run.device, non_blocking=True)] = map_target(
+            at_jumps[1], dF, t[jumps], r[jumps]
         )
         prediction = velocity(student_ddp, x_t, t, r, cond)
         each = squared_error(prediction, target, time_weight(t, args.shift))
@@ -440,11 +440,11 @@ def main():
             x = rollout(student_ddp, draw.randn(*shape), cond, times)
             t = T * schedule.shifted(draw.rand())
             x_t = add_noise(x.detach(), 1 - t, t, draw.randn(*shape))
-            g, r, f, norm = dm_gradient(x, x_t, 1 - t, t, cond, teacher, critic, args.dm_cfg)
+            g, real, fake, norm = dm_gradient(x, x_t, 1 - t, t, cond, teacher, critic, args.dm_cfg)
             loss_dm = dm_loss(x, g)
             loss = loss + loss_dm  # (14)
             logs |= dict(dm=loss_dm, dm_norm=norm.mean(), mean=x.mean(), std=x.std())
-            logs |= dict(real_gap=(x - r).square().mean(), fake_gap=(x - f).square().mean())
+            logs |= dict(real_gap=(x - real).square().mean(), fake_gap=(x - fake).square().mean())
         loss.backward()
         logs |= dict(grad_student=run.step(opt_g, args.clip))  # clip, step, zero the gradients
         ema.update(run.images_stepped)

@@ -437,10 +437,12 @@ def format_time(seconds):
 def times(result, args, row):
     """Time of the whole run: at --tflops, or at the assumed share of what devices are sold for."""
     total = result["tflop_per_iteration"] * result["iterations"]
+    run = f"{result['iterations']:,} iterations of batch {args.batch}"
     if args.tflops:
         time = format_time(total / args.tflops)
-        yield row("time", f"{time} at {args.tflops:g} TFLOP/s (--tflops)")
+        yield row("time", f"{run}: {time} at {args.tflops:g} TFLOP/s (--tflops)")
         return
     speeds = {name: n * UTILISATION for name, n in PEAK_TFLOPS.items()}
     each = ", ".join(f"{name} {format_time(total / n)}" for name, n in speeds.items())
-    yield row("time", f"{each}, if {UTILISATION:.0%} of their bf16 peak is reached (assumed)")
+    assumed = f"if {UTILISATION:.0%} of their bf16 peak is reached (assumed)"
+    yield row("time", f"{run}: {each}, {assumed}")

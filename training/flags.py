@@ -156,7 +156,7 @@ class Parser(argparse.ArgumentParser):
                 "--lora-targets",
                 nargs="+",
                 metavar="NAME",
-                help="layers with adapters, by the ends of their names [attention]",
+                help="layers with adapters, by the ends of their names [attention, feed-forward]",
             )
         if small:
             add(
