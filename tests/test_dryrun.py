@@ -162,7 +162,7 @@ def test_the_report(dry, capsys):
         r"turn of student \+ critic\n",
         r"memory, peak +[\d.]+ MB: weights of student",
         r"waits of the host +none",
-        r"time +[\d.e-]+ s at 100 TFLOP/s",
+        r"time +[\d,]+ iterations of batch \d+: [\d.e-]+ s at 100 TFLOP/s",
         r"not shown",
     ):
         assert re.search(line, text), line
