@@ -601,7 +601,8 @@ def runs(home, tmp_path):
 
 def options(home, **changes):
     args = dict(teacher=None, teacher_lora=None, prompts=None, cache_prompts=str(home / "cache"))
-    return SimpleNamespace(**args | dict(size=None, frames=None, it=None) | changes)
+    args |= dict(size=None, frames=None, it=None, negative_prompt=None)
+    return SimpleNamespace(**args | changes)
 
 
 @pytest.mark.parametrize("name", ["whole", "lora"])

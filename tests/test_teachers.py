@@ -97,7 +97,7 @@ def test_our_sampler_is_the_pipeline(name, steps, negative, folders):
         assert relative(samples[w], theirs) < 1e-5, w
         if w == guidance and negative is None and (name in OLDER or steps == 5):
             check_other_views(model, theirs, pipe.scheduler, z, cond, steps, w)
-    assert relative(samples[3.0], samples[1.0]) > 0.01  # guidance does something
+    assert relative(samples[3.0], samples[1.0]) > 1e-3  # guidance does something
     if negative is not None:
         null = load_wide(folders, name)
         without, _ = sample_as_pipeline(null, pipe.scheduler, z, cond, steps, 3.0)
@@ -121,7 +121,8 @@ def test_the_null_condition_is_that_of_the_docs(name, folders):
     if stated == "zeros":
         assert all(value.norm() == 0 for value in null.values())
         return
-    text = {"empty prompt": "", "a blank": " "}[stated]
+    text = " " if stated == "a blank" else ""
+    assert stated == "a blank" or stated.startswith("empty prompt")
     same = null_of(folders, name, negative=text)
     assert all(torch.equal(null[key], same[key]) for key in null)
 

@@ -137,7 +137,7 @@ def test_a_pickle_in_this_format_is_not_executed(old_format, tmp_path):
 @pytest.mark.parametrize(
     "name, option, says",
     [
-        ("dit", dict(prompts="prompts.txt"), "--prompts: .*takes labels"),
+        ("dit", dict(prompts=["dog"]), "--prompts: .*takes labels"),
         ("dit", dict(size=[16, 32]), "--size 16x32: expected a square"),
         ("dit", dict(frames=5), "--frames 5: .*DiTPipeline"),
         ("dit", dict(negative=""), "--negative-prompt: .* takes text, found .* takes labels"),

@@ -328,6 +328,7 @@ def test_flags_of_wrong_types_are_ignored(tmp_path):
     flags = dict(prompts=5, size="x", frames=[1], embedded_guidance="y", negative_prompt=[1])
     text = prompt_kwargs(args, dict(flags=flags))
     rest = dict(size=None, frames=None, guidance=None, cache=None, loras=None)
+    rest |= dict(edits=None)
     assert text == dict(prompts=None, negative=None) | rest
 
 

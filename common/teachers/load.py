@@ -242,7 +242,8 @@ def load_pipeline(
         weights = find_weights(folder / part, name)
         if weights.variant:
             say(f"{part}: weights in {weights.variant}, the folder has no others")
-        counts[part] = weights.count_parameters()
+        with load_errors(f"--teacher {name}: not loaded"):
+            counts[part] = weights.count_parameters()
     budget(
         network=sum(counts[part] for part in parts),
         vae=counts["vae"],

@@ -236,7 +236,7 @@ MISTAKES = {
     ],
     "flowmap": [
         ("--nfe 1", "unrecognized arguments: --nfe"),
-        ("--data {tmp}", "unrecognized arguments: --data"),
+        ("--data {tmp}", "--data .*: expected a teacher that takes an image"),
         ("--euler-steps 0", "--euler-steps: expected at least 1"),
         ("--correction 1.5", "--correction"),
         ("--correction nan", "--correction"),
@@ -254,7 +254,7 @@ MISTAKES = {
     ],
     "boot": [
         ("--nfe 1", "unrecognized arguments: --nfe"),
-        ("--data {tmp}", "unrecognized arguments: --data"),
+        ("--data {tmp}", "--data .*: expected a teacher that takes an image"),
         ("--lr-fake 1e-3", "unrecognized arguments: --lr-fake"),
         ("--delta 0", "--delta"),
         ("--delta 1.5", "--delta"),
@@ -285,7 +285,7 @@ MISTAKES = {
         ("--blocks 2", "--blocks: expected a transformer"),
         ("--grad-checkpoint", "--grad-checkpoint"),
         ("--nfe 2", "unrecognized arguments: --nfe"),
-        ("--data {tmp}", "unrecognized arguments: --data"),
+        ("--data {tmp}", "--data .*: expected a teacher that takes an image"),
         ("--lr-fake 1e-3", "unrecognized arguments: --lr-fake"),
         ("--N 0", "--N"),
         ("--con-weight -1", "--con-weight"),
@@ -295,7 +295,7 @@ MISTAKES = {
     ],
     "swiftbrush": [
         ("--nfe 1", "unrecognized arguments: --nfe"),
-        ("--data {tmp}", "unrecognized arguments: --data"),
+        ("--data {tmp}", "--data .*: expected a teacher that takes an image"),
         ("--null-share 1", "--null-share: expected a share from 0 to below 1, found 1.0"),
         ("--null-share -0.1", "--null-share"),
         ("--null-share nan", "--null-share"),
