@@ -356,7 +356,7 @@ def main():
     run = Run(__file__, args)
     load = run.teacher_kwargs(students=1, critics=1)
     teacher = load_teacher(args.teacher, run.device, run.dtype, **load)
-    shape, schedule = teacher.shape, Flow(args.shift)
+    schedule = Flow(args.shift)
     T = end_time(teacher.schedule)
 
     # Networks: student and critic start as the teacher or as another run's, the student with one
@@ -401,10 +401,10 @@ def main():
             x, cond = images.samples(run, teacher, it)
         else:
             cond = teacher.random_cond(draw)
-            x = sample(student, draw.randn(*shape), cond, 1)
+            x = sample(student, draw.randn(*teacher.shape), cond, 1)
         if args.velocity == "data" and args.cfg != 1:  # the null branch guides, so it must learn
             cond = teacher.drop_condition(cond, draw.rand() < NULL_SHARE)
-        z = draw.randn(*shape)
+        z = draw.randn(*teacher.shape)
         t, r = map_times(draw.rand(), draw.rand(), run.batch * run.data_shard[0], args.shift, T)
         x_t = add_noise(x, 1 - t, t, z)
         if args.velocity == "teacher":
@@ -433,13 +433,13 @@ def main():
             times = random_rollout(draw, args.rollouts, args.shift, T)
             cond = teacher.random_cond(draw)
             with torch.no_grad():
-                x_critic = rollout(student, draw.randn(*shape), cond, times)
+                x_critic = rollout(student, draw.randn(*teacher.shape), cond, times)
             cond_critic = cond
             times = random_rollout(draw, args.rollouts, args.shift, T)
             cond = teacher.random_cond(draw)
-            x = rollout(student_ddp, draw.randn(*shape), cond, times)
+            x = rollout(student_ddp, draw.randn(*teacher.shape), cond, times)
             t = T * schedule.shifted(draw.rand())
-            x_t = add_noise(x.detach(), 1 - t, t, draw.randn(*shape))
+            x_t = add_noise(x.detach(), 1 - t, t, draw.randn(*teacher.shape))
             g, real, fake, norm = dm_gradient(x, x_t, 1 - t, t, cond, teacher, critic, args.dm_cfg)
             loss_dm = dm_loss(x, g)
             loss = loss + loss_dm  # (14)
@@ -452,7 +452,7 @@ def main():
         # Critic.
         if is_second:
             t = T * schedule.shifted(draw.randn().double().sigmoid())
-            z = draw.randn(*shape)
+            z = draw.randn(*teacher.shape)
             x_t = add_noise(x_critic, 1 - t, t, z)
             prediction = velocity(critic_ddp, x_t, t, t, cond_critic)
             loss = critic_loss(prediction, x_critic, z)

@@ -11,6 +11,7 @@ from helpers.cards import our_latents, relative, write_as_run
 from helpers.runs import close, log, run_processes
 from helpers.teachers import PROMPTS, draw, from_output, load, quiet, to_argument
 
+import anyflow
 import decoupled_dmd
 import dmd2
 import eval as eval_script
@@ -178,6 +179,14 @@ def test_levels_of_other_scripts(script, flux, trace, monkeypatch):
         assert torch.isin(sigma, grid).all()
         seen.add(tuple(x.shape[1:]))
     assert len(seen) > 1
+
+
+def test_anyflow_draws_noise_of_the_iterations_size(flux, trace):
+    flags = ["--image-free", "--velocity", "teacher", "--iters", 4, "--map-iters", 2, "--batch", 4]
+    found = trace(anyflow, *flags, record=[(anyflow, "add_noise")], teacher=flux)
+    calls = found.calls["add_noise"]
+    assert all(call.args[0].shape == call.args[3].shape for call in calls)
+    assert len({call.args[0].shape[1:] for call in calls}) > 1
 
 
 def test_resume_is_bit_equal(flux, trace, tmp_path, monkeypatch):

@@ -83,6 +83,8 @@ def test_students_of_a_bf16_teacher_start_in_fp32(name, folders):
 @pytest.mark.parametrize("name", NAMES)
 def test_our_sampler_is_the_pipeline(name, steps, negative, folders):
     """Also with a negative prompt (FLUX.2-dev's pipeline has none)."""
+    if negative and name == "hunyuan":  # whose tiny network hardly tells longer texts apart
+        negative = "0"
     model = load_wide(folders, name, negative=negative)
     pipe = plain_pipeline(model, folders(name))
     z = noise(steps, 2, *model.shape)
@@ -97,7 +99,7 @@ def test_our_sampler_is_the_pipeline(name, steps, negative, folders):
         assert relative(samples[w], theirs) < 1e-5, w
         if w == guidance and negative is None and (name in OLDER or steps == 5):
             check_other_views(model, theirs, pipe.scheduler, z, cond, steps, w)
-    assert relative(samples[3.0], samples[1.0]) > 1e-3  # guidance does something
+    assert relative(samples[3.0], samples[1.0]) > 0.01  # guidance does something
     if negative is not None:
         null = load_wide(folders, name)
         without, _ = sample_as_pipeline(null, pipe.scheduler, z, cond, steps, 3.0)
